@@ -1,0 +1,125 @@
+"""Multi-head attention of a sequence to itself, and to another sequence, over torch's fused kernels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norms import RMSNorm
+from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
+
+Rotary = RotaryEmbedding | AxialRotaryEmbedding | MixedRotaryEmbedding
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, so that each is computed once while a caption is written.
+
+    keys, values: [b, h, t, k], room for t tokens; `length` of them are filled.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        self.keys = self.values = torch.empty(0)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [b, h, s, k] behind the others; gives all of them, [b, h, length, k].
+
+        Raises ValueError if there is no room.
+        """
+        b, h, s, k = keys.shape
+        if self.length + s > self.max_length:
+            raise ValueError(f"KeyValueCache: {self.length} + {s} tokens do not fit into max_length={self.max_length}")
+        if self.length == 0:
+            self.keys, self.values = (keys.new_empty(b, h, self.max_length, k) for _ in range(2))
+        self.keys[:, :, self.length : self.length + s] = keys
+        self.values[:, :, self.length : self.length + s] = values
+        self.length += s
+        return self.filled()
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """What was stored so far: keys and values [b, h, length, k]."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class SelfAttention(nn.Module):
+    """Each token attends to all tokens, or with `causal` to those before it and itself.
+
+    x: [b, s, d], positions: as the rotary embedding takes them -> [b, s, d]. Order is the order of the tensor;
+    positions only turn queries and keys. Query, key and value projections are one matrix, in that order; all four
+    projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries and keys of each head before they
+    are turned (Dehghani et al. 2023), against the growth of attention logits. With a cache, x holds the tokens that
+    follow those in the cache. Raises ValueError if dim is not a multiple of num_heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, causal: bool = False, rotary: Rotary | None = None,
+                 qk_norm: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        head_dim = _head_dim("SelfAttention", dim, num_heads)
+        self.num_heads, self.causal = num_heads, causal
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        b, s, d = x.shape
+        q, k, v = self.qkv(x).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, s, k] each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            if positions is None:
+                raise ValueError("SelfAttention: a rotary embedding needs positions, got positions=None")
+            angles = self.rotary.angles(positions)
+            q, k = rotate(q, angles), rotate(k, angles)
+        mask, causal = None, self.causal
+        if cache is not None:
+            k, v = cache.append(k, v)
+            if causal and cache.length > s:  # torch's is_causal aligns the first query with the first key
+                mask = torch.ones(s, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - s)
+                causal = False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(y.transpose(1, 2).reshape(b, s, d))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}" + (", causal" if self.causal else "")
+
+
+class CrossAttention(nn.Module):
+    """Each token attends to all vectors of a context. No positions: the context is a set.
+
+    x: [b, s, d], context: [b, t, d] -> [b, s, d]. Key and value projections are one matrix, in that order; all have
+    biases: 4 (d^2 + d) parameters. With a cache, the context is projected at the first call only.
+    Raises ValueError if dim is not a multiple of num_heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        head_dim = _head_dim("CrossAttention", dim, num_heads)
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
+        b, s, d = x.shape
+        q = self.q_norm(self.q(x).view(b, s, self.num_heads, -1).transpose(1, 2))  # [b, h, s, k]
+        if cache is not None and cache.length:
+            k, v = cache.filled()
+        else:
+            k, v = self.kv(context).view(b, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            k = self.k_norm(k)  # [b, h, t, k]
+            if cache is not None:
+                cache.append(k, v)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(b, s, d))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def _head_dim(who: str, dim: int, num_heads: int) -> int:
+    if dim % num_heads:
+        raise ValueError(f"{who}: dim must be a multiple of num_heads, got {dim=}, {num_heads=}")
+    return dim // num_heads

@@ -1,0 +1,36 @@
+"""The two feed-forward networks of a block: the plain one of the first transformers, and the gated one."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """GELU(x W1 + b1) W2 + b2, the MLP of ViT and CoCa.
+
+    x: [..., d] -> [..., d]. Parameters: 2 d hidden_dim + hidden_dim + d.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class GEGLU(nn.Module):
+    """(GELU(x W + b) * (x V + c)) W2 + b2: a GELU branch gates a linear branch, channel by channel.
+
+    x: [..., d] -> [..., d]. Parameters: 3 d hidden_dim + 2 hidden_dim + d. W and V are the two halves of one matrix
+    (`up.weight[:hidden_dim]` is W), so both branches cost one multiplication. Source: Shazeer 2020, equations 5 and 6.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)  # [..., hidden_dim] each
+        return self.down(F.gelu(gate) * value)

@@ -1,0 +1,37 @@
+"""A fixed number of learned queries read a sequence of any length."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AttentionPooler(nn.Module):
+    """Learned queries attend to x; what they read is the output.
+
+    x: [b, t, d] -> [b, n, d] for n = num_queries. The queries are used as they are, without a projection of their own;
+    key, value and output projections have biases: n d + 3 (d^2 + d) parameters. The order of x makes no difference.
+    Source: CoCa, section 3.2 (attentional pooling). Raises ValueError if dim is not a multiple of num_heads.
+    """
+
+    def __init__(self, dim: int, num_queries: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"AttentionPooler: dim must be a multiple of num_heads, got {dim=}, {num_heads=}")
+        self.num_heads = num_heads
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.queries)  # unit variance, as a projected query would have
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q = self.queries.to(x.dtype).view(1, -1, self.num_heads, d // self.num_heads).transpose(1, 2)  # [1, h, n, k]
+        k, v = self.kv(x).view(b, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, t, k] each
+        y = F.scaled_dot_product_attention(q.expand(b, -1, -1, -1), k, v)
+        return self.out(y.transpose(1, 2).reshape(b, -1, d))
+
+    def extra_repr(self) -> str:
+        return f"num_queries={self.queries.shape[0]}, num_heads={self.num_heads}"

@@ -1,0 +1,259 @@
+"""Builders: functions that put the primitives together, and give the sizes their names.
+
+`coca` describes every model of this family once. GRR-CoCa, its baseline, the original CoCa and all sizes are the same
+function with other defaults, so each of them takes all of its arguments.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from grr.components import (
+    GEGLU,
+    AttentionPooler,
+    AxialRotaryEmbedding,
+    Block,
+    CrossAttention,
+    FeedForward,
+    LayerNorm,
+    LearnedPositions,
+    MixedRotaryEmbedding,
+    PatchEmbedding,
+    RMSNorm,
+    RotaryEmbedding,
+    SelfAttention,
+    SinusoidalPositions,
+)
+from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+
+Norm = Literal["rmsnorm", "layernorm"]
+FeedForwardKind = Literal["geglu", "mlp"]
+Position = Literal["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]
+TextPosition = Literal["rope", "sinusoidal", "learned"]
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "layernorm": lambda dim: LayerNorm(dim, eps=1e-6),
+}
+FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"geglu": GEGLU, "mlp": FeedForward}
+ROTARIES: dict[str, Callable[[int, int], nn.Module]] = {
+    "rope": lambda head_dim, num_heads: RotaryEmbedding(head_dim),
+    "rope_2d": lambda head_dim, num_heads: AxialRotaryEmbedding(head_dim),
+    "rope_mixed": MixedRotaryEmbedding,
+}
+ABSOLUTES: dict[str, Callable[[int, int], nn.Module]] = {
+    "sinusoidal": lambda dim, num_positions: SinusoidalPositions(dim),
+    "learned": LearnedPositions,
+}
+MULTIPLIERS = {"geglu": 2.7, "mlp": 4.0}  # hidden width / width at equal parameters (GRR-CoCa, table 1)
+T5_VOCABULARY = 32_102  # 32,000 pieces, 100 sentinels, BOS, CLS
+
+
+def vision_transformer(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind = "geglu", position: Position = "rope",
+                       image_size: int = 288, patch_size: int = 18, dim: int = 768, num_heads: int = 12,
+                       num_layers: int = 12, ffn_multiplier: float | None = None, qk_norm: bool = False,
+                       dropout: float = 0.0) -> VisionTransformer:  # fmt: skip
+    """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
+
+    `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
+    Raises ValueError if image_size is not a multiple of patch_size, or a name is not known.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, "
+                         f"{patch_size=}")  # fmt: skip
+    _check_names("vision_transformer", norm=(norm, NORMS), feed_forward=(feed_forward, FEED_FORWARDS),
+                 position=(position, ROTARIES | ABSOLUTES))  # fmt: skip
+    hidden_dim = int((ffn_multiplier or MULTIPLIERS[feed_forward]) * dim)
+    num_patches = (image_size // patch_size) ** 2
+
+    def block() -> Block:
+        rotary = ROTARIES[position](dim // num_heads, num_heads) if position in ROTARIES else None
+        return Block(
+            attention_norm=NORMS[norm](dim),
+            attention=SelfAttention(dim, num_heads, rotary=rotary, qk_norm=qk_norm),  # type: ignore[arg-type]
+            feed_forward_norm=NORMS[norm](dim),
+            feed_forward=FEED_FORWARDS[feed_forward](dim, hidden_dim),
+            dropout=dropout,
+        )
+
+    return VisionTransformer(
+        patches=PatchEmbedding(dim, patch_size),
+        positions=ABSOLUTES[position](dim, num_patches) if position in ABSOLUTES else None,
+        blocks=(block() for _ in range(num_layers)),
+        axes=2 if position in ("rope_2d", "rope_mixed") else 1,
+        dropout=dropout,
+    )
+
+
+def _text_blocks(*, norm: Norm, feed_forward: FeedForwardKind, position: TextPosition, dim: int, num_heads: int,
+                 num_layers: int, ffn_multiplier: float, qk_norm: bool, dropout: float,
+                 cross_attention: bool) -> Iterator[Block]:  # fmt: skip
+    """The causal blocks of the two text decoders, one by one: a copy would start all from the same random weights."""
+    hidden_dim = int(ffn_multiplier * dim)
+    for _ in range(num_layers):
+        rotary = RotaryEmbedding(dim // num_heads) if position == "rope" else None
+        yield Block(
+            attention_norm=NORMS[norm](dim),
+            attention=SelfAttention(dim, num_heads, causal=True, rotary=rotary, qk_norm=qk_norm),
+            cross_attention_norm=NORMS[norm](dim) if cross_attention else None,
+            cross_attention=CrossAttention(dim, num_heads, qk_norm=qk_norm) if cross_attention else None,
+            feed_forward_norm=NORMS[norm](dim),
+            feed_forward=FEED_FORWARDS[feed_forward](dim, hidden_dim),
+            dropout=dropout,
+        )
+
+
+def text_decoder(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind = "geglu", position: TextPosition = "rope",
+                 vocab_size: int = T5_VOCABULARY, context: int = 64, dim: int = 768, num_heads: int = 12,
+                 num_layers: int = 12, ffn_multiplier: float = 4.0, qk_norm: bool = False,
+                 dropout: float = 0.0) -> TextDecoder:  # fmt: skip
+    """Build a unimodal text decoder: token embeddings and causal blocks. 138,038,784 parameters at the defaults.
+
+    `context` is the number of tokens that learned absolute positions have room for. Raises ValueError if a name is
+    not known.
+    """
+    _check_names("text_decoder", norm=(norm, NORMS), feed_forward=(feed_forward, FEED_FORWARDS),
+                 position=(position, {"rope": None, **ABSOLUTES}))  # fmt: skip
+    return TextDecoder(
+        embedding=nn.Embedding(vocab_size, dim),
+        positions=ABSOLUTES[position](dim, context) if position in ABSOLUTES else None,
+        blocks=_text_blocks(norm=norm, feed_forward=feed_forward, position=position, dim=dim, num_heads=num_heads,
+                            num_layers=num_layers, ffn_multiplier=ffn_multiplier, qk_norm=qk_norm, dropout=dropout,
+                            cross_attention=False),
+        dropout=dropout,
+    )  # fmt: skip
+
+
+def coca(*, vision_norm: Norm = "rmsnorm", vision_feed_forward: FeedForwardKind = "geglu",
+         vision_position: Position = "rope", text_norm: Norm = "rmsnorm", text_feed_forward: FeedForwardKind = "geglu",
+         text_position: TextPosition = "rope", vocab_size: int = T5_VOCABULARY, context: int = 64,
+         image_size: int = 288, patch_size: int = 18, dim: int = 768, num_heads: int = 12, vision_layers: int = 12,
+         text_layers: int = 12, multimodal_layers: int = 12, vision_ffn_multiplier: float | None = None,
+         text_ffn_multiplier: float = 4.0, dropout: float = 0.0, qk_norm: bool = False, pooler_norm: bool = False,
+         tied_embeddings: bool = False, temperature: float = 0.07, logit_bias: float = 0.0,
+         learned_temperature: bool = False) -> CoCa:  # fmt: skip
+    """Build a contrastive captioner; every part of it that differs between the models of the paper is an argument.
+
+    The first six choose norm, feed-forward network and positions of the vision encoder and of the text decoders.
+    `context` is both the longest caption in tokens and the number of queries of the generative pooler. The arguments
+    from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the towers do.
+    """
+    vision_encoder = vision_transformer(
+        norm=vision_norm, feed_forward=vision_feed_forward, position=vision_position, image_size=image_size,
+        patch_size=patch_size, dim=dim, num_heads=num_heads, num_layers=vision_layers,
+        ffn_multiplier=vision_ffn_multiplier, qk_norm=qk_norm, dropout=dropout,
+    )  # fmt: skip
+    unimodal = text_decoder(
+        norm=text_norm, feed_forward=text_feed_forward, position=text_position, vocab_size=vocab_size, context=context,
+        dim=dim, num_heads=num_heads, num_layers=text_layers, ffn_multiplier=text_ffn_multiplier, qk_norm=qk_norm,
+        dropout=dropout,
+    )  # fmt: skip
+    multimodal = MultimodalDecoder(
+        blocks=_text_blocks(norm=text_norm, feed_forward=text_feed_forward, position=text_position, dim=dim,
+                            num_heads=num_heads, num_layers=multimodal_layers, ffn_multiplier=text_ffn_multiplier,
+                            qk_norm=qk_norm, dropout=dropout, cross_attention=True),
+        norm=NORMS[text_norm](dim),
+        head=nn.Linear(dim, vocab_size),
+    )  # fmt: skip
+    if tied_embeddings:
+        multimodal.head.weight = unimodal.embedding.weight
+    return CoCa(
+        vision_encoder=vision_encoder,
+        generative_pooler=AttentionPooler(dim, context, num_heads),
+        contrastive_pooler=AttentionPooler(dim, 1, num_heads),
+        text_decoder=unimodal,
+        multimodal_decoder=multimodal,
+        logit_scale=LogitScale(temperature=temperature, bias=logit_bias, learned=learned_temperature),
+        pooler_norm=NORMS[vision_norm](dim) if pooler_norm else None,
+    )
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def preset(builder: Callable[..., Model], name: str, doc: str, **defaults: Any) -> Callable[..., Model]:
+    """The same builder under another name, with other defaults; its signature shows them."""
+    function = functools.partial(builder, **defaults)
+    vars(function).update(__name__=name, __doc__=doc)
+    return function
+
+
+# --- the three models, at the paper's size -------------------------------------------------------------------------
+
+GRR: dict[str, Any] = {"norm": "rmsnorm", "feed_forward": "geglu", "position": "rope"}
+CLASSIC: dict[str, Any] = {"norm": "layernorm", "feed_forward": "mlp", "position": "sinusoidal"}
+
+
+def _of(part: str, choices: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}_{key}": value for key, value in choices.items()}
+
+
+grr_vit = preset(vision_transformer, "grr_vit",
+    """The GRR vision encoder: RMSNorm, GEGLU and rotary positions in every block. 86,487,384 parameters.
+
+    Source: GRR-CoCa, section 3.1 and figure 1.""", **GRR)  # fmt: skip
+
+baseline_vit = preset(vision_transformer, "baseline_vit",
+    """The classic ViT: LayerNorm, GELU MLP, absolute positions. 85,801,728 parameters.
+
+    Source: GRR-CoCa, figure 1; Dosovitskiy et al. 2020.""", **CLASSIC)  # fmt: skip
+
+grr_coca = preset(coca, "grr_coca",
+    """GRR-CoCa: RMSNorm, GEGLU and rotary positions in all three towers. 394,548,926 parameters.
+
+    Source: GRR-CoCa, section 3.1 and table 1.""", **_of("vision", GRR), **_of("text", GRR))  # fmt: skip
+
+baseline_coca = preset(coca, "baseline_coca",
+    """Baseline CoCa: GRR-CoCa's text decoders with the classic ViT. 393,863,270 parameters.
+
+    Source: GRR-CoCa, section 3.1 and table 1.""", **_of("vision", CLASSIC), **_of("text", GRR))  # fmt: skip
+
+original_coca = preset(coca, "original_coca",
+    """The CoCa of Yu et al. 2022: LayerNorm, GELU MLP and absolute positions in all three towers.""",
+    **_of("vision", CLASSIC), **_of("text", CLASSIC))  # fmt: skip
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+grr_coca_tiny = preset(grr_coca, "grr_coca_tiny",
+    """A model that trains on a laptop CPU in seconds; the tests use it.""",
+    vocab_size=512, context=16, image_size=32, patch_size=8, dim=64, num_heads=2, vision_layers=2, text_layers=2,
+    multimodal_layers=2)  # fmt: skip
+
+grr_coca_small = preset(grr_coca, "grr_coca_small",
+    """A model for one GPU and a few hours: half the width and half the depth of the paper's.""",
+    image_size=144, dim=384, num_heads=6, vision_layers=6, text_layers=6, multimodal_layers=6)  # fmt: skip
+
+grr_coca_large = preset(grr_coca, "grr_coca_large",
+    """The shape of CoCa-Large (Yu et al. 2022, table 1).""",
+    dim=1024, num_heads=16, vision_layers=24)  # fmt: skip
+
+grr_coca_2b = preset(grr_coca, "grr_coca_2b",
+    """The shape of the largest CoCa (Yu et al. 2022, table 1): 40 + 18 + 18 blocks, width 1,408, MLP width 6,144.
+
+    Hidden widths are a multiple of the model's: 6144 / 1408 for an MLP, 2.7 / 4 of that for the ViT's GEGLU.""",
+    dim=1408, num_heads=16, vision_layers=40, text_layers=18, multimodal_layers=18,
+    vision_ffn_multiplier=2.7 / 4 * 6144 / 1408, text_ffn_multiplier=2.7 / 4 * 6144 / 1408)  # fmt: skip
+
+original_coca_2b = preset(original_coca, "original_coca_2b",
+    """The largest CoCa of Yu et al. 2022, table 1, as it was: its 2.1 B parameters with their vocabulary of 64,000.""",
+    vocab_size=64_000, dim=1408, num_heads=16, vision_layers=40, text_layers=18, multimodal_layers=18,
+    vision_ffn_multiplier=6144 / 1408, text_ffn_multiplier=6144 / 1408)  # fmt: skip
+
+MODELS: dict[str, Callable[..., CoCa]] = {
+    "grr_coca": grr_coca,
+    "baseline_coca": baseline_coca,
+    "original_coca": original_coca,
+    "grr_coca_tiny": grr_coca_tiny,
+    "grr_coca_small": grr_coca_small,
+    "grr_coca_large": grr_coca_large,
+    "grr_coca_2b": grr_coca_2b,
+    "original_coca_2b": original_coca_2b,
+}
+
+
+def _check_names(who: str, **choices: tuple[str, dict[str, Any]]) -> None:
+    for argument, (name, known) in choices.items():
+        if name not in known:
+            raise ValueError(f"{who}: {argument} must be one of {', '.join(known)}, got {name!r}")

@@ -1,0 +1,67 @@
+"""The two losses of a contrastive captioner, and their weighted sum."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from grr.packing import IGNORE
+
+CHUNK = 2048  # labelled tokens whose logits exist at a time: 2,048 x 32,102 float32 are 263 MB
+
+
+def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
+    """Cross-entropy of choosing the text of an image, plus that of choosing the image of a text.
+
+    Both [b, e], of unit length, row i of one belonging to row i of the other -> scalar. A sum of the two directions,
+    not their mean, each averaged over b. Source: GRR-CoCa, equation 1. Raises ValueError if the shapes differ.
+    """
+    _check_pairs("contrastive_loss", image_embeddings, text_embeddings)
+    logits = image_embeddings @ text_embeddings.T / temperature  # [b, b]
+    match = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)
+
+
+def sigmoid_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.1,
+                 bias: float | Tensor = -10.0) -> Tensor:  # fmt: skip
+    """Each of the b^2 pairs is judged alone, match or no match; summed over texts, averaged over images.
+
+    Both [b, e], of unit length -> scalar. Source: Zhai et al. 2023 (SigLIP), equation 2 and algorithm 1.
+    Raises ValueError if the shapes differ.
+    """
+    _check_pairs("sigmoid_loss", image_embeddings, text_embeddings)
+    logits = image_embeddings @ text_embeddings.T / temperature + bias  # [b, b]
+    sign = 2 * torch.eye(len(logits), device=logits.device) - 1  # 1 on the diagonal, -1 elsewhere
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+
+def captioning_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean next-token cross-entropy over the labels that are not IGNORE; perplexity is its exponential.
+
+    logits: [b, s, v], labels: [b, s] -> scalar. Source: GRR-CoCa, equations 2 and 3. Training computes the same from
+    hidden vectors, by `token_losses`.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+
+
+def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int = CHUNK) -> Tensor:
+    """Cross-entropy of each token, without ever holding the logits of more than `chunk` of them.
+
+    hidden: [n, d], targets: [n] -> float32 [n]. Logits are computed again for the gradient.
+    """
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    if len(hidden) <= chunk:
+        return of_chunk(hidden, targets)
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pieces])
+
+
+def _check_pairs(who: str, image_embeddings: Tensor, text_embeddings: Tensor) -> None:
+    if image_embeddings.dim() != 2 or image_embeddings.shape != text_embeddings.shape:
+        raise ValueError(
+            f"{who}: image and text embeddings must both be [b, e], got {list(image_embeddings.shape)} and "
+            f"{list(text_embeddings.shape)}; row i of one must belong to row i of the other"
+        )

@@ -1,0 +1,233 @@
+"""A contrastive captioner: three towers and two poolers, wired as in CoCa (Yu et al. 2022, figure 2)."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grr.components import AttentionPooler, Block, BlockCache, KeyValueCache, PatchEmbedding
+from grr.images import normalize
+from grr.loss import token_losses
+from grr.packing import IGNORE, pack, unpack
+
+
+class VisionTransformer(nn.Module):
+    """Patches through blocks; no class token, no final norm.
+
+    images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
+    (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector for the raster index at the start.
+    """
+
+    def __init__(self, *, patches: PatchEmbedding, blocks: Iterable[Block], positions: nn.Module | None = None,
+                 axes: int = 1, dropout: float = 0.0) -> None:  # fmt: skip
+        super().__init__()
+        self.axes = axes
+        self.patches = patches
+        self.positions = positions
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images)  # [b, p, d]
+        raster = torch.arange(x.shape[1], device=x.device)  # [p]
+        if self.positions is not None:
+            x = x + self.positions(raster).to(x.dtype)
+        x = self.dropout(x)
+        columns = images.shape[-1] // self.patches.patch_size
+        places = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
+        for block in self.blocks:
+            x = block(x, positions=places)
+        return x
+
+
+class TextDecoder(nn.Module):
+    """Token embeddings through causal blocks that see no image: CoCa's unimodal decoder.
+
+    ids: [b, s] -> [b, s, d]. Without positions, ids are as the tokenizer lays them out, and padding is hidden from
+    every token behind it. With positions [s] or [b, s], ids are packed: padding, if any, stands at the end of a row.
+    """
+
+    def __init__(self, *, embedding: nn.Embedding, blocks: Iterable[Block], positions: nn.Module | None = None,
+                 pad_id: int = 0, dropout: float = 0.0) -> None:  # fmt: skip
+        super().__init__()
+        self.pad_id = pad_id
+        self.embedding = embedding
+        self.positions = positions
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, ids: Tensor, *, positions: Tensor | None = None,
+                caches: list[BlockCache] | None = None) -> Tensor:  # fmt: skip
+        if positions is None:
+            ids, positions = pack(ids, pad_id=self.pad_id)
+            return unpack(self(ids, positions=positions), positions)
+        x = self.embedding(ids)  # [b, s, d]
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        x = self.dropout(x)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, positions=positions, cache=cache)
+        return x
+
+
+class MultimodalDecoder(nn.Module):
+    """Text vectors through causal blocks that also attend to the image, a final norm, and the vocabulary head.
+
+    text: [b, s, d], context: [b, n, d], positions: [s] or [b, s] -> [b, s, d], to be read by `head` -> [b, s, v].
+    Padding must not stand before a token that matters: there is no mask but causality.
+    """
+
+    def __init__(self, *, blocks: Iterable[Block], norm: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+
+    def forward(self, text: Tensor, context: Tensor, *, positions: Tensor | None = None,
+                caches: list[BlockCache] | None = None) -> Tensor:  # fmt: skip
+        if positions is None:
+            positions = torch.arange(text.shape[1], device=text.device)
+        x = text
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, positions=positions, context=context, cache=cache)
+        return self.norm(x)
+
+
+class LogitScale(nn.Module):
+    """What cosine similarities are multiplied by, and what is added to them: 1 / temperature, and a bias.
+
+    Constant as in the paper's presets, or learned; the scale is then kept below 100 (CLIP, section 2.5). The bias is
+    for the sigmoid loss (SigLIP starts at -10). Shapes are [1] because FSDP2 cannot shard a scalar.
+    """
+
+    def __init__(self, *, temperature: float = 0.07, bias: float = 0.0, learned: bool = False) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"LogitScale: temperature must be positive, got {temperature=}")
+        self.temperature, self.initial_bias, self.learned = temperature, bias, learned
+        if learned:
+            self.log_scale = nn.Parameter(torch.empty(1))
+            self.bias = nn.Parameter(torch.empty(1))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.learned:
+            nn.init.constant_(self.log_scale, -math.log(self.temperature))
+            nn.init.constant_(self.bias, self.initial_bias)
+
+    def forward(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.learned:
+            return self.log_scale.float().exp().clamp(max=100.0), self.bias.float()
+        return torch.full((1,), 1 / self.temperature, device=device), torch.full((1,), self.initial_bias, device=device)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}" + (", learned" if self.learned else "")
+
+
+class CoCaOutput(NamedTuple):
+    """What one forward pass gives; of logits and token_losses, the one that was asked for."""
+
+    image_embeddings: Tensor  # float32 [b, e], unit length
+    text_embeddings: Tensor  # float32 [b, e], unit length
+    scale: Tensor  # float32 [1], 1 / temperature
+    bias: Tensor  # float32 [1]
+    logits: Tensor | None = None  # [b, s, v]
+    token_losses: Tensor | None = None  # float32 [number of labelled tokens]
+
+
+class CoCa(nn.Module):
+    """Image -> vision encoder -> generative pooler -> contrastive pooler -> image embedding;
+    text -> unimodal decoder -> the vector at CLS, the text embedding; both -> multimodal decoder -> next tokens.
+
+    images: uint8 [b, 3, h, w], or float of that shape, normalised already; ids: [b, s]; labels: [b, n] for
+    the first n <= s tokens -> CoCaOutput.
+    Any vision encoder that maps images to [b, p, d] and any text decoder that maps ids to [b, s, d] will do; to train
+    on trimmed batches (`pack_captions`), the text decoder must take `positions=` as well. With labels the vocabulary
+    head runs on labelled positions only, in chunks, and logits are never whole.
+    """
+
+    def __init__(self, *, vision_encoder: nn.Module, generative_pooler: nn.Module, contrastive_pooler: AttentionPooler,
+                 text_decoder: nn.Module, multimodal_decoder: MultimodalDecoder, logit_scale: LogitScale | None = None,
+                 pooler_norm: nn.Module | None = None, pad_id: int = 0) -> None:  # fmt: skip
+        super().__init__()
+        self.pad_id = pad_id
+        self.vision_encoder = vision_encoder
+        self.pooler_norm = pooler_norm or nn.Identity()
+        self.generative_pooler = generative_pooler
+        self.contrastive_pooler = contrastive_pooler
+        self.text_decoder = text_decoder
+        self.multimodal_decoder = multimodal_decoder
+        self.logit_scale = logit_scale or LogitScale()
+
+    def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
+                labels: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+        context = self._context(images)  # [b, n, d]
+        text = self._text(ids, positions)  # [b, s, d]
+        output = self._output(context, text, ids)
+        if labels is None:
+            hidden = self.multimodal_decoder(text, context, positions=positions)  # [b, s, d]
+            return output._replace(logits=self.multimodal_decoder.head(hidden))  # [b, s, v]
+        s = labels.shape[1]  # no label, no need of a hidden vector
+        positions = None if positions is None else positions[..., :s]
+        hidden = self.multimodal_decoder(text[:, :s], context, positions=positions)  # [b, s, d]
+        labelled = labels != IGNORE
+        losses = token_losses(hidden[labelled], labels[labelled], self.multimodal_decoder.head)
+        return output._replace(token_losses=losses)
+
+    def embed(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None) -> CoCaOutput:
+        """The embeddings of a forward pass, without what only captions need: same arguments, neither logits nor losses.
+
+        It draws the same dropout as `forward` does, so that a forward pass can follow with the same embeddings.
+        """
+        return self._output(self._context(images), self._text(ids, positions), ids)
+
+    def image_context(self, images: Tensor) -> Tensor:
+        """images -> what the multimodal decoder attends to, [b, n, d]."""
+        return self._context(images)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images: uint8 or normalised float [b, 3, h, w] -> float32 [b, e] of unit length."""
+        return self._image_embeddings(self._context(images))
+
+    def encode_text(self, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        """ids: [b, s], CLS the last token that is not PAD -> float32 [b, e] of unit length."""
+        return self._text_embeddings(self._text(ids, positions), ids)
+
+    def caches(self, context_length: int, max_length: int) -> tuple[list[BlockCache], list[BlockCache]]:
+        """Empty caches for the two decoders, to write captions of up to max_length tokens."""
+
+        def empty(blocks: nn.ModuleList) -> list[BlockCache]:
+            return [BlockCache(KeyValueCache(max_length), KeyValueCache(context_length)) for _ in blocks]
+
+        return empty(self.text_decoder.blocks), empty(self.multimodal_decoder.blocks)
+
+    def next_token_logits(self, ids: Tensor, context: Tensor, *, positions: Tensor,
+                          caches: tuple[list[BlockCache], list[BlockCache]]) -> Tensor:  # fmt: skip
+        """Read ids [b, s], which follow those in the caches, and score what comes next: [b, v]."""
+        text = self.text_decoder(ids, positions=positions, caches=caches[0])
+        hidden = self.multimodal_decoder(text, context, positions=positions, caches=caches[1])
+        return self.multimodal_decoder.head(hidden[:, -1])
+
+    # The public methods above never call each other: FSDP2 wraps each of them as an entrance of its own.
+
+    def _context(self, images: Tensor) -> Tensor:
+        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images))))
+
+    def _text(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        return self.text_decoder(ids) if positions is None else self.text_decoder(ids, positions=positions)
+
+    def _output(self, context: Tensor, text: Tensor, ids: Tensor) -> CoCaOutput:
+        embeddings = self._image_embeddings(context), self._text_embeddings(text, ids)
+        return CoCaOutput(*embeddings, *self.logit_scale(ids.device))
+
+    def _image_embeddings(self, context: Tensor) -> Tensor:
+        return F.normalize(self.contrastive_pooler(context)[:, 0].float(), dim=-1)
+
+    def _text_embeddings(self, text: Tensor, ids: Tensor) -> Tensor:
+        """The vector at CLS, which is the last token that is not PAD, in the tokenizer's layout and in packed rows."""
+        place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
+        cls = place.argmax(dim=1)  # [b]
+        return F.normalize(text[torch.arange(len(ids), device=ids.device), cls].float(), dim=-1)

@@ -1,0 +1,128 @@
+"""The losses and gradients of one optimizer step, which depend on the global batch alone.
+
+The negatives of a contrastive loss are the whole global batch: all processes and all micro-batches. Where that is more
+than one micro-batch, embeddings are computed first without a graph, the loss is differentiated with respect to them,
+and each micro-batch is run again, with the same dropout, to carry that gradient to the weights (Gao et al. 2021).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from grr.data import Batch
+from grr.distributed import all_sum, gather, reset_seed
+from grr.loss import contrastive_loss, sigmoid_loss
+from grr.model import CoCaOutput
+from grr.packing import IGNORE
+
+
+class Losses(NamedTuple):
+    """The losses of a global batch. perplexity = exp(captioning_loss)."""
+
+    loss: float
+    contrastive_loss: float
+    captioning_loss: float
+
+
+def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, contrastive_weight: float = 2.0,
+                      captioning_weight: float = 1.0, contrastive: Literal["softmax", "sigmoid"] = "softmax",
+                      negatives: Literal["global", "local"] = "global") -> Losses:  # fmt: skip
+    """Add the gradients of one optimizer step to the model, and give its losses.
+
+    `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
+    dropout, of each micro-batch by its place in the global batch. The captioning loss is the mean over all tokens of
+    the global batch. With local negatives, each micro-batch of each process is contrasted in itself, and the losses
+    are averaged: a smaller, easier task, whose numbers may not be compared with those of the global batch.
+    """
+    tokens = _count_tokens(batches)
+    share = captioning_weight * dist.get_world_size() / tokens  # FSDP takes the mean over processes
+    captioning = 0.0
+
+    if negatives == "local" or len(batches) == 1:
+        contrasts = []
+        for i, batch in enumerate(batches):
+            output = _forward(model, batch, seed, i)
+            contrasts.append(_contrast([output], contrastive, negatives) / len(batches))
+            (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
+            captioning += _sum(output).item()
+        total = torch.stack([c.detach() for c in contrasts]).sum().item()
+        return _losses(total, captioning / tokens, contrastive_weight, captioning_weight, negatives)
+
+    leaves = []
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            _seed_micro_batch(seed, i)
+            leaves.append(model.embed(batch.images, batch.ids, positions=batch.positions))  # type: ignore[operator]
+    leaves = [CoCaOutput(*(x.detach().requires_grad_() for x in leaf[:4])) for leaf in leaves]
+    contrast = _contrast(leaves, contrastive, negatives)
+    (contrastive_weight * contrast).backward()
+    for i, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
+        output = _forward(model, batch, seed, i)
+        carried = [(x * x_leaf.grad).sum() for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
+                   if x.requires_grad and x_leaf.grad is not None]  # fmt: skip
+        (share * _sum(output) + sum(carried)).backward()
+        captioning += _sum(output).item()
+    return _losses(contrast.item(), captioning / tokens, contrastive_weight, captioning_weight, negatives)
+
+
+@torch.no_grad()
+def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, contrastive_weight: float = 2.0,
+                      captioning_weight: float = 1.0, contrastive: Literal["softmax", "sigmoid"] = "softmax",
+                      negatives: Literal["global", "local"] = "global") -> Losses:  # fmt: skip
+    """The same losses without gradients, over many global batches.
+
+    The captioning loss is the mean over all tokens of all batches, the contrastive loss the mean over batches.
+    """
+    contrasts, captioning, tokens = [], 0.0, 0
+    for batches in steps:
+        outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
+        if negatives == "global":
+            contrasts.append(_contrast(outputs, contrastive, negatives).item())
+        else:
+            contrasts.append(sum(_contrast([o], contrastive, negatives).item() for o in outputs) / len(outputs))
+        captioning += sum(_sum(o).item() for o in outputs)
+        tokens += _count_tokens(batches)
+    mean = sum(contrasts) / max(1, len(contrasts))
+    return _losses(mean, captioning / max(1, tokens), contrastive_weight, captioning_weight, negatives)
+
+
+def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutput:
+    _seed_micro_batch(seed, index)
+    output: CoCaOutput = model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+    return output
+
+
+def _seed_micro_batch(seed: int, index: int) -> None:
+    """Dropout depends on a micro-batch's place in the global batch, so 4 processes draw as 1 with 4 micro-batches."""
+    torch.manual_seed(reset_seed(seed, index * dist.get_world_size() + dist.get_rank()))
+
+
+def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str) -> Tensor:
+    """The contrastive loss of some micro-batches taken together, and of all processes if the negatives are global."""
+    image, text = (torch.cat([o[i] for o in outputs]) for i in (0, 1))  # type: ignore[misc]
+    if negatives == "global":
+        image, text = gather(image), gather(text)
+    if kind == "sigmoid":
+        return sigmoid_loss(image, text, 1 / outputs[0].scale, outputs[0].bias)
+    return contrastive_loss(image, text, 1 / outputs[0].scale)
+
+
+def _sum(output: CoCaOutput) -> Tensor:
+    assert output.token_losses is not None
+    return output.token_losses.sum()
+
+
+def _count_tokens(batches: Sequence[Batch]) -> int:
+    return int(all_sum(sum(int((b.labels != IGNORE).sum()) for b in batches))[0])
+
+
+def _losses(contrast: float, captioning: float, contrastive_weight: float, captioning_weight: float,
+            negatives: str) -> Losses:  # fmt: skip
+    """Make one process's parts whole: captioning is its share of the global mean."""
+    world = dist.get_world_size()
+    all_contrast, captioning = all_sum(contrast, captioning)
+    contrast = all_contrast / world if negatives == "local" else contrast
+    return Losses(contrastive_weight * contrast + captioning_weight * captioning, contrast, captioning)
