@@ -58,11 +58,12 @@ def vision_transformer(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind 
     """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
 
     `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
-    Raises ValueError if image_size is not a multiple of patch_size, or a name is not known.
+    Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, or a name is not known.
     """
     if image_size % patch_size:
         raise ValueError(f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, "
                          f"{patch_size=}")  # fmt: skip
+    _check_heads("vision_transformer", dim, num_heads)
     _check_names("vision_transformer", norm=(norm, NORMS), feed_forward=(feed_forward, FEED_FORWARDS),
                  position=(position, ROTARIES | ABSOLUTES))  # fmt: skip
     hidden_dim = int((ffn_multiplier or MULTIPLIERS[feed_forward]) * dim)
@@ -111,9 +112,10 @@ def text_decoder(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind = "geg
                  dropout: float = 0.0) -> TextDecoder:  # fmt: skip
     """Build a unimodal text decoder: token embeddings and causal blocks. 138,038,784 parameters at the defaults.
 
-    `context` is the number of tokens that learned absolute positions have room for. Raises ValueError if a name is
-    not known.
+    `context` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
+    not a multiple of num_heads, or a name is not known.
     """
+    _check_heads("text_decoder", dim, num_heads)
     _check_names("text_decoder", norm=(norm, NORMS), feed_forward=(feed_forward, FEED_FORWARDS),
                  position=(position, {"rope": None, **ABSOLUTES}))  # fmt: skip
     return TextDecoder(
@@ -251,6 +253,11 @@ MODELS: dict[str, Callable[..., CoCa]] = {
     "grr_coca_2b": grr_coca_2b,
     "original_coca_2b": original_coca_2b,
 }
+
+
+def _check_heads(who: str, dim: int, num_heads: int) -> None:
+    if dim % num_heads:
+        raise ValueError(f"{who}: dim must be a multiple of num_heads, got {dim=}, {num_heads=}")
 
 
 def _check_names(who: str, **choices: tuple[str, dict[str, Any]]) -> None:

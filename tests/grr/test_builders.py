@@ -1,0 +1,199 @@
+"""The models have the paper's parameters, to the last one, and the same function however they are built."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grr.builders import (
+    MODELS,
+    baseline_coca,
+    baseline_vit,
+    grr_coca,
+    grr_coca_2b,
+    grr_coca_tiny,
+    grr_vit,
+    original_coca,
+    text_decoder,
+    vision_transformer,
+)
+from grr.components import AttentionPooler, LayerNorm, RMSNorm
+from grr.model import CoCa
+
+D, V = 768, 32_102
+ATTENTION = 4 * (D * D + D)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def on_meta(builder, **arguments) -> nn.Module:
+    with torch.device("meta"):
+        return builder(**arguments)
+
+
+def test_both_models_have_the_published_number_of_parameters():
+    grr, baseline = parameters(on_meta(grr_coca)), parameters(on_meta(baseline_coca))
+    assert (grr, baseline) == (394_548_926, 393_863_270)
+    assert round(100 * (grr / baseline - 1), 2) == 0.17
+
+
+def test_each_tower_has_the_parameters_that_its_formula_gives():
+    def geglu(hidden: int) -> int:
+        return 2 * (D * hidden + hidden) + hidden * D + D
+
+    def pooler(queries: int) -> int:
+        return queries * D + 3 * (D * D + D)
+
+    patches = 3 * 18 * 18 * D + D
+    model = on_meta(grr_coca)
+    assert parameters(model.vision_encoder) == patches + 12 * (ATTENTION + geglu(int(2.7 * D)) + 2 * D)
+    assert parameters(model.generative_pooler) == pooler(64)
+    assert parameters(model.contrastive_pooler) == pooler(1)
+    assert parameters(model.text_decoder) == V * D + 12 * (ATTENTION + geglu(4 * D) + 2 * D)
+    multimodal = 12 * (2 * ATTENTION + geglu(4 * D) + 3 * D) + D + (D * V + V)
+    assert parameters(model.multimodal_decoder) == multimodal
+    mlp = 2 * 4 * D * D + 4 * D + D
+    assert parameters(on_meta(baseline_coca).vision_encoder) == patches + 12 * (ATTENTION + mlp + 4 * D)
+
+
+def test_towers_alone_are_the_towers_of_the_models():
+    assert parameters(on_meta(grr_vit)) == parameters(on_meta(grr_coca).vision_encoder) == 86_487_384
+    assert parameters(on_meta(baseline_vit)) == parameters(on_meta(baseline_coca).vision_encoder) == 85_801_728
+    assert parameters(on_meta(text_decoder)) == parameters(on_meta(grr_coca).text_decoder) == 138_038_784
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("feed_forward", ["geglu", "mlp"])
+@pytest.mark.parametrize("position", ["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"])
+def test_every_change_to_the_vit_is_a_switch_of_its_own(norm, feed_forward, position):
+    vit = on_meta(vision_transformer, norm=norm, feed_forward=feed_forward, position=position)
+    biases = 24 * D if norm == "layernorm" else 0  # a LayerNorm has D more than an RMSNorm; 2 in each of 12 blocks
+    hidden = (3 * D + 2) * int(2.7 * D) + D if feed_forward == "geglu" else (2 * D + 1) * 4 * D + D
+    learned = {"learned": 256 * D, "rope_mixed": 12 * 12 * 64}.get(position, 0)
+    patches = 3 * 18 * 18 * D + D
+    assert parameters(vit) == patches + 12 * (ATTENTION + hidden + 2 * D) + biases + learned
+    assert any(isinstance(m, RMSNorm if norm == "rmsnorm" else LayerNorm) for m in vit.modules())
+
+
+def test_the_published_counts_exclude_the_multiplier_of_table_1_in_the_text_decoders():
+    assert parameters(on_meta(grr_coca, text_ffn_multiplier=2.7)) == 339_260_270  # SPEC: the other reading
+
+
+def test_the_original_coca_has_nothing_of_an_llm_in_it():
+    kinds = {type(m).__name__ for m in on_meta(original_coca).modules()}
+    assert kinds.isdisjoint({"RMSNorm", "GEGLU", "RotaryEmbedding"})
+
+
+def test_the_largest_model_has_two_billion_parameters():
+    assert 2.0e9 < parameters(on_meta(grr_coca_2b)) < 2.3e9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_named_model_shows_its_arguments_and_says_what_it_is(name):
+    builder = MODELS[name]
+    assert builder.__doc__
+    assert builder.__name__ == name
+    assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(builder).parameters.values())
+
+
+def test_a_model_prints_what_it_is_made_of():
+    text = repr(on_meta(grr_coca))
+    assert "(0-11): 12 x Block(" in text
+    for part in ("RMSNorm(768)", "RotaryEmbedding(64, base=10000)", "num_queries=64, num_heads=12", "temperature=0.07"):
+        assert part in text
+    assert len(text.splitlines()) < 120
+
+
+def test_parameters_are_at_least_one_dimensional_because_fsdp_refuses_scalars():
+    assert all(p.dim() >= 1 for p in on_meta(grr_coca, learned_temperature=True).parameters())
+
+
+def test_blocks_do_not_start_from_the_same_weights():
+    blocks = grr_coca_tiny().vision_encoder.blocks
+    assert not torch.equal(blocks[0].attention.qkv.weight, blocks[1].attention.qkv.weight)
+
+
+@pytest.mark.parametrize("option", [
+    {"qk_norm": True}, {"pooler_norm": True}, {"tied_embeddings": True}, {"learned_temperature": True},
+    {"text_position": "learned"}, {"text_position": "sinusoidal"}, {"vision_position": "rope_mixed"},
+])  # fmt: skip
+def test_what_leaves_the_paper_is_an_option_that_runs_and_learns(option):
+    model = grr_coca_tiny(**option)
+    output = model(torch.rand(2, 3, 32, 32), torch.tensor([[510, 7, 1, 511], [510, 8, 1, 511]]))
+    (output.logits.sum() + (output.image_embeddings * output.scale).sum() + output.text_embeddings.sum()).backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    assert unused == (["logit_scale.bias"] if "learned_temperature" in option else [])
+    if "tied_embeddings" in option:
+        assert parameters(grr_coca_tiny()) - parameters(model) == 512 * 64
+
+
+class MeanColour(nn.Module):
+    """Somebody else's vision encoder: images -> [b, 1, 64]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(3, 64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(images.mean((2, 3))).unsqueeze(1)
+
+
+class BagOfWords(nn.Module):
+    """Somebody else's text decoder: ids alone -> [b, s, 64]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(512, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids).cumsum(1)
+
+
+def test_a_users_own_towers_drop_in():
+    ours = grr_coca_tiny()
+    model = CoCa(
+        vision_encoder=MeanColour(),
+        generative_pooler=AttentionPooler(64, 16, 2),
+        contrastive_pooler=AttentionPooler(64, 1, 2),
+        text_decoder=BagOfWords(),
+        multimodal_decoder=ours.multimodal_decoder,
+    )
+    ids = torch.tensor([[510, 7, 8, 1, 0, 0, 511]])
+    output = model(torch.randint(0, 256, (1, 3, 10, 10), dtype=torch.uint8), ids)
+    assert output.image_embeddings.shape == output.text_embeddings.shape == (1, 64)
+    assert output.logits.shape == (1, 7, 512)
+
+
+def test_compiled_and_bfloat16_models_are_the_same_function():
+    torch.manual_seed(0)
+    model = grr_coca_tiny()
+    images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[510, 7, 8, 1, 511], [510, 9, 1, 511, 0]])
+    expected = model(images, ids)
+    compiled = torch.compile(model)(images, ids)
+    torch.testing.assert_close(compiled.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    half = model.to(torch.bfloat16)(images, ids)
+    torch.testing.assert_close(half.logits.float(), expected.logits, atol=0.05, rtol=0.05)
+    assert (half.image_embeddings * expected.image_embeddings).sum(-1).min() > 0.999
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"image_size": 100}, "image_size must be a multiple of patch_size, got image_size=100, patch_size=8"),
+    ({"vision_norm": "batchnorm"}, "norm must be one of rmsnorm, layernorm, got 'batchnorm'"),
+    ({"text_position": "rope_2d"}, "position must be one of rope, sinusoidal, learned, got 'rope_2d'"),
+    ({"num_heads": 3}, "dim must be a multiple of num_heads, got dim=64, num_heads=3"),
+    ({"temperature": 0.0}, "temperature must be positive"),
+])  # fmt: skip
+def test_a_wrong_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        grr_coca_tiny(**arguments)
+
+
+def test_the_eight_variants_of_the_paper_differ_by_less_than_one_percent():
+    choices = itertools.product(["rmsnorm", "layernorm"], ["geglu", "mlp"], ["rope", "sinusoidal"])
+    counts = [parameters(on_meta(vision_transformer, norm=n, feed_forward=f, position=p)) for n, f, p in choices]
+    assert len(set(counts)) == 4  # positions cost nothing
+    assert max(counts) / min(counts) < 1.01

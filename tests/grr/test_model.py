@@ -1,0 +1,128 @@
+"""What each output of a CoCa may depend on, and that trimming, packing and caching change nothing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr.builders import grr_coca_tiny
+from grr.packing import IGNORE, pack, pack_captions
+
+PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16
+captions = st.lists(st.lists(st.integers(3, 509), max_size=CONTEXT - 3), min_size=1, max_size=4)
+
+
+def layout(tokens: list[int]) -> list[int]:
+    """SPEC's row: BOS t1 ... tn EOS PAD ... PAD CLS PAD."""
+    return [BOS, *tokens, EOS, *[PAD] * (CONTEXT - 3 - len(tokens)), CLS, PAD]
+
+
+def rows(captions: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([layout(c) for c in captions])
+
+
+@pytest.fixture(scope="module", params=["rope", "sinusoidal"])
+def model(request):
+    torch.manual_seed(0)
+    return grr_coca_tiny(text_position=request.param).double()
+
+
+def some_images(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+
+
+@given(captions=captions)
+def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, captions):
+    whole, images = rows(captions), some_images(len(captions))
+    ids, positions, labels = pack_captions([layout(c) for c in captions])
+    assert ids.shape[1] == max(map(len, captions)) + 3
+    packed = model(images, ids, positions=positions, labels=labels)
+    padded = model(images, whole[:, :-1])
+    following = whole[:, 1:]
+    expected = torch.nn.functional.cross_entropy(
+        padded.logits.float().flatten(0, 1),
+        following.masked_fill((following == PAD) | (following == CLS), IGNORE).flatten(),
+    )
+    torch.testing.assert_close(packed.text_embeddings, padded.text_embeddings)
+    torch.testing.assert_close(packed.image_embeddings, padded.image_embeddings)
+    torch.testing.assert_close(packed.token_losses.mean(), expected)
+
+
+@given(captions=captions, column=st.integers(1, CONTEXT - 2), token=st.integers(3, 509))
+def test_no_logit_depends_on_a_later_token_nor_on_cls(model, captions, column, token):
+    ids, images = rows(captions)[:, :-1], some_images(len(captions))
+    changed = ids.clone()
+    changed[:, column] = token
+    changed[:, -1] = token  # where CLS stood
+    before, after = model(images, ids).logits, model(images, changed).logits
+    real = (ids != PAD) & (torch.arange(CONTEXT) < column)  # what is written at padding is never read
+    torch.testing.assert_close(before[real], after[real], atol=1e-12, rtol=0)
+
+
+@given(captions=captions, padding=st.integers(1, 8))
+def test_the_text_embedding_does_not_depend_on_how_much_padding_stands_before_cls(model, captions, padding):
+    ids = rows(captions)[:, :-1]
+    packed, positions = pack(ids)
+    more = torch.cat((packed, torch.zeros(len(ids), padding, dtype=torch.long)), dim=1)
+    places = torch.cat((positions, positions[:, -1:].expand(-1, padding)), dim=1)
+    expected = model.encode_text(ids)
+    torch.testing.assert_close(model.encode_text(more, positions=places), expected, atol=1e-12, rtol=0)
+
+
+def test_cls_reads_the_whole_caption(model):
+    ids = rows([[5, 6, 7]])[:, :-1]
+    for column in range(5):
+        changed = ids.clone()
+        changed[0, column] = 9
+        assert (model.encode_text(changed) - model.encode_text(ids)).abs().max() > 1e-6
+
+
+def test_the_text_embedding_sees_no_image_and_the_image_embedding_no_text(model):
+    ids, images = rows([[5, 6], [7, 8]])[:, :-1], some_images(2)
+    output = model(images, ids)
+    torch.testing.assert_close(model(images.flip(0), ids).text_embeddings, output.text_embeddings)
+    torch.testing.assert_close(model(images, ids.flip(0)).image_embeddings, output.image_embeddings)
+    torch.testing.assert_close(model.encode_image(images), output.image_embeddings)
+    torch.testing.assert_close(model.encode_text(ids), output.text_embeddings)
+    assert (model(images.flip(0), ids).logits - output.logits).abs().max() > 1e-6
+
+
+def test_embeddings_have_unit_length_and_uint8_images_are_normalised_inside():
+    model = grr_coca_tiny()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    embeddings = model.encode_image(images)
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(3))
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(model.encode_image((images / 255 - mean) / deviation), embeddings)
+
+
+@given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_reading_with_caches_in_any_pieces_gives_the_same_next_token(model, pieces, seed):
+    ids = torch.randint(3, 510, (2, sum(pieces)), generator=torch.Generator().manual_seed(seed))
+    images = some_images(2)
+    context = model.image_context(images)
+    caches = model.caches(context.shape[1], sum(pieces))
+    expected = model(images, ids).logits
+    start = 0
+    for piece in pieces:
+        span = torch.arange(start, start + piece)
+        logits = model.next_token_logits(ids[:, span], context, positions=span, caches=caches)
+        start += piece
+        torch.testing.assert_close(logits, expected[:, start - 1])
+
+
+def test_a_checkpointed_model_has_the_same_gradients_with_dropout_drawn_again():
+    from grr.distributed import checkpoint_activations
+
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = grr_coca_tiny(dropout=0.3)
+        if checkpointed:
+            checkpoint_activations(model)
+        torch.manual_seed(1)
+        model(torch.ones(2, 3, 32, 32), rows([[5], [6]])[:, :-1]).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
