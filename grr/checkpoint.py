@@ -1,0 +1,523 @@
+"""What a run leaves on disk: checkpoints of its training state, its model, and the lock that keeps it to one writer.
+
+Training state is written by torch.distributed.checkpoint, each rank its own shards, into a folder aside that is renamed
+when it is whole; manifest.json holds the size and sha256 of every file. No pickle is read in a way that could run code.
+Every function is called by all ranks alike, or by one process without a process group.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], *, keep: int = 2
+) -> Path:
+    """Write the training state to folder/step_N and remove all but the `keep` newest up to N.
+
+    progress: JSON values; its "step", an int, is N. An optimizer that never stepped is saved, and left, without state.
+    A kill at any moment leaves a whole checkpoint, if there was one. The folder must be one that all ranks share.
+    Raises ValueError for a progress without a step and for keep < 1, OSError if a file cannot be written.
+    """
+    step = progress.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"save_checkpoint: progress must hold the number of the step, got {step=}")
+    if keep < 1:
+        raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep=}")
+    text = json.dumps(progress, indent=2)
+    path, aside = folder / f"step_{step}", folder / f"step_{step}.tmp"
+
+    def begin() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside / "progress.json", text)
+
+    _on_rank_0(begin)
+    with _as_wished():  # one thread: torch loses the errors of its other writing threads
+        save(_training_state(model, optimizer), storage_writer=FileSystemWriter(aside, thread_count=1))
+    files = _digests_of_all_ranks(aside)
+
+    def finish() -> None:
+        if missing := sorted(set(files) - {file.name for file in aside.iterdir()}):
+            raise OSError(
+                f"save_checkpoint: rank 0 does not see {', '.join(missing)} in {aside}; "
+                "the run's folder must be on a disk that all ranks share"
+            )
+        _write(aside / "manifest.json", json.dumps({"format": 1, "files": files}, indent=2))
+        _fsync(aside)
+        _install(aside, path)
+        _prune(folder, step, keep)
+
+    _on_rank_0(finish)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Find the whole checkpoint of the highest step in folder; None if there is none. Nothing is changed on disk.
+
+    Whole means that every file has the size and sha256 of manifest.json. A damaged one is logged and passed over.
+    """
+
+    def find() -> Path | None:
+        for path in sorted(_checkpoints(folder), key=_rank_of_name, reverse=True):
+            fault = _fault(path)
+            if fault is None:
+                return path
+            if path.suffix not in (".tmp", ".old"):  # those are what a killed run leaves, not damage
+                logger.warning(
+                    "latest_checkpoint: %s; the checkpoint before it is used (remedy: restore the file or delete %s)",
+                    fault,
+                    path,
+                )
+        return None
+
+    return _on_rank_0(find)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Fill model and optimizer, plain or sharded over any number of ranks, bit for bit; return the saved progress.
+
+    The optimizer's hyperparameters (lr, betas ...) become those of the checkpoint too. Gradients are dropped.
+    Raises ValueError if a file is damaged, a pickle asks for anything but metadata, or names, shapes, dtypes or
+    parameter groups are not those of model and optimizer.
+    """
+    if fault := _on_rank_0(lambda: _fault(path)):
+        raise ValueError(f"load_checkpoint: {fault}; restore the file, or resume from another checkpoint")
+    reader = _Reader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    optimizer.zero_grad(set_to_none=True)  # with a gradient left, get_state_dict would not create the optimizer's state
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    groups: list[dict[str, Any]] = optimizer_state["param_groups"]  # type: ignore[assignment]
+    # a parameter that never had a gradient has no state in the checkpoint, and shall have none here
+    optimizer_state["state"] = {
+        name: state
+        for name, state in optimizer_state["state"].items()  # type: ignore[union-attr]
+        if any(f"optimizer.state.{name}.{key}" in saved for key in state)  # type: ignore[union-attr]
+    }
+    _refuse_other_names(path, saved, model_state, optimizer_state)
+    for name in saved:
+        if match := re.fullmatch(r"optimizer\.param_groups\.(\d+)\.(\w+)", name):
+            groups[int(match[1])].setdefault(match[2], None)  # a scheduler adds initial_lr
+
+    names = [group["params"] for group in groups]
+    with _as_wished():
+        load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, planner=_Planner())
+    if [group["params"] for group in groups] != names:
+        raise ValueError(
+            f"load_checkpoint: {path} was made with other parameter groups; resume with the optimizer section "
+            "that the checkpoint was made with, or set a new run.folder"
+        )
+    set_model_state_dict(model, model_state)
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=StateDictOptions(strict=False))
+    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+    return progress
+
+
+def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer_path: Path | None) -> None:
+    """Write all that using the model needs: model.safetensors, config.json and, if given, tokenizer.model.
+
+    The folder is written aside and put in place when whole; a kill between the two renames leaves both the old
+    one, as folder.old, and the new one, as folder.tmp.
+    """
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    aside = folder.with_name(folder.name + ".tmp")
+
+    def write() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(_unshared(state), aside / "model.safetensors", metadata={"format": "pt"})
+        _fsync(aside / "model.safetensors")
+        _write(aside / "config.json", json.dumps(config, indent=2))
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, aside / "tokenizer.model")
+            _fsync(aside / "tokenizer.model")
+        _fsync(aside)
+        _install(aside, folder)
+
+    _on_rank_0(write)
+
+
+def load_model_weights(folder: Path, model: nn.Module) -> None:
+    """Fill model, plain or sharded, from folder/model.safetensors; values are cast to the dtypes of the model.
+
+    Raises FileNotFoundError if there is no such file, ValueError naming every parameter that is missing, unexpected or
+    of another shape.
+    """
+    file = folder / "model.safetensors"
+
+    def shapes() -> dict[str, str]:
+        if not file.is_file():
+            raise FileNotFoundError(f"load_model_weights: there is no {file}; give the model folder of a finished run")
+        with safe_open(file, framework="pt") as tensors:
+            return {name: str(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+    saved = _on_rank_0(shapes)
+    wanted = {name: str(list(value.shape)) for name, value in get_model_state_dict(model).items()}  # type: ignore[union-attr]
+    if mismatches := _mismatches(saved, wanted, "model"):
+        raise ValueError(
+            f"load_model_weights: {file} does not fit the model:\n{mismatches}\n"
+            "build the model that config.json beside the file describes"
+        )
+    sharded = dist.is_initialized()
+    state: dict[str, Any] = dict(load_file(file)) if not sharded or dist.get_rank() == 0 else {}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded))
+
+
+class RunLock:
+    """Hold folder/.lock for this run until release, the end of a with statement, or the death of rank 0.
+
+    patience: seconds to wait for a run that is just ending. To be made after the process group.
+    Raises RuntimeError on every rank if another run holds the folder.
+    """
+
+    def __init__(self, folder: Path, *, patience: float = 10.0) -> None:
+        self._file: IO[str] | None = None
+        _on_rank_0(lambda: self._take(folder / ".lock", patience))
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()  # the system drops the lock with the last descriptor
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _take(self, path: Path, patience: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise RuntimeError(
+                    f"RunLock: {path.parent} is being written by {holder}; "
+                    "wait for that run, end it (kill the process), or set a new run.folder"
+                ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+
+class StopSignal:
+    """Note SIGTERM, and SIGINT once, so that a loop can save and leave; a second SIGINT raises KeyboardInterrupt.
+
+    To be made in the main thread of every rank.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks call it together and get the same answer."""
+        if dist.is_initialized():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            seen = torch.tensor([self._seen], dtype=torch.uint8, device=device)
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+            self._seen = bool(seen.item())
+        return self._seen
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _on_rank_0(act: Callable[[], T]) -> T:
+    """Run act on rank 0 alone; when it is done, every rank has its result, or raises its error."""
+    if not dist.is_initialized():
+        return act()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text)
+    _fsync(file)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _as_wished() -> Iterator[None]:
+    """Raise, on all ranks, the first rank's error itself (torch's wrapper is no Exception); no warning if no group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from error
+
+
+def _training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Both state dicts, keyed by parameter names; tensors stay sharded.
+
+    get_state_dict creates missing optimizer state by a step with zero gradients, which counts as Adam's first: undone.
+    """
+    fresh = not optimizer.state
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    if fresh:
+        optimizer.state.clear()
+        optimizer_state["state"] = {}
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _digests_of_all_ranks(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file by name; each rank reads the files it wrote, rank 0 the common ones too."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    names = [file.name for file in folder.iterdir()]
+    own = [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))]
+    sizes = [(folder / name).stat().st_size for name in own]
+    digests = _sha256(folder / name for name in own)
+    files = {name: {"size": n, "sha256": digest} for name, n, digest in zip(own, sizes, digests, strict=True)}
+    if not dist.is_initialized():
+        return files
+    shares: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shares, files)
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _sha256(files: Iterable[Path]) -> list[str]:
+    def digest(file: Path) -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(max_workers=8) as threads:  # hashing lets go of the interpreter lock
+        return list(threads.map(digest, files))
+
+
+def _install(aside: Path, folder: Path) -> None:
+    """Put the whole folder aside in the place of folder; at any moment one of folder, .tmp and .old is whole."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in folder, and what may be one: .tmp was being written, .old was being removed."""
+    return [
+        path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+(\.tmp|\.old)?", path.name) and path.is_dir()
+    ]
+
+
+def _rank_of_name(path: Path) -> tuple[int, int]:
+    return int(path.stem.removeprefix("step_")), [".old", ".tmp", ""].index(path.suffix)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove what killed runs left, and all but the `keep` newest checkpoints up to step."""
+    paths = sorted(_checkpoints(folder), key=_rank_of_name, reverse=True)
+    for path in paths:
+        if path.suffix:
+            shutil.rmtree(path, ignore_errors=True)
+    whole = [path for path in paths if not path.suffix and _rank_of_name(path)[0] <= step]
+    for path in whole[keep:]:
+        shutil.rmtree(path.rename(path.with_suffix(".old")), ignore_errors=True)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, naming the first at fault; None if it is whole."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = [(path / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except FileNotFoundError:
+        return f"{path / 'manifest.json'} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path / 'manifest.json'} is damaged"
+    for file, size, _ in files:
+        if not file.is_file():
+            return f"{file} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{file} has {found} bytes where manifest.json says {size}"
+    for (file, _, saved), digest in zip(files, _sha256(file for file, _, _ in files), strict=True):
+        if digest != saved:
+            return f"{file} does not have the sha256 of manifest.json"
+    return None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the classes of a checkpoint's metadata and torch's dtypes; refuses every other name."""
+
+    _ALLOWED = frozenset(
+        {("torch", "Size"), ("torch.serialization", "_get_layout")}
+        | {("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+        | {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
+        | {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    """Reads .metadata, which is a pickle, without running what it may ask for."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        file = Path(self.path) / ".metadata"
+        try:
+            with file.open("rb") as stream:
+                metadata = _MetadataUnpickler(stream).load()
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"load_checkpoint: {file} asks for {error}, which no checkpoint needs; "
+                "it was not written by save_checkpoint: do not use it"
+            ) from None
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"load_checkpoint: {file} must hold a Metadata, got {type(metadata).__name__}")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads the values that are no tensors (lr, betas ...) weights_only; torch's own planner runs any pickle there."""
+
+    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
+        try:
+            plain = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                f"load_checkpoint: {read_item.dest_index.fqn} is not a plain value; "
+                "it was not written by a run of ours: do not use this checkpoint"
+            ) from None
+        *path, last = self.mappings[read_item.dest_index.fqn]
+        place: Any = self.original_state_dict
+        for key in path:
+            place = place[key]
+        place[last] = plain
+
+
+def _refuse_other_names(path: Path, saved: dict[str, Any], model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint holds these tensors and this number of parameter groups."""
+    state = {f"{name}.{key}": value for name, values in optimizer["state"].items() for key, value in values.items()}
+    for kind, prefix, wanted in (("model", "model.", model), ("optimizer", "optimizer.state.", state)):
+        in_file = {key.removeprefix(prefix): _kind_of(entry) for key, entry in saved.items() if key.startswith(prefix)}
+        if mismatches := _mismatches(in_file, {name: _kind_of(value) for name, value in wanted.items()}, kind):
+            raise ValueError(
+                f"load_checkpoint: {path} does not fit the {kind}:\n{mismatches}\nresume with the {kind} section that "
+                "the checkpoint was made with (config.yaml in the run's folder), or set a new run.folder"
+            )
+    groups = sum(re.fullmatch(r"optimizer\.param_groups\.\d+\.params", key) is not None for key in saved)
+    if groups != len(optimizer["param_groups"]):
+        raise ValueError(
+            f"load_checkpoint: {path} has {groups} parameter groups, the optimizer {len(optimizer['param_groups'])}; "
+            "resume with the optimizer section that the checkpoint was made with, or set a new run.folder"
+        )
+
+
+def _kind_of(value: Any) -> str:
+    """What must agree between a value and its entry in the metadata, as a message shows it."""
+    if isinstance(value, TensorStorageMetadata):
+        return f"{value.properties.dtype} {list(value.size)}"
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+
+
+def _mismatches(saved: dict[str, str], wanted: dict[str, str], kind: str) -> str:
+    """One line for each name that is not the same on both sides, the first twenty of them; empty if all agree."""
+    lines = [f"  {name}: in the {kind}, not in the file" for name in wanted if name not in saved]
+    lines += [f"  {name}: in the file, not in the {kind}" for name in saved if name not in wanted]
+    lines += [
+        f"  {name}: {saved[name]} in the file, {wanted[name]} in the {kind}"
+        for name in wanted
+        if name in saved and saved[name] != wanted[name]
+    ]
+    return "\n".join(lines[:20] + ([f"  and {len(lines) - 20} more"] if len(lines) > 20 else []))
+
+
+def _unshared(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two in the same memory, as safetensors wants them."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        tensor = value.contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return tensors
