@@ -17,12 +17,12 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-T = TypeVar("T")
+from grr.distributed import on_rank_0
+
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +72,7 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         _write(aside / "progress.json", text)
 
-    _on_rank_0(begin)
+    on_rank_0(begin)
     with _as_wished():  # one thread: torch loses the errors of its other writing threads
         save(_training_state(model, optimizer), storage_writer=FileSystemWriter(aside, thread_count=1))
     files = _digests_of_all_ranks(aside)
@@ -87,7 +88,7 @@ def save_checkpoint(
         _install(aside, path)
         _prune(folder, step, keep)
 
-    _on_rank_0(finish)
+    on_rank_0(finish)
     return path
 
 
@@ -110,7 +111,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
                 )
         return None
 
-    return _on_rank_0(find)
+    return on_rank_0(find)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
     Raises ValueError if a file is damaged, a pickle asks for anything but metadata, or names, shapes, dtypes or
     parameter groups are not those of model and optimizer.
     """
-    if fault := _on_rank_0(lambda: _fault(path)):
+    if fault := on_rank_0(lambda: _fault(path)):
         raise ValueError(f"load_checkpoint: {fault}; restore the file, or resume from another checkpoint")
     reader = _Reader(path)
     saved = reader.read_metadata().state_dict_metadata
@@ -173,7 +174,7 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer
         _fsync(aside)
         _install(aside, folder)
 
-    _on_rank_0(write)
+    on_rank_0(write)
 
 
 def load_model_weights(folder: Path, model: nn.Module) -> None:
@@ -190,7 +191,7 @@ def load_model_weights(folder: Path, model: nn.Module) -> None:
         with safe_open(file, framework="pt") as tensors:
             return {name: str(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
-    saved = _on_rank_0(shapes)
+    saved = on_rank_0(shapes)
     wanted = {name: str(list(value.shape)) for name, value in get_model_state_dict(model).items()}  # type: ignore[union-attr]
     if mismatches := _mismatches(saved, wanted, "model"):
         raise ValueError(
@@ -211,7 +212,7 @@ class RunLock:
 
     def __init__(self, folder: Path, *, patience: float = 10.0) -> None:
         self._file: IO[str] | None = None
-        _on_rank_0(lambda: self._take(folder / ".lock", patience))
+        on_rank_0(lambda: self._take(folder / ".lock", patience))
 
     def release(self) -> None:
         if self._file is not None:
@@ -273,23 +274,6 @@ class StopSignal:
         self._seen = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _on_rank_0(act: Callable[[], T]) -> T:
-    """Run act on rank 0 alone; when it is done, every rank has its result, or raises its error."""
-    if not dist.is_initialized():
-        return act()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = act()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
 
 
 def _write(file: Path, text: str) -> None:

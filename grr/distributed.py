@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grr.components import Block
 
+T = TypeVar("T")
 METHODS = ("embed", "encode_image", "encode_text", "image_context", "next_token_logits")  # ways into a CoCa
 
 
@@ -33,7 +34,7 @@ def start() -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return device
 
 
@@ -50,11 +51,10 @@ def shard(model: nn.Module, device: torch.device, *, bf16: bool = False, replica
         mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    within = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    compute, exact = (torch.bfloat16, torch.float32) if bf16 else (None, None)
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, **({"mp_policy": within} if within else {}))
-    outside = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32) if bf16 else None
-    fully_shard(model, mesh=mesh, **({"mp_policy": outside} if outside else {}))
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact, output_dtype=exact))
     for name in METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
@@ -130,7 +130,7 @@ def gather(x: Tensor) -> Tensor:
     Its gradient is the sum of all processes' gradients for one's own rows. So a loss that every process computes on
     gathered rows has, after FSDP's mean over processes, the gradient of that loss in a single process.
     """
-    return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(x)  # type: ignore[no-untyped-call]
 
 
 def all_sum(*numbers: float) -> list[float]:
@@ -138,7 +138,24 @@ def all_sum(*numbers: float) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return total.tolist()  # type: ignore[no-any-return]
+    return total.tolist()
+
+
+def on_rank_0(act: Callable[[], T]) -> T:
+    """Run act on rank 0 alone; when it is done, every rank has its result, or raises its error."""
+    if not dist.is_initialized():
+        return act()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 class _Gather(torch.autograd.Function):
@@ -149,7 +166,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,7 +1,7 @@
 """A contrastive captioner: three towers and two poolers, wired as in CoCa (Yu et al. 2022, figure 2)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None,
-                caches: list[BlockCache] | None = None) -> Tensor:  # fmt: skip
+                caches: Sequence[BlockCache | None] | None = None) -> Tensor:  # fmt: skip
         if positions is None:
             ids, positions = pack(ids, pad_id=self.pad_id)
             return unpack(self(ids, positions=positions), positions)
@@ -87,7 +87,7 @@ class MultimodalDecoder(nn.Module):
         self.head = head
 
     def forward(self, text: Tensor, context: Tensor, *, positions: Tensor | None = None,
-                caches: list[BlockCache] | None = None) -> Tensor:  # fmt: skip
+                caches: Sequence[BlockCache | None] | None = None) -> Tensor:  # fmt: skip
         if positions is None:
             positions = torch.arange(text.shape[1], device=text.device)
         x = text
@@ -199,10 +199,11 @@ class CoCa(nn.Module):
     def caches(self, context_length: int, max_length: int) -> tuple[list[BlockCache], list[BlockCache]]:
         """Empty caches for the two decoders, to write captions of up to max_length tokens."""
 
-        def empty(blocks: nn.ModuleList) -> list[BlockCache]:
+        def empty(decoder: nn.Module) -> list[BlockCache]:
+            blocks = [module for module in decoder.modules() if isinstance(module, Block)]
             return [BlockCache(KeyValueCache(max_length), KeyValueCache(context_length)) for _ in blocks]
 
-        return empty(self.text_decoder.blocks), empty(self.multimodal_decoder.blocks)
+        return empty(self.text_decoder), empty(self.multimodal_decoder)
 
     def next_token_logits(self, ids: Tensor, context: Tensor, *, positions: Tensor,
                           caches: tuple[list[BlockCache], list[BlockCache]]) -> Tensor:  # fmt: skip

@@ -165,15 +165,19 @@ def constant(value: float) -> tuple[nn.Module, Optimizer]:
 def kill(folder: Path) -> None:
     """For each line on stdin, start a process that saves without end and kill it at a random moment."""
     for line in sys.stdin:
+        warm, say = os.pipe()
         child = os.fork()  # safe here: this process has not used torch's threads
         if child == 0:
+            save_checkpoint(folder.with_name("warm"), *constant(0.0), {"step": 0})  # the first save imports much
+            os.write(say, b"!")
             latest = latest_checkpoint(folder)
             step = 0 if latest is None else int(latest.name.split("_")[1].split(".")[0])
             while True:
                 step += 1
                 for _ in range(2):  # the second save replaces the first
                     save_checkpoint(folder, *constant(float(step)), {"step": step}, keep=1)
-        time.sleep(random.Random(line).uniform(0.1, 0.7))
+        os.read(warm, 1)
+        time.sleep(random.Random(line).uniform(0.0, 0.3))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         print("killed", flush=True)

@@ -1,0 +1,183 @@
+"""Every mode and file becomes what a person sees, and no bytes raise anything but BadImage."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from grr.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, load_image, normalize, to_tensor
+
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F",
+         "I;16", "I;16L", "I;16B"]  # fmt: skip
+
+
+def photo(width: int = 64, height: int = 48) -> Image.Image:
+    """A smooth colourful picture, darker at the left, redder at the top."""
+    y, x = np.mgrid[0:height, 0:width] / [[[height]], [[width]]]
+    rgb = np.stack((255 * (1 - y), 255 * x, 128 * x + 64), axis=-1)
+    return Image.fromarray(rgb.astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def grey(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float().mean(0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_what_a_person_sees(mode):
+    source = photo()
+    if mode.startswith("I") or mode == "F":
+        values = np.asarray(source.convert("L")).astype(np.float64)
+        scale, kind = (1 / 255, np.float32) if mode == "F" else (257, np.int32 if mode == "I" else np.uint16)
+        image = Image.fromarray((values * scale).astype(kind))
+        image = image if mode in ("I", "F") else Image.frombytes(
+            mode, image.size, (values * 257).astype(">u2" if mode.endswith("B") else "<u2").tobytes())  # fmt: skip
+    elif mode in ("La", "RGBa"):
+        image = source.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+    elif mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.applyTransform(source, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    elif mode == "PA":
+        image = source.convert("P").convert("PA")
+    else:
+        image = source.convert(mode)
+    assert image.mode == mode
+    seen, expected = to_tensor(image, size=32), to_tensor(source, size=32)
+    assert seen.dtype == torch.uint8
+    assert seen.shape == (3, 32, 32)
+    if mode in ("1", "P", "PA"):  # dithered, few colours
+        assert (grey(seen).mean() - grey(expected).mean()).abs() < 12
+    elif mode in ("L", "LA", "La", "I", "F") or mode.startswith("I;16"):
+        shown = to_tensor(source.convert("L"), size=32)
+        assert (seen.int() - shown.int()).abs().max() <= 2
+    else:
+        assert (seen.int() - expected.int()).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("PNG", {}), ("JPEG", {"quality": 95}), ("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("BMP", {}),
+])  # fmt: skip
+def test_every_format_is_read(kind, options):
+    seen = load_image(encoded(photo(), kind, **options), size=32)
+    assert (seen.int() - to_tensor(photo(), size=32).int()).abs().float().mean() < 6
+
+
+def test_a_path_bytes_and_a_file_are_the_same_image(tmp_path):
+    data = encoded(photo(), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    images = [load_image(s, size=16) for s in (tmp_path / "a.png", str(tmp_path / "a.png"), data, io.BytesIO(data))]
+    assert all(torch.equal(images[0], other) for other in images)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(orientation):
+    upright = photo()
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = load_image(encoded(stored, "PNG", exif=exif), size=32)
+    torch.testing.assert_close(seen, to_tensor(upright, size=32), rtol=0, atol=0)
+
+
+def test_transparency_is_laid_on_white():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (load_image(encoded(clear, "PNG"), size=8) == 255).all()
+    half = to_tensor(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), size=8)
+    assert (half.int() - 127).abs().max() <= 1
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    assert (load_image(encoded(palette, "PNG", transparency=0), size=8) == 255).all()
+
+
+def test_of_an_animation_the_first_frame_is_seen():
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    seen = load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), size=8)
+    assert seen[:, 0, 0].tolist() == [255, 0, 0]
+
+
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.sampled_from([8, 16, 33]))
+def test_resizing_is_bilinear_with_antialiasing_as_torch_has_it(width, height, size):
+    image = photo(width, height)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double().unsqueeze(0)
+    expected = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
+    assert (to_tensor(image, size=size).double() - expected).abs().max() <= 1.01
+
+
+def test_center_keeps_the_shape_and_cuts_the_longer_side():
+    wide = photo(100, 50)
+    expected = to_tensor(wide.crop((25, 0, 75, 50)), size=32)
+    assert (to_tensor(wide, size=32, crop="center").int() - expected.int()).abs().max() <= 2
+
+
+def test_a_jpeg_decoded_at_a_reduced_scale_is_within_a_few_levels_of_the_whole(shared_data):
+    for file in sorted((shared_data / "coco_mini/train2017").glob("*.jpg"))[:12]:
+        with Image.open(file) as image:
+            whole = to_tensor(ImageOps.exif_transpose(image), size=64)
+        difference = (load_image(file, size=64).int() - whole.int()).abs().float()
+        assert difference.mean() < 2.5
+
+
+@given(data=st.binary(max_size=300))
+def test_no_bytes_raise_anything_but_bad_image(data):
+    with pytest.raises(BadImage, match="not a readable image"):
+        load_image(data, size=8)
+
+
+@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]), cut=st.floats(0, 1),
+       noise=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5))  # fmt: skip
+def test_a_damaged_file_is_read_or_refused(kind, cut, noise):
+    data = bytearray(encoded(photo(), kind))
+    for place, value in noise:
+        data[int(place * (len(data) - 1))] = value
+    with contextlib.suppress(BadImage):
+        assert load_image(bytes(data[: int(cut * len(data))]), size=8).shape == (3, 8, 8)
+
+
+def test_a_truncated_file_is_refused_and_the_cause_named():
+    data = encoded(photo(400, 300), "JPEG")
+    with pytest.raises(BadImage, match=r"not a readable image: OSError: .*truncated"):
+        load_image(data[: len(data) // 2], size=8)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded():
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(BadImage, match="bomb"):
+        load_image(bomb, size=8)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_image(tmp_path / "nowhere.jpg")
+
+
+def test_normalize_is_the_formula_for_bytes_and_nothing_for_floats():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    expected = torch.empty(2, 3, 4, 5, dtype=torch.float64)
+    for c in range(3):
+        expected[:, c] = (images[:, c].double() / 255 - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
+    torch.testing.assert_close(normalize(images).double(), expected, atol=1e-6, rtol=1e-6)
+    assert normalize(expected) is expected
+
+
+def test_normalize_can_be_exported():
+    class Normalize(torch.nn.Module):
+        def forward(self, x):
+            return normalize(x)
+
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    torch.testing.assert_close(torch.export.export(Normalize(), (images,)).module()(images), normalize(images))
