@@ -13,7 +13,7 @@ Rotary = RotaryEmbedding | AxialRotaryEmbedding | MixedRotaryEmbedding
 class KeyValueCache:
     """Keys and values of the tokens seen so far, so that each is computed once while a caption is written.
 
-    keys, values: [b, h, t, k], room for t tokens; `length` of them are filled.
+    keys, values: [b, h, t, k], room for t tokens; `length` of them are filled. Written in place, so without gradients.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -74,7 +74,9 @@ class SelfAttention(nn.Module):
         mask, causal = None, self.causal
         if cache is not None:
             k, v = cache.append(k, v)
-            if causal and cache.length > s:  # torch's is_causal aligns the first query with the first key
+            if s == 1:
+                causal = False
+            elif causal and cache.length > s:  # torch's is_causal would align the first query with the first key
                 mask = torch.ones(s, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - s)
                 causal = False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

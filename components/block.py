@@ -19,13 +19,17 @@ class Block(nn.Module):
 
     x: [b, s, d], positions: as the attention takes them, context: [b, t, d] -> [b, s, d]. Every branch is added to the
     residual stream through dropout, and nothing else is dropped. The parts may be any modules of these signatures:
-    attention(x, positions=, cache=), cross_attention(x, context, cache=), feed_forward(x), norms(x).
+    attention(x, positions=, cache=), cross_attention(x, context, cache=), feed_forward(x), norms(x). Raises ValueError
+    if only one of cross_attention and its norm is given.
     """
 
     def __init__(self, *, attention_norm: nn.Module, attention: nn.Module, feed_forward_norm: nn.Module,
                  feed_forward: nn.Module, cross_attention_norm: nn.Module | None = None,
                  cross_attention: nn.Module | None = None, dropout: float = 0.0) -> None:  # fmt: skip
         super().__init__()
+        if (cross_attention is None) != (cross_attention_norm is None):
+            only = "cross_attention" if cross_attention_norm is None else "cross_attention_norm"
+            raise ValueError(f"Block: cross_attention and cross_attention_norm come together, got only {only}")
         self.attention_norm, self.attention = attention_norm, attention
         self.cross_attention_norm, self.cross_attention = cross_attention_norm, cross_attention
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward

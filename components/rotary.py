@@ -110,7 +110,8 @@ class MixedRotaryEmbedding(nn.Module):
 
     def angles(self, positions: Tensor) -> Tensor:
         """positions: [s, 2] or [b, s, 2] -> float32 [h, s, k/2] or [b, h, s, k/2]."""
-        return torch.einsum("...sa,hia->...hsi", positions.float(), self.frequencies.float())
+        places = positions.float()[..., None, :, None, :]  # [1, s, 1, 2] or [b, 1, s, 1, 2]
+        return (places * self.frequencies.float().unsqueeze(1)).sum(-1)  # no matmul: autocast would make it bfloat16
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, self.angles(positions))

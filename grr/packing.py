@@ -35,8 +35,9 @@ def pack_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor, Te
     """
     whole = torch.tensor(rows)  # [b, s + 1]
     inputs, following = whole[:, :-1], whole[:, 1:]
-    cls = inputs[:, -1:]  # [b, 1]
-    labels = following.masked_fill((following == pad_id) | (following == cls), IGNORE)  # [b, s]
+    bos, cls = inputs[:, :1], inputs[:, -1:]  # [b, 1] each
+    ignored = (following == pad_id) | (following == bos) | (following == cls)
+    labels = following.masked_fill(ignored, IGNORE)  # [b, s]
     ids, positions = pack(inputs, pad_id=pad_id)
     longest = int((ids != pad_id).sum(1).max())
     return ids[:, :longest], positions[:, :longest], labels.gather(1, positions)[:, : longest - 2]

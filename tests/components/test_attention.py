@@ -1,0 +1,203 @@
+"""Self- and cross-attention: what an output may depend on, the formula, torch's module, and the cache."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from grr.components import CrossAttention, KeyValueCache, MixedRotaryEmbedding, RotaryEmbedding, SelfAttention, rotate
+
+D = 16
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 8), st.sampled_from([1, 2, 4]))  # b, s, h
+seeds = st.integers(0, 999)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random(module: nn.Module, seed: int = 0) -> nn.Module:
+    """In float64, with biases and norms that are neither 0 nor 1."""
+    for i, parameter in enumerate(module.double().parameters()):
+        parameter.data = normal(*parameter.shape, seed=seed + i) / math.sqrt(parameter.shape[-1])
+    return module
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(width)) v, equation 1 of Vaswani et al. 2017, with minus infinity at what is hidden."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        scores = scores + torch.full_like(scores, -math.inf).triu(1)
+    return scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
+
+
+# Laws
+
+
+@given(sizes=sizes, data=st.data(), seed=seeds)
+def test_no_output_depends_on_a_later_token_and_each_on_its_own(sizes, data, seed):
+    b, s, h = sizes
+    module = random(SelfAttention(D, h, causal=True, rotary=RotaryEmbedding(D // h), qk_norm=True), seed)
+    x, place = normal(b, s, D, seed=seed), data.draw(st.integers(0, s - 1))
+    changed = x.clone()
+    changed[:, place:] = normal(b, s - place, D, seed=seed + 1)
+    before, after = (module(t, positions=torch.arange(s)) for t in (x, changed))
+    torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-12, rtol=0)
+    assert (after[:, place] != before[:, place]).any()
+
+
+@given(sizes=sizes, shift=st.integers(-50, 50), causal=st.booleans(), seed=seeds)
+def test_only_differences_of_positions_matter(sizes, shift, causal, seed):
+    b, s, h = sizes
+    module = random(SelfAttention(D, h, causal=causal, rotary=RotaryEmbedding(D // h)), seed)
+    x, at = normal(b, s, D, seed=seed), torch.randint(0, 50, (b, s), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(module(x, positions=at + shift), module(x, positions=at), atol=1e-4, rtol=0)
+
+
+@given(sizes=sizes, seed=seeds)
+def test_tokens_that_move_together_with_their_positions_read_the_same(sizes, seed):
+    b, s, h = sizes
+    module = random(SelfAttention(D, h, rotary=RotaryEmbedding(D // h)), seed)
+    x, at = normal(b, s, D, seed=seed), torch.arange(s)
+    order = torch.randperm(s, generator=torch.Generator().manual_seed(seed))
+    expected = module(x, positions=at)[:, order]
+    torch.testing.assert_close(module(x[:, order], positions=at[order]), expected)
+
+
+@given(sizes=sizes, t=st.integers(1, 8), qk_norm=st.booleans(), seed=seeds)
+def test_the_order_of_a_context_makes_no_difference(sizes, t, qk_norm, seed):
+    b, s, h = sizes
+    module = random(CrossAttention(D, h, qk_norm=qk_norm), seed)
+    x, context = normal(b, s, D, seed=seed), normal(b, t, D, seed=seed + 1)
+    order = torch.randperm(t, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(module(x, context[:, order]), module(x, context))
+
+
+@given(d=st.sampled_from([4, 8, 20]), h=st.sampled_from([1, 2, 4]))
+def test_parameter_counts(d, h):
+    for module in (SelfAttention, CrossAttention):
+        assert sum(p.numel() for p in module(d, h).parameters()) == 4 * (d**2 + d)
+        assert sum(p.numel() for p in module(d, h, qk_norm=True).parameters()) == 4 * (d**2 + d) + 2 * d // h
+
+
+# Agreement
+
+
+@given(sizes=sizes, causal=st.booleans(), seed=seeds)
+def test_self_attention_is_the_formula(sizes, causal, seed):
+    b, s, h = sizes
+    module, x = random(SelfAttention(D, h, causal=causal), seed), normal(b, s, D, seed=seed)
+    q, k, v = (x @ w.T + c for w, c in zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), strict=True))
+    heads = zip(*(y.chunk(h, dim=-1) for y in (q, k, v)), strict=True)
+    joined = torch.cat([attended(*head, causal=causal) for head in heads], dim=-1)
+    torch.testing.assert_close(module(x), joined @ module.out.weight.T + module.out.bias)
+
+
+@given(sizes=sizes, t=st.integers(1, 8), seed=seeds)
+def test_cross_attention_is_the_formula(sizes, t, seed):
+    b, s, h = sizes
+    module, x, context = random(CrossAttention(D, h), seed), normal(b, s, D, seed=seed), normal(b, t, D, seed=seed + 1)
+    q = x @ module.q.weight.T + module.q.bias
+    k, v = (context @ module.kv.weight.T + module.kv.bias).chunk(2, dim=-1)
+    heads = zip(*(y.chunk(h, dim=-1) for y in (q, k, v)), strict=True)
+    joined = torch.cat([attended(*head) for head in heads], dim=-1)
+    torch.testing.assert_close(module(x, context), joined @ module.out.weight.T + module.out.bias)
+
+
+@given(sizes=sizes, causal=st.booleans(), seed=seeds)
+def test_self_attention_agrees_with_torchs_module(sizes, causal, seed):
+    b, s, h = sizes
+    ours, theirs = random(SelfAttention(D, h, causal=causal), seed), nn.MultiheadAttention(D, h, batch_first=True)
+    theirs.in_proj_weight, theirs.in_proj_bias, theirs.out_proj = ours.qkv.weight, ours.qkv.bias, ours.out
+    x, hidden = normal(b, s, D, seed=seed), torch.ones(s, s, dtype=torch.bool).triu(1) if causal else None
+    expected, _ = theirs(x, x, x, attn_mask=hidden, need_weights=False)
+    torch.testing.assert_close(ours(x), expected)
+
+
+@given(sizes=sizes, t=st.integers(1, 8), seed=seeds)
+def test_cross_attention_agrees_with_torchs_module(sizes, t, seed):
+    b, s, h = sizes
+    ours, theirs = random(CrossAttention(D, h), seed), nn.MultiheadAttention(D, h, batch_first=True).double()
+    theirs.in_proj_weight.data = torch.cat((ours.q.weight, ours.kv.weight)).detach()
+    theirs.in_proj_bias.data = torch.cat((ours.q.bias, ours.kv.bias)).detach()
+    theirs.out_proj = ours.out
+    x, context = normal(b, s, D, seed=seed), normal(b, t, D, seed=seed + 1)
+    expected, _ = theirs(x, context, context, need_weights=False)
+    torch.testing.assert_close(ours(x, context), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", [RotaryEmbedding, lambda head_dim: MixedRotaryEmbedding(head_dim, 2)])
+def test_queries_and_keys_are_normalised_then_turned_then_handed_to_torchs_kernel(kind, causal):
+    module = random(SelfAttention(D, 2, causal=causal, rotary=kind(D // 2), qk_norm=True))
+    x, at = normal(2, 5, D, seed=9), torch.arange(5)
+    at = at if module.rotary.axes == 1 else torch.stack((at, -at), dim=-1)
+    q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in module.qkv(x).chunk(3, dim=-1))
+    q = rotate(nn.functional.rms_norm(q, (8,), module.q_norm.weight, 1e-6), module.rotary.angles(at))
+    k = rotate(nn.functional.rms_norm(k, (8,), module.k_norm.weight, 1e-6), module.rotary.angles(at))
+    y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(module(x, positions=at), module.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_queries_and_keys_of_cross_attention_are_normalised():
+    module, x, context = random(CrossAttention(D, 2, qk_norm=True)), normal(2, 3, D, seed=8), normal(2, 5, D, seed=9)
+    q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (module.q(x), *module.kv(context).chunk(2, dim=-1)))
+    q = nn.functional.rms_norm(q, (8,), module.q_norm.weight, 1e-6)
+    k = nn.functional.rms_norm(k, (8,), module.k_norm.weight, 1e-6)
+    y = nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(module(x, context), module.out(y.transpose(1, 2).flatten(2)))
+
+
+# The cache
+
+
+@given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5), spare=st.integers(0, 3), seed=seeds)
+def test_reading_in_any_pieces_is_reading_the_whole(pieces, spare, seed):
+    module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2), qk_norm=True), seed)
+    s = sum(pieces)
+    x, at, cache = normal(2, s, D, seed=seed), torch.arange(s), KeyValueCache(s + spare)
+    read = [module(part, positions=place, cache=cache)
+            for part, place in zip(x.split(pieces, dim=1), at.split(pieces), strict=True)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(read, dim=1), module(x, positions=at))
+    assert cache.length == s
+
+
+def test_a_context_is_projected_at_the_first_call_only():
+    module, cache = random(CrossAttention(D, 2, qk_norm=True)), KeyValueCache(6)
+    x, context, projected = normal(2, 4, D, seed=0), normal(2, 6, D, seed=1), []
+    module.kv.register_forward_hook(lambda *_: projected.append(True))
+    read = [module(token, context, cache=cache) for token in x.split(1, dim=1)]
+    assert projected == [True]
+    torch.testing.assert_close(torch.cat(read, dim=1), module(x, context))
+
+
+@given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), too_many=st.integers(1, 3))
+def test_a_cache_gives_back_what_it_was_given_and_refuses_more_than_it_has_room_for(pieces, too_many):
+    s = sum(pieces)
+    keys, values, cache = normal(2, 3, s, 4, seed=0), normal(2, 3, s, 4, seed=1), KeyValueCache(s)
+    for k, v in zip(keys.split(pieces, dim=2), values.split(pieces, dim=2), strict=True):
+        cache.append(k, v)
+    more = torch.zeros(2, 3, too_many, 4)
+    with pytest.raises(ValueError, match=rf"KeyValueCache: {s} \+ {too_many} tokens do not fit into max_length={s}"):
+        cache.append(more, more)
+    stored_keys, stored_values = cache.filled()  # the refusal harmed nothing
+    assert stored_keys.equal(keys)
+    assert stored_values.equal(values)
+
+
+# Errors
+
+
+def test_a_rotary_embedding_without_positions_is_refused():
+    module = SelfAttention(D, 2, rotary=RotaryEmbedding(D // 2))
+    with pytest.raises(ValueError, match="SelfAttention: a rotary embedding needs positions, got positions=None"):
+        module(torch.ones(1, 3, D))
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
+def test_a_width_that_the_heads_cannot_share_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: dim must be a multiple of num_heads, got dim=8, .*=3"):
+        kind(8, 3)

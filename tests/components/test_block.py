@@ -1,0 +1,110 @@
+"""Block: the pre-norm residual formula, dropout in training only, and parts that anyone may replace."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from grr.components import (
+    GEGLU,
+    Block,
+    BlockCache,
+    CrossAttention,
+    KeyValueCache,
+    LayerNorm,
+    RMSNorm,
+    RotaryEmbedding,
+    SelfAttention,
+)
+
+D = 8
+
+
+def a_block(*, context: bool, dropout: float = 0.0, seed: int = 0) -> Block:
+    torch.manual_seed(seed)
+    return Block(
+        attention_norm=RMSNorm(D),
+        attention=SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2)),
+        cross_attention_norm=LayerNorm(D) if context else None,
+        cross_attention=CrossAttention(D, 2) if context else None,
+        feed_forward_norm=RMSNorm(D),
+        feed_forward=GEGLU(D, 12),
+        dropout=dropout,
+    ).double()
+
+
+def some(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) * shape[1]), dtype=torch.float64)
+
+
+@given(b=st.integers(1, 3), s=st.integers(1, 6), seed=st.integers(0, 99))
+def test_each_branch_reads_the_normalised_stream_and_is_added_to_it(b, s, seed):
+    block, x, at = a_block(context=False, seed=seed), some(b, s, D), torch.arange(s)
+    y = x + block.attention(block.attention_norm(x), positions=at)
+    torch.testing.assert_close(block(x, positions=at), y + block.feed_forward(block.feed_forward_norm(y)))
+
+
+@given(b=st.integers(1, 3), s=st.integers(1, 6), t=st.integers(1, 6), seed=st.integers(0, 99))
+def test_the_context_is_read_between_the_two(b, s, t, seed):
+    block, x, context, at = a_block(context=True, seed=seed), some(b, s, D), some(b, t, D), torch.arange(s)
+    y = x + block.attention(block.attention_norm(x), positions=at)
+    z = y + block.cross_attention(block.cross_attention_norm(y), context)
+    expected = z + block.feed_forward(block.feed_forward_norm(z))
+    torch.testing.assert_close(block(x, positions=at, context=context), expected)
+
+
+@given(s=st.integers(2, 6), data=st.data())
+def test_no_token_of_a_causal_block_depends_on_a_later_one(s, data):
+    block, x, place = a_block(context=True), some(2, s, D), data.draw(st.integers(1, s - 1))
+    changed = x.clone()
+    changed[:, place:] += 1
+    before, after = (block(t, positions=torch.arange(s), context=some(2, 3, D)) for t in (x, changed))
+    torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-12, rtol=0)
+    assert (after[:, place:] != before[:, place:]).any()
+
+
+@given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_reading_with_a_cache_in_any_pieces_is_reading_the_whole(pieces):
+    s = sum(pieces)
+    block, x, context, at = a_block(context=True), some(2, s, D), some(2, 5, D), torch.arange(s)
+    cache = BlockCache(tokens=KeyValueCache(s), context=KeyValueCache(5))
+    read = [block(part, positions=place, context=context, cache=cache)
+            for part, place in zip(x.split(pieces, dim=1), at.split(pieces), strict=True)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(read, dim=1), block(x, positions=at, context=context))
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_dropout_acts_in_training_only(context):
+    block, plain = a_block(context=context, dropout=0.5), a_block(context=context)
+    x = some(2, 4, D)
+    inputs = {"positions": torch.arange(4), "context": some(2, 3, D) if context else None}
+    assert (block(x, **inputs) != block(x, **inputs)).any()
+    torch.testing.assert_close(block.eval()(x, **inputs), plain(x, **inputs), atol=0, rtol=0)
+
+
+def test_every_branch_is_dropped_and_nothing_else():
+    block, x = a_block(context=True, dropout=1.0), some(2, 4, D)
+    torch.testing.assert_close(block(x, positions=torch.arange(4), context=some(2, 3, D)), x, atol=0, rtol=0)
+
+
+class RunningMean(nn.Module):
+    """An attention of a user's own: each token reads the mean of all tokens up to itself."""
+
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(-1)
+
+
+def test_parts_of_a_users_own_drop_in():
+    block = Block(attention_norm=nn.Identity(), attention=RunningMean(), feed_forward_norm=nn.Identity(),
+                  feed_forward=nn.Tanh())  # fmt: skip
+    x = torch.tensor([[[1.0], [3.0], [8.0]]])
+    y = torch.tensor([[[2.0], [5.0], [12.0]]])  # 1 + 1, 3 + 2, 8 + 4
+    torch.testing.assert_close(block(x), y + y.tanh())
+
+
+@pytest.mark.parametrize("only", ["cross_attention", "cross_attention_norm"])
+def test_a_cross_attention_without_its_norm_is_refused_and_so_is_a_norm_alone(only):
+    with pytest.raises(ValueError, match=f"cross_attention and cross_attention_norm come together, got only {only}$"):
+        Block(attention_norm=nn.Identity(), attention=RunningMean(), feed_forward_norm=nn.Identity(),
+              feed_forward=nn.Tanh(), **{only: nn.Identity()})  # fmt: skip

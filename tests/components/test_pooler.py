@@ -1,0 +1,59 @@
+"""AttentionPooler: a set goes in, a fixed number of vectors comes out."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from grr.components import AttentionPooler
+
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.sampled_from([1, 2, 4]))  # b, t, n, h
+seeds = st.integers(0, 999)
+
+
+def pooler_and_input(b: int, t: int, n: int, h: int, seed: int) -> tuple[AttentionPooler, Tensor]:
+    torch.manual_seed(seed)
+    return AttentionPooler(8, n, h).double(), torch.randn(b, t, 8, dtype=torch.float64)
+
+
+@given(sizes=sizes, seed=seeds)
+def test_the_order_of_the_input_makes_no_difference(sizes, seed):
+    pooler, x = pooler_and_input(*sizes, seed)
+    torch.testing.assert_close(pooler(x[:, torch.randperm(x.shape[1])]), pooler(x))
+
+
+@given(sizes=sizes, times=st.integers(2, 4), seed=seeds)
+def test_reading_everything_several_times_tells_nothing_new(sizes, times, seed):
+    pooler, x = pooler_and_input(*sizes, seed)
+    torch.testing.assert_close(pooler(x.repeat(1, times, 1)), pooler(x))
+
+
+@given(sizes=sizes, seed=seeds)
+def test_it_is_torchs_attention_whose_query_projection_is_the_identity(sizes, seed):
+    pooler, x = pooler_and_input(*sizes, seed)
+    theirs = nn.MultiheadAttention(8, sizes[-1], batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat((torch.eye(8), pooler.kv.weight)))
+        theirs.in_proj_bias.copy_(torch.cat((torch.zeros(8), pooler.kv.bias)))
+    theirs.out_proj.load_state_dict(pooler.out.state_dict())
+    expected, _ = theirs(pooler.queries.expand(len(x), -1, -1), x, x, need_weights=False)
+    torch.testing.assert_close(pooler(x), expected)
+
+
+def test_the_poolers_of_the_paper_have_its_parameter_counts():
+    """SPEC: generative pooler 1,820,928 (64 queries), contrastive pooler 1,772,544 (one)."""
+    with torch.device("meta"):
+        for queries, expected in ((64, 1_820_928), (1, 1_772_544)):
+            assert sum(p.numel() for p in AttentionPooler(768, queries, 12).parameters()) == expected
+            assert expected == queries * 768 + 3 * (768**2 + 768)
+
+
+def test_queries_begin_with_unit_variance():
+    torch.manual_seed(0)
+    assert AttentionPooler(64, 64, 4).queries.std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_width_that_the_heads_cannot_share_is_refused():
+    with pytest.raises(ValueError, match=r"AttentionPooler: dim must be a multiple of num_heads, got dim=8, .*=3"):
+        AttentionPooler(8, 1, 3)

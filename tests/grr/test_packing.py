@@ -1,0 +1,105 @@
+"""Packed captions: an invertible move of padding, labels by plain Python, and attention that needs no mask."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from grr.components import RotaryEmbedding, SelfAttention, rotate
+from grr.packing import IGNORE, pack, pack_captions, unpack
+
+PAD, EOS, BOS, CLS = 0, 1, 32_100, 32_101
+captions = st.lists(st.lists(st.integers(2, 32_099), max_size=61), min_size=1, max_size=5)
+
+
+def layout(tokens: list[int]) -> list[int]:
+    """SPEC's row of 65 ids: BOS t1 ... tn EOS PAD ... PAD CLS PAD."""
+    return [BOS, *tokens, EOS, *[PAD] * (61 - len(tokens)), CLS, PAD]
+
+
+@given(b=st.integers(1, 4), s=st.integers(1, 12), pad_id=st.sampled_from([0, 3]), seed=st.integers(0, 999))
+def test_packing_moves_padding_to_the_end_and_unpacking_undoes_it(b, s, pad_id, seed):
+    ids = torch.randint(0, 5, (b, s), generator=torch.Generator().manual_seed(seed))
+    packed, positions = pack(ids, pad_id=pad_id)
+    for row, packed_row, places in zip(ids.tolist(), packed.tolist(), positions.tolist(), strict=True):
+        tokens = [i for i in row if i != pad_id]
+        assert packed_row == tokens + [pad_id] * (s - len(tokens))
+        assert [row[place] for place in places] == packed_row
+        assert sorted(places) == list(range(s))
+    x = torch.stack((packed, packed * 7), dim=-1)  # [b, s, 2]
+    assert unpack(x, positions).equal(torch.stack((ids, ids * 7), dim=-1))
+
+
+@given(captions=captions)
+def test_each_label_is_what_follows_in_the_caption(captions):
+    """Against plain Python: pairs (input, what follows) of the row, without those whose input is PAD."""
+    longest = max(map(len, captions))
+    _, _, labels = pack_captions([layout(c) for c in captions])
+    assert labels.shape == (len(captions), longest + 1)  # one for BOS and each token
+    for caption, row in zip(captions, labels.tolist(), strict=True):
+        whole = layout(caption)
+        pairs = [pair for pair in pairwise(whole) if pair[0] != PAD]
+        expected = [IGNORE if following in (BOS, PAD, CLS) else following for _, following in pairs]
+        assert expected[-2:] == [IGNORE, IGNORE]  # behind EOS and CLS
+        assert expected[:-2] == [*caption, EOS]
+        assert row == expected[:-2] + [IGNORE] * (longest - len(caption))
+
+
+@given(captions=captions)
+def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_stands_behind_eos_at_position_63(captions):
+    ids, positions, _ = pack_captions([layout(c) for c in captions])
+    assert ids.shape == positions.shape == (len(captions), max(map(len, captions)) + 3)
+    for caption, row, places in zip(captions, ids.tolist(), positions.tolist(), strict=True):
+        n = len(caption)
+        assert row == [BOS, *caption, EOS, CLS] + [PAD] * (len(row) - n - 3)
+        assert places[: n + 3] == [*range(n + 2), 63]
+
+
+def test_an_empty_caption_teaches_only_to_end():
+    ids, positions, labels = pack_captions([layout([])])
+    assert (ids.tolist(), positions.tolist(), labels.tolist()) == ([[BOS, EOS, CLS]], [[0, 1, 63]], [[EOS]])
+
+
+def test_no_caption_is_taught_to_say_bos_or_cls_wherever_they_stand():
+    _, _, labels = pack_captions([layout([7, BOS, 8, CLS, 9])])
+    assert labels.tolist() == [[7, IGNORE, 8, IGNORE, 9, EOS]]
+
+
+@pytest.fixture(scope="module")
+def table() -> nn.Embedding:
+    torch.manual_seed(0)
+    return nn.Embedding(32_102, 8).double()
+
+
+@given(captions=captions)
+def test_causal_attention_over_packed_rows_is_masked_attention_over_the_layout(table, captions):
+    """No token sees a later one, none sees PAD but PAD, and CLS sees the caption, where the mask says so in full."""
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 2, causal=True, rotary=RotaryEmbedding(4)).double()
+    rows = torch.tensor([layout(c) for c in captions])[:, :-1]  # [b, 64]
+    visible = (rows != PAD).unsqueeze(1) & torch.ones(64, 64, dtype=torch.bool).tril()  # [b, s, t]
+    q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in attention.qkv(table(rows)).chunk(3, dim=-1))
+    angles = attention.rotary.angles(torch.arange(64))
+    y = nn.functional.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, visible.unsqueeze(1))
+    expected = attention.out(y.transpose(1, 2).flatten(2))  # [b, 64, 8]
+
+    ids, positions, _ = pack_captions([layout(c) for c in captions])
+    real = ids != PAD
+    packed = attention(table(ids), positions=positions)
+    torch.testing.assert_close(packed[real], expected.gather(1, positions.unsqueeze(-1).expand_as(packed))[real])
+
+
+@given(captions=captions)
+def test_no_token_depends_on_padding_and_only_cls_on_cls(table, captions):
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 2, causal=True, rotary=RotaryEmbedding(4)).double()
+    ids, positions, _ = pack_captions([layout(c) for c in captions])
+    x = table(ids)
+    before = attention(x, positions=positions)
+    for changed, unmoved in ((ids == PAD, ids != PAD), (ids == CLS, (ids != PAD) & (ids != CLS))):
+        other = torch.where(changed.unsqueeze(-1), x + 1, x)
+        after = attention(other, positions=positions)
+        torch.testing.assert_close(after[unmoved], before[unmoved], atol=1e-12, rtol=0)
