@@ -5,6 +5,7 @@ than one micro-batch, embeddings are computed first without a graph, the loss is
 and each micro-batch is run again, with the same dropout, to carry that gradient to the weights (Gao et al. 2021).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -20,11 +21,16 @@ from grr.packing import IGNORE
 
 
 class Losses(NamedTuple):
-    """The losses of a global batch. perplexity = exp(captioning_loss)."""
+    """The losses of a global batch, or of many."""
 
     loss: float
     contrastive_loss: float
     captioning_loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(captioning_loss); GRR-CoCa, equation 3."""
+        return math.exp(min(self.captioning_loss, 700.0))
 
 
 def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, contrastive_weight: float = 2.0,
@@ -72,10 +78,12 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
 def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, contrastive_weight: float = 2.0,
                       captioning_weight: float = 1.0, contrastive: Literal["softmax", "sigmoid"] = "softmax",
                       negatives: Literal["global", "local"] = "global") -> Losses:  # fmt: skip
-    """The same losses without gradients, over many global batches.
+    """The same losses without gradients and without dropout, over many global batches.
 
     The captioning loss is the mean over all tokens of all batches, the contrastive loss the mean over batches.
     """
+    was_training = model.training
+    model.eval()
     contrasts, captioning, tokens = [], 0.0, 0
     for batches in steps:
         outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
@@ -85,6 +93,7 @@ def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, con
             contrasts.append(sum(_contrast([o], contrastive, negatives).item() for o in outputs) / len(outputs))
         captioning += sum(_sum(o).item() for o in outputs)
         tokens += _count_tokens(batches)
+    model.train(was_training)
     mean = sum(contrasts) / max(1, len(contrasts))
     return _losses(mean, captioning / max(1, tokens), contrastive_weight, captioning_weight, negatives)
 
