@@ -1,0 +1,352 @@
+"""Configs: a YAML section is the keyword arguments of one function, whose signature is the schema.
+
+    cfg = config.load(run=Run, model=MODELS, optimizer=adamw)   # in a recipe
+    run = Run(**cfg.run)
+    model = cfg.build("model")                                  # MODELS[name](**the rest)
+    optimizer = adamw(model, **cfg.optimizer)
+
+A section that is a dict of functions is chosen from by its key `name`. What stands before the `*` of a signature is
+handed over by code; what stands behind it, and every field of a dataclass, may be set from YAML or as section.key=value
+on the command line. Nothing in a config can run code or read the environment.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
+
+COMMAND_LINE = "command line"
+REQUIRED = object()  # the default of an argument that has none
+PLAIN = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")  # ${section.key}
+
+
+class ConfigError(ValueError):
+    """All that is wrong with a config, a line each under the place it was read from."""
+
+
+class Config(SimpleNamespace):
+    """The keyword arguments of every section, defaults filled in: plain dicts, `cfg.optimizer["lr"]`.
+
+    They may be changed by code, `cfg.model |= {"vocab_size": 512}`; what is built and saved is what stands in them.
+    """
+
+    def __init__(self, functions: Mapping[str, Section], sections: Mapping[str, dict[str, Any]]) -> None:
+        super().__init__(**sections)
+        self._functions = functions
+
+    def build(self, section: str, *args: Any) -> Any:
+        """Call the function of a section with `args` and the keyword arguments of the section."""
+        function, arguments = self._functions[section], dict(vars(self)[section])
+        if isinstance(function, Mapping):
+            function = function[arguments.pop("name")]
+        return function(*args, **arguments)
+
+
+def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
+    """Read `--config FILE section.key=value ...` and check it against the signatures of the sections' functions.
+
+    Raises ConfigError with all mistakes at once, each with its place. Without argv, which is a recipe reading its own
+    command line, the message is printed instead, by rank 0 of torchrun only, and the program leaves with status 2.
+    """
+    if argv is not None:
+        return _load(argv, sections)
+    try:
+        return _load(sys.argv[1:], sections)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def save(cfg: Config, path: Path) -> None:
+    """Write the config as YAML that loads as the same config. Whole or not at all: written aside, then renamed."""
+    plain = {section: {key: _plain(value) for key, value in vars(cfg)[section].items()} for section in cfg._functions}
+    aside = path.with_suffix(".tmp")
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+    aside.replace(path)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+Given = dict[str, tuple[Any, str]]  # key -> what was given, and the place it was read from
+
+
+class _Mistakes:
+    """What was found wrong so far, by the place it was read from."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, list[str]] = {}
+        self.subjects: set[str] = set()
+
+    def add(self, place: str, subject: str, why: str) -> None:
+        self.lines.setdefault(place, []).append(f"  {subject}: {why}")
+        self.subjects.add(subject)
+
+    def refuse(self) -> None:
+        if self.lines:
+            raise ConfigError("\n".join("\n".join([f"{place}:", *lines]) for place, lines in self.lines.items()))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{COMMAND_LINE}:\n  {message}")
+
+
+def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
+    parser = _Parser(
+        usage="%(prog)s --config FILE [section.key=value ...]",
+        description=sys.modules["__main__"].__doc__,
+        epilog=_reference(sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="a YAML file of the sections below")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="instead of what the file says")
+    options = parser.parse_intermixed_args(argv)
+
+    mistakes = _Mistakes()
+    given: dict[str, Given] = {section: {} for section in sections}
+    _gather(options.config, _read(options.config), given, mistakes)
+    _gather(COMMAND_LINE, _parse(options.overrides, mistakes), given, mistakes)
+    _interpolate(given, mistakes)
+    checked = {name: _check(name, sections[name], given[name], options.config, mistakes) for name in sections}
+    mistakes.refuse()
+    return Config(sections, checked)
+
+
+def _read(file: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file}:\n  cannot be read as YAML: {_one_line(error)}") from None
+
+
+def _parse(overrides: list[str], mistakes: _Mistakes) -> Any:
+    """section.key=value, the value read as YAML."""
+    result = OmegaConf.create()
+    for override in overrides:
+        if not re.match(r"\w+(\.\w+)+=", override):
+            mistakes.add(COMMAND_LINE, override, "must be section.key=value")
+            continue
+        try:
+            result.merge_with_dotlist([override])
+        except (YAMLError, OmegaConfBaseException) as error:
+            mistakes.add(COMMAND_LINE, override, f"cannot be read as YAML: {_one_line(error)}")
+    return OmegaConf.to_container(result, resolve=False)
+
+
+def _gather(place: str, source: Any, given: dict[str, Given], mistakes: _Mistakes) -> None:
+    """Lay what one place says over what is given so far."""
+    if not isinstance(source, dict):
+        raise ConfigError(f"{place}:\n  must be sections of `key: value`, got a {type(source).__name__}")
+    for section, values in source.items():
+        if section not in given:
+            mistakes.add(place, section, f"there is no such section{_did_you_mean(section, given)}")
+        elif not isinstance(values, dict | NoneType):
+            mistakes.add(place, section, f"must be a section of `key: value`, got {values!r}")
+        else:
+            given[section] |= {str(key): (value, place) for key, value in (values or {}).items()}
+
+
+def _interpolate(given: dict[str, Given], mistakes: _Mistakes) -> None:
+    """Replace ${section.key} by what stands there.
+
+    OmegaConf's resolvers are refused, oc.env too: a token of the environment would be saved with the run, and one file
+    would mean two things on two machines. The shell can do it in sight, on the command line: run.folder=$SCRATCH/run.
+    """
+    for section, values in given.items():
+        for key, (value, place) in list(values.items()):
+            if any("${" in PLAIN.sub("", text) for text in _texts(value)):
+                mistakes.add(place, f"{section}.{key}", f"only ${{section.key}} can be filled in, got {value!r}")
+                del values[key]
+    tree = OmegaConf.create({s: {key: value for key, (value, _) in values.items()} for s, values in given.items()})
+    for section, values in given.items():
+        for key, (_, place) in list(values.items()):
+            try:
+                node = tree[section][key]
+                values[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, place
+            except OmegaConfBaseException as error:
+                mistakes.add(place, f"{section}.{key}", str(error).splitlines()[0])
+                del values[key]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+# --- checking ------------------------------------------------------------------------------------------------------
+
+
+class _Argument(NamedTuple):
+    kind: Any
+    default: Any
+
+
+def _check(section: str, function: Section, given: Given, file: str, mistakes: _Mistakes) -> dict[str, Any]:
+    """The keyword arguments of a section's function: what is given, if it may be, and defaults for the rest."""
+    result: dict[str, Any] = {}
+    if isinstance(function, Mapping):
+        name, place = given.pop("name", (None, file))
+        if not isinstance(name, str) or name not in function:
+            got = "" if name is None else f", got {name!r}{_did_you_mean(name, function)}"
+            mistakes.add(place, f"{section}.name", f"must be one of {', '.join(function)}{got}")
+            return result
+        result["name"], function = name, function[name]
+    who = getattr(function, "__name__", section)
+    arguments, by_code = _arguments(function)
+    for key, (value, place) in given.items():
+        subject = f"{section}.{key}"
+        if key in arguments:
+            try:
+                result[key] = _fitted(value, arguments[key].kind)
+            except ValueError:
+                kind = arguments[key].kind
+                why = f"{who} wants {_spelled(kind)}, got {value!r}{_did_you_mean(value, _words(kind))}"
+                mistakes.add(place, subject, why)
+        elif key in by_code:
+            mistakes.add(place, subject, f"{who} is given this by code, it cannot be set here")
+        else:
+            mistakes.add(place, subject, f"{who} takes no such argument{_did_you_mean(key, arguments)}")
+    for key, argument in arguments.items():
+        subject = f"{section}.{key}"
+        if argument.default is not REQUIRED:
+            result.setdefault(key, argument.default)
+        elif key not in given and subject not in mistakes.subjects:
+            mistakes.add(file, subject, f"{who} needs this argument, {_spelled(argument.kind)}")
+    return {key: result[key] for key in ("name", *arguments) if key in result}
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[dict[str, _Argument], set[str]]:
+    """What a config may set, and the names of what only code may."""
+    if dataclasses.is_dataclass(function):
+        kinds = get_type_hints(function)
+        return {field.name: _Argument(kinds[field.name], _default(field)) for field in dataclasses.fields(function)
+                if field.init}, set()  # fmt: skip
+    arguments, by_code = {}, set()
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and _fits_yaml(parameter.annotation):
+            default = REQUIRED if parameter.default is parameter.empty else parameter.default
+            arguments[name] = _Argument(parameter.annotation, default)
+        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            by_code.add(name)
+    return arguments, by_code
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is dataclasses.MISSING else field.default
+
+
+def _fits_yaml(kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType, list, tuple):
+        return all(_fits_yaml(part) for part in get_args(kind))
+    return kind in (int, float, str, bool, Path, None, NoneType, ...) or get_origin(kind) is Literal
+
+
+def _fitted(value: Any, kind: Any) -> Any:
+    """The value, as the annotation has it: a list becomes a tuple, an int a float. Raises ValueError if it cannot."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for part in parts:
+            with contextlib.suppress(ValueError):
+                return _fitted(value, part)
+    elif origin is Literal:
+        for part in parts:
+            if type(value) is type(part) and value == part:  # True is not 1
+                return value
+    elif origin in (list, tuple) and isinstance(value, list):
+        if origin is list or parts[-1] is ...:
+            return origin(_fitted(item, parts[0]) for item in value)
+        return tuple(_fitted(item, part) for item, part in zip(value, parts, strict=True))
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif kind is Path and type(value) is str:
+        return Path(value)
+    elif type(value) is kind or (value is None and kind in (None, NoneType)):
+        return value
+    raise ValueError(f"config: {value!r} is not {_spelled(kind)}")
+
+
+# --- wording -------------------------------------------------------------------------------------------------------
+
+
+def _spelled(kind: Any) -> str:
+    """An annotation as a user of YAML may read it: 'rope' | 'rope_2d', int | null, tuple[float, float]."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " | ".join(map(_spelled, parts))
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (list, tuple):
+        return f"{origin.__name__}[{', '.join('...' if part is ... else _spelled(part) for part in parts)}]"
+    return {NoneType: "null", None: "null", Path: "path"}.get(kind) or str(kind.__name__)
+
+
+def _words(kind: Any) -> list[str]:
+    """The strings that an annotation lists."""
+    if get_origin(kind) is Literal:
+        return [part for part in get_args(kind) if isinstance(part, str)]
+    return [word for part in get_args(kind) for word in _words(part)]
+
+
+def _did_you_mean(word: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _reference(sections: Mapping[str, Section]) -> str:
+    """Every section with its function, arguments, defaults and types, as YAML; of a choice, what the first has not."""
+    lines = []
+    for section, function in sections.items():
+        if isinstance(function, Mapping):
+            lines.append(f"\n{section}:  # one of these functions, by name; arguments are those of the first, but")
+            first: dict[str, _Argument] = {}
+            for name, choice in function.items():
+                arguments = _arguments(choice)[0]
+                lines.append(f"  name: {name}  # {_first_line(choice)}")
+                lines += ["  " + _line(key, arguments[key]) for key in arguments if arguments[key] != first.get(key)]
+                first = first or arguments
+        else:
+            lines.append(f"\n{section}:  # {getattr(function, '__name__', section)}: {_first_line(function)}")
+            lines += [_line(key, argument) for key, argument in _arguments(function)[0].items()]
+    return "\n".join(lines)
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def _line(key: str, argument: _Argument) -> str:
+    if argument.default is REQUIRED:
+        return f"  {key}:  # {_spelled(argument.kind)}, required"
+    return f"  {key}: {json.dumps(_plain(argument.default))}  # {_spelled(argument.kind)}"

