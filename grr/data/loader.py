@@ -60,7 +60,7 @@ class Batch:
 
 def steps_per_epoch(pairs: "Pairs", batch_size: int) -> int:
     """The optimizer steps of an epoch, the same in every epoch: what does not fill a global batch is left out."""
-    return num_batches(pairs.image_of, batch_size)
+    return num_batches(pairs.image_of, batch_size=batch_size)
 
 
 def training_steps(pairs: "Pairs", tokenizer: Tokenizer, rank: int, world: int, seed: int, start_step: int,
@@ -173,7 +173,7 @@ def _read(place: _Place, pairs: "Pairs", tokenizer: Tokenizer, image_size: int, 
     """Read the sample of a place, or else the first good substitute."""
     bad: list[_Bad] = []
     for i in islice(_candidates(place, pairs.image_of), TRIES):
-        name, caption = pairs.name(i), pairs.captions[i]
+        name, caption = pairs.ids[i], pairs.captions[i]
         try:
             if not caption.strip():
                 raise BadImage("its caption is empty")

@@ -1,7 +1,5 @@
 """The order of an epoch: a pure function, in which no batch holds two captions of one image."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,19 +46,6 @@ def epoch_order(groups: Ints, *, seed: int, epoch: int, batch_size: int) -> Ints
     for i in cut.tolist():
         _mend(strips[i], groups[strips[i]], groups[strips[i - 1]], groups[order[i * rows]], mix(seed, epoch, 3, i))
     return np.ascontiguousarray(strips.T)
-
-
-def replacements(groups: Ints, row: Ints, *, seed: int, epoch: int, step: int, column: int) -> Iterator[int]:
-    """Samples that may stand for row[column], the batch of a step, in the order to try them; maybe none.
-
-    None is of a group in the row. Columns draw independently, since they are read on different machines: two
-    replacements in one batch may be of one group, with a probability of 1 / number of groups.
-    """
-    taken = set(groups[row].tolist())
-    for attempt in range(1000):
-        i = mix(seed, epoch, step, column, attempt) % len(groups)
-        if int(groups[i]) not in taken:
-            yield i
 
 
 def mix(*numbers: int) -> int:

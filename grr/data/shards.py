@@ -50,7 +50,9 @@ def webdataset(*, shards: str, split: str | None = None, validation_fraction: fl
     if pairs.skipped:
         logger.warning("webdataset: %d samples of %s have no image and are left out", pairs.skipped, shards)
     if not len(pairs):
-        raise ValueError(f"webdataset: {shards} hold no samples for {split=}; are they uncompressed tars with jpg and txt?")
+        raise ValueError(
+            f"webdataset: {shards} hold no samples for {split=}; are they uncompressed tars with jpg and txt?"
+        )
     return pairs
 
 

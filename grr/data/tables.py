@@ -92,7 +92,9 @@ def _rows(file: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: must be UTF-8 text ({error}); save it as UTF-8") from error
     except csv.Error as error:
-        raise ValueError(f"{file}: is not a table ({error}); is a quotation mark open? double those in captions") from error
+        raise ValueError(
+            f"{file}: is not a table ({error}); is a quotation mark open? double those in captions"
+        ) from error
 
 
 def _json_rows(lines: TextIO, file: Path) -> Iterator[Row]:
@@ -135,5 +137,7 @@ def _table_rows(lines: TextIO, file: Path) -> Iterator[Row]:
 def _columns(header: list[str], where: str) -> tuple[str, str, str | None]:
     image, caption, split = (next((n for n in names if n in header), None) for names in (IMAGE, CAPTION, SPLIT))
     if image is None or caption is None:
-        raise ValueError(f"{where}: must name the columns image and caption, got {header}; write them in the first line")
+        raise ValueError(
+            f"{where}: must name the columns image and caption, got {header}; write them in the first line"
+        )
     return image, caption, split

