@@ -94,7 +94,7 @@ def _summary_writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError('MetricsLog: TensorBoard is not installed; pip install "grr-coca[tensorboard]"') from error
-    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
 
 def _commit() -> str | None:

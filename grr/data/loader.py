@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
 from grr.data.order import epoch_order, num_batches
+from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
 from grr.images import BadImage, Crop
 from grr.packing import pack_captions
 from grr.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from grr.data.pairs import Pairs
 
 TRIES = 20  # samples read for one place of a batch before the run stops
 ENOUGH = 100  # samples read before max_bad_fraction is applied
@@ -58,12 +56,12 @@ class Batch:
         return Batch(f(self.images), f(self.ids), f(self.positions), f(self.labels), self.names, self.replaced)
 
 
-def steps_per_epoch(pairs: "Pairs", batch_size: int) -> int:
+def steps_per_epoch(pairs: Pairs, batch_size: int) -> int:
     """The optimizer steps of an epoch, the same in every epoch: what does not fill a global batch is left out."""
     return num_batches(pairs.image_of, batch_size=batch_size)
 
 
-def training_steps(pairs: "Pairs", tokenizer: Tokenizer, rank: int, world: int, seed: int, start_step: int,
+def training_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, seed: int, start_step: int,
                    batch_size: int, micro_batch_size: int, image_size: int, pin_memory: bool, *, workers: int = 2,
                    prefetch: int = 4, crop: Crop = "squash",
                    max_bad_fraction: float = 0.1) -> Iterator[list[Batch]]:  # fmt: skip
@@ -83,7 +81,7 @@ def training_steps(pairs: "Pairs", tokenizer: Tokenizer, rank: int, world: int, 
                   pin_memory, workers, prefetch, crop, max_bad_fraction)  # fmt: skip
 
 
-def validation_steps(pairs: "Pairs", tokenizer: Tokenizer, rank: int, world: int, batch_size: int,
+def validation_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, batch_size: int,
                      micro_batch_size: int, image_size: int, pin_memory: bool, *, workers: int = 2, prefetch: int = 4,
                      crop: Crop = "squash", max_bad_fraction: float = 0.1) -> Iterator[list[Batch]]:  # fmt: skip
     """The same for one epoch, always that of seed 0: once over the data, in batches that never change.
@@ -103,7 +101,7 @@ def validation_steps(pairs: "Pairs", tokenizer: Tokenizer, rank: int, world: int
                   micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction)  # fmt: skip
 
 
-def _steps(pairs: "Pairs", tokenizer: Tokenizer, seed: int, numbers: Iterable[int], rank: int, world: int,
+def _steps(pairs: Pairs, tokenizer: Tokenizer, seed: int, numbers: Iterable[int], rank: int, world: int,
            batch_size: int, micro_batch_size: int, image_size: int, pin_memory: bool, workers: int, prefetch: int,
            crop: Crop, max_bad_fraction: float) -> Iterator[list[Batch]]:  # fmt: skip
     """Check the arguments, lay the pipeline, and have it stopped when the program ends."""
@@ -169,7 +167,7 @@ def _places(groups: NDArray[np.int64], seed: int, numbers: Iterable[int], epoch_
             yield _Place(seed, epoch, k, order[k], column)
 
 
-def _read(place: _Place, pairs: "Pairs", tokenizer: Tokenizer, image_size: int, crop: Crop) -> _Sample:
+def _read(place: _Place, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop) -> _Sample:
     """Read the sample of a place, or else the first good substitute."""
     bad: list[_Bad] = []
     for i in islice(_candidates(place, pairs.image_of), TRIES):

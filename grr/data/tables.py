@@ -1,10 +1,10 @@
 """Captions in a table: a folder of images with a CSV, TSV or JSON-lines file, and ROCOv2."""
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -39,7 +39,7 @@ def folder(*, path: str, split: str | None = None, validation_fraction: float = 
         return (place(image) < below) == (wanted == "validation")
 
     rows = ((image, caption) for image, caption, own in _rows(file) if wanted is None or belongs(image, own))
-    names = [image for image, _, _ in islice(_rows(file), 100)]
+    names = [image for image, _, _ in itertools.islice(_rows(file), 100)]
     pairs = image_files(_root("folder", [Path(path), Path(path, "images"), Path(path, "Images")], names), rows)
     if not len(pairs):
         raise ValueError(f"folder: {file} has no captions for {split=}; add rows, or change validation_fraction")
@@ -56,7 +56,7 @@ def rocov2(*, path: str, split: str) -> Pairs:
     file = Path(path, f"{own}_captions.csv")
     if not file.is_file():
         raise FileNotFoundError(f"rocov2: there is no file {file}; path must be the folder that holds it")
-    names = [f"{image}.jpg" for image, _, _ in islice(_rows(file), 100)]
+    names = [f"{image}.jpg" for image, _, _ in itertools.islice(_rows(file), 100)]
     roots = [Path(path, f"{own}_images", own), Path(path, f"{own}_images"), Path(path, own)]
     return image_files(_root("rocov2", roots, names), ((f"{image}.jpg", caption) for image, caption, _ in _rows(file)))
 
@@ -120,9 +120,7 @@ def _table_rows(lines: TextIO, file: Path) -> Iterator[Row]:
         return
     table = csv.reader(lines, delimiter="\t" if "\t" in first else ",")
     header = [name.strip().lower() for name in next(table, [])]
-    image, caption, split = (None if name is None else header.index(name) for name in _columns(header, str(file)))
-    assert image is not None
-    assert caption is not None
+    image, caption, split = _columns(header, str(file))
     for row in table:
         if len(row) > len(header):
             raise ValueError(
@@ -130,8 +128,8 @@ def _table_rows(lines: TextIO, file: Path) -> Iterator[Row]:
                 "put captions with commas between quotation marks"
             )
         if row:
-            row += [""] * (len(header) - len(row))
-            yield row[image], row[caption], None if split is None else row[split]
+            named = dict(itertools.zip_longest(header, row, fillvalue=""))
+            yield named[image], named[caption], None if split is None else named[split]
 
 
 def _columns(header: list[str], where: str) -> tuple[str, str, str | None]:
