@@ -61,7 +61,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Add to folder/manifest.json, a list with one entry for each start of the run: versions, machine, command, facts."""
+    """Add this start of the run to those in folder/manifest.json: versions, machine, command, and facts."""
     file = folder / "manifest.json"
     try:
         starts = json.loads(file.read_text())["starts"]

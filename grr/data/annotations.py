@@ -68,7 +68,7 @@ def _found(who: str, annotations: str, pairs: ImageFiles) -> ImageFiles:
         raise ValueError(f"{who}: {annotations} holds no captions for this split")
     if not any((pairs.root / name).is_file() for name in names):
         raise FileNotFoundError(
-            f"{who}: the first {len(names)} images of {annotations} ({', '.join(names[:3])} ...) are not in {pairs.root}; "
-            "images must be the folder that these names start from"
+            f"{who}: the first {len(names)} images of {annotations} ({', '.join(names[:3])} ...) are not in "
+            f"{pairs.root}; images must be the folder that these names start from"
         )
     return pairs

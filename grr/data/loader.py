@@ -74,8 +74,8 @@ def training_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, se
     A bad sample (an unreadable image, an empty caption) is logged as a warning and replaced by one of an image that
     the global batch does not hold: always by the same, and by another for each, as long as there are enough images.
     Raises ValueError naming some where, of at least 100 samples that this process read, more than max_bad_fraction are
-    bad, or where 20 in a row are, or all that could stand in for one; and at once where an argument is out of range, batch_size not a multiple of world *
-    micro_batch_size, or larger than the number of images.
+    bad, or where 20 in a row are, or all that could stand in for one; and at once where an argument is out of range,
+    batch_size not a multiple of world * micro_batch_size, or larger than the number of images.
     """
     return _steps(pairs, tokenizer, seed, count(start_step), rank, world, batch_size, micro_batch_size, image_size,
                   pin_memory, workers, prefetch, crop, max_bad_fraction)  # fmt: skip

@@ -39,8 +39,7 @@ def openmoji(*, split: Literal["train", "validation"] = "train", relation: bool 
     there are not so many sentences.
     """
     relations = ("above", "to the left of") if relation else ("and",)
-    pairs_of = [pair for pair in itertools.permutations(OBJECTS, 2)]
-    every = [(a, r, b, c) for a, b in pairs_of for r in relations for c in COLOURS]
+    every = [(a, r, b, c) for a, b in itertools.permutations(OBJECTS, 2) for r in relations for c in COLOURS]
     if scenes < 1 or held_out < 1 or scenes + held_out > len(every):
         raise ValueError(f"openmoji: scenes and held_out must be at least 1, and together at most {len(every)}, got "
                          f"{scenes=}, {held_out=}")  # fmt: skip

@@ -1,5 +1,6 @@
 """Batches of a run: one sequence for any number of processes, threads and micro-batches, bad samples, and endings."""
 
+import itertools
 import logging
 import subprocess
 import sys
@@ -36,8 +37,9 @@ class Painted:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def name(self, i: int) -> str:
-        return f"{self.image_of[i]}.png#{i}"
+    @property
+    def ids(self) -> list[str]:
+        return [f"{image}.png#{i}" for i, image in enumerate(self.image_of)]
 
     def load(self, i: int, *, size: int, crop: str) -> Tensor:
         self.loaded.append(i)
@@ -136,8 +138,8 @@ def test_a_step_is_a_row_of_the_order():
     pairs = painted()
     rows = [row for epoch in (0, 1) for row in epoch_order(pairs.image_of, seed=7, epoch=epoch, batch_size=8)]
     assert len(rows) == 2 * steps_per_epoch(pairs, 8)
-    read = [sum(step, []) for step in names(training(pairs), len(rows))]
-    assert read == [[pairs.name(i) for i in row] for row in rows]
+    read = [list(itertools.chain(*step)) for step in names(training(pairs), len(rows))]
+    assert read == [[pairs.ids[i] for i in row] for row in rows]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
