@@ -137,7 +137,7 @@ def test_real_shards_give_what_tarfile_gives(shared_data, tmp_path):
         keys = [name[:-4] for name in names if name.endswith(".jpg")]
         captions = {k: tar.extractfile(f"{k}.txt").read().decode() for k in keys if f"{k}.txt" in names}
     assert [name.split("/")[-1] for name in pairs.ids] == keys
-    assert len(keys) > 10
+    assert len(keys) >= 10
     for i, key in enumerate(keys):
         if key in captions:
             assert pairs.captions[i] == " ".join(captions[key].split())
@@ -167,7 +167,7 @@ def test_a_shard_without_text_uses_json_and_one_without_image_is_counted(tmp_pat
 
 @pytest.mark.parametrize(("name", "arguments", "message"), [
     ("folder", {"path": "nowhere"}, "folder: there is no folder nowhere"),
-    ("folder", {"path": "."}, "must hold one of captions.csv, .*write a captions.csv with the columns image and caption"),
+    ("folder", {"path": "."}, "must hold one of captions.csv, .*write a captions.csv with the columns"),
     ("coco", {"annotations": "a.json", "images": "."}, "coco: there is no file of annotations a.json"),
     ("karpathy", {"annotations": "a.json", "images": ".", "split": "train"}, "there is no file of annotations a.json"),
     ("rocov2", {"path": ".", "split": "train"}, "there is no file train_captions.csv"),

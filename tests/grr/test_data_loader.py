@@ -279,7 +279,7 @@ def test_twenty_pairs_are_one_batch_of_validation():
             "multiple of processes .* batch_size=10, world=1, micro_batch_size=4",
         ),
         ({"micro_batch_size": 0}, "micro_batch_size=0; change"),
-        ({"batch_size": 14}, "batch_size=14 for 12 images; set batch_size to 12 or less"),
+        ({"batch_size": 14}, "batch_size=14 for 12 images; make batch_size smaller"),
         ({"workers": -1}, "workers >= 0, .*workers=-1"),
         ({"prefetch": 0}, "prefetch >= 1 .*prefetch=0"),
         ({"max_bad_fraction": 2}, "from 0 to 1, .*max_bad_fraction=2"),
