@@ -20,8 +20,8 @@ OBJECTS = {  # forty that a person tells apart at 24 pixels
     "guitar": "🎸", "drum": "🥁", "book": "📕", "key": "🔑", "hammer": "🔨", "clock": "⏰", "balloon": "🎈",
     "crown": "👑", "star": "⭐", "moon": "🌙", "snowman": "⛄", "anchor": "⚓",
 }  # fmt: skip
-COLOURS = {"white": "#ffffff", "grey": "#a0a0a0", "yellow": "#ffe680", "green": "#a8e0a0", "blue": "#8cbcf0",
-           "pink": "#f8b0cc"}  # fmt: skip
+COLOURS = {"white": "#ffffff", "grey": "#a0a0a0", "yellow": "#ffe680", "orange": "#ffb066", "green": "#a8e0a0",
+           "blue": "#8cbcf0", "purple": "#b794e8", "pink": "#f8b0cc", "brown": "#b08968"}  # fmt: skip
 CANVAS = 128  # pixels a scene is drawn at, before it is resized
 GLYPH = 96  # pixels an object is rendered at, once
 
@@ -30,16 +30,18 @@ Scene = tuple[str, str, str, str]  # first object, relation, second object, colo
 
 def openmoji(*, split: Literal["train", "validation"] = "train", relation: bool = False, scenes: int = 6000,
              held_out: int = 500, seed: int = 0) -> Pairs:  # fmt: skip
-    """Two of forty objects on a coloured background: "a fox and an apple on a blue background", the first one left.
+    """Two of forty objects side by side on a coloured background: "an apple and a fox on a blue background".
 
-    With `relation`, where they stand is said instead: "a fox above an apple ...", "a fox to the left of an apple ...".
+    The sentence names them in the order of the alphabet, wherever they stand. With `relation` it says where they stand,
+    and in which order they are named depends on it: "a fox above an apple ...", "a fox to the left of an apple ...".
     `scenes` sentences for training and `held_out` others for validation, all different, drawn by the seed; each has
     one picture, whose sizes and places are drawn as well. Nothing is stored: scenes are drawn when they are read.
     The pictures are those of OpenMoji 17 (CC BY-SA 4.0). Raises ImportError if they are not installed, ValueError if
     there are not so many sentences.
     """
+    named = itertools.permutations(OBJECTS, 2) if relation else itertools.combinations(sorted(OBJECTS), 2)
     relations = ("above", "to the left of") if relation else ("and",)
-    every = [(a, r, b, c) for a, b in itertools.permutations(OBJECTS, 2) for r in relations for c in COLOURS]
+    every = [(a, r, b, c) for a, b in named for r in relations for c in COLOURS]
     if scenes < 1 or held_out < 1 or scenes + held_out > len(every):
         raise ValueError(f"openmoji: scenes and held_out must be at least 1, and together at most {len(every)}, got "
                          f"{scenes=}, {held_out=}")  # fmt: skip
@@ -70,7 +72,8 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """A scene with sizes and places drawn by rng: RGB [CANVAS, CANVAS], both objects whole and apart."""
     first, relation, second, colour = scene
     image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
-    for i, name in enumerate((first, second)):
+    objects = rng.sample((first, second), 2) if relation == "and" else (first, second)
+    for i, name in enumerate(objects):
         side = rng.randrange(CANVAS * 3 // 8, CANVAS // 2 + 1)
         along = i * CANVAS // 2 + rng.randint(0, CANVAS // 2 - side)
         across = rng.randint(0, CANVAS - side)

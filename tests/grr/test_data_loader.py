@@ -177,7 +177,7 @@ def test_bad_samples_are_replaced_by_images_that_the_global_batch_does_not_hold(
             if int(pairs.image_of[i]) in bad:
                 assert held[column] not in pairs.image_of[row]
             else:
-                assert read[column] == pairs.name(int(i))
+                assert read[column] == pairs.ids[int(i)]
 
 
 def test_each_bad_sample_is_logged_and_counted(caplog):

@@ -79,14 +79,15 @@ def test_every_sample_has_its_turn_in_every_place(sizes):
 def test_batches_share_images_as_often_as_by_chance():
     """5 captions of each of 2,000 images in 100 batches of 100: two batches share 100 * 100 / 2,000 = 5 on average.
 
-    Were captions dealt out in turn, neighbours would share 80.
+    Were captions dealt out in turn, neighbours would share 80. The variance is a little below chance, where no batch
+    holds two captions of an image: a batch has a place in each strip of 20 images, not 100 places anywhere.
     """
     groups = np.repeat(np.arange(2_000), 5)
     order = epoch_order(groups, seed=0, epoch=0, batch_size=100)
     held = np.zeros((100, 2_000), dtype=np.int64)
     np.put_along_axis(held, groups[order], 1, axis=1)
     shared = (held @ held.T)[np.triu_indices(100, 1)]
-    assert 0.85 < shared.var() / (5 * 0.95) < 1.15
+    assert 0.7 < shared.var() / (5 * 0.95) < 1.15
     assert shared.max() < 20
 
 
