@@ -26,7 +26,7 @@ CONFIGS = sorted((RECIPES / "configs/pretrain").glob("*.yaml"))
 SMALL = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
          "model.multimodal_layers=1", "data.scenes=80", "data.held_out=20", "validation.scenes=80",
          "validation.held_out=20", "run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "run.epochs=3",
-         "run.save_every=4", "model.dropout=0.1", "tokenizer.vocab_size=128"]  # fmt: skip
+         "run.save_every=4", "run.validate_every=null", "model.dropout=0.1", "tokenizer.vocab_size=128"]  # fmt: skip
 
 
 def command(folder: Path, *overrides: str, processes: int = 0, recipe: Path = RECIPES / "pretrain.py") -> list[str]:
