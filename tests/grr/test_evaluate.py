@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.evaluate import retrieval
+from grr.retrieval import retrieval
 
 
 def by_hand(image, text, image_of_text, k):
