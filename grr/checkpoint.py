@@ -121,10 +121,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
     Raises ValueError if a file is damaged, a pickle asks for anything but metadata, or names, shapes, dtypes or
     parameter groups are not those of model and optimizer.
     """
-    if fault := on_rank_0(lambda: _fault(path)):
-        raise ValueError(f"load_checkpoint: {fault}; restore the file, or resume from another checkpoint")
-    reader = _Reader(path)
-    saved = reader.read_metadata().state_dict_metadata
+    reader, saved = _open(path)
     optimizer.zero_grad(set_to_none=True)  # with a gradient left, get_state_dict would not create the optimizer's state
     model_state, optimizer_state = get_state_dict(model, optimizer)
     groups: list[dict[str, Any]] = optimizer_state["param_groups"]  # type: ignore[assignment]
@@ -134,7 +131,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         for name, state in optimizer_state["state"].items()  # type: ignore[union-attr]
         if any(f"optimizer.state.{name}.{key}" in saved for key in state)  # type: ignore[union-attr]
     }
-    _refuse_other_names(path, saved, model_state, optimizer_state)
+    _refuse_other_names(path, saved, "model", "model.", model_state)
+    state: dict[str, dict[str, Any]] = optimizer_state["state"]  # type: ignore[assignment]
+    flat = {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
+    _refuse_other_names(path, saved, "optimizer", "optimizer.state.", flat)
+    _refuse_other_groups(path, saved, len(groups))
     for name in saved:
         if match := re.fullmatch(r"optimizer\.param_groups\.(\d+)\.(\w+)", name):
             groups[int(match[1])].setdefault(match[2], None)  # a scheduler adds initial_lr
@@ -149,8 +150,38 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
         )
     set_model_state_dict(model, model_state)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=StateDictOptions(strict=False))
+    return read_progress(path)
+
+
+def load_checkpoint_weights(path: Path, model: nn.Module) -> None:
+    """Fill the model, plain or sharded, from a checkpoint, and leave the rest of it alone.
+
+    Raises ValueError as `load_checkpoint` does.
+    """
+    reader, saved = _open(path)
+    state = get_model_state_dict(model)
+    _refuse_other_names(path, saved, "model", "model.", state)
+    with _as_wished():
+        load({"model": state}, storage_reader=reader, planner=_Planner())
+    set_model_state_dict(model, state)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The progress that a checkpoint was saved with."""
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress
+
+
+def refuse_another_run(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """A checkpoint continues the run that wrote it, on the same data in the same order: raises ValueError for another.
+
+    saved, wanted: the run's identity as its progress has it and as the config has it.
+    """
+    changed = [f"{key}: {saved.get(key)} there, {value} here" for key, value in wanted.items()
+               if saved.get(key) != value]  # fmt: skip
+    if changed:
+        raise ValueError(f"refuse_another_run: {folder} holds the checkpoints of another run ({'; '.join(changed)}); "
+                         "set another run.folder, or go back to the config saved in that folder")  # fmt: skip
 
 
 def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer_path: Path | None) -> None:
@@ -458,20 +489,29 @@ class _Planner(DefaultLoadPlanner):
         place[last] = plain
 
 
-def _refuse_other_names(path: Path, saved: dict[str, Any], model: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """Raise ValueError unless the checkpoint holds these tensors and this number of parameter groups."""
-    state = {f"{name}.{key}": value for name, values in optimizer["state"].items() for key, value in values.items()}
-    for kind, prefix, wanted in (("model", "model.", model), ("optimizer", "optimizer.state.", state)):
-        in_file = {key.removeprefix(prefix): _kind_of(entry) for key, entry in saved.items() if key.startswith(prefix)}
-        if mismatches := _mismatches(in_file, {name: _kind_of(value) for name, value in wanted.items()}, kind):
-            raise ValueError(
-                f"load_checkpoint: {path} does not fit the {kind}:\n{mismatches}\nresume with the {kind} section that "
-                "the checkpoint was made with (config.yaml in the run's folder), or set a new run.folder"
-            )
-    groups = sum(re.fullmatch(r"optimizer\.param_groups\.\d+\.params", key) is not None for key in saved)
-    if groups != len(optimizer["param_groups"]):
+def _open(path: Path) -> tuple["_Reader", dict[str, Any]]:
+    """A reader of a checkpoint that was found whole, and what is in it by name."""
+    if fault := on_rank_0(lambda: _fault(path)):
+        raise ValueError(f"load_checkpoint: {fault}; restore the file, or use another checkpoint")
+    reader = _Reader(path)
+    return reader, reader.read_metadata().state_dict_metadata
+
+
+def _refuse_other_names(path: Path, saved: dict[str, Any], kind: str, prefix: str, wanted: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint holds, under this prefix, the tensors that are wanted."""
+    in_file = {key.removeprefix(prefix): _kind_of(entry) for key, entry in saved.items() if key.startswith(prefix)}
+    if mismatches := _mismatches(in_file, {name: _kind_of(value) for name, value in wanted.items()}, kind):
         raise ValueError(
-            f"load_checkpoint: {path} has {groups} parameter groups, the optimizer {len(optimizer['param_groups'])}; "
+            f"load_checkpoint: {path} does not fit the {kind}:\n{mismatches}\nresume with the {kind} section that "
+            "the checkpoint was made with (config.yaml in the run's folder), or set a new run.folder"
+        )
+
+
+def _refuse_other_groups(path: Path, saved: dict[str, Any], wanted: int) -> None:
+    groups = sum(re.fullmatch(r"optimizer\.param_groups\.\d+\.params", key) is not None for key in saved)
+    if groups != wanted:
+        raise ValueError(
+            f"load_checkpoint: {path} has {groups} parameter groups, the optimizer {wanted}; "
             "resume with the optimizer section that the checkpoint was made with, or set a new run.folder"
         )
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 import grr
+from grr import config
+from grr.step import Losses
 
 
 class MetricsLog:
@@ -44,6 +46,22 @@ class MetricsLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def open_log(folder: Path, cfg: config.Config, facts: dict[str, Any], *, step: int, tensorboard: bool) -> MetricsLog:
+    """Write down what runs (config.yaml), on what (manifest.json); then open the file of its numbers."""
+    config.save(cfg, folder / "config.yaml")
+    write_manifest(folder, step=step, **facts)
+    return MetricsLog(folder, step=step, tensorboard=tensorboard)
+
+
+def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
+    """A validation in one sentence."""
+    return (
+        f"step {step}: validation loss {losses.loss:.4f}, perplexity {losses.perplexity:.4f}, contrastive loss "
+        f"{losses.contrastive_loss:.4f}; R@1 {found['image_to_text_r1']:.1%} image to text, "
+        f"{found['text_to_image_r1']:.1%} text to image; {found['caption_exact']:.1%} of captions exact"
+    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

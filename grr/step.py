@@ -5,9 +5,11 @@ than one micro-batch, embeddings are computed first without a graph, the loss is
 and each micro-batch is run again, with the same dropout, to carry that gradient to the weights (Gao et al. 2021).
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,10 @@ class Losses(NamedTuple):
     def perplexity(self) -> float:
         """exp(captioning_loss); GRR-CoCa, equation 3."""
         return math.exp(min(self.captioning_loss, 700.0))
+
+    def numbers(self) -> dict[str, float]:
+        """The paper's numbers by name, as the log has them."""
+        return {**self._asdict(), "perplexity": self.perplexity}
 
 
 def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, contrastive_weight: float = 2.0,
@@ -96,6 +102,25 @@ def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, con
     model.train(was_training)
     mean = sum(contrasts) / max(1, len(contrasts))
     return _losses(mean, captioning / max(1, tokens), contrastive_weight, captioning_weight, negatives)
+
+
+def refuse_non_finite(losses: Losses, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
+    """Stop all processes before an update that would ruin the weights, and name the pairs that led to it.
+
+    norm: of the gradient. Raises FloatingPointError if a loss or the norm is not finite.
+    """
+    if math.isfinite(losses.loss) and math.isfinite(norm):
+        return
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, [batch.names for batch in batches])
+    file = folder / f"non_finite_step_{step}.json"
+    if dist.get_rank() == 0:
+        file.write_text(json.dumps({"step": step, "losses": losses._asdict(), "grad_norm": norm, "names": names}))
+    raise FloatingPointError(
+        f"refuse_non_finite: {losses} with a gradient of norm {norm} at step {step}, in the batch of {names[0][0][0]} "
+        f"(all its names are in {file}); the weights were not updated. Look at those pairs, lower optimizer.lr or "
+        "raise schedule.warmup_steps, then submit the same command to continue from the last checkpoint"
+    )
 
 
 def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutput:

@@ -7,14 +7,10 @@ The same command, submitted again, continues where the run stopped. Any key of t
 """
 
 import gc
-import json
 import logging
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +19,16 @@ from tqdm import tqdm
 
 from grr import config
 from grr.builders import MODELS
-from grr.checkpoint import RunLock, StopSignal, latest_checkpoint, load_checkpoint, save_checkpoint, save_model
-from grr.components import PAIRING
-from grr.data import DATASETS, Batch, steps_per_epoch, training_steps, validation_steps
+from grr.checkpoint import (
+    RunLock,
+    StopSignal,
+    latest_checkpoint,
+    load_checkpoint,
+    refuse_another_run,
+    save_checkpoint,
+    save_model,
+)
+from grr.data import DATASETS, steps_per_epoch, training_steps, validation_steps
 from grr.distributed import (
     all_sum,
     checkpoint_activations,
@@ -36,10 +39,11 @@ from grr.distributed import (
     start,
 )
 from grr.evaluate import examine
-from grr.log import MetricsLog, write_manifest
+from grr.log import open_log, summary
 from grr.optim import adamw, set_lr, warmup_cosine
+from grr.pretrained import describe
 from grr.report import write_report
-from grr.step import Losses, evaluation_losses, global_batch_step
+from grr.step import evaluation_losses, global_batch_step, refuse_non_finite
 from grr.tokenizer import open_tokenizer
 
 
@@ -92,6 +96,7 @@ def main() -> None:
 
     # model: built without memory, sharded, then filled, so no process ever holds all of it
     cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+    description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, crop)
     with torch.device("meta"):
         model = cfg.build("model")
     if run.checkpoint_activations:
@@ -113,8 +118,9 @@ def main() -> None:
         step = progress["step"]
         logging.info(f"resuming {folder} after step {step} of {last}")
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "training_pairs": len(pairs),
-             "validation_pairs": len(held_out), "steps_per_epoch": per_epoch, **identity}  # fmt: skip
-    log = open_log(run, cfg, step, facts) if rank == 0 else None
+             "validation_pairs": len(held_out), "validation": held_out.fingerprint, "steps_per_epoch": per_epoch,
+             "world_size": world, **identity}  # fmt: skip
+    log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
 
     # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
@@ -141,7 +147,7 @@ def main() -> None:
             now = time.monotonic()
             steps = (step - 1) % run.log_every + 1
             if log:
-                log.write(split="train", step=step, epoch=step / per_epoch, **numbers(losses), lr=lr, grad_norm=norm,
+                log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
                           samples_per_second=steps * run.batch_size / (now - logged), data_wait=waited / steps,
                           replaced=replaced)  # fmt: skip
             logged, waited, replaced = now, 0.0, 0
@@ -152,7 +158,7 @@ def main() -> None:
             found, examples = examine(model, held_out, tokenizer, device, candidates=run.candidates,
                                       image_size=image_size, crop=crop)  # fmt: skip
             if log:
-                log.write(split="validation", step=step, epoch=step / per_epoch, **numbers(losses), **found)
+                log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found)
                 write_report(folder, title=f"{cfg.model['name']} on {cfg.data['name']}", examples=examples)
                 bar.write(summary(step, losses, found))
             logged = time.monotonic()
@@ -160,7 +166,7 @@ def main() -> None:
         stopping = stop.requested()
         late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
         if step % run.save_every == 0 or step == last or stopping or late:
-            progress = {"step": step, "identity": identity}
+            progress = {"step": step, "identity": identity, "model": description}
             save_checkpoint(folder / "checkpoints", model, optimizer, progress, keep=run.keep)
             saved = time.monotonic()
         if stopping:
@@ -168,61 +174,10 @@ def main() -> None:
 
     bar.close()
     if step == last:
-        save_model(folder / "model", model, describe(cfg), folder / "tokenizer.model")
+        save_model(folder / "model", model, description, folder / "tokenizer.model")
     end = "finished" if step == last else "stopped; the same command continues"
     logging.info(f"{end} after step {step} of {last}; see {folder / 'report.html'}")
     lock.release()
-
-
-def refuse_another_run(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A checkpoint continues the run that wrote it, on the same data in the same order, and no other."""
-    changed = [f"{key}: {saved[key]} there, {value} here" for key, value in wanted.items() if saved[key] != value]
-    if changed:
-        raise ValueError(f"pretrain: {folder} holds the checkpoints of another run ({'; '.join(changed)}); "
-                         "set another run.folder, or go back to the config saved in that folder")  # fmt: skip
-
-
-def open_log(run: Run, cfg: config.Config, step: int, facts: dict[str, Any]) -> MetricsLog:
-    """Write down what runs, on what; then open the file of its numbers."""
-    folder = Path(run.folder)
-    config.save(cfg, folder / "config.yaml")
-    write_manifest(folder, step=step, world_size=dist.get_world_size(), **facts)
-    return MetricsLog(folder, step=step, tensorboard=run.tensorboard)
-
-
-def refuse_non_finite(losses: Losses, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
-    """Stop all processes before an update that would ruin the weights, and name the pairs that led to it."""
-    if math.isfinite(losses.loss) and math.isfinite(norm):
-        return
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, [batch.names for batch in batches])
-    file = folder / f"non_finite_step_{step}.json"
-    if dist.get_rank() == 0:
-        file.write_text(json.dumps({"step": step, "losses": losses._asdict(), "grad_norm": norm, "names": names}))
-    raise FloatingPointError(
-        f"pretrain: {losses} with a gradient of norm {norm} at step {step}, in the batch of {names[0][0][0]} (all its "
-        f"names are in {file}); the weights were not updated. Look at those pairs, lower optimizer.lr or raise "
-        "schedule.warmup_steps, then submit the same command to continue from the last checkpoint"
-    )
-
-
-def numbers(losses: Losses) -> dict[str, float]:
-    return {**losses._asdict(), "perplexity": losses.perplexity}
-
-
-def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
-    return (
-        f"step {step}: validation loss {losses.loss:.4f}, perplexity {losses.perplexity:.4f}, contrastive loss "
-        f"{losses.contrastive_loss:.4f}; R@1 {found['image_to_text_r1']:.1%} image to text, "
-        f"{found['text_to_image_r1']:.1%} text to image; {found['caption_exact']:.1%} of captions exact"
-    )
-
-
-def describe(cfg: config.Config) -> dict[str, Any]:
-    """What building the model again takes, beside its weights and its tokenizer."""
-    arguments = {key: value for key, value in cfg.model.items() if key != "name"}
-    return {"format": 1, "builder": cfg.model["name"], "arguments": arguments, "rotary_pairing": PAIRING,
-            "crop": cfg.loader["crop"]}  # fmt: skip
 
 
 if __name__ == "__main__":

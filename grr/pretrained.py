@@ -1,0 +1,126 @@
+"""Trained models on disk: what a run's folder says of its model, and a model again by one call.
+
+A model is described by the builder that makes it and its arguments. The description lies beside the weights: in
+`config.json` of a model's folder, and in the progress of every checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from grr.builders import MODELS
+from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights, read_progress
+from grr.components import PAIRING
+from grr.images import Crop
+from grr.model import CoCa
+from grr.tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+class Pretrained(NamedTuple):
+    """A trained model on disk: where its weights lie, and what building it again takes."""
+
+    path: Path  # a model's folder, or a checkpoint
+    builder: str  # a name of grr.builders.MODELS
+    arguments: dict[str, Any]
+    tokenizer: Path
+    crop: Crop
+
+
+class LoadedModel(NamedTuple):
+    """A model ready for use, and how to prepare what it reads."""
+
+    model: CoCa
+    tokenizer: Tokenizer
+    image_size: int
+    crop: Crop
+
+
+def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
+                    dtype: torch.dtype = torch.float32) -> LoadedModel:  # fmt: skip
+    """Open a trained model, in evaluation mode: a run's folder, its model/ or one of its checkpoints.
+
+        model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
+        image = load_image("photo.jpg", size=image_size, crop=crop)
+
+    Raises as `find_pretrained` does.
+    """
+    source = find_pretrained(path)
+    with torch.device("meta"):
+        model = build_pretrained(source)
+    model.to(dtype).to_empty(device=device)
+    load_weights(source, model)
+    tokenizer = Tokenizer(source.tokenizer, context=source.arguments["context"])
+    return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
+
+
+def find_pretrained(path: str | Path) -> Pretrained:
+    """Read what a folder says of its model: a model's folder, a checkpoint, or a run's folder, of which the finished
+    model is taken or else the newest whole checkpoint.
+
+    Raises FileNotFoundError if there is no model, ValueError if the description is damaged, of a newer version, of
+    another rotary pairing, or names an unknown builder.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _described(path, path / "config.json", _json(path / "config.json"), path / "tokenizer.model")
+    if (path / "progress.json").is_file():
+        run = path.resolve().parent.parent  # runs/mine/checkpoints/step_100
+        return _described(path, path / "progress.json", read_progress(path).get("model"), run / "tokenizer.model")
+    if (path / "model" / "config.json").is_file():
+        return find_pretrained(path / "model")
+    checkpoint = latest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"find_pretrained: {path} holds no model; give the folder of a run that was trained, its model/, or one of "
+            "its checkpoints/step_N"
+        )
+    return find_pretrained(checkpoint)
+
+
+def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
+    """Build the model that a description names, without its weights; `changes` replace arguments: dropout=0.1."""
+    return MODELS[source.builder](**source.arguments | changes)
+
+
+def load_weights(source: Pretrained, model: nn.Module) -> None:
+    """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike."""
+    if (source.path / "progress.json").is_file():
+        load_checkpoint_weights(source.path, model)
+    else:
+        load_model_weights(source.path, model)
+
+
+def describe(builder: str, arguments: dict[str, Any], crop: Crop) -> dict[str, Any]:
+    """What `find_pretrained` reads: as JSON, to be saved beside the weights."""
+    return {"format": FORMAT, "builder": builder, "arguments": arguments, "rotary_pairing": PAIRING, "crop": crop}
+
+
+def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pretrained:
+    try:
+        made_with, builder, arguments = description["format"], description["builder"], dict(description["arguments"])
+        pairing, crop = description["rotary_pairing"], description["crop"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
+    if made_with != FORMAT:
+        raise ValueError(f"find_pretrained: {file} has format {made_with}, this version reads {FORMAT}; upgrade GRR")
+    if builder not in MODELS:
+        raise ValueError(f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; "
+                         "add your own builder to that dict before you open its models")  # fmt: skip
+    if pairing != PAIRING:
+        raise ValueError(f"find_pretrained: {file} was trained with the rotary pairing {pairing!r}, this version turns "
+                         f"{PAIRING!r}; permute the channels of its heads")  # fmt: skip
+    if crop not in get_args(Crop):
+        raise ValueError(f"find_pretrained: {file}: crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
+    return Pretrained(path, builder, arguments, tokenizer, crop)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"find_pretrained: {file} is not JSON ({error}); copy the folder again") from error

@@ -1,0 +1,104 @@
+"""A trained model comes back by one call, from wherever its run left it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from grr.builders import grr_coca_tiny
+from grr.checkpoint import save_checkpoint, save_model
+from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
+from grr.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, torch.nn.Module, Tokenizer]:
+    """A run's folder as a recipe leaves it: a checkpoint of step 3, and another model as the finished one."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    folder.mkdir()
+    tokenizer = train_tokenizer(["a red fox", "a blue bird sings"], folder / "tokenizer.model", context=16)
+    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32}
+    torch.manual_seed(0)
+    model = grr_coca_tiny(**arguments)
+    description = describe("grr_coca_tiny", arguments, "center")
+    progress = {"step": 3, "model": description}
+    save_checkpoint(folder / "checkpoints", model, torch.optim.AdamW(model.parameters()), progress)
+    with torch.no_grad():
+        model.contrastive_pooler.queries.mul_(2)
+    save_model(folder / "model", model, description, folder / "tokenizer.model")
+    return folder, model, tokenizer
+
+
+def test_a_runs_folder_and_its_model_are_the_finished_model(finished):
+    folder, model, tokenizer = finished
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    ids = torch.tensor([tokenizer.encode("a red bird")])[:, :16]
+    for path in (folder, folder / "model", str(folder)):
+        loaded, tok, image_size, crop = load_pretrained(path)
+        assert not loaded.training
+        assert (tok.fingerprint, tok.context, image_size, crop) == (tokenizer.fingerprint, 16, 32, "center")
+        model.eval()
+        assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+        assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
+
+
+def test_a_checkpoint_is_the_model_of_its_step(finished):
+    folder, model, _ = finished
+    loaded = load_pretrained(folder / "checkpoints/step_3").model
+    assert torch.equal(2 * loaded.contrastive_pooler.queries, model.contrastive_pooler.queries)
+    for name, value in model.state_dict().items():
+        if name != "contrastive_pooler.queries":
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_run_that_goes_on_is_its_newest_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    assert find_pretrained(tmp_path / "run").path == tmp_path / "run/checkpoints/step_3"
+
+
+def test_weights_come_in_the_dtype_that_is_asked_for(finished):
+    model = load_pretrained(finished[0], dtype=torch.bfloat16).model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
+
+
+def test_arguments_may_be_changed_for_training_on(finished):
+    source = find_pretrained(finished[0])
+    model = build_pretrained(source, dropout=0.3)
+    load_weights(source, model)
+    assert model.vision_encoder.blocks[0].dropout.p == 0.3
+    assert torch.equal(model.state_dict()["multimodal_decoder.head.weight"],
+                       finished[1].state_dict()["multimodal_decoder.head.weight"])  # fmt: skip
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no model; give the folder of a run that was trained"):
+        find_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"builder": "mine"}, "names the builder 'mine'"),
+        ({"rotary_pairing": "interleaved"}, "rotary pairing 'interleaved'"),
+        ({"crop": "stretch"}, "crop must be one of squash, center, got 'stretch'"),
+        ({"arguments": None}, "does not describe a model"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(finished, tmp_path, change, message):
+    shutil.copytree(finished[0] / "model", tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        find_pretrained(tmp_path / "model")
+
+
+def test_a_damaged_description_is_refused(finished, tmp_path):
+    shutil.copytree(finished[0] / "model", tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match="is not JSON"):
+        find_pretrained(tmp_path / "model")
