@@ -13,7 +13,7 @@ def coco(*, annotations: str, images: str) -> Pairs:
 
     Raises FileNotFoundError if something is not there, ValueError if the file is of another kind.
     """
-    content = _read("coco", annotations, images, ("images", "annotations"))
+    content = read_annotations("coco", annotations, images, ("images", "annotations"))
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         rows = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
@@ -22,7 +22,7 @@ def coco(*, annotations: str, images: str) -> Pairs:
             f"coco: {annotations} must be a file of captions, each of an image that it lists, but lacks {error}; "
             "instances and keypoints have other files"
         ) from error
-    return _found("coco", annotations, image_files(Path(images), rows))
+    return with_images("coco", annotations, image_files(Path(images), rows))
 
 
 def karpathy(*, annotations: str, images: str, split: str) -> Pairs:
@@ -32,7 +32,7 @@ def karpathy(*, annotations: str, images: str, split: str) -> Pairs:
     split is train, validation or test; COCO's restval belongs to train.
     Raises FileNotFoundError if something is not there, ValueError if the file is of another kind.
     """
-    content = _read("karpathy", annotations, images, ("images",))
+    content = read_annotations("karpathy", annotations, images, ("images",))
     wanted = split_name("karpathy", split)
 
     def rows() -> Iterator[tuple[str, object]]:
@@ -45,10 +45,11 @@ def karpathy(*, annotations: str, images: str, split: str) -> Pairs:
         pairs = image_files(Path(images), rows())
     except (KeyError, TypeError) as error:
         raise ValueError(f"karpathy: {annotations} must be in Karpathy's layout, but an image lacks {error}") from error
-    return _found("karpathy", annotations, pairs)
+    return with_images("karpathy", annotations, pairs)
 
 
-def _read(who: str, annotations: str, images: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def read_annotations(who: str, annotations: str, images: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The object in a JSON file that must hold these keys. Raises as the formats do."""
     if not Path(annotations).is_file():
         raise FileNotFoundError(f"{who}: there is no file of annotations {annotations}")
     if not Path(images).is_dir():
@@ -62,7 +63,8 @@ def _read(who: str, annotations: str, images: str, keys: tuple[str, ...]) -> dic
     return content
 
 
-def _found(who: str, annotations: str, pairs: ImageFiles) -> ImageFiles:
+def with_images(who: str, annotations: str, pairs: ImageFiles) -> ImageFiles:
+    """The pairs, if there are any and if one of their first images is there. Raises as the formats do."""
     names = [pairs.images[j] for j in range(min(100, len(pairs.images)))]
     if not names:
         raise ValueError(f"{who}: {annotations} holds no captions for this split")

@@ -29,7 +29,7 @@ Scene = tuple[str, str, str, str]  # first object, relation, second object, colo
 
 
 def openmoji(*, split: Literal["train", "validation"] = "train", relation: bool = False, scenes: int = 6000,
-             held_out: int = 500, seed: int = 0) -> Pairs:  # fmt: skip
+             held_out: int = 500, seed: int = 0) -> "Scenes":  # fmt: skip
     """Two of forty objects side by side on a coloured background: "an apple and a fox on a blue background".
 
     The sentence names them in the order of the alphabet, wherever they stand. With `relation` it says where they stand,
@@ -65,7 +65,7 @@ class Scenes(Pairs):
 def sentence(scene: Scene) -> str:
     """What a scene shows, in English."""
     first, relation, second, colour = scene
-    return f"{_a(first)} {relation} {_a(second)} on {_a(colour)} background"
+    return f"{a(first)} {relation} {a(second)} on {a(colour)} background"
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
@@ -78,12 +78,18 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         along = i * CANVAS // 2 + rng.randint(0, CANVAS // 2 - side)
         across = rng.randint(0, CANVAS - side)
         place = (across, along) if relation == "above" else (along, across)
-        glyph = _glyph(name).resize((side, side), Image.Resampling.BILINEAR)
-        image.paste(glyph, place, glyph)
+        paste(image, name, side, place)
     return image
 
 
-def _a(noun: str) -> str:
+def paste(image: Image.Image, name: str, side: int, place: tuple[int, int]) -> None:
+    """Lay an object on an image, side pixels wide and high, its left upper corner at place."""
+    glyph = _glyph(name).resize((side, side), Image.Resampling.BILINEAR)
+    image.paste(glyph, place, glyph)
+
+
+def a(noun: str) -> str:
+    """The noun with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeio" or noun == "umbrella" else f"a {noun}"
 
 
