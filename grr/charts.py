@@ -1,0 +1,168 @@
+"""Curves over steps, drawn as figures of a page, and numbers as a reader compares them."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+POINTS = 300  # of a curve, at most, however long the run
+WIDTH, HEIGHT = 400, 210  # of a chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 40, 384, 10, 188  # of the plot inside it
+COLORS = "abcdefghij"  # classes of the style sheet
+
+Floats = NDArray[np.float64]
+Row = dict[str, Any]
+
+
+@dataclass
+class Series:
+    """A curve: plain, or noisy, faint points with their running mean, or thin and left out of the legend."""
+
+    label: str
+    color: str  # one of COLORS
+    steps: Floats
+    values: Floats
+    style: Literal["plain", "noisy", "thin"] = "plain"
+
+
+def series(rows: Sequence[Row], key: str, label: str, color: str, *, factor: float = 1,
+           style: Literal["plain", "noisy", "thin"] = "plain") -> Series:  # fmt: skip
+    """What some lines of metrics.jsonl say of one key, those left out where it is no finite number."""
+    points = [(row["step"], row[key] * factor) for row in rows if is_number(row.get(key))]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return Series(label, color, steps, values, style)
+
+
+def chart(title: str, curves: Sequence[Series], *, wide: bool = False, log: bool = False, low: float | None = None,
+          high: float | None = None) -> str:  # fmt: skip
+    """A figure of curves over steps, or nothing if there is no number to draw. Ends of the axis may be given."""
+    if log:
+        curves = [replace(s, steps=s.steps[s.values > 0], values=s.values[s.values > 0]) for s in curves]
+    curves = [s for s in curves if len(s.values)]
+    if not curves:
+        return ""
+    y_low, y_high = _range(np.concatenate([s.values for s in curves]), log=log, low=low, high=high)
+    x_high = max(s.steps.max() for s in curves)
+
+    def x(step: float) -> float:
+        return LEFT + step / max(x_high, 1) * (RIGHT - LEFT)
+
+    def y(value: float) -> float:
+        height = math.log10(value / y_low) / math.log10(y_high / y_low) if log else (value - y_low) / (y_high - y_low)
+        return BOTTOM - height * (BOTTOM - TOP)
+
+    axes = ""
+    for tick in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high):
+        text = f'<text x={LEFT - 7} y={y(tick):.2f} dy=".35em">{_tick(tick)}</text>'
+        axes += f'<g class=tick><path d="M{LEFT} {y(tick):.2f}H{RIGHT}"/>{text}</g>'
+    for tick in _ticks(0, x_high):
+        if tick == int(tick):
+            axes += f"<text class=step x={x(tick):.2f} y={BOTTOM + 17}>{_tick(tick)}</text>"
+    lines = "".join(_curve(s, x, y) for s in curves)
+    named = [(escape(s.label), s) for s in curves if s.style != "thin"]
+    legend = "".join(f"<span class={s.color}>{n} <output>{number(_mean(s)[-1])}</output></span>" for n, s in named)
+    spoken = "; ".join(f"{n} from {number(s.values[0])} to {number(s.values[-1])}" for n, s in named)
+    ends = [math.log10(y_low), math.log10(y_high)] if log else [y_low, y_high]
+    scale = json.dumps({"x": [0, max(x_high, 1), LEFT, RIGHT], "y": [*ends, BOTTOM, TOP], "log": log})
+    return (f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{title}<small></small></h3>'
+            f"<p>{legend}</p></figcaption>"
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}: {spoken}" data-scale=\'{scale}\'>'
+            f'{axes}{lines}<path class=rule d=""/></svg></figure>')  # fmt: skip
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a log is a number that can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}\u202f%"
+
+
+def number(value: float) -> str:
+    """Four digits, as many as one can compare at a glance."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace("-", "−")
+    return (_scientific(value, 2) if 0 < abs(value) < 1e-3 else f"{value:#.4g}").replace("-", "−")
+
+
+def _curve(curve: Series, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    def places(values: Floats) -> list[str]:
+        return [f"{x(curve.steps[i]):.2f} {y(values[i]):.2f}" for i in _thin(values)]
+
+    points = "".join(f"M{place}h0" for place in places(curve.values))
+    line = "M" + "L".join(places(_mean(curve)))
+    if curve.style == "thin":
+        return f'<path class="thin {curve.color}" d="{line}"/>'
+    noisy = curve.style == "noisy"
+    kind = "faint" if noisy else "points"
+    dots = f'<path class="{kind} {curve.color}" d="{points}"/>' if noisy or len(curve.values) <= 60 else ""
+    return f'{dots}<path class="line {curve.color}" d="{line}"/>'
+
+
+def _mean(curve: Series) -> Floats:
+    """The exponential mean of a noisy series over about 1 % of it, unbiased at its beginning; of another, itself."""
+    decay = 1 - 1 / max(1, len(curve.values) / 100)
+    if curve.style != "noisy" or decay == 0:
+        return curve.values
+    means, total, weight = np.empty_like(curve.values), 0.0, 0.0
+    for i, value in enumerate(curve.values):
+        total = decay * total + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        means[i] = total / weight
+    return means
+
+
+def _thin(values: Floats) -> list[int]:
+    """The places of at most 300 values: the ends, and the least and the greatest of each of many stretches."""
+    if len(values) <= POINTS:
+        return list(range(len(values)))
+    stretches = np.array_split(np.arange(len(values)), POINTS // 2 - 1)
+    extremes = (stretch[pick(values[stretch])] for stretch in stretches for pick in (np.argmin, np.argmax))
+    return sorted({0, len(values) - 1, *map(int, extremes)})
+
+
+def _range(values: Floats, *, log: bool, low: float | None, high: float | None) -> tuple[float, float]:
+    """The ends of an axis: a little beyond the values, unless given."""
+    if log:
+        margin = max((values.max() / values.min()) ** 0.05, 1.05)
+        return float(values.min() / margin), float(values.max() * margin)
+    least, most = values.min() if low is None else low, values.max() if high is None else high
+    margin = 0.05 * (most - least) or 0.05 * abs(most) or 1.0
+    return float(least - margin if low is None else low), float(most + margin if high is None else high)
+
+
+def _ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+    """Round numbers 1, 2 or 5 times a power of ten apart, about so many of them, between two ends."""
+    raw = (high - low) / about
+    if raw <= 0:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(raw))
+    apart = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    return [float(f"{k * apart:.12g}") for k in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [t for p in powers for m in steps if low <= (t := m * 10.0**p) <= high]
+        if 3 <= len(ticks) <= 6:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / 6)] if len(ticks) > 6 else _ticks(low, high)
+
+
+def _tick(value: float) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:g}k"
+    return (_scientific(value, 0) if 0 < abs(value) < 1e-3 else f"{value:,.10g}").replace("-", "−")
+
+
+def _scientific(value: float, digits: int) -> str:
+    return f"{value:.{digits}e}".replace("e-0", "e-")
