@@ -28,7 +28,7 @@ from grr.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from grr.data import DATASETS, steps_per_epoch, training_steps, validation_steps
+from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps, validation_steps
 from grr.distributed import (
     all_sum,
     checkpoint_activations,
@@ -61,6 +61,7 @@ class Run:
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
     compile: bool = False  # compile each block
     checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
+    in_memory: bool = False  # keep decoded images, for data that fit
     replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
     log_every: int = 10  # optimizer steps
     validate_every: int | None = None  # optimizer steps; null: once an epoch
@@ -86,6 +87,8 @@ def main() -> None:
 
     # data: an order that is a pure function of the seed and the step
     pairs, held_out = cfg.build("data"), cfg.build("validation")
+    if run.in_memory:
+        pairs, held_out = InMemory(pairs), InMemory(held_out)
     tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from grr.data.annotations import coco, karpathy
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
+from grr.data.memory import InMemory
 from grr.data.openmoji import openmoji
 from grr.data.order import epoch_order
 from grr.data.pairs import Pairs
@@ -22,6 +23,7 @@ DATASETS: dict[str, Callable[..., Pairs]] = {
 __all__ = [
     "DATASETS",
     "Batch",
+    "InMemory",
     "Pairs",
     "epoch_order",
     "steps_per_epoch",
