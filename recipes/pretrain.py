@@ -129,7 +129,7 @@ def main() -> None:
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
     saved = logged = time.monotonic()
-    waited, replaced = 0.0, 0
+    waited, counted, replaced = 0.0, 0, 0  # since the last line of the log
     while step < last:
         before = time.monotonic()
         micro_batches = [batch.to(device) for batch in next(batches)]
@@ -142,20 +142,20 @@ def main() -> None:
         refuse_non_finite(losses, norm, step, micro_batches, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
+        step, counted = step + 1, counted + 1
         bar.update()
         bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
         if step % run.log_every == 0 or step == last:
             now = time.monotonic()
-            steps = (step - 1) % run.log_every + 1
             if log:
                 log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
-                          samples_per_second=steps * run.batch_size / (now - logged), data_wait=waited / steps,
+                          samples_per_second=counted * run.batch_size / (now - logged), data_wait=waited / counted,
                           replaced=replaced)  # fmt: skip
-            logged, waited, replaced = now, 0.0, 0
+            logged, waited, counted, replaced = now, 0.0, 0, 0
 
         if step % validate_every == 0 or step == last:
+            began = time.monotonic()
             batches_of = validation_steps(held_out, tokenizer, **loader)
             losses = evaluation_losses(model, ([b.to(device) for b in batch] for batch in batches_of), **cfg.loss)
             found, examples = examine(model, held_out, tokenizer, device, candidates=run.candidates,
@@ -164,7 +164,7 @@ def main() -> None:
                 log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found)
                 write_report(folder, title=f"{cfg.model['name']} on {cfg.data['name']}", examples=examples)
                 bar.write(summary(step, losses, found))
-            logged = time.monotonic()
+            logged += time.monotonic() - began
 
         stopping = stop.requested()
         late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
