@@ -1,0 +1,169 @@
+"""Judge captions by what people wrote of the same images: BLEU, ROUGE-L and CIDEr as COCO's evaluation has them.
+
+The official pipeline (Chen et al. 2015, "Microsoft COCO Captions") splits words with Stanford's tokenizer, in Java;
+here NLTK's regular expressions do, and give the same numbers.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+
+from nltk.tokenize import TreebankWordTokenizer
+
+Words = list[str]
+Ngram = tuple[str, ...]
+MAX_N = 4  # words of the longest n-gram that BLEU and CIDEr look at
+BETA = 1.2  # weight of recall against precision in ROUGE-L
+SIGMA = 6.0  # words; the width of CIDEr-D's bell curve over differences in length
+
+
+def caption_metrics(references: list[list[str]], hypotheses: list[str]) -> dict[str, float]:
+    """All metrics below, by the names bleu_1, bleu_2, bleu_3, bleu_4, rouge_l and cider.
+
+    references[i] are the captions that people wrote of image i, hypotheses[i] is the one to judge. BLEU and ROUGE-L lie
+    between 0 and 1, CIDEr between 0 and 10; papers print a hundred times these. Order changes nothing. Raises
+    ValueError if the lists differ in length or are empty, or if an image has no reference.
+    """
+    people, machine = _words("caption_metrics", references, hypotheses)
+    bleus = {f"bleu_{n}": score for n, score in enumerate(_bleu(people, machine), start=1)}
+    return {**bleus, "rouge_l": _rouge_l(people, machine), "cider": _cider(people, machine)}
+
+
+def bleu(references: list[list[str]], hypotheses: list[str]) -> tuple[float, float, float, float]:
+    """BLEU-1 to BLEU-4: how many of the n-grams that were written occur in a reference, counted over all images.
+
+    Arguments and errors as in `caption_metrics`. BLEU-n is the geometric mean of the precisions of 1 to n words, times
+    a penalty if all captions together are shorter than the references closest to them in length.
+    Source: Papineni et al. 2002, section 2.3.
+    """
+    return _bleu(*_words("bleu", references, hypotheses))
+
+
+def rouge_l(references: list[list[str]], hypotheses: list[str]) -> float:
+    """ROUGE-L: the longest common subsequence of words with a reference, as an F-measure, averaged over images.
+
+    Arguments and errors as in `caption_metrics`. The best precision and the best recall are taken each on its own,
+    maybe from two references, as COCO's evaluation does. Source: Lin 2004, section 3.
+    """
+    return _rouge_l(*_words("rouge_l", references, hypotheses))
+
+
+def cider(references: list[list[str]], hypotheses: list[str]) -> float:
+    """CIDEr-D: cosine similarity of n-grams with each reference, those of few images weighing most.
+
+    Arguments and errors as in `caption_metrics`. How rare an n-gram is comes from the references given, so the number
+    depends on the whole set of images, and is 0 for a single one. Source: Vedantam et al. 2015; in its variant D counts
+    are clipped and differences in length penalised.
+    """
+    return _cider(*_words("cider", references, hypotheses))
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+TREEBANK = TreebankWordTokenizer()
+PUNCTUATION = {"", "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what COCO leaves out
+TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": " -- ", "—": " -- ", "…": " ... "})
+ABBREVIATION = re.compile(
+    r"[a-z]\.|([a-z]{1,2}\.){2,}|(mr|mrs|ms|dr|prof|jr|sr|st|mt|ave|blvd|rd|co|corp|inc|ltd|etc|vs|ft)\."
+)
+
+
+def split_words(caption: str) -> Words:
+    """A caption's words in lower case, in the manner of the Penn Treebank: don't -> do n't; no punctuation.
+
+    NLTK takes a period off the last word of a text only. Stanford's tokenizer takes it off any word but an
+    abbreviation, and captions may have several sentences.
+    """
+    text = " ".join(caption.lower().translate(TYPOGRAPHY).split())
+    tokens = TREEBANK.tokenize(f"{text} .")
+    words = (token if ABBREVIATION.fullmatch(token) else token.rstrip(".") for token in tokens)
+    return [word for word in words if word not in PUNCTUATION]
+
+
+def _words(who: str, references: list[list[str]], hypotheses: list[str]) -> tuple[list[list[Words]], list[Words]]:
+    if len(references) != len(hypotheses) or not hypotheses:
+        raise ValueError(
+            f"{who}: references and hypotheses must be as many, and at least one, got {len(references)} and "
+            f"{len(hypotheses)}; references[i] is the list of captions of the image that hypotheses[i] describes"
+        )
+    for i, own in enumerate(references):
+        if isinstance(own, str) or not own:
+            raise ValueError(
+                f"{who}: references[{i}] must be a list of one caption or more, got {own!r}; put a single caption into "
+                "a list, and leave out images that nobody described"
+            )
+    return [[split_words(reference) for reference in own] for own in references], [split_words(h) for h in hypotheses]
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _bleu(references: list[list[Words]], hypotheses: list[Words]) -> tuple[float, float, float, float]:
+    matched, written = [0] * MAX_N, [0] * MAX_N
+    length = closest = 0
+    for own, words in zip(references, hypotheses, strict=True):
+        allowed = [Counter(_ngrams(reference)) for reference in own]
+        for ngram, count in Counter(_ngrams(words)).items():
+            matched[len(ngram) - 1] += min(count, max(counts.get(ngram, 0) for counts in allowed))
+            written[len(ngram) - 1] += count
+        length += len(words)
+        closest += min((abs(len(reference) - len(words)), len(reference)) for reference in own)[1]
+    brevity = min(1.0, math.exp(1 - (closest + 1e-9) / (length + 1e-15)))  # these keep COCO's code from dividing by 0
+    precisions = [(m + 1e-15) / (w + 1e-9) for m, w in zip(matched, written, strict=True)]
+    one, two, three, four = (brevity * math.prod(precisions[:n]) ** (1 / n) for n in range(1, MAX_N + 1))
+    return one, two, three, four
+
+
+def _rouge_l(references: list[list[Words]], hypotheses: list[Words]) -> float:
+    total = 0.0
+    for own, words in zip(references, hypotheses, strict=True):
+        common = [_longest_common_subsequence(reference, words) for reference in own]
+        if any(common):
+            precision = max(common) / len(words)
+            recall = max(c / len(reference) for c, reference in zip(common, own, strict=True) if reference)
+            total += (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+    return total / len(hypotheses)
+
+
+def _longest_common_subsequence(a: Words, b: Words) -> int:
+    """How many words of a are found in b in the same order, gaps allowed: one row of the usual table at a time."""
+    above = [0] * (len(b) + 1)
+    for word in a:
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+        above = row
+    return above[-1]
+
+
+def _cider(references: list[list[Words]], hypotheses: list[Words]) -> float:
+    images_with = Counter(chain.from_iterable({n for words in own for n in _ngrams(words)} for own in references))
+    rarest = math.log(len(references))
+    rarity = {ngram: rarest - math.log(count) for ngram, count in images_with.items()}
+
+    def weigh(words: Words) -> tuple[dict[Ngram, float], list[float]]:
+        """Count times rarity of each n-gram, and for each n the length of that vector."""
+        weights = {ngram: count * rarity.get(ngram, rarest) for ngram, count in Counter(_ngrams(words)).items()}
+        squares = [0.0] * MAX_N
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight**2
+        return weights, [math.sqrt(square) for square in squares]
+
+    total = 0.0
+    for own, words in zip(references, hypotheses, strict=True):
+        weights, norms = weigh(words)
+        for reference in own:
+            wanted, wanted_norms = weigh(reference)
+            products = [0.0] * MAX_N
+            for ngram in weights.keys() & wanted.keys():
+                products[len(ngram) - 1] += min(weights[ngram], wanted[ngram]) * wanted[ngram]
+            cosines = [p / (x * y) for p, x, y in zip(products, norms, wanted_norms, strict=True) if p]
+            longer = max(0, len(words) - 1) - max(0, len(reference) - 1)  # in COCO's code, bigrams measure length
+            total += math.exp(-(longer**2) / (2 * SIGMA**2)) * sum(cosines) / MAX_N / len(own)
+    return 10 * total / len(hypotheses)
+
+
+def _ngrams(words: Words) -> Iterator[Ngram]:
+    return chain.from_iterable(zip(*(words[i:] for i in range(n)), strict=False) for n in range(1, MAX_N + 1))
