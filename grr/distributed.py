@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from grr.components import Block
 
 T = TypeVar("T")
-METHODS = ("embed", "encode_image", "encode_text", "image_context", "next_token_logits")  # ways into a CoCa
+METHODS = ("embed", "encode_image", "encode_text", "image_context", "from_context", "next_token_logits")  # of a CoCa
 
 
 def start() -> torch.device:

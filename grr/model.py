@@ -164,18 +164,7 @@ class CoCa(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
                 labels: Tensor | None = None) -> CoCaOutput:  # fmt: skip
-        context = self._context(images)  # [b, n, d]
-        text = self._text(ids, positions)  # [b, s, d]
-        output = self._output(context, text, ids)
-        if labels is None:
-            hidden = self.multimodal_decoder(text, context, positions=positions)  # [b, s, d]
-            return output._replace(logits=self.multimodal_decoder.head(hidden))  # [b, s, v]
-        s = labels.shape[1]  # no label, no need of a hidden vector
-        positions = None if positions is None else positions[..., :s]
-        hidden = self.multimodal_decoder(text[:, :s], context, positions=positions)  # [b, s, d]
-        labelled = labels != IGNORE
-        losses = token_losses(hidden[labelled], labels[labelled], self.multimodal_decoder.head)
-        return output._replace(token_losses=losses)
+        return self._read(self._context(images), ids, positions, labels)
 
     def embed(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None) -> CoCaOutput:
         """The embeddings of a forward pass, without what only captions need: same arguments, neither logits nor losses.
@@ -187,6 +176,11 @@ class CoCa(nn.Module):
     def image_context(self, images: Tensor) -> Tensor:
         """images -> what the multimodal decoder attends to, [b, n, d]."""
         return self._context(images)
+
+    def from_context(self, context: Tensor, ids: Tensor, *, positions: Tensor | None = None,
+                     labels: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+        """The forward pass of images whose `image_context` is known: it can be repeated for each of their captions."""
+        return self._read(context, ids, positions, labels)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images: uint8 or normalised float [b, 3, h, w] -> float32 [b, e] of unit length."""
@@ -219,6 +213,19 @@ class CoCa(nn.Module):
 
     def _text(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         return self.text_decoder(ids) if positions is None else self.text_decoder(ids, positions=positions)
+
+    def _read(self, context: Tensor, ids: Tensor, positions: Tensor | None, labels: Tensor | None) -> CoCaOutput:
+        text = self._text(ids, positions)  # [b, s, d]
+        output = self._output(context, text, ids)
+        if labels is None:
+            hidden = self.multimodal_decoder(text, context, positions=positions)  # [b, s, d]
+            return output._replace(logits=self.multimodal_decoder.head(hidden))  # [b, s, v]
+        s = labels.shape[1]  # no label, no need of a hidden vector
+        positions = None if positions is None else positions[..., :s]
+        hidden = self.multimodal_decoder(text[:, :s], context, positions=positions)  # [b, s, d]
+        labelled = labels != IGNORE
+        losses = token_losses(hidden[labelled], labels[labelled], self.multimodal_decoder.head)
+        return output._replace(token_losses=losses)
 
     def _output(self, context: Tensor, text: Tensor, ids: Tensor) -> CoCaOutput:
         embeddings = self._image_embeddings(context), self._text_embeddings(text, ids)
