@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from grr.data.annotations import coco, karpathy
+from grr.data.labelled import Labelled, blind_accuracy, image_folder, refuse_other_classes, snli_ve, vqa_v2
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.memory import InMemory
 from grr.data.openmoji import openmoji
+from grr.data.openmoji_tasks import openmoji_classes, openmoji_entailment, openmoji_questions
 from grr.data.order import epoch_order
 from grr.data.pairs import Pairs
 from grr.data.shards import webdataset
@@ -20,12 +22,25 @@ DATASETS: dict[str, Callable[..., Pairs]] = {
     "webdataset": webdataset,
 }
 
+LABELLED: dict[str, Callable[..., Labelled]] = {
+    "openmoji_classes": openmoji_classes,
+    "openmoji_questions": openmoji_questions,
+    "openmoji_entailment": openmoji_entailment,
+    "image_folder": image_folder,
+    "vqa_v2": vqa_v2,
+    "snli_ve": snli_ve,
+}
+
 __all__ = [
     "DATASETS",
+    "LABELLED",
     "Batch",
     "InMemory",
+    "Labelled",
     "Pairs",
+    "blind_accuracy",
     "epoch_order",
+    "refuse_other_classes",
     "steps_per_epoch",
     "training_steps",
     "validation_steps",

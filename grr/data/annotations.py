@@ -67,7 +67,7 @@ def with_images(who: str, annotations: str, pairs: ImageFiles) -> ImageFiles:
     """The pairs, if there are any and if one of their first images is there. Raises as the formats do."""
     names = [pairs.images[j] for j in range(min(100, len(pairs.images)))]
     if not names:
-        raise ValueError(f"{who}: {annotations} holds no captions for this split")
+        raise ValueError(f"{who}: {annotations} holds nothing for this split")
     if not any((pairs.root / name).is_file() for name in names):
         raise FileNotFoundError(
             f"{who}: the first {len(names)} images of {annotations} ({', '.join(names[:3])} ...) are not in "

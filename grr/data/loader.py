@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
+from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
@@ -43,6 +44,7 @@ class Batch:
     labels: Tensor  # int64 [b, t - 2]
     names: list[str]  # of the samples in their data
     replaced: int  # bad samples that others stand in for
+    classes: Tensor | None = None  # int64 [b], of labelled data
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device; from pinned memory, without waiting until they are there."""
@@ -53,7 +55,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(f(self.images), f(self.ids), f(self.positions), f(self.labels), self.names, self.replaced)
+        classes = None if self.classes is None else f(self.classes)
+        return Batch(f(self.images), f(self.ids), f(self.positions), f(self.labels), self.names, self.replaced, classes)
 
 
 def steps_per_epoch(pairs: Pairs, batch_size: int) -> int:
@@ -151,6 +154,7 @@ class _Sample(NamedTuple):
     image: Tensor
     ids: list[int]
     bad: list[_Bad]
+    label: int | None = None
 
 
 def _places(groups: NDArray[np.int64], seed: int, numbers: Iterable[int], epoch_steps: int, batch_size: int,
@@ -175,7 +179,8 @@ def _read(place: _Place, pairs: Pairs, tokenizer: Tokenizer, image_size: int, cr
         try:
             if not caption.strip():
                 raise BadImage("its caption is empty")
-            return _Sample(name, pairs.load(i, size=image_size, crop=crop), tokenizer.encode(caption), bad)
+            label = int(pairs.labels[i]) if isinstance(pairs, Labelled) else None
+            return _Sample(name, pairs.load(i, size=image_size, crop=crop), tokenizer.encode(caption), bad, label)
         except (BadImage, OSError) as error:
             bad.append(_Bad(name, str(error) or type(error).__name__))
     return _Sample("", torch.empty(0), [], bad)
@@ -204,7 +209,8 @@ def _collate(samples: list[_Sample], pad_id: int) -> tuple[Batch | None, list[_B
         return None, bad
     ids, positions, labels = pack_captions([sample.ids for sample in samples], pad_id=pad_id)
     images = torch.stack([sample.image for sample in samples])  # [b, 3, h, w]
-    return Batch(images, ids, positions, labels, [sample.name for sample in samples], len(bad)), bad
+    classes = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])  # [b]
+    return Batch(images, ids, positions, labels, [sample.name for sample in samples], len(bad), classes), bad
 
 
 def _consume(node: BaseNode[tuple[Batch | None, list[_Bad]]], micro_batches: int, max_bad_fraction: float,

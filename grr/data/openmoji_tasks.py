@@ -1,0 +1,146 @@
+"""Built-in labelled data of OpenMoji: an object to name, questions about scenes, and what half a scene entails."""
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from grr.data.labelled import JUDGEMENTS, WHAT, Labelled
+from grr.data.openmoji import CANVAS, COLOURS, OBJECTS, Scene, a, openmoji, paste
+from grr.data.pairs import Ints, Pairs, Texts
+from grr.images import Crop, to_tensor
+
+Split = Literal["train", "validation"]
+SIDES = {"to the left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
+CURTAIN = 64  # of 255: darker than any background
+
+
+def openmoji_classes(*, split: Split = "train", pictures: int = 12, held_out: int = 60, seed: int = 0) -> Labelled:
+    """One of forty objects on one of nine backgrounds; the class is the object.
+
+    `held_out` of the 360 combinations are for validation, the others for training; each has `pictures` pictures, whose
+    sizes and places are drawn by the seed. Raises ValueError if nothing is left for training.
+    """
+    every = [(name, colour) for name in OBJECTS for colour in COLOURS]
+    if pictures < 1 or not 0 < held_out < len(every):
+        raise ValueError(f"openmoji_classes: it takes pictures >= 1 and held_out from 1 to {len(every) - 1}, got "
+                         f"{pictures=}, {held_out=}")  # fmt: skip
+    random.Random(seed).shuffle(every)
+    chosen = every[:held_out] if split == "validation" else every[held_out:]
+    objects = [choice for choice in chosen for _ in range(pictures)]
+    classes = sorted(OBJECTS)
+    return Labelled(Objects(objects, seed), classes, _numbers(classes, (name for name, _ in objects)))
+
+
+def openmoji_questions(*, split: Split = "train", scenes: int = 3000, held_out: int = 200, seed: int = 0) -> Labelled:
+    """Four questions about each scene of two objects; the classes are the answers: objects, colours, yes and no.
+
+    "what colour is the background", "what is on the left" and "... on the right" (or "at the top", "at the bottom"),
+    and "is there a fox", which is true half the time. Scenes are those of `openmoji` with a relation, held out by what
+    they show. Raises as it does.
+    """
+    pictures = openmoji(split=split, relation=True, scenes=scenes, held_out=held_out, seed=seed)
+    asked = [_questions(s, random.Random(f"{seed} {s}")) for s in pictures.scenes]
+    classes = [*sorted(OBJECTS), *sorted(COLOURS), "no", "yes"]
+    answers = (answer for questions in asked for _, answer in questions)
+    return Labelled(Remarks(pictures, [[question for question, _ in questions] for questions in asked]), classes,
+                    _numbers(classes, answers))  # fmt: skip
+
+
+def openmoji_entailment(*, split: Split = "train", scenes: int = 3000, held_out: int = 200, seed: int = 0) -> Labelled:
+    """Three sentences about each scene of two objects, one of which is behind a curtain: one sentence follows from what
+    is seen, one contradicts it, and one cannot be judged, because it speaks of what is hidden.
+
+    "a fox is on the left", "there is a fox", "there is no fox", "the background is blue": each kind of sentence belongs
+    to several classes, so neither the sentence nor the image alone tells which. Scenes are those of `openmoji` with
+    a relation, held out by what they show. Raises as it does.
+    """
+    pictures = openmoji(split=split, relation=True, scenes=scenes, held_out=held_out, seed=seed)
+    rngs = [random.Random(f"{seed} {scene}") for scene in pictures.scenes]
+    hidden = [rng.randrange(2) for rng in rngs]
+    told = [_hypotheses(*drawn) for drawn in zip(pictures.scenes, hidden, rngs, strict=True)]
+    half = [(scene[1], h) for scene, h in zip(pictures.scenes, hidden, strict=True)]
+    labels = np.tile(np.arange(len(JUDGEMENTS)), len(told))
+    return Labelled(Remarks(Curtained(pictures, half), told), list(JUDGEMENTS), labels)
+
+
+class Objects(Pairs):
+    """Single objects that are drawn when they are loaded: (object, colour of the background) each."""
+
+    def __init__(self, objects: Sequence[tuple[str, str]], seed: int) -> None:
+        ids = Texts.of(f"{name}_on_{colour}_{i}" for i, (name, colour) in enumerate(objects))
+        super().__init__(ids, Texts.of(WHAT for _ in objects), np.arange(len(objects)))
+        self.objects, self.seed = objects, seed
+
+    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        name, colour = self.objects[i]
+        rng = random.Random(f"{self.seed} {self.ids[i]}")
+        side = rng.randint(CANVAS * 3 // 8, CANVAS)
+        image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
+        paste(image, name, side, (rng.randint(0, CANVAS - side), rng.randint(0, CANVAS - side)))
+        return to_tensor(image, size=size, crop=crop)
+
+
+class Remarks(Pairs):
+    """Texts about the images of other pairs, each its own image: texts[j] are those about image j."""
+
+    def __init__(self, pictures: Pairs, texts: Sequence[Sequence[str]]) -> None:
+        ids = Texts.of(f"{pictures.ids[j]}#{k}" for j, own in enumerate(texts) for k in range(len(own)))
+        image_of = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+        super().__init__(ids, Texts.of(itertools.chain.from_iterable(texts)), image_of)
+        self.pictures = pictures
+
+    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        return self.pictures.load(int(self.image_of[i]), size=size, crop=crop)
+
+
+class Curtained(Pairs):
+    """Scenes with one object hidden: halves[i] is the relation of the objects in scene i, and which of them it is."""
+
+    def __init__(self, scenes: Pairs, halves: Sequence[tuple[str, int]]) -> None:
+        super().__init__(scenes.ids, scenes.captions, scenes.image_of)
+        self.scenes, self.halves = scenes, halves
+
+    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        pixels = self.scenes.load(i, size=size, crop=crop).clone()  # [3, size, size]
+        relation, hidden = self.halves[i]
+        axis = 1 if relation == "above" else 2
+        pixels.tensor_split(2, dim=axis)[hidden].fill_(CURTAIN)
+        return pixels
+
+
+def _questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions about a scene, and their answers."""
+    first, relation, second, colour = scene
+    left, right = SIDES[relation]
+    true = rng.random() < 0.5
+    name = rng.choice([first, second] if true else [n for n in OBJECTS if n not in (first, second)])
+    return [
+        ("what colour is the background", colour),
+        (f"what is {left}", first),
+        (f"what is {right}", second),
+        (f"is there {a(name)}", "yes" if true else "no"),
+    ]
+
+
+def _hypotheses(scene: Scene, hidden: int, rng: random.Random) -> list[str]:
+    """A sentence for each of JUDGEMENTS about a scene whose first (0) or second (1) object is hidden."""
+    first, relation, second, colour = scene
+    seen = second if hidden == 0 else first
+    here, there = SIDES[relation][1 - hidden], SIDES[relation][hidden]
+    other = rng.choice([name for name in OBJECTS if name != seen])
+    wrong = rng.choice([name for name in COLOURS if name != colour])
+    return [
+        rng.choice([f"{a(seen)} is {here}", f"there is {a(seen)}", f"the background is {colour}"]),
+        rng.choice([f"{a(other)} is {there}", f"there is {a(other)}", f"there is no {other}"]),
+        rng.choice([f"{a(other)} is {here}", f"there is no {seen}", f"the background is {wrong}"]),
+    ]
+
+
+def _numbers(classes: Sequence[str], names: Iterable[str]) -> Ints:
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in names], dtype=np.int64)
