@@ -1,0 +1,81 @@
+"""What a model costs: floating-point operations of one image with its caption, from the arguments of its builder alone.
+
+Counted as torch's FlopCounterMode counts: matrix products, two operations for a multiplication with its addition,
+causal attention as if it were whole. Norms, softmax, GELU, rotations and sums are not counted.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from grr.builders import MULTIPLIERS
+from grr.model import CoCa
+
+
+class Flops(NamedTuple):
+    """Operations of one sample, by tower."""
+
+    vision: int
+    poolers: int
+    text: int
+    multimodal: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Flops:
+    """The cost of a forward pass through the model that `builder(**arguments)` would make; nothing is built.
+
+    `text_length` tokens are read and all of them scored: by default the context, as if no caption were ever trimmed.
+    Raises TypeError for an argument that the builder does not take, ValueError if there is no text.
+    """
+    bound = inspect.signature(builder).bind(**arguments)
+    bound.apply_defaults()
+    a = SimpleNamespace(**bound.arguments)
+    d, n = a.dim, a.context
+    s = n if text_length is None else text_length
+    if s < 1:
+        raise ValueError(f"forward_flops: text_length must be at least 1, got {text_length=}")
+    p = (a.image_size // a.patch_size) ** 2
+    vision_hidden = int((a.vision_ffn_multiplier or MULTIPLIERS[a.vision_feed_forward]) * d)
+    vision_block = _attention(p, p, d) + _feed_forward(p, d, vision_hidden, a.vision_feed_forward)
+    text_block = _attention(s, s, d) + _feed_forward(s, d, int(a.text_ffn_multiplier * d), a.text_feed_forward)
+    return Flops(
+        vision=_linear(p, 3 * a.patch_size**2, d) + a.vision_layers * vision_block,
+        poolers=_pooler(n, p, d) + _pooler(1, n, d),
+        text=a.text_layers * text_block,
+        multimodal=a.multimodal_layers * (text_block + _attention(s, n, d)),
+        head=_linear(s, d, a.vocab_size),
+    )
+
+
+def training_flops(forward: Flops) -> int:
+    """The cost of one sample in training: its forward pass, and a backward pass of twice as much.
+
+    A product needs one more for the gradient of each of its factors, but nothing needs that of the pixels, which is
+    left in for round numbers. Not in here is what is computed a second time to save memory: the towers and poolers
+    where a global batch has several micro-batches, the blocks where activations are not kept.
+    """
+    return 3 * forward.total
+
+
+def _linear(rows: int, wide: int, out: int) -> int:
+    return 2 * rows * wide * out
+
+
+def _attention(s: int, t: int, d: int) -> int:
+    """s tokens attending to t: projections of queries and output, of keys and values, scores, and weighted sums."""
+    return 2 * _linear(s, d, d) + 2 * _linear(t, d, d) + 2 * _linear(s, d, t)
+
+
+def _pooler(n: int, t: int, d: int) -> int:
+    """The same for n learned queries, which are not projected."""
+    return _attention(n, t, d) - _linear(n, d, d)
+
+
+def _feed_forward(s: int, d: int, hidden: int, kind: str) -> int:
+    return (3 if kind == "geglu" else 2) * _linear(s, d, hidden)

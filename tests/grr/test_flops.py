@@ -1,0 +1,106 @@
+"""The formula is what torch's own counter counts on the model that is built, tower by tower."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from grr.builders import MODELS, grr_coca, grr_coca_tiny
+from grr.flops import Flops, forward_flops, training_flops
+
+
+def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Flops, int]:
+    """What FlopCounterMode says of one sample on the meta device, by tower, and in all."""
+    images = torch.zeros(1, 3, image_size, image_size, device="meta")
+    ids = torch.zeros(1, text_length, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        output = model(images, ids)
+        if backward:
+            (output.logits.sum() + output.image_embeddings.sum() + output.text_embeddings.sum()).backward()
+    counts = {name.removeprefix("CoCa."): sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    towers = Flops(
+        vision=counts["vision_encoder"],
+        poolers=counts["generative_pooler"] + counts["contrastive_pooler"],
+        text=counts["text_decoder"],
+        multimodal=counts["multimodal_decoder"],
+        head=counts["multimodal_decoder.head"],  # called by CoCa itself, so no part of the line above
+    )
+    return towers, counter.get_total_flops()
+
+
+def built(builder, **arguments) -> nn.Module:
+    with torch.device("meta"):
+        return builder(**arguments)
+
+
+def argument(builder, name: str) -> int:
+    return inspect.signature(builder).parameters[name].default
+
+
+small = st.fixed_dictionaries({
+    "vision_norm": st.sampled_from(["rmsnorm", "layernorm"]),
+    "vision_feed_forward": st.sampled_from(["geglu", "mlp"]),
+    "vision_position": st.sampled_from(["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]),
+    "text_norm": st.sampled_from(["rmsnorm", "layernorm"]),
+    "text_feed_forward": st.sampled_from(["geglu", "mlp"]),
+    "text_position": st.sampled_from(["rope", "sinusoidal"]),
+    "vocab_size": st.integers(4, 99),
+    "context": st.integers(4, 12),
+    "vision_layers": st.integers(1, 2),
+    "text_layers": st.integers(1, 2),
+    "multimodal_layers": st.integers(1, 2),
+    "vision_ffn_multiplier": st.none() | st.floats(0.5, 5),
+    "text_ffn_multiplier": st.floats(0.5, 5),
+    "qk_norm": st.booleans(),
+    "pooler_norm": st.booleans(),
+    "tied_embeddings": st.booleans(),
+    "learned_temperature": st.booleans(),
+})  # fmt: skip
+
+
+@given(arguments=small, num_heads=st.integers(1, 3), head_dim=st.sampled_from([4, 8]), patch_size=st.integers(1, 5),
+       side=st.integers(1, 4), text_length=st.integers(1, 14))  # fmt: skip
+def test_the_formula_is_torchs_count_whatever_the_switches(arguments, num_heads, head_dim, patch_size, side,
+                                                           text_length):  # fmt: skip
+    image_size = side * patch_size
+    arguments |= {"dim": num_heads * head_dim, "num_heads": num_heads, "image_size": image_size,
+                  "patch_size": patch_size}  # fmt: skip
+    towers, total = counted(built(grr_coca, **arguments), image_size, text_length)
+    assert forward_flops(grr_coca, text_length=text_length, **arguments) == towers
+    assert towers.total == total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_formula_is_torchs_count_at_every_named_size(name):
+    builder = MODELS[name]
+    towers, total = counted(built(builder), argument(builder, "image_size"), argument(builder, "context"))
+    assert forward_flops(builder) == towers
+    assert towers.total == total
+
+
+def test_training_is_three_forward_passes_but_for_the_gradient_of_the_pixels():
+    image_size, patch_size = argument(grr_coca_tiny, "image_size"), argument(grr_coca_tiny, "patch_size")
+    _, total = counted(built(grr_coca_tiny), image_size, 16, backward=True)
+    pixels = 2 * image_size**2 * 3 * argument(grr_coca_tiny, "dim")
+    assert training_flops(forward_flops(grr_coca_tiny)) - pixels == total
+    assert image_size % patch_size == 0
+
+
+def test_the_geglu_of_the_paper_costs_what_its_mlp_costs_but_for_a_rounded_width():
+    grr, baseline = forward_flops(MODELS["grr_coca"]), forward_flops(MODELS["baseline_coca"])
+    assert grr[1:] == baseline[1:]
+    assert grr.vision == pytest.approx(baseline.vision, rel=0.02)
+
+
+def test_an_argument_that_the_builder_does_not_take_is_named():
+    with pytest.raises(TypeError, match="'dimm'"):
+        forward_flops(grr_coca, dimm=64)
+
+
+def test_there_must_be_a_text():
+    with pytest.raises(ValueError, match=r"text_length must be at least 1, got text_length=0"):
+        forward_flops(grr_coca, text_length=0)
