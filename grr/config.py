@@ -5,9 +5,10 @@
     model = cfg.build("model")                                  # MODELS[name](**the rest)
     optimizer = adamw(model, **cfg.optimizer)
 
-A section that is a dict of functions is chosen from by its key `name`. What stands before the `*` of a signature is
-handed over by code; what stands behind it, and every field of a dataclass, may be set from YAML or as section.key=value
-on the command line. Nothing in a config can run code or read the environment.
+A section that is a dict of functions is chosen from by its key `name`; it may be left out where `none` is one of them.
+What stands before the `*` of a signature is handed over by code; what stands behind it, and every field of a dataclass,
+may be set from YAML or as section.key=value on the command line. Nothing in a config can run code or read the
+environment.
 """
 
 import argparse
@@ -33,6 +34,13 @@ Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 COMMAND_LINE = "command line"
 REQUIRED = object()  # the default of an argument that has none
 PLAIN = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")  # ${section.key}
+
+
+def nothing() -> None:
+    """What a section that was left out is built to, if it may be left out: config.load(labelled=LABELLED | NONE)."""
+
+
+NONE: dict[str, Callable[..., Any]] = {"none": nothing}
 
 
 class ConfigError(ValueError):
@@ -205,7 +213,7 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
     """The keyword arguments of a section's function: what is given, if it may be, and defaults for the rest."""
     result: dict[str, Any] = {}
     if isinstance(function, Mapping):
-        name, place = given.pop("name", (None, file))
+        name, place = given.pop("name", ("none" if "none" in function and not given else None, file))
         if not isinstance(name, str) or name not in function:
             got = "" if name is None else f", got {name!r}{_did_you_mean(name, function)}"
             mistakes.add(place, f"{section}.name", f"must be one of {', '.join(function)}{got}")

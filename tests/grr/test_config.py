@@ -60,6 +60,19 @@ def refusal(tmp_path: Path, yaml: str, *overrides: str) -> str:
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
+def test_a_section_that_may_be_left_out_is_built_to_nothing_and_survives_being_saved(tmp_path):
+    sections = {"run": Run, "extra": DATA | config.NONE}
+    cfg = load(tmp_path, "{run: {steps: 3}}", **sections)
+    assert cfg.build("extra") is None
+    config.save(cfg, tmp_path / "saved.yaml")
+    assert config.load(["--config", str(tmp_path / "saved.yaml")], **sections) == cfg
+    assert (
+        load(tmp_path, "{run: {steps: 3}}", "extra.name=shards", "extra.pattern=x", **sections).extra["pattern"] == "x"
+    )
+    with pytest.raises(ConfigError, match=r"extra.name: must be one of folder, shards, none"):
+        load(tmp_path, "{run: {steps: 3}}", "extra.pattern=x", **sections)
+
+
 # Interpolations are resolved before a config is saved, so no text with ${ comes from one; ??? is OmegaConf's "missing".
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0$")).filter(lambda text: text != "???")
 numbers = st.floats(allow_nan=False)
