@@ -54,8 +54,8 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
         _header(title, rows, _last_step(folder, rows)),
         _key_numbers([row for row in rows if row.get("split") == "validation"]),
         _curves(rows),
-        _retrievals(examples.retrievals) if examples else "",
-        _captions(examples.captions) if examples else "",
+        show_retrievals(examples.retrievals) if examples else "",
+        show_captions(examples.captions) if examples else "",
         _files(folder),
     ]
     return write_page(folder / "report.html", title, *parts)
@@ -156,7 +156,8 @@ def _curves(rows: list[Row]) -> str:
             f"<div class=charts>{''.join(charts)}</div></section>")  # fmt: skip
 
 
-def _retrievals(retrievals: list[Retrieval]) -> str:
+def show_retrievals(retrievals: list[Retrieval]) -> str:
+    """The section of sentences and the images they find, as HTML; nothing if there are none."""
     if not retrievals:
         return ""
     items = []
@@ -177,7 +178,8 @@ def _retrievals(retrievals: list[Retrieval]) -> str:
             )  # fmt: skip
 
 
-def _captions(captions: list[Caption]) -> str:
+def show_captions(captions: list[Caption]) -> str:
+    """The section of images and the captions written for them, as HTML; nothing if there are none."""
     if not captions:
         return ""
     items = []
