@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
-from grr.optim import adamw, set_lr, warmup_cosine
+from grr.optim import adamw, freeze, set_lr, warmup_cosine
 
 
 @given(warmup=st.integers(0, 30), cycle=st.integers(1, 40), step=st.integers(0, 200))
@@ -48,6 +48,91 @@ def test_set_lr_reaches_every_group():
     optimizer = adamw(grr_coca_tiny(), decay_all=False)
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def scales(model: torch.nn.Module, **arguments) -> dict[str, float]:
+    """Of every parameter by name."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = adamw(model, **arguments).param_groups
+    return {names[p]: group["scale"] for group in groups for p in group["params"]}
+
+
+@given(decay=st.floats(0.1, 1.0), layers=st.integers(1, 4), decay_all=st.booleans(), lr=st.floats(1e-6, 1.0))
+def test_each_layer_down_a_tower_learns_slower_by_the_same_factor(decay, layers, decay_all, lr):
+    model = grr_coca_tiny(vision_layers=layers, vision_position="learned", text_layers=2, multimodal_layers=1)
+    found = scales(model, layer_decay=decay, decay_all=decay_all)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    tops = {"vision_encoder": layers, "text_decoder": 2, "multimodal_decoder": 1}
+    for name, scale in found.items():
+        tower, part, *rest = name.split(".")
+        if part == "blocks":
+            expected = decay ** (tops[tower] - int(rest[0]))
+        elif part in ("patches", "embedding", "positions"):
+            expected = decay ** (tops[tower] + 1)
+        else:  # poolers, the final norm, the head
+            expected = 1.0
+        assert scale == pytest.approx(expected)
+    made_with, given = adamw(model, lr=lr, layer_decay=decay), adamw(model, lr=0.5, layer_decay=decay)
+    set_lr(given, lr)
+    for optimizer in (made_with, given):
+        assert all(group["lr"] == lr * group["scale"] for group in optimizer.param_groups)
+
+
+def test_a_tower_alone_decays_as_within_a_model():
+    model = grr_coca_tiny()
+    whole = scales(model, layer_decay=0.5)
+    for name in ("vision_encoder", "text_decoder", "multimodal_decoder"):
+        alone = scales(model.get_submodule(name), layer_decay=0.5)
+        assert alone == {key.removeprefix(f"{name}."): value for key, value in whole.items() if key.startswith(name)}
+
+
+def test_a_tied_embedding_learns_as_an_embedding():
+    assert scales(grr_coca_tiny(tied_embeddings=True), layer_decay=0.5)["text_decoder.embedding.weight"] == 0.5**3
+
+
+def test_a_step_moves_each_layer_by_its_own_rate():
+    """Adam's first step is the learning rate times the sign of the gradient."""
+    model = grr_coca_tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, weight_decay=0.0, eps=0.0, layer_decay=0.5)
+    set_lr(optimizer, 0.01)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = {name: (before[name] - p.detach()).mean().item() for name, p in model.named_parameters()}
+    assert moved["multimodal_decoder.head.bias"] == pytest.approx(0.01, rel=1e-3)
+    assert moved["vision_encoder.blocks.1.attention.qkv.bias"] == pytest.approx(0.005, rel=1e-3)
+    assert moved["vision_encoder.patches.projection.bias"] == pytest.approx(0.00125, rel=1e-3)
+
+
+def test_a_group_without_a_scale_has_the_whole_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    set_lr(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_what_is_frozen_is_not_optimized():
+    model = grr_coca_tiny()
+    freeze(model, ["vision_encoder", "generative_pooler"])
+    trained = scales(model)
+    assert {name.split(".")[0] for name in trained} == {"contrastive_pooler", "text_decoder", "multimodal_decoder"}
+    assert not any(p.requires_grad for p in model.vision_encoder.parameters())
+
+
+def test_what_cannot_be_frozen_is_named():
+    with pytest.raises(
+        ValueError, match=r"freeze: the model has no part vision, tex; its parts are vision_encoder, .*"
+    ):
+        freeze(grr_coca_tiny(), ["vision", "text_decoder", "tex"])
+    parts = ["vision_encoder", "generative_pooler", "contrastive_pooler", "text_decoder", "multimodal_decoder"]
+    with pytest.raises(ValueError, match=r"freeze: nothing is left to train when vision_encoder, .*; leave one out"):
+        freeze(grr_coca_tiny(), parts)
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, 1.5, float("nan")])
+def test_a_decay_that_is_none_is_refused(layer_decay):
+    with pytest.raises(ValueError, match=f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}"):
+        adamw(grr_coca_tiny(), layer_decay=layer_decay)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
