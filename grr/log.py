@@ -81,10 +81,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def write_manifest(folder: Path, **facts: Any) -> None:
     """Add this start of the run to those in folder/manifest.json: versions, machine, command, and facts."""
     file = folder / "manifest.json"
-    try:
-        starts = json.loads(file.read_text())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        starts = []
+    starts = read_starts(folder)
     cuda = torch.cuda.is_available()
     starts.append({
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,6 +95,14 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         **facts,
     })  # fmt: skip
     _replace(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts of the run in folder, as `write_manifest` wrote them; none if there is no such file."""
+    try:
+        return list(json.loads((folder / "manifest.json").read_text())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _replace(file: Path, text: str) -> None:

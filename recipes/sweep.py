@@ -1,0 +1,173 @@
+"""Run a grid of variants and seeds, each through one or several stages: for ablations and scaling studies.
+
+    python recipes/sweep.py --config recipes/configs/sweep/ablation.yaml
+    python recipes/sweep.py --config recipes/configs/sweep/ablation.yaml run.overrides='["pretrain: run.max_steps=20"]'
+
+Each run is the command that a user would type, and writes folder/stage/variant-seed; what it says is in log.txt there.
+The same command, submitted again, continues: runs that are finished are not started, others go on where they stopped.
+Ctrl-C or SIGTERM lets the runs save and leave; a second one kills them.
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from grr import config
+from grr.log import read_starts
+from grr.sweep import Job, plan
+
+LOG = "log.txt"  # in a run's folder: what it said
+TOLD = 15  # lines of a failed run's log
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs; see grr.sweep.plan."""
+
+    folder: str  # everything the runs write
+    stages: list[str]  # "name: recipe arguments", one after the other; {name} is the run's folder in an earlier stage
+    variants: list[str]  # "name: key=value ...", overrides of the first stage
+    seeds: list[int] = field(default_factory=lambda: [0])
+    jobs: int = 1  # runs at a time; where more than one, each sees one GPU, dealt out in turn
+    overrides: list[str] = field(default_factory=list)  # "stage: key=value ...", for all runs of a stage
+
+
+def main() -> None:
+    cfg = config.load(run=Run)
+    run = Run(**cfg.run)
+    try:
+        jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
+        refuse_missing_files(jobs)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    waiting = [job for job in jobs if not is_finished(job)]
+    warn_of_other_commands([job for job in jobs if is_finished(job)])
+
+    # the grid: as many runs at a time as wanted, each as soon as the one before it is finished
+    gpus = visible_gpus() if run.jobs > 1 else []
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by place, one of run.jobs
+    failed: dict[str, str] = {}  # name of a run -> what became of it
+    signals, passed_on = signals_from_now_on(), 0
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0)
+    while running or (waiting and not signals):
+        for place, (job, process) in list(running.items()):
+            status = process.poll()
+            if status is None:
+                continue
+            del running[place]
+            if not signals and not is_finished(job):
+                failed[job.name] = f"ended with status {status}" if status else "ended without leaving a model"
+                bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
+            bar.update(0 if signals else 1)
+        for job in [job for job in waiting if job.after and job.after.name in failed]:
+            waiting.remove(job)
+            failed[job.name] = f"was not started, since {job.after.name} failed"
+            bar.update()
+        while len(running) < run.jobs and not signals and (ready := [job for job in waiting if is_ready(job)]):
+            waiting.remove(ready[0])
+            place = min(set(range(run.jobs)) - running.keys())
+            running[place] = ready[0], start(ready[0], gpus[place % len(gpus)] if gpus else None)
+        bar.set_postfix_str(", ".join(job.name for job, _ in running.values()))
+        if len(signals) > passed_on:
+            passed_on = len(signals)
+            stop((process for _, process in running.values()), at_once=passed_on > 1)
+        time.sleep(0.1)
+    bar.close()
+
+    if signals:
+        print(f"stopped; the same command continues {run.folder}", file=sys.stderr)
+        raise SystemExit(128 + signals[0])
+    for job in jobs:
+        if job.name in failed:
+            print(f"\n{job.name} {failed[job.name]}", *last_lines(job), sep="\n    ", file=sys.stderr)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are finished in {run.folder}", file=sys.stderr)
+    raise SystemExit(1 if failed else 0)
+
+
+def refuse_missing_files(jobs: Iterable[Job]) -> None:
+    """Recipes and configs are looked for before the first run starts, from the folder the sweep was started in."""
+    words = {word for job in jobs for word in job.words if word.endswith((".py", ".yaml")) and "=" not in word}
+    if missing := sorted(word for word in words if not Path(word).is_file()):
+        raise ValueError(f"sweep: there is no file {', '.join(missing)} below {Path.cwd()}; start the sweep from the "
+                         "folder that these names begin in")  # fmt: skip
+
+
+def warn_of_other_commands(finished: Iterable[Job]) -> None:
+    """What is finished is not run again; say where it was another command, a quick trial perhaps."""
+    for job in finished:
+        then = {word for start in read_starts(job.folder)[-1:] for word in start["command"]}
+        now = set(job.words[recipe_place(job.words) :])
+        if then and then != now:
+            print(f"{job.name} is finished, but was another command: {shlex.join(sorted(then - now)) or 'nothing'} "
+                  f"there, {shlex.join(sorted(now - then)) or 'nothing'} here; remove {job.folder} to run it again",
+                  file=sys.stderr)  # fmt: skip
+
+
+def recipe_place(words: list[str]) -> int:
+    """Where the recipe stands in a command: first, or behind a program that starts it."""
+    return next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
+
+
+def is_finished(job: Job) -> bool:
+    return (job.folder / "model").is_dir()
+
+
+def is_ready(job: Job) -> bool:
+    return job.after is None or is_finished(job.after)
+
+
+def visible_gpus() -> list[str]:
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return given.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
+    """Start a run in a session of its own, so that Ctrl-C reaches it only through us; it writes on to its log."""
+    words = [sys.executable, *job.words] if job.words[0].endswith(".py") else job.words
+    environment = {**os.environ, "TQDM_MININTERVAL": "10", "PYTHONUNBUFFERED": "1"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / LOG).open("ab") as log:
+        log.write(f"\n$ {shlex.join(words)}\n".encode())
+        log.flush()
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                                start_new_session=True)  # fmt: skip
+
+
+def signals_from_now_on() -> list[int]:
+    """A list that every SIGINT and SIGTERM will be added to, instead of ending the program."""
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]], *, at_once: bool) -> None:
+    """Ask runs to save and leave, or kill them with all processes that they started."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL) if at_once else process.terminate()
+
+
+def last_lines(job: Job) -> list[str]:
+    """The end of a run's log; a bar that was drawn many times in one line counts as its last state."""
+    file = job.folder / LOG
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+    lines = [re.split("\r", line.rstrip("\r"))[-1] for line in text.split("\n")]
+    return [line for line in lines if line.strip()][-TOLD:]
+
+
+if __name__ == "__main__":
+    main()
