@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,12 +50,12 @@ from grr.distributed import on_rank_0
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], *, keep: int = 2
-) -> Path:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any],
+                    average: Mapping[str, Tensor] | None = None, *, keep: int = 2) -> Path:  # fmt: skip
     """Write the training state to folder/step_N and remove all but the `keep` newest up to N.
 
-    progress: JSON values; its "step", an int, is N. An optimizer that never stepped is saved, and left, without state.
+    progress: JSON values; its "step", an int, is N. average: weights of a `grr.average.Average`, if there is one. An
+    optimizer that never stepped is saved, and left, without state.
     A kill at any moment leaves a whole checkpoint, if there was one. The folder must be one that all ranks share.
     Raises ValueError for a progress without a step and for keep < 1, OSError if a file cannot be written.
     """
@@ -74,7 +74,8 @@ def save_checkpoint(
 
     on_rank_0(begin)
     with _as_wished():  # one thread: torch loses the errors of its other writing threads
-        save(_training_state(model, optimizer), storage_writer=FileSystemWriter(aside, thread_count=1))
+        state = _training_state(model, optimizer) | ({"average": dict(average)} if average else {})
+        save(state, storage_writer=FileSystemWriter(aside, thread_count=1))
     files = _digests_of_all_ranks(aside)
 
     def finish() -> None:
@@ -114,14 +115,20 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return on_rank_0(find)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer, plain or sharded over any number of ranks, bit for bit; return the saved progress.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer,
+                    average: Mapping[str, Tensor] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Fill model, optimizer and average, plain or sharded over any number of ranks, bit for bit; return the progress.
 
     The optimizer's hyperparameters (lr, betas ...) become those of the checkpoint too. Gradients are dropped.
     Raises ValueError if a file is damaged, a pickle asks for anything but metadata, or names, shapes, dtypes or
-    parameter groups are not those of model and optimizer.
+    parameter groups are not those of model and optimizer, or if only one of run and checkpoint has an average.
     """
     reader, saved = _open(path)
+    mean = {"average": dict(average)} if average else {}
+    if bool(mean) != _has_average(saved):
+        raise ValueError(f"load_checkpoint: {path} was made {'without' if mean else 'with'} a mean of weights; resume "
+                         "with the run.average it was made with, or set a new run.folder")  # fmt: skip
+    _refuse_other_names(path, saved, "model", "average.", mean.get("average", {}))
     optimizer.zero_grad(set_to_none=True)  # with a gradient left, get_state_dict would not create the optimizer's state
     model_state, optimizer_state = get_state_dict(model, optimizer)
     groups: list[dict[str, Any]] = optimizer_state["param_groups"]  # type: ignore[assignment]
@@ -142,7 +149,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
 
     names = [group["params"] for group in groups]
     with _as_wished():
-        load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, planner=_Planner())
+        load({"model": model_state, "optimizer": optimizer_state} | mean, storage_reader=reader, planner=_Planner())
     if [group["params"] for group in groups] != names:
         raise ValueError(
             f"load_checkpoint: {path} was made with other parameter groups; resume with the optimizer section "
@@ -156,7 +163,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
 def load_checkpoint_weights(path: Path, model: nn.Module) -> None:
     """Fill the model, plain or sharded, from a checkpoint, and leave the rest of it alone.
 
-    Raises ValueError as `load_checkpoint` does.
+    Where the checkpoint has a mean of weights, the model gets that. Raises ValueError as `load_checkpoint` does.
     """
     reader, saved = _open(path)
     state = get_model_state_dict(model)
@@ -164,12 +171,28 @@ def load_checkpoint_weights(path: Path, model: nn.Module) -> None:
     with _as_wished():
         load({"model": state}, storage_reader=reader, planner=_Planner())
     set_model_state_dict(model, state)
+    if _has_average(saved):
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        _refuse_other_names(path, saved, "model", "average.", weights)
+        with _as_wished():
+            load({"average": weights}, storage_reader=reader, planner=_Planner())
 
 
 def read_progress(path: Path) -> dict[str, Any]:
     """The progress that a checkpoint was saved with."""
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress
+
+
+def remove_checkpoints_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: a run that goes on from `step` comes there again, perhaps otherwise."""
+
+    def remove() -> None:
+        for path in _checkpoints(folder):
+            if _rank_of_name(path)[0] > step:
+                shutil.rmtree(path)
+
+    on_rank_0(remove)
 
 
 def refuse_another_run(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -495,6 +518,10 @@ def _open(path: Path) -> tuple["_Reader", dict[str, Any]]:
         raise ValueError(f"load_checkpoint: {fault}; restore the file, or use another checkpoint")
     reader = _Reader(path)
     return reader, reader.read_metadata().state_dict_metadata
+
+
+def _has_average(saved: dict[str, Any]) -> bool:
+    return any(name.startswith("average.") for name in saved)
 
 
 def _refuse_other_names(path: Path, saved: dict[str, Any], kind: str, prefix: str, wanted: dict[str, Any]) -> None:

@@ -23,19 +23,22 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from grr.average import Average
 from grr.checkpoint import (
     RunLock,
     StopSignal,
     latest_checkpoint,
     load_checkpoint,
+    load_checkpoint_weights,
     load_model_weights,
+    remove_checkpoints_after,
     save_checkpoint,
     save_model,
 )
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 sys.path.insert(0, str(WORKER.parent))
-from checkpoint_worker import Toy, constant, state, toy, train  # noqa: E402
+from checkpoint_worker import Toy, constant, state, toy, train, whole  # noqa: E402
 
 
 @pytest.fixture(params=["alone", "in a group of one, sharded"])
@@ -104,6 +107,48 @@ def test_loading_into_an_optimizer_in_use_with_gradients_left_forgets_them(tmp_p
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_an_optimizer_in_use_goes_back_to_before_its_first_step(sharded: bool, tmp_path: Path) -> None:
+    model, optimizer = toy(0, sharded=sharded)
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 0})
+    expected = train(model, optimizer, range(3))
+    load_checkpoint(path, model, optimizer)
+    assert not optimizer.state
+    assert train(model, optimizer, range(3)) == expected
+
+
+def test_a_mean_of_weights_comes_back_bit_for_bit_and_is_what_a_reader_of_weights_gets(
+    sharded: bool, tmp_path: Path
+) -> None:
+    model, optimizer = toy(0, sharded=sharded)
+    average = Average(model, decay=0.5)
+    train(model, optimizer, range(3))
+    average.update()
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 3}, average.weights)
+    trained, mean = state(model, optimizer), whole(average.weights)
+
+    model, optimizer = toy(1, sharded=sharded)
+    average = Average(model, decay=0.5)
+    load_checkpoint(path, model, optimizer, average.weights)
+    assert (state(model, optimizer), whole(average.weights)) == (trained, mean)
+
+    model, optimizer = toy(2, sharded=sharded)
+    load_checkpoint_weights(path, model)
+    assert {name: whole(parameter.detach()) for name, parameter in model.named_parameters()} == mean
+    assert state(model, optimizer)["model"]["count"] == trained["model"]["count"]  # a buffer, of which there is no mean
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_mean_of_weights_on_one_side_only_is_refused(averaged: bool, tmp_path: Path) -> None:
+    model, optimizer = toy(0, sharded=False)
+    average = Average(model, decay=0.5)
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, average.weights if averaged else None)
+    made = "with" if averaged else "without"
+    with pytest.raises(
+        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} a mean of weights; .*run\.average"
+    ):
+        load_checkpoint(path, model, optimizer, None if averaged else average.weights)
+
+
 def test_a_scheduler_finds_its_initial_lr_again(tmp_path: Path) -> None:
     model, optimizer = toy(0, sharded=False)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -152,6 +197,16 @@ def test_the_newest_are_kept_and_never_the_one_just_written_removed(
         expected = set(upto[:keep]) | {n for n in expected if n > step}
         assert {path.name for path in folder.iterdir()} == {f"step_{n}" for n in expected}
         assert latest_checkpoint(folder) == folder / f"step_{max(expected)}"
+
+
+def test_checkpoints_of_later_steps_can_be_removed(tmp_path: Path) -> None:
+    for step in (1, 5, 10):
+        save_checkpoint(tmp_path, *constant(0.0), {"step": step}, keep=9)
+    (tmp_path / "step_7.tmp").mkdir()
+    (tmp_path / "notes").mkdir()
+    remove_checkpoints_after(tmp_path, 5)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_1", "step_5", "notes"}
+    remove_checkpoints_after(tmp_path / "never made", 5)
 
 
 # ---- damage
