@@ -43,7 +43,7 @@ def _whole_numbers(embeddings: Tensor) -> Tensor:
     """Scale by a power of two and round, such that no row is longer than 2^26: [n, e] -> float64 [n, e].
 
     By Cauchy and Schwarz no sum of products of two rows, nor any part of it, then passes 2^53, below which float64
-    adds whole numbers exactly, in whatever order a machine does. What is lost lies below the precision of float32.
+    adds whole numbers exactly, in whatever order a machine does. What is lost is less than a float32 score can tell.
     """
     x = embeddings.double()
     longest = x.norm(dim=1).max().item()

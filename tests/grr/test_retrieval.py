@@ -93,6 +93,13 @@ def test_neither_the_chunk_nor_the_length_of_embeddings_changes_a_rank(seed, chu
     assert retrieval(image * 2.0**power, text, owner, chunk=chunk) == expected
 
 
+def test_scores_that_float32_can_just_tell_apart_are_told_apart():
+    image = 1 - torch.arange(20).unsqueeze(1) * 2.0**-24  # the neighbours of 1
+    assert len(image.unique()) == 20
+    result = retrieval(image, torch.ones(20, 1), torch.arange(20))
+    assert [result[f"text_to_image_r{k}"] for k in (1, 5, 10)] == [0.05, 0.25, 0.5]  # image k has k before it
+
+
 def test_a_perfect_model_finds_everything():
     owner = torch.arange(20).repeat_interleave(5)
     assert set(retrieval(torch.eye(20), torch.eye(20)[owner], owner).values()) == {1.0}

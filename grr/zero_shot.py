@@ -1,0 +1,89 @@
+"""Classify images by nothing but the names of the classes: an image belongs where its nearest description does."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grr.model import CoCa
+from grr.packing import pack_captions
+from grr.tokenizer import Tokenizer
+
+BATCH = 200  # descriptions at a time
+TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an image that shows a {}")
+
+
+@torch.no_grad()
+def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], device: torch.device, *,
+                     templates: tuple[str, ...] = TEMPLATES) -> Tensor:  # fmt: skip
+    """Embed c classes, each as the direction of the mean of its descriptions: float32 [c, e], unit length.
+
+    A description is a template with the class's name in the place of {}. The scores of images are then
+    image_embeddings @ class_embeddings.T. Source: CLIP (Radford et al. 2021), section 3.1.4.
+    Raises ValueError if there is no class, a class occurs twice, or a template does not hold {} once.
+    """
+    _check_texts(classes, templates)
+    texts = [template.replace("{}", name) for name in classes for template in templates]
+    was_training = model.training
+    model.eval()
+    embeddings = []
+    for start in range(0, len(texts), BATCH):
+        rows = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
+        ids, positions, _ = pack_captions(rows, pad_id=tokenizer.pad_id)
+        embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
+    model.train(was_training)
+    of_class = torch.cat(embeddings).unflatten(0, (len(classes), len(templates)))  # [c, templates, e]
+    return F.normalize(of_class.mean(1), dim=-1)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """How often the right class scores highest: top_1, top_5 if there are more than five classes, mean_per_class.
+
+    scores: [n, c], labels: [n], each from 0 to c - 1. mean_per_class is top_1 of each class that occurs, averaged over
+    classes, so that rare ones count as much as others. What does not score below the right class stands before it: a
+    tie counts against, and so does NaN. Raises ValueError if there is no label, or shapes or labels do not fit.
+    """
+    _check_labels(scores, labels)
+    labels = labels.to(scores.device)
+    right = scores.gather(1, labels.unsqueeze(1))  # [n, 1]
+    before = (~(scores < right)).sum(1) - 1  # [n]: all but the right class itself
+    first = (before < 1).double()
+    result = {"top_1": first.mean().item()}
+    if scores.shape[1] > 5:
+        result["top_5"] = (before < 5).double().mean().item()
+    images = torch.bincount(labels)  # of each class
+    found = torch.bincount(labels, weights=first)
+    return {**result, "mean_per_class": (found / images)[images > 0].mean().item()}
+
+
+def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:
+    if isinstance(classes, str) or len(classes) == 0:
+        raise ValueError(f"class_embeddings: classes must be a list of one name or more, got {classes!r}")
+    twice = [repr(name) for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"class_embeddings: each class must have a name of its own, got {', '.join(twice[:5])} more than once; say "
+            "which is meant, as in 'crane, a bird' and 'crane, a machine'"
+        )
+    wrong = [templates] if isinstance(templates, str) else [t for t in templates if t.count("{}") != 1]
+    if wrong or not templates:
+        raise ValueError(
+            "class_embeddings: templates must be a list of texts that each hold {} once, where the name of a class "
+            f"goes, got {', '.join(map(repr, wrong)) or 'none'}; write for example ['a photo of a {{}}']"
+        )
+
+
+def _check_labels(scores: Tensor, labels: Tensor) -> None:
+    if scores.dim() != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"accuracy: scores must be [n, c] and labels [n], n at least 1, got {list(scores.shape)} and "
+            f"{list(labels.shape)}; a row of scores belongs to each image"
+        )
+    first, last = int(labels.min()), int(labels.max())
+    if first < 0 or last >= scores.shape[1]:
+        raise ValueError(
+            f"accuracy: labels must be from 0 to {scores.shape[1] - 1}, as many as scores has columns, got {first} to "
+            f"{last}; leave out images without a class, and number classes from 0"
+        )
