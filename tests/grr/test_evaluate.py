@@ -1,41 +1,151 @@
-"""Retrieval against a plain Python computation."""
+"""What an evaluation says, against formulas in float64, the training code, and counting by hand."""
 
+import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
+from evaluate_worker import SEEN, Noise, a_model, a_tokenizer, several_captions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.retrieval import retrieval
+from grr.data import epoch_order, validation_steps
+from grr.distributed import start
+from grr.evaluate import captioning, exact, examine, examples, losses, recalls
+from grr.metrics import caption_metrics
+from grr.observe import Observation, observe
+from grr.step import evaluation_losses
+
+CPU = torch.device("cpu")
 
 
-def by_hand(image, text, image_of_text, k):
-    n, m = len(image), len(text)
-    score = (image.double() @ text.double().T).tolist()
-    own = image_of_text
-    texts = [sum(score[j][t] >= score[own[t]][t] for j in range(n) if j != own[t]) for t in range(m)]
-    images = []
-    for i in range(n):
-        best = max((score[i][t] for t in range(m) if own[t] == i), default=None)
-        if best is not None:
-            images.append(sum(score[i][t] >= best for t in range(m) if own[t] != i))
-    return sum(r < k for r in images) / len(images), sum(r < k for r in texts) / len(texts)
+@pytest.fixture(scope="module", autouse=True)
+def _process_group():
+    start()
+    yield
+    dist.destroy_process_group()
 
 
-@given(owners=st.lists(st.integers(0, 6), min_size=1, max_size=20), levels=st.integers(1, 50), seed=st.integers(0, 999))
-def test_recall_is_what_counting_by_hand_gives_with_ties_and_many_texts_an_image(owners, levels, seed):
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return a_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return a_model(tokenizer)
+
+
+def observed(owners: list[int], seed: int, **changes) -> Observation:
+    """Random numbers, as if a model had given them: of images 0 ... max(owners), with caption t of image owners[t]."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, levels, (7, 3), generator=generator).float()  # few levels make many ties
-    text = torch.randint(0, levels, (len(owners), 3), generator=generator).float()
-    result = retrieval(image, text, torch.tensor(owners))
+    pairs = Noise([10 * i + 3 for i in owners])
+    unit = [torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
+            for n in (max(owners) + 1, len(owners))]  # fmt: skip
+    values = {
+        "pairs": pairs, **SEEN, "images": [owners.index(i) for i in range(max(owners) + 1)],
+        "texts": list(range(len(owners))), "image_of_text": torch.tensor(owners), "image_embeddings": unit[0],
+        "text_embeddings": unit[1], "token_losses": 5 * torch.rand(len(owners), generator=generator).double(),
+        "tokens": torch.randint(1, 9, (len(owners),), generator=generator), "scale": 4.0, "bias": -1.0, "written": [],
+        "left_out": {},
+    }  # fmt: skip
+    return Observation(**values | changes)
+
+
+def owned(images: int, extra: list[int]) -> list[int]:
+    """One caption for each image, then more."""
+    return [*range(images), *(i % images for i in extra)]
+
+
+some_owners = st.builds(owned, st.integers(2, 9), st.lists(st.integers(0, 99), max_size=25))
+
+
+@given(owners=some_owners, batch=st.integers(1, 12), seed=st.integers(0, 999), sigmoid=st.booleans())
+def test_the_losses_are_their_formulas_in_float64(owners, batch, seed, sigmoid):
+    seen = observed(owners, seed)
+    found = losses(seen, contrastive_batch=batch, contrastive_weight=0.5, captioning_weight=3.0,
+                   contrastive="sigmoid" if sigmoid else "softmax")  # fmt: skip
+    size = min(batch, max(owners) + 1)
+    image, text = seen.image_embeddings.numpy().astype(np.float64), seen.text_embeddings.numpy().astype(np.float64)
+    contrasts = []
+    for row in epoch_order(seen.pairs.image_of, seed=0, epoch=0, batch_size=size):
+        own = [owners[t] for t in row]
+        assert len(set(own)) == size
+        logits = 4 * image[own] @ text[row].T
+        if sigmoid:
+            sign = 2 * np.eye(size) - 1
+            contrasts.append(np.log1p(np.exp(-sign * (logits - 1))).sum() / size)
+        else:
+            both = [np.log(np.exp(x).sum(1)) - np.diag(x) for x in (logits, logits.T)]
+            contrasts.append(both[0].mean() + both[1].mean())
+    captioning_loss = sum(seen.token_losses.tolist()) / sum(seen.tokens.tolist())
+    assert found["contrastive_loss"] == pytest.approx(np.mean(contrasts), rel=1e-9)
+    assert found["captioning_loss"] == pytest.approx(captioning_loss, rel=1e-9)
+    assert found["perplexity"] == pytest.approx(np.exp(captioning_loss), rel=1e-9)
+    assert found["loss"] == pytest.approx(0.5 * np.mean(contrasts) + 3 * captioning_loss, rel=1e-9)
+    assert (found["contrastive_batch"], found["contrastive_weight"], found["captioning_weight"]) == (size, 0.5, 3.0)
+
+
+@pytest.mark.parametrize("contrastive", ["softmax", "sigmoid"])
+def test_the_losses_are_those_of_a_validation_during_training(model, tokenizer, contrastive):
+    """On data that fill their batches; another code path: trimmed loader batches, and the model's own forward pass."""
+    pairs = Noise([j for j in range(48) for _ in range(2)])
+    steps = validation_steps(pairs, tokenizer, 0, 1, 24, 8, 32, False, workers=0)
+    expected = evaluation_losses(model, steps, contrastive=contrastive)
+    found = losses(observe(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=24, contrastive=contrastive)
+    assert {key: found[key] for key in expected.numbers()} == pytest.approx(expected.numbers(), rel=1e-5)
+
+
+@given(owners=some_owners, seed=st.integers(0, 999))
+def test_recalls_are_what_sorting_gives(owners, seed):
+    seen = observed(owners, seed)
+    found = recalls(seen)
+    scores = (seen.text_embeddings.double() @ seen.image_embeddings.double().T).numpy()  # [m, n]
     for k in (1, 5, 10):
-        expected = by_hand(image, text, owners, k)
-        got = result[f"image_to_text_r{k}"], result[f"text_to_image_r{k}"]
-        assert torch.allclose(torch.tensor(got), torch.tensor(expected))
+        text_to_image = [owners[t] in np.argsort(-scores[t])[:k] for t in range(len(owners))]
+        image_to_text = [i in np.array(owners)[np.argsort(-scores[:, i])[:k]] for i in range(max(owners) + 1)]
+        assert found[f"text_to_image_r{k}"] == pytest.approx(np.mean(text_to_image))
+        assert found[f"image_to_text_r{k}"] == pytest.approx(np.mean(image_to_text))
+    assert found["candidates"] == max(owners) + 1
 
 
-def test_a_model_that_gives_one_embedding_for_everything_finds_nothing():
-    same = torch.ones(20, 4)
-    assert set(retrieval(same, same, torch.arange(20)).values()) == {0.0}
+def test_a_caption_is_exact_if_it_is_any_reference_as_the_tokenizer_spells_it(tokenizer):
+    seen = observed([0, 1, 2, 2], 0)
+    first, second, _, fourth = seen.pairs.captions
+    seen.written = [first, second + " x", fourth]
+    assert exact(seen, tokenizer) == pytest.approx(2 / 3)
+    assert seen.references == [[first], [second], list(seen.pairs.captions)[2:]]
+    assert captioning(seen, tokenizer) == {
+        **caption_metrics(seen.references, seen.written),
+        "exact": exact(seen, tokenizer),
+    }
 
 
-def test_a_perfect_model_finds_everything():
-    assert set(retrieval(torch.eye(20), torch.eye(20), torch.arange(20)).values()) == {1.0}
+def test_examples_are_the_nearest_images_and_mark_the_right_one():
+    seen = observed(owned(9, list(range(11))), 3, written=[f"caption {i}" for i in range(9)])
+    shown = examples(seen)
+    captions = list(seen.pairs.captions)
+    assert (len(shown.retrievals), len(shown.captions), len(set(captions))) == (8, 9, 20)
+    for one in shown.retrievals:
+        t = captions.index(one.query)
+        scores = seen.image_embeddings @ seen.text_embeddings[t]
+        order = scores.argsort(descending=True).tolist()[:5]
+        assert one.scores == pytest.approx(scores[order].tolist())
+        assert all(torch.equal(x, seen.picture(i)) for x, i in zip(one.images, order, strict=True))
+        right = int(seen.image_of_text[t])
+        assert one.correct == (order.index(right) if right in order else None)
+    assert {one.correct is None for one in shown.retrievals} == {True, False}
+    for i, one in enumerate(shown.captions):
+        assert (one.written, one.references) == (f"caption {i}", seen.references[i])
+
+
+def test_an_examination_is_that_of_its_candidates_and_leaves_the_model_as_it_was(model, tokenizer):
+    pairs = Noise(several_captions(30), bad=(4,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    metrics, shown = examine(model, pairs, tokenizer, CPU, candidates=20, **SEEN)
+    seen = observe(model, pairs, tokenizer, CPU, images=20, generation={}, **SEEN)
+    assert metrics == {**recalls(seen), "caption_exact": exact(seen, tokenizer)}
+    assert metrics["candidates"] == 19
+    assert [c.written for c in shown.captions] == [c.written for c in examples(seen).captions]
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
