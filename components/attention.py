@@ -40,6 +40,15 @@ class KeyValueCache:
         """What was stored so far: keys and values [b, h, length, k]."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows [n] of the batch, in this order; a row may be taken more than once."""
+        if self.length == 0:
+            return
+        keys, values = (x[rows] for x in self.filled())  # [n, h, length, k]
+        if len(rows) != len(self.keys):
+            self.keys, self.values = (x.new_empty(len(rows), *x.shape[1:]) for x in (self.keys, self.values))
+        self.keys[:, :, : self.length], self.values[:, :, : self.length] = keys, values
+
 
 class SelfAttention(nn.Module):
     """Each token attends to all tokens, or with `causal` to those before it and itself.
@@ -48,7 +57,8 @@ class SelfAttention(nn.Module):
     positions only turn queries and keys. Query, key and value projections are one matrix, in that order; all four
     projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries and keys of each head before they
     are turned (Dehghani et al. 2023), against the growth of attention logits. With a cache, x holds the tokens that
-    follow those in the cache. Raises ValueError if dim is not a multiple of num_heads.
+    follow those in the cache. A mask, of booleans that broadcast to [b, h, s, t], says what may be attended to; causal
+    attention hides later tokens as well. Raises ValueError if dim is not a multiple of num_heads.
     """
 
     def __init__(self, dim: int, num_heads: int, *, causal: bool = False, rotary: Rotary | None = None,
@@ -62,7 +72,8 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.rotary = rotary
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None,
+                cache: KeyValueCache | None = None) -> Tensor:  # fmt: skip
         b, s, d = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, s, k] each
         q, k = self.q_norm(q), self.k_norm(k)
@@ -71,14 +82,13 @@ class SelfAttention(nn.Module):
                 raise ValueError("SelfAttention: a rotary embedding needs positions, got positions=None")
             angles = self.rotary.angles(positions)
             q, k = rotate(q, angles), rotate(k, angles)
-        mask, causal = None, self.causal
         if cache is not None:
             k, v = cache.append(k, v)
-            if s == 1:
-                causal = False
-            elif causal and cache.length > s:  # torch's is_causal would align the first query with the first key
-                mask = torch.ones(s, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - s)
-                causal = False
+        t = k.shape[2]
+        causal = self.causal and s > 1
+        if causal and (mask is not None or t > s):  # is_causal takes no mask, and aligns the first query and first key
+            earlier = torch.ones(s, t, dtype=torch.bool, device=x.device).tril(t - s)
+            mask, causal = earlier if mask is None else earlier & mask, False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).reshape(b, s, d))
 
@@ -89,33 +99,38 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Each token attends to all vectors of a context. No positions: the context is a set.
 
-    x: [b, s, d], context: [b, t, d] -> [b, s, d]. Key and value projections are one matrix, in that order; all have
-    biases: 4 (d^2 + d) parameters. With a cache, the context is projected at the first call only.
+    x: [b, s, d], context: [b, t, c] -> [b, s, d], for c = context_dim, by default d. A context_norm is applied to the
+    context first; it may keep a part of its vectors. Key and value projections are one matrix, in that order; all have
+    biases: 2 (d^2 + d) + 2 (c d + d) parameters. With a cache, the context is projected at the first call only. x may
+    be [b n, s, d] as well: n rows that stand together attend to one context, and share its keys and values.
     Raises ValueError if dim is not a multiple of num_heads.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None,
+                 context_norm: nn.Module | None = None, qk_norm: bool = False) -> None:  # fmt: skip
         super().__init__()
         head_dim = _head_dim("CrossAttention", dim, num_heads)
         self.num_heads = num_heads
+        self.context_norm = context_norm or nn.Identity()
         self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.kv = nn.Linear(context_dim or dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
         self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
-        b, s, d = x.shape
-        q = self.q_norm(self.q(x).view(b, s, self.num_heads, -1).transpose(1, 2))  # [b, h, s, k]
+        b, n, s = len(context), len(x) // len(context), x.shape[1]
+        q = self.q_norm(self.q(x).view(b, n * s, self.num_heads, -1).transpose(1, 2))  # [b, h, n s, k]
         if cache is not None and cache.length:
             k, v = cache.filled()
         else:
+            context = self.context_norm(context)
             k, v = self.kv(context).view(b, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
             k = self.k_norm(k)  # [b, h, t, k]
             if cache is not None:
                 cache.append(k, v)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(b, s, d))
+        return self.out(y.transpose(1, 2).reshape(x.shape))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

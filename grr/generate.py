@@ -1,37 +1,139 @@
-"""Write captions: one token after the other, each computed once."""
+"""Write captions: the most likely tokens one after the other, the best of several beginnings, or draws of the dice."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grr.beam import beam_search
+from grr.drafts import Drafts
 from grr.model import CoCa
 from grr.tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> list[str]:
-    """Write the most likely next token (greedy search) until each caption has ended.
+def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: int | None = None, min_tokens: int = 0,
+             beams: int = 1, length_penalty: float = 1.0, temperature: float = 0.0, top_k: int | None = None,
+             top_p: float | None = None, repetition_penalty: float = 1.0, no_repeat_ngram: int = 0,
+             seed: int = 0) -> list[str]:  # fmt: skip
+    """Write a caption for each image: greedy search, beam search with beams > 1, or sampling with temperature > 0.
 
-    images: uint8 or normalised float [b, 3, h, w] -> b captions of at most max_tokens tokens (None: as many as the
-    tokenizer's context has room for, which is context - 3). The image is read once, and every token as well: keys and
-    values are kept. PAD, BOS and CLS are never written.
+    images: uint8 or normalised float [b, 3, h, w] -> b captions of at least min_tokens and at most max_tokens tokens
+    (None: as many as the tokenizer's context has room for, context - 3). PAD, BOS and CLS are never written.
+
+    Beam search looks for the highest log-probability / number of tokens ** length_penalty: 0 compares captions as
+    wholes, which favours short ones, 1 by the token. Sampling draws from softmax(logits / temperature), of the top_k
+    most likely tokens, and of these from the fewest that hold the share top_p of the probability (Holtzman et al.
+    2020, nucleus sampling). The same seed gives the same captions for the same batch on the same device.
+
+    repetition_penalty multiplies the log-probability of each token that was written already (after Keskar et al. 2019,
+    CTRL); no_repeat_ngram = n refuses what would end a sequence of n tokens that was written already.
+    Raises ValueError for arguments that contradict each other, or a tokenizer that the model was not trained with.
     """
     room = tokenizer.context - 3  # BOS, EOS and CLS stand in every row
-    max_tokens = room if max_tokens is None else min(max_tokens, room)
-    was_training = model.training
-    model.eval()
-    context = model.image_context(images)  # [b, n, d]
-    caches = model.caches(context.shape[1], max_tokens + 1)
-    ids = torch.full((len(images), 1), tokenizer.bos_id, device=images.device)
-    ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    written: list[Tensor] = []
-    for position in range(max_tokens):
-        positions = torch.tensor([position], device=images.device)
-        logits = model.next_token_logits(ids, context, positions=positions, caches=caches)  # [b, v]
-        logits[:, [tokenizer.pad_id, tokenizer.bos_id, tokenizer.cls_id]] = -torch.inf
-        ids = logits.argmax(dim=-1, keepdim=True)  # [b, 1]
-        written.append(ids)
-        ended |= ids[:, 0] == tokenizer.eos_id
-        if ended.all():
+    max_tokens = room if max_tokens is None else max_tokens
+    _check(model.multimodal_decoder.head.out_features, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
+           beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+           no_repeat_ngram=no_repeat_ngram)  # fmt: skip
+    with _evaluating(model):
+        drafts = Drafts(model, images, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
+                        repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
+        if beams > 1:
+            captions, _ = beam_search(drafts, beams=beams, length_penalty=length_penalty)
+        elif temperature > 0:
+            generator = torch.Generator(images.device).manual_seed(seed)
+            captions = _write(drafts, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
+        else:
+            captions = _write(drafts, lambda log_p: log_p.argmax(-1))
+    return [tokenizer.decode(row) for row in captions.tolist()]
+
+
+def sample(log_p: Tensor, generator: torch.Generator, temperature: float, top_k: int | None,
+           top_p: float | None) -> Tensor:  # fmt: skip
+    """Draw one token a row: logarithms of probabilities [b, v], to a constant -> [b]."""
+    if top_k is None and top_p is None:
+        return torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    v = log_p.shape[-1]
+    log_p, ids = log_p.topk(min(top_k or v, v))  # [b, k], the most likely first
+    p = (log_p / temperature).softmax(-1)
+    if top_p is not None:
+        before = p.cumsum(-1) - p
+        p = p.masked_fill(before >= top_p, 0)
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+
+
+def _write(drafts: Drafts, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Write one token after the other until all drafts have their EOS: ids [b, max_tokens], PAD behind the end.
+
+    When half of the drafts have ended, the others go on alone.
+    """
+    tokenizer, device, count = drafts.tokenizer, drafts.ids.device, len(drafts.ids)
+    captions = torch.full((count, drafts.max_tokens), tokenizer.pad_id, device=device)
+    images = torch.arange(count, device=device)  # [b], those that drafts are kept of
+    ended = torch.zeros(count, dtype=torch.bool, device=device)  # [b]
+    for place in range(drafts.max_tokens):
+        ids = choose(drafts.log_probabilities()).masked_fill(ended, tokenizer.pad_id)  # [b]
+        captions[images, place] = ids
+        ended |= ids == tokenizer.eos_id
+        left = len(images) - int(ended.sum())
+        if left == 0:
             break
-    model.train(was_training)
-    return [tokenizer.decode(row.tolist()) for row in torch.cat(written, dim=1)]
+        drafts.extend(ids)
+        if 2 * left <= len(images):
+            kept = (~ended).nonzero().squeeze(1)
+            images, ended = images[kept], ended[kept]
+            drafts.select(kept, kept)
+    return captions
+
+
+def _check(ids: int, tokenizer: Tokenizer, *, max_tokens: int, min_tokens: int, beams: int, temperature: float,
+           top_k: int | None, top_p: float | None, repetition_penalty: float,
+           no_repeat_ngram: int) -> None:  # fmt: skip
+    """Raise ValueError with every rule that is broken."""
+    room, words = tokenizer.context - 3, tokenizer.vocab_size - 4  # words: all but PAD, EOS, BOS and CLS
+    rules = [
+        (ids == tokenizer.vocab_size,
+         f"the model writes {ids} ids and the tokenizer reads {tokenizer.vocab_size}; take the tokenizer that the "
+         "model was trained with"),
+        (1 <= max_tokens <= room,
+         f"max_tokens must be from 1 to {room}, the room in the tokenizer's context of {tokenizer.context}, got "
+         f"{max_tokens=}"),
+        (0 <= min_tokens <= max_tokens,
+         f"min_tokens must be from 0 to max_tokens, got {min_tokens=}, {max_tokens=}"),
+        (beams >= 1,
+         f"beams must be 1, for no beam search, or more, got {beams=}"),
+        (0 <= temperature < math.inf,
+         f"temperature must be 0, for no sampling, or more, got {temperature=}"),
+        (beams <= 1 or temperature == 0,
+         f"beam search does not sample, got {beams=}, {temperature=}; leave one of them out"),
+        (temperature != 0 or (top_k is None and top_p is None),
+         f"top_k and top_p are for sampling, got {top_k=}, {top_p=}, {temperature=}; set temperature to 1.0"),
+        (top_k is None or top_k >= 1,
+         f"top_k must be at least 1, got {top_k=}; leave it out to draw from all tokens"),
+        (top_p is None or 0 < top_p <= 1,
+         f"top_p must be above 0 and at most 1, got {top_p=}; leave it out to draw from all tokens"),
+        (0 < repetition_penalty < math.inf,
+         f"repetition_penalty must be positive, and above 1 to discourage repetition, got {repetition_penalty=}"),
+        (no_repeat_ngram >= 0,
+         f"no_repeat_ngram must be 0, for no rule, or more, got {no_repeat_ngram=}"),
+        (no_repeat_ngram == 0 or min_tokens <= words,
+         f"min_tokens must be at most {words}, the words of the vocabulary, where none may come again, got "
+         f"{min_tokens=}, {no_repeat_ngram=}"),
+    ]  # fmt: skip
+    broken = [message for holds, message in rules if not holds]
+    if broken:
+        raise ValueError("generate: " + "; ".join(broken))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,56 +1,396 @@
-"""Captions written with caches are those of the plain computation, token for token."""
+"""Captions obey their options, and are those of a plain computation without caches, token for token."""
+
+import itertools
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from grr.beam import beam_search
 from grr.builders import grr_coca_tiny
-from grr.generate import generate
+from grr.distributed import materialize, shard, start, unsharded
+from grr.drafts import Drafts
+from grr.generate import generate, sample
 from grr.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
+CONTEXT = 16
+ROOM = CONTEXT - 3
+
+
+class Spelled(Tokenizer):
+    """Decodes to the ids themselves, so that a test sees what was written: "17 4 1", EOS (1) included."""
+
+    def decode(self, ids) -> str:
+        end = ids.index(self.eos_id) + 1 if self.eos_id in ids else len(ids)
+        assert set(ids[end:]) <= {self.pad_id}
+        return " ".join(map(str, ids[:end]))
 
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory) -> Tokenizer:
     captions = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
-    return train_tokenizer(captions, tmp_path_factory.mktemp("t") / "t.model", vocab_size=100, context=16)
+    path = tmp_path_factory.mktemp("words") / "t.model"
+    train_tokenizer(captions, path, vocab_size=100)
+    return Spelled(path, context=CONTEXT)
 
 
-def plainly(model, image: torch.Tensor, tok: Tokenizer, max_tokens: int) -> str:
-    """One image, the whole prefix computed anew for each token."""
-    ids = [tok.bos_id]
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Tokenizer:
+    """A vocabulary so small that all captions of a few tokens can be counted up."""
+    path = tmp_path_factory.mktemp("letters") / "t.model"
+    train_tokenizer(["a a a"], path, vocab_size=10)
+    return Spelled(path, context=CONTEXT)
+
+
+def a_model(tok: Tokenizer, seed: int, **options):
+    """In float64, with decided opinions that the image has a say in, and a liking for EOS: captions of all lengths."""
+    torch.manual_seed(seed)
+    model = grr_coca_tiny(vocab_size=tok.vocab_size, context=CONTEXT, **options).double()
     with torch.no_grad():
-        for _ in range(max_tokens):
-            logits = model(image.unsqueeze(0), torch.tensor([ids])).logits[0, -1]
-            logits[[tok.pad_id, tok.bos_id, tok.cls_id]] = -torch.inf
-            ids.append(int(logits.argmax()))
-            if ids[-1] == tok.eos_id:
-                break
-    return tok.decode(ids)
+        model.generative_pooler.out.weight *= 5
+        for block in model.multimodal_decoder.blocks:
+            block.cross_attention.out.weight *= 5
+        model.multimodal_decoder.head.weight *= 6
+        model.multimodal_decoder.head.bias[tok.eos_id] += 2 * math.log2(tok.vocab_size / 8)
+    return model.eval()
 
 
-@pytest.mark.parametrize("position", ["rope", "sinusoidal", "learned"])
-def test_cached_batched_captions_are_those_of_the_plain_computation(tok, position):
-    captions = set()
-    for seed in range(4):
-        torch.manual_seed(seed)
-        model = grr_coca_tiny(vocab_size=tok.vocab_size, context=16, text_position=position, dropout=0.5).double()
-        with torch.no_grad():
-            model.multimodal_decoder.head.weight *= 8  # decided opinions, captions of different lengths
-        model.eval()
-        images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-        written = generate(model.train(), images, tok)
+def some_images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ids_of(captions: list[str]) -> list[list[int]]:
+    return [[int(i) for i in caption.split()] for caption in captions]
+
+
+@torch.no_grad()
+def next_log_probabilities(model, image: Tensor, tok: Tokenizer, written: list[int], *, min_tokens: int = 0,
+                           repetition_penalty: float = 1.0, no_repeat_ngram: int = 0) -> list[float]:  # fmt: skip
+    """The whole prefix computed anew, and the rules one token at a time."""
+    logits = model(image.unsqueeze(0), torch.tensor([[tok.bos_id, *written]])).logits[0, -1]
+    logits[[tok.pad_id, tok.bos_id, tok.cls_id]] = -torch.inf
+    log_p = logits.log_softmax(-1).tolist()
+    n = no_repeat_ngram
+    ngrams = {tuple(written[i : i + n]) for i in range(len(written) - n + 1)} if n else set()
+    for token in range(tok.vocab_size):
+        if token in written:
+            log_p[token] *= repetition_penalty
+        if n and tuple([*written, token][-n:]) in ngrams:
+            log_p[token] = -math.inf
+    if len(written) < min_tokens:
+        log_p[tok.eos_id] = -math.inf
+    return log_p
+
+
+def greedily(model, image: Tensor, tok: Tokenizer, max_tokens: int, **rules) -> list[int]:
+    written: list[int] = []
+    while len(written) < max_tokens and tok.eos_id not in written:
+        log_p = next_log_probabilities(model, image, tok, written, **rules)
+        written.append(max(range(len(log_p)), key=log_p.__getitem__))
+    return written
+
+
+def with_beams(model, image: Tensor, tok: Tokenizer, max_tokens: int, beams: int, length_penalty: float,
+               **rules) -> tuple[float, list[int]]:  # fmt: skip
+    """The rule of `beam_search`, in lists."""
+    drafts: list[tuple[float, list[int]]] = [(0.0, [])]
+    captions: list[tuple[float, list[int]]] = []
+    for length in range(1, max_tokens + 1):
+        longer = []
+        for total, written in drafts:
+            log_p = next_log_probabilities(model, image, tok, written, **rules)
+            longer += [(total + p, [*written, token]) for token, p in enumerate(log_p) if p > -math.inf]
+        longer.sort(reverse=True)
+        ended = [d for d in longer[:beams] if d[1][-1] == tok.eos_id or length == max_tokens]
+        captions += [(total / length**length_penalty, written) for total, written in ended]
+        if len(captions) >= beams:
+            break
+        drafts = [d for d in longer if d[1][-1] != tok.eos_id][:beams]
+    return max(captions)
+
+
+rules = st.fixed_dictionaries({
+    "min_tokens": st.integers(0, 6), "no_repeat_ngram": st.integers(0, 3),
+    "repetition_penalty": st.sampled_from([0.7, 1.0, 1.5, 1e9]),
+})  # fmt: skip
+searches = st.one_of(
+    st.fixed_dictionaries({"beams": st.integers(1, 4), "length_penalty": st.sampled_from([-0.5, 0.0, 1.0, 2.0])}),
+    st.fixed_dictionaries({
+        "temperature": st.sampled_from([0.3, 1.0, 3.0]), "top_k": st.sampled_from([None, 1, 5, 1000]),
+        "top_p": st.sampled_from([None, 0.1, 0.9, 1.0]), "seed": st.integers(0, 9),
+    }),
+)  # fmt: skip
+
+
+# Laws
+
+
+@given(rules=rules, search=searches, max_tokens=st.integers(6, ROOM), seed=st.integers(0, 99))
+def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_again(tok, rules, search, max_tokens, seed):
+    model, images = a_model(tok, seed), some_images(3, seed)
+    captions = generate(model, images, tok, max_tokens=max_tokens, **rules, **search)
+    n = rules["no_repeat_ngram"]
+    for written in ids_of(captions):
+        assert not {tok.pad_id, tok.bos_id, tok.cls_id} & set(written)
+        words = written[:-1] if written[-1] == tok.eos_id else written
+        assert rules["min_tokens"] <= len(words) <= max_tokens
+        assert tok.eos_id not in words
+        assert len(words) < max_tokens or written == words  # the last place is no place for EOS alone
+        ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)] if n else []
+        assert len(set(ngrams)) == len(ngrams)
+    assert generate(model, images, tok, max_tokens=max_tokens, **rules, **search) == captions
+
+
+@settings(max_examples=20)
+@given(rules=rules, seed=st.integers(0, 99), max_tokens=st.integers(6, ROOM))
+def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_tokens):
+    model, images = a_model(tok, seed), some_images(3, seed)
+    expected = generate(model, images, tok, max_tokens=max_tokens, **rules)
+    for choice in ({"top_k": 1}, {"top_p": 1e-9}, {}):
+        temperature = 2.0 if choice else 1e-6
+        sampled = generate(model, images, tok, max_tokens=max_tokens, temperature=temperature, **choice, **rules)
+        assert sampled == expected
+    with torch.no_grad():
+        captions, _ = beam_search(Drafts(model, images, tok, max_tokens=max_tokens, **rules), beams=1)
+    assert [tok.decode(row) for row in captions.tolist()] == expected
+
+
+@settings(max_examples=20)
+@given(beams=st.integers(1, 4), count=st.integers(2, 7), seed=st.integers(0, 99), dropout=st.sampled_from([0.0, 0.5]))
+def test_a_batch_is_written_as_its_images_one_at_a_time(tok, beams, count, seed, dropout):
+    model, images = a_model(tok, seed, dropout=dropout).train(), some_images(count, seed)
+    alone = [generate(model, image.unsqueeze(0), tok, beams=beams)[0] for image in images]
+    assert generate(model, images, tok, beams=beams) == alone
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
+    (1.0, None, None), (0.5, None, None), (2.0, 4, None), (1.0, None, 0.8), (1.5, 5, 0.6), (1.0, None, 1.0),
+])  # fmt: skip
+def test_tokens_are_drawn_as_often_as_the_cut_softmax_says(temperature, top_k, top_p):
+    logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0, -1.0, 1.5, 0.0, -3.0])
+    weights = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist()) if x > -math.inf}
+    expected: dict[int, float] = {}
+    kept = sorted(weights, key=weights.__getitem__, reverse=True)[:top_k]
+    for i in kept:  # the fewest that hold top_p of what top_k left
+        if top_p is None or sum(expected.values()) < top_p * sum(weights[j] for j in kept):
+            expected[i] = weights[i]
+    share = {i: w / sum(expected.values()) for i, w in expected.items()}
+    draws = 20_000
+    drawn = sample(logits.expand(draws, -1), torch.Generator().manual_seed(0), temperature, top_k, top_p)
+    counts = torch.bincount(drawn, minlength=len(logits)).tolist()
+    assert all(counts[i] == 0 for i in range(len(logits)) if i not in share)
+    chi_square = sum((counts[i] - draws * s) ** 2 / (draws * s) for i, s in share.items())
+    freedom = len(share) - 1
+    assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)  # its mean, and five of its deviations
+
+
+def test_captions_are_drawn_as_often_as_the_model_says(few):
+    """Two tokens, in a batch in which most captions end at different times."""
+    model, image, draws = a_model(few, 1), some_images(1, 1)[0], 3000
+    first = next_log_probabilities(model, image, few, [])
+    share = {}
+    for i, p in enumerate(first):
+        if i == few.eos_id:
+            share[str(i)] = math.exp(p)
+        elif p > -math.inf:
+            second = next_log_probabilities(model, image, few, [i])
+            share |= {f"{i} {j}": math.exp(p + q) for j, q in enumerate(second) if q > -math.inf}
+    assert sum(share.values()) == pytest.approx(1)
+    captions = generate(model, image.expand(draws, -1, -1, -1), few, max_tokens=2, temperature=1.0)
+    likely = {caption: s for caption, s in share.items() if draws * s >= 5}
+    assert len(likely) > 5
+    chi_square = sum((captions.count(c) - draws * s) ** 2 / (draws * s) for c, s in likely.items())
+    assert chi_square <= len(likely) + 5 * math.sqrt(2 * len(likely))
+
+
+# Agreement
+
+
+@pytest.mark.parametrize("options", [
+    {"text_position": "rope"}, {"text_position": "learned"}, {"text_position": "sinusoidal"},
+    {"text_position": "rope", "qk_norm": True, "pooler_norm": True},
+    {"text_norm": "layernorm", "text_feed_forward": "mlp", "text_position": "sinusoidal", "qk_norm": True},
+])  # fmt: skip
+def test_captions_are_those_of_the_plain_computation(tok, options):
+    captions, lengths = set(), set()
+    for seed, rule in enumerate([{}, {}, {"no_repeat_ngram": 2}, {"min_tokens": 4, "repetition_penalty": 1.3}]):
+        model, images = a_model(tok, seed, dropout=0.5, **options), some_images(5, seed)
+        written = ids_of(generate(model.train(), images, tok, **rule))
         assert model.training  # as it was before
         model.eval()
-        assert written == [plainly(model, image, tok, 13) for image in images]
-        captions |= set(written)
-    assert len(captions) >= 4  # it was not one caption all along
+        assert written == [greedily(model, image, tok, ROOM, **rule) for image in images]
+        captions |= set(map(tuple, written))
+        lengths |= set(map(len, written))
+    assert len(captions) >= 8  # it was not one caption all along
+    assert len(lengths) >= 3
 
 
-def test_no_more_tokens_are_written_than_asked_for(tok):
-    torch.manual_seed(0)
-    model = grr_coca_tiny(vocab_size=tok.vocab_size, context=16)
-    images = torch.rand(2, 3, 32, 32)
+@settings(max_examples=12)
+@given(beams=st.integers(2, 4), length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]), rules=rules,
+       seed=st.integers(0, 99))  # fmt: skip
+def test_beam_search_is_its_rule_in_plain_lists(few, beams, length_penalty, rules, seed):
+    rules = rules | {"min_tokens": min(rules["min_tokens"], few.vocab_size - 4)}
+    model, images = a_model(few, seed), some_images(3, seed)
+    with torch.no_grad():
+        drafts = Drafts(model, images, few, max_tokens=6, **rules)
+        captions, scores = beam_search(drafts, beams=beams, length_penalty=length_penalty)
+    for image, row, score in zip(images, captions.tolist(), scores.tolist(), strict=True):
+        expected_score, expected = with_beams(model, image, few, 6, beams, length_penalty, **rules)
+        assert score == pytest.approx(expected_score)
+        assert ids_of([few.decode(row)]) == [expected]
+
+
+@pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("min_tokens", [0, 2])
+def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_penalty, min_tokens):
+    model, images, longest = a_model(few, 3, text_position="learned"), some_images(2, 3), 4
+    words = [i for i in range(few.vocab_size) if i not in (few.pad_id, few.eos_id, few.bos_id, few.cls_id)]
+    whole = list(itertools.product(words, repeat=longest))
+    with torch.no_grad():
+        ids = torch.tensor([[few.bos_id, *caption[:-1]] for caption in whole])
+        drafts = Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens)
+        captions, scores = beam_search(drafts, beams=few.vocab_size**longest, length_penalty=length_penalty)
+        narrow = beam_search(Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens), beams=2,
+                             length_penalty=length_penalty)[1]  # fmt: skip
+    for image, row, score, less in zip(images, captions.tolist(), scores.tolist(), narrow.tolist(), strict=True):
+        with torch.no_grad():
+            logits = model(image.expand(len(ids), -1, -1, -1), ids).logits  # [captions, 4, v]
+        logits[..., [few.pad_id, few.bos_id, few.cls_id]] = -torch.inf
+        log_p = logits.log_softmax(-1).tolist()
+        every = {}
+        for caption, p in zip(whole, log_p, strict=True):
+            for end in range(min_tokens, longest):
+                ended = (*caption[:end], few.eos_id)
+                every[ended] = sum(p[i][token] for i, token in enumerate(ended)) / (end + 1) ** length_penalty
+            every[caption] = sum(p[i][token] for i, token in enumerate(caption)) / longest**length_penalty
+        assert len(every) == sum(len(words) ** n for n in range(min_tokens, longest + 1))
+        best = max(every, key=every.__getitem__)
+        assert ids_of([few.decode(row)]) == [list(best)]
+        assert score == pytest.approx(every[best])
+        assert less <= score + 1e-9
+
+
+def test_a_penalty_without_end_forbids_what_can_be_avoided(tok):
+    for seed in range(5):
+        written = ids_of(generate(a_model(tok, seed), some_images(4), tok, repetition_penalty=1e9, min_tokens=ROOM))
+        assert all(len(set(caption)) == ROOM for caption in written)
+    repeating = ids_of(generate(a_model(tok, 0), some_images(4), tok, min_tokens=ROOM))
+    assert any(len(set(caption)) < ROOM for caption in repeating)  # it had to be forbidden
+
+
+# No needless work
+
+
+@pytest.mark.parametrize("search", [{}, {"beams": 3}, {"temperature": 1.0}])
+def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_left_behind(tok, search):
+    model, images, projected, read = a_model(tok, 5), some_images(8, 5), [], []
+    for block in model.multimodal_decoder.blocks:
+        block.cross_attention.kv.register_forward_hook(lambda _, inputs, output: projected.append(inputs[0].shape[0]))
+    model.text_decoder.embedding.register_forward_hook(lambda _, inputs, output: read.append(inputs[0].shape))
+    captions = ids_of(generate(model, images, tok, **search))
+    assert projected == [8] * len(model.multimodal_decoder.blocks)
+    assert {shape[1] for shape in read} == {1}
+    rows = [shape[0] for shape in read]
+    assert rows[0] == 8  # not once for each beam
+    assert rows[-1] <= max(rows) // 2
+    assert len(rows) == max(map(len, captions)) or "beams" in search
+
+
+# Use
+
+
+def test_words_come_out_and_a_longer_leash_does_not_change_how_a_caption_begins(tok, tmp_path):
+    tok.save(tmp_path / "t.model")
+    plain, model, images = Tokenizer(tmp_path / "t.model", context=CONTEXT), a_model(tok, 0), some_images(3)
+    captions = generate(model, images, plain)
+    assert captions == [plain.decode(ids) for ids in ids_of(generate(model, images, tok))]
+    assert set("".join(captions)) <= set(" ⁇" + "".join(WORDS))
+    long = ids_of(generate(model, images, tok))
     for count in (1, 2, 5):
-        expected = [plainly(model.eval(), image, tok, count) for image in images]
-        assert generate(model, images, tok, max_tokens=count) == expected
+        assert ids_of(generate(model, images, tok, max_tokens=count)) == [ids[:count] for ids in long]
+
+
+def test_seeds_differ(tok):
+    model, images = a_model(tok, 0), some_images(3)
+    assert len({tuple(generate(model, images, tok, temperature=2.0, seed=seed)) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("search", [{}, {"beams": 3}, {"temperature": 1.0, "top_p": 0.9}])
+def test_bytes_and_bfloat16_will_do(tok, search):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    captions = generate(a_model(tok, 0).bfloat16(), images, tok, **search)
+    assert all(ids_of(captions))
+
+
+@pytest.mark.parametrize("search", [{}, {"beams": 3}, {"temperature": 1.0}])
+def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
+    start()
+    try:
+        models = []
+        for sharded in (False, True):
+            with torch.device("meta"):
+                model = grr_coca_tiny(vocab_size=tok.vocab_size, context=CONTEXT).double()
+            if sharded:
+                shard(model, torch.device("cpu"))
+            materialize(model, torch.device("cpu"), seed=0)
+            models.append(model)
+        whole, sharded = models
+        images = some_images(5)
+        expected = generate(whole, images, tok, **search)
+        assert generate(sharded, images, tok, **search) == expected
+        with unsharded(sharded):
+            assert generate(sharded, images, tok, **search) == expected
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
+    model = a_model(tok, 0).train()
+    model.vision_encoder.eval()  # frozen, say
+    before = [module.training for module in model.modules()]
+    generate(model, some_images(2), tok, beams=2, max_tokens=2)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(RuntimeError, match="channels"):
+        generate(model, torch.zeros(2, 4, 32, 32, dtype=torch.float64), tok)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"max_tokens": 0}, "max_tokens must be from 1 to 13, the room in the tokenizer's context of 16, got max_tokens=0"),
+    ({"max_tokens": 14}, "max_tokens must be from 1 to 13"),
+    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be from 0 to max_tokens, got min_tokens=4, max_tokens=3"),
+    ({"beams": 0}, "beams must be 1, for no beam search, or more, got beams=0"),
+    ({"temperature": -1.0}, "temperature must be 0, for no sampling, or more, got temperature=-1.0"),
+    ({"temperature": math.nan}, "temperature must be 0"),
+    ({"beams": 2, "temperature": 1.0}, "beam search does not sample, got beams=2, temperature=1.0; leave one of them"),
+    ({"top_k": 5}, "top_k and top_p are for sampling, got top_k=5, top_p=None, .*; set temperature to 1.0"),
+    ({"top_p": 0.5}, "top_k and top_p are for sampling"),
+    ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got top_k=0; leave it out"),
+    ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got top_p=0.0; leave it out"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, and above 1 to discourage repetition, got"),
+    ({"no_repeat_ngram": -1}, "no_repeat_ngram must be 0, for no rule, or more, got no_repeat_ngram=-1"),
+    ({"beams": 0, "max_tokens": 99}, "max_tokens must .*; beams must be 1"),
+])  # fmt: skip
+def test_arguments_that_make_no_sense_are_refused(tok, arguments, message):
+    with pytest.raises(ValueError, match=f"generate: {message}"):
+        generate(a_model(tok, 0), some_images(1), tok, **arguments)
+
+
+def test_more_different_words_than_there_are_are_refused(few):
+    words = few.vocab_size - 4
+    model, images = a_model(few, 0), some_images(2)
+    written = ids_of(generate(model, images, few, min_tokens=words, no_repeat_ngram=1, beams=3))
+    assert all(len(set(caption[:words])) == words for caption in written)
+    with pytest.raises(ValueError, match=f"generate: min_tokens must be at most {words}, the words of the vocabulary"):
+        generate(model, images, few, min_tokens=words + 1, no_repeat_ngram=1)
+
+
+def test_another_models_tokenizer_is_refused(tok, few):
+    with pytest.raises(ValueError, match=rf"generate: the model writes {tok.vocab_size} ids and the tokenizer reads "
+                       rf"{few.vocab_size}; take the tokenizer that the model was trained with"):  # fmt: skip
+        generate(a_model(tok, 0), some_images(1), few)
