@@ -1,0 +1,104 @@
+"""What the features of a frozen model tell of classes: a linear probe, and one that learns where to look."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grr.components import AttentionPooler
+from grr.optim import adamw, set_lr, warmup_cosine
+from grr.zero_shot import accuracy
+
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+FOLD = 5  # one of so many training images is held out while a strength is chosen
+CONVERGED = 1e-9  # largest entry of the gradient
+
+logger = logging.getLogger(__name__)
+
+
+def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int, *,
+                 strengths: Sequence[float] = STRENGTHS) -> dict[str, float]:  # fmt: skip
+    """Learn classes from features by logistic regression, and judge them on others: `accuracy`, and the strength.
+
+    features: [n, d], labels: [n], test_features: [m, d], test_labels: [m]. Features are centred and divided by their
+    mean length, so that a strength of the penalty means the same for all kinds of them. That strength is taken which is
+    right most often on a fifth of each class that is held out of training; of equals, the one with the lowest loss
+    there. Then all is trained on. Computed in float64, on the device of the features.
+    """
+    features, test_features = features.double(), test_features.double()
+    centre = features.mean(0)
+    length = (features - centre).norm(dim=1).mean().clamp_min(1e-12)
+    features, test_features = (features - centre) / length, (test_features - centre) / length
+    strength = _best_strength(features, labels, classes, strengths)
+    weight, bias = logistic_regression(features, labels, classes, strength)
+    return {**accuracy(F.linear(test_features, weight, bias), test_labels), "strength": strength}
+
+
+def logistic_regression(features: Tensor, labels: Tensor, classes: int, strength: float, *,
+                        tolerance: float = CONVERGED) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The weights [c, d] and biases [c] for which the mean cross-entropy + strength / 2 * |weights|^2 is least.
+
+    features: float64 [n, d], labels: [n]. With a positive strength there is one such minimum. L-BFGS goes there from
+    zero until no entry of the gradient is above the tolerance; that it stopped before, by rounding, is logged.
+    """
+    weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
+    bias = features.new_zeros(classes).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20_000, tolerance_grad=tolerance, tolerance_change=0.0,
+                                  history_size=20, line_search_fn="strong_wolfe")  # fmt: skip
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels) + strength / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    objective()
+    rest = max(float(x.grad.abs().max()) for x in (weight, bias) if x.grad is not None)
+    if rest > 1000 * tolerance:
+        logger.warning("logistic_regression: stopped with a gradient of %.1e at strength=%g", rest, strength)
+    return weight.detach(), bias.detach()
+
+
+def attentive_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int,
+                    num_heads: int, device: torch.device, *, epochs: int = 20, batch_size: int = 128, lr: float = 1e-3,
+                    weight_decay: float = 0.01, seed: int = 0) -> dict[str, float]:  # fmt: skip
+    """Learn one query that attends to the patches of frozen images, and a linear layer on what it reads: `accuracy`.
+
+    features: [n, p, d], labels: [n], test_features: [m, p, d], test_labels: [m]. Trained with AdamW along one cosine,
+    in float32; the seed draws weights and order. Source: CoCa (Yu et al. 2022), frozen-feature evaluation.
+    """
+    dim = features.shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pooler = AttentionPooler(dim, 1, num_heads)
+        probe = nn.Sequential(nn.LayerNorm(dim), pooler, nn.Flatten(), nn.Linear(dim, classes)).to(device)
+        order = [torch.randperm(len(labels)) for _ in range(epochs)]
+    optimizer = adamw(probe, lr=lr, weight_decay=weight_decay, decay_all=False)
+    batches = [batch for epoch in order for batch in epoch.split(batch_size)]
+    for step, batch in enumerate(batches):
+        set_lr(optimizer, warmup_cosine(step, len(batches), lr, min_lr=0.0))
+        loss = F.cross_entropy(probe(features[batch].to(device).float()), labels[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        scores = [probe(some.to(device).float()).cpu() for some in test_features.split(batch_size)]
+    return accuracy(torch.cat(scores), test_labels)
+
+
+def _best_strength(features: Tensor, labels: Tensor, classes: int, strengths: Sequence[float]) -> float:
+    """The strength that does best on every fifth image, counted class by class; the greatest if there are too few."""
+    held = torch.argsort(labels, stable=True)[FOLD - 1 :: FOLD]
+    kept = torch.ones_like(labels, dtype=torch.bool)
+    kept[held] = False
+
+    def held_out(strength: float) -> tuple[float, float]:
+        weight, bias = logistic_regression(features[kept], labels[kept], classes, strength, tolerance=1e-6)
+        scores = F.linear(features[held], weight, bias)  # [n / 5, c]
+        right = (scores.argmax(1) == labels[held]).double().mean().item()
+        return right, -F.cross_entropy(scores, labels[held]).item()
+
+    return max(strengths, key=held_out) if len(held) else max(strengths)
