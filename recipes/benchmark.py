@@ -1,0 +1,405 @@
+"""Measure a model: seconds and memory of a training step, of its towers, and of writing captions.
+
+    python recipes/benchmark.py --config recipes/configs/benchmark/grr_coca.yaml
+    python recipes/benchmark.py --config recipes/configs/benchmark/tiny.yaml run.variants='[bf16, bf16 compile]'
+
+One process, on images and captions made up in memory, so that nothing waits for data. Seconds are medians after a
+warm-up. "faster" and "memory" are ratios to the first row of the same kind, so compare rows of one run; "of limit" is
+the share of what this machine can do, measured in the same run: of its matrix products for training and towers, of
+reading the weights once a token for captions. All numbers are in run.folder/benchmark.json, a row as soon as measured.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from grr import config
+from grr.builders import MODELS
+from grr.data import Batch
+from grr.distributed import checkpoint_activations, compile_blocks, materialize, reset_seed, shard, start
+from grr.flops import Towers, forward_flops, training_flops
+from grr.generate import generate
+from grr.model import CoCa, MultimodalDecoder
+from grr.optim import adamw
+from grr.packing import IGNORE, pack_captions
+from grr.step import global_batch_step
+from grr.tokenizer import EOS, PAD, UNK
+
+Part = Literal["training", "towers", "captions"]
+Variant = Literal["fp32", "fp32 compile", "fp32 checkpoint", "fp32 compile checkpoint",
+                  "bf16", "bf16 compile", "bf16 checkpoint", "bf16 compile checkpoint"]  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GIGA = 1e9
+TABLE = "{:<17}{:<44}{:>9}{:>11}{:>10}{:>10}{:>9}{:>8}{:>8}"
+Row = dict[str, Any]
+
+
+class Rates(NamedTuple):
+    """What this machine can do at best, as measured."""
+
+    flops_per_second: dict[str, float]  # of matrix products in fp32 and bf16
+    bytes_per_second: float  # of reading memory
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    folder: str = "runs/benchmark"  # benchmark.json and config.yaml
+    seed: int = 0
+    parts: list[Part] = field(default_factory=lambda: ["training", "towers", "captions"])
+    variants: list[Variant] = field(default_factory=lambda: ["fp32", "bf16", "bf16 compile", "bf16 checkpoint"])
+    batch_size: int = 48  # pairs in an optimizer step
+    micro_batch_size: int = 48  # pairs held at a time, and seen by a tower
+    caption_tokens: list[int | None] = field(default_factory=lambda: [None, 15])  # mean; null: as many as have room
+    clip: float = 1.0  # largest norm of the gradient
+    images: list[int] = field(default_factory=lambda: [1, 32])  # that captions are written for at a time
+    beams: list[int] = field(default_factory=lambda: [1, 6])  # 1: greedy search
+    written_tokens: int = 30  # of each caption
+    warmup: int = 3
+    iterations: int = 10
+
+
+def main() -> None:
+    cfg = config.load(run=Run, model=MODELS, loss=global_batch_step, optimizer=adamw)
+    run = Run(**cfg.run)
+    check(run, room=cfg.model["context"] - 3)
+    folder = Path(run.folder)
+    device = start()
+    if dist.get_world_size() > 1:
+        raise ValueError(f"benchmark: one process is measured, got {dist.get_world_size()}; start it without torchrun")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(cfg, folder / "config.yaml")
+
+    # the machine: what it can do at best
+    rates = Rates({word: matmul_rate(run, device, DTYPES[word]) for word in precisions(run)}, read_rate(run, device))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in cfg.build("model").parameters())
+    result = {"machine": machine(device), "rates": rates._asdict(), "model": cfg.model, "parameters": parameters,
+              "rows": []}  # fmt: skip
+    print(headline(result), flush=True)
+
+    # the model: a row for each thing measured
+    measure = {"training": training, "towers": towers, "captions": captions}
+    for part in run.parts:
+        for row in measure[part](cfg, run, device, rates):
+            print(add(result, row), flush=True)
+            (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def check(run: Run, room: int) -> None:
+    faults = {
+        f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {run.micro_batch_size}":
+            run.batch_size % run.micro_batch_size,
+        f"the model's context has room for captions of 1 to {room} tokens, got written_tokens={run.written_tokens}":
+            not 1 <= run.written_tokens <= room,
+        f"caption_tokens must be null or a mean from 1 to {room}, got {run.caption_tokens}":
+            any(mean is not None and not 1 <= mean <= room for mean in run.caption_tokens),
+    }  # fmt: skip
+    wrong = [fault for fault, found in faults.items() if found]
+    if wrong:
+        raise ValueError("benchmark: " + "; ".join(wrong))
+
+
+# --- the three parts -----------------------------------------------------------------------------------------------
+
+
+def training(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
+    """Optimizer steps as recipes/pretrain.py takes them, of each variant, with long and with short captions."""
+    for variant in run.variants:
+        yield from training_of(variant, cfg, run, device, rates)
+
+
+def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.device,
+                rates: Rates) -> Iterator[Row]:  # fmt: skip
+    """The rows of one variant; when they are done, nothing holds its model any more."""
+    model = trained_model(variant, cfg, run, device)
+    optimizer = adamw(model, **cfg.optimizer)
+    for tokens in run.caption_tokens:
+        batches = [b.to(device) for b in random_batches(run, tokens, **sizes(cfg))]
+        act = partial(step, model, optimizer, batches, run, cfg.loss)
+        flops = training_flops(add_flops(batch_flops(cfg, batch) for batch in batches))
+        yield {"what": "training step", "variant": variant, "tokens": max(b.ids.shape[1] for b in batches),
+               "caption_tokens": tokens, "samples": run.batch_size, **measured(act, run, device),
+               **limit(flops, "flops", rates.flops_per_second[precision(variant)])}  # fmt: skip
+
+
+def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.device) -> nn.Module:
+    torch.compiler.reset()  # else blocks of an earlier variant count against the limit of compiled versions
+    with torch.device("meta"):
+        model = cfg.build("model")
+    if "checkpoint" in variant:
+        checkpoint_activations(model)
+    if "compile" in variant:
+        compile_blocks(model)
+    shard(model, device, bf16="bf16" in variant)
+    materialize(model, device, seed=run.seed)
+    return model
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], run: Run,
+         loss: dict[str, Any]) -> None:  # fmt: skip
+    global_batch_step(model, batches, reset_seed(run.seed, 0), **loss)
+    clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def towers(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
+    """A forward pass of each tower and of the whole, one micro-batch of the longest captions."""
+    (batch,) = random_batches(run, None, **sizes(cfg), count=1)
+    batch = batch.to(device)
+    ids, positions, b = batch.ids, batch.positions, len(batch.ids)
+    cost = forward_flops(MODELS[cfg.model["name"]], **arguments(cfg))
+    for word in precisions(run):
+        model = loaded_model(word, cfg, run, device)
+        text, context = model.text_decoder(ids, positions=positions), model.image_context(batch.images)
+        for what, act, flops in (
+            ("encode_image", partial(model.encode_image, batch.images), cost.vision + cost.poolers),
+            ("encode_text", partial(model.encode_text, ids, positions=positions), cost.text),
+            ("decoder, logits", partial(decode, model.multimodal_decoder, text, context, positions),
+             cost.multimodal + cost.head),
+            ("forward, logits", partial(model, batch.images, ids, positions=positions), cost.total),
+        ):  # fmt: skip
+            yield {"what": what, "variant": word, "tokens": ids.shape[1], "samples": b,
+                   **measured(act, run, device), **limit(b * flops, "flops", rates.flops_per_second[word])}  # fmt: skip
+
+
+def decode(decoder: MultimodalDecoder, text: Tensor, context: Tensor, positions: Tensor) -> Tensor:
+    return decoder.head(decoder(text, context, positions=positions))
+
+
+@torch.no_grad()
+def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
+    """Captions of one image and of many, by greedy and by beam search, all of written_tokens tokens."""
+    size, n = cfg.model["image_size"], run.written_tokens
+    tokenizer = Numbers(cfg.model["vocab_size"], cfg.model["context"])
+    for word in precisions(run):
+        model = loaded_model(word, cfg, run, device)
+        for count, beams in product(run.images, run.beams):
+            images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+            act = partial(generate, model, images, tokenizer, max_tokens=n, min_tokens=n, beams=beams)
+            yield {"what": "captions", "variant": word, "tokens": n, "samples": count, "beams": beams,
+                   **measured(act, run, device),
+                   **limit(n * token_bytes(model), "bytes", rates.bytes_per_second)}  # fmt: skip
+
+
+def token_bytes(model: CoCa) -> int:
+    """The weights that each token of a caption needs: both decoders, without what reads the image, and the head."""
+    weights = (*model.text_decoder.blocks.named_parameters(), *model.multimodal_decoder.named_parameters())
+    return sum(weight.nbytes for name, weight in weights if ".cross_attention.kv." not in f".{name}")
+
+
+def loaded_model(word: str, cfg: config.Config, run: Run, device: torch.device) -> CoCa:
+    """A model as grr.pretrained.load_pretrained gives it, but with weights as they are before training."""
+    with torch.device("meta"):
+        model: CoCa = cfg.build("model")
+    materialize(model.to(DTYPES[word]), device, seed=run.seed)
+    return model.eval()
+
+
+# --- images and captions -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Numbers:
+    """A tokenizer of any size that needs no file: a word is an id, in digits."""
+
+    vocab_size: int
+    context: int
+    pad_id, eos_id = PAD, EOS
+
+    def __post_init__(self) -> None:
+        self.bos_id, self.cls_id = self.vocab_size - 2, self.vocab_size - 1
+
+    def encode(self, tokens: list[int]) -> list[int]:
+        """Lay out a caption as grr.tokenizer does: context + 1 ids."""
+        padding = [PAD] * (self.context - 3 - len(tokens))
+        return [self.bos_id, *tokens, EOS, *padding, self.cls_id, PAD]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def sizes(cfg: config.Config) -> dict[str, int]:
+    return {key: cfg.model[key] for key in ("vocab_size", "context", "image_size")}
+
+
+def random_batches(run: Run, tokens: int | None, *, vocab_size: int, context: int, image_size: int,
+                   count: int | None = None) -> list[Batch]:  # fmt: skip
+    """Micro-batches of noise, with captions of any words: as long as there is room for, or of Poisson lengths.
+
+    A batch is as long as its longest caption, so with captions of 15 tokens on average it is not 15 tokens long.
+    """
+    generator = torch.Generator().manual_seed(run.seed)
+    tokenizer, room, b = Numbers(vocab_size, context), context - 3, run.micro_batch_size
+    count = run.batch_size // b if count is None else count
+    mean = torch.full((b,), float(room if tokens is None else tokens))
+    batches = []
+    for _ in range(count):
+        lengths = mean if tokens is None else torch.poisson(mean, generator).clamp(1, room)  # [b]
+        words = torch.randint(UNK + 1, tokenizer.bos_id, (b, room), generator=generator)
+        rows = [tokenizer.encode(row[: int(n)].tolist()) for row, n in zip(words, lengths, strict=True)]
+        images = torch.randint(0, 256, (b, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
+        batches.append(Batch(images, *pack_captions(rows), names=[""] * b, replaced=0))
+    return batches
+
+
+# --- costs and times -----------------------------------------------------------------------------------------------
+
+
+def arguments(cfg: config.Config) -> dict[str, Any]:
+    return {key: value for key, value in cfg.model.items() if key != "name"}
+
+
+def batch_flops(cfg: config.Config, batch: Batch) -> Towers:
+    """The cost of a forward pass on one micro-batch: no column that nothing is learned from, no token without label."""
+    cost = partial(forward_flops, MODELS[cfg.model["name"]], **arguments(cfg))
+    read, scored = cost(text_length=batch.ids.shape[1]), cost(text_length=batch.labels.shape[1])
+    b, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
+    return Towers(vision=b * read.vision, poolers=b * read.poolers, text=b * read.text,
+                 multimodal=b * scored.multimodal, head=labelled * cost(text_length=1).head)  # fmt: skip
+
+
+def add_flops(flops: Iterable[Towers]) -> Towers:
+    return Towers(*map(sum, zip(*flops, strict=True)))
+
+
+def limit(amount: int, unit: Literal["flops", "bytes"], rate: float) -> Row:
+    """What a row has to do, and the seconds that it takes at the machine's rate."""
+    return {"amount": amount, "unit": unit, "limit_seconds": amount / rate}
+
+
+def measured(act: Callable[[], object], run: Run, device: torch.device) -> Row:
+    """Seconds of one call, the median of run.iterations; peak memory, and the seconds of the warm-up.
+
+    Memory is that of torch's allocator on a GPU, elsewhere that of the process; null where the system does not tell.
+    """
+    told = reset_peak_bytes(device)
+    times = []
+    for _ in range(run.warmup + run.iterations):
+        synchronize(device)
+        before = time.perf_counter()
+        act()
+        synchronize(device)
+        times.append(time.perf_counter() - before)
+    return {"seconds": statistics.median(times[run.warmup :]), "warmup_seconds": sum(times[: run.warmup]),
+            "peak_bytes": peak_bytes(device) if told else None}  # fmt: skip
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_bytes(device: torch.device) -> bool:
+    gc.collect()  # the model measured before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again
+        return True
+    return False
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    mark = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert mark is not None
+    return int(mark[1]) * 1024
+
+
+def matmul_rate(run: Run, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product, of random numbers: zeros can be faster."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / measured(partial(torch.mm, a, b), run, device)["seconds"]
+
+
+def read_rate(run: Run, device: torch.device) -> float:
+    """Bytes/s of reading memory once: the sum of a GiB, more than any cache holds."""
+    x = torch.ones(2**28, device=device)
+    return x.nbytes / measured(x.sum, run, device)["seconds"]
+
+
+def precisions(run: Run) -> list[str]:
+    return list(dict.fromkeys(map(precision, run.variants)))
+
+
+def precision(variant: str) -> str:
+    return variant.split()[0]
+
+
+# --- what is written down ------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    cpu = re.search(r"model name\s*: (.+)", _text(Path("/proc/cpuinfo")))
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def headline(result: dict[str, Any]) -> str:
+    m, rates = result["machine"], result["rates"]
+    processor = m["cpu"] if m["device"] == "CPU" else f"{m['device']}, {m['cpu']}"
+    products = (f"{word} {rate / GIGA:,.0f} GFLOP/s" for word, rate in rates["flops_per_second"].items())
+    return "\n".join([
+        f"{result['model']['name']}, {result['parameters']:,} parameters",
+        f"{processor}, {m['threads']} threads, torch {m['torch']}",
+        f"at best {', '.join(products)}; reads {rates['bytes_per_second'] / GIGA:,.1f} GB/s\n",
+        TABLE.format("", "", "seconds", "samples/s", "G/s", "of limit", "peak GB", "faster", "memory"),
+    ])  # fmt: skip
+
+
+def add(result: dict[str, Any], row: Row) -> str:
+    """Complete a row by its ratios to the first of its kind, keep it, and give it as a line of the table."""
+    first = next((earlier for earlier in result["rows"] if earlier["what"] == row["what"]), row)
+    row["samples_per_second"] = row["samples"] / row["seconds"]
+    row[f"{row['unit']}_per_second"] = row["amount"] / row["seconds"]
+    row["of_limit"] = row["limit_seconds"] / row["seconds"]
+    row["faster"] = row["samples_per_second"] / first.get("samples_per_second", row["samples_per_second"])
+    row["memory"] = row["peak_bytes"] / first["peak_bytes"] if row["peak_bytes"] else None
+    result["rows"].append(row)
+    words = [row["variant"], f"{row['tokens']} tokens", f"{row['samples']} at a time"]
+    words += [f"{row['beams']} beams"] if row.get("beams", 1) > 1 else []
+    peak, memory = (f"{row['peak_bytes'] / GIGA:.2f}", f"{row['memory']:.2f}") if row["peak_bytes"] else ("-", "-")
+    return TABLE.format(row["what"], ", ".join(words), f"{row['seconds']:.4g}", f"{row['samples_per_second']:.4g}",
+                        f"{row['amount'] / row['seconds'] / GIGA:,.1f}", f"{row['of_limit']:.1%}", peak,
+                        f"{row['faster']:.2f}", memory)  # fmt: skip
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # a sharded model that is still alive may abort the end of the process group
+    dist.destroy_process_group()

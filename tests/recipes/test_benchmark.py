@@ -1,0 +1,225 @@
+"""What the benchmark writes down obeys its own laws; how large the numbers are is no business of a test."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from grr import config
+from grr.builders import MODELS, grr_coca_tiny
+from grr.distributed import materialize
+from grr.optim import adamw
+from grr.packing import IGNORE
+from grr.step import global_batch_step
+from grr.tokenizer import Tokenizer, train_tokenizer
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))
+sys.path.insert(0, str(RECIPES))
+from benchmark import Numbers, Run, batch_flops, random_batches, sizes, token_bytes  # noqa: E402
+
+
+def load(file: Path, *overrides: str) -> config.Config:
+    words = ["--config", str(file), *overrides]
+    return config.load(words, run=Run, model=MODELS, loss=global_batch_step, optimizer=adamw)
+
+
+def run(words: list[str], **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+
+# --- what is measured on -------------------------------------------------------------------------------------------
+
+
+@given(mean=st.none() | st.integers(1, 20), b=st.integers(1, 6), steps=st.integers(1, 3), context=st.integers(4, 24),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_made_up_captions_are_as_long_as_asked_and_labelled_to_their_end(mean, b, steps, context, seed):
+    room = context - 3
+    knobs = Run(batch_size=b * steps, micro_batch_size=b, seed=seed)
+    batches = random_batches(knobs, mean, vocab_size=50, context=context, image_size=8)
+    assert len(batches) == steps
+    for batch in batches:
+        words = ((batch.ids > 2) & (batch.ids < 48)).sum(1)  # of 50: neither PAD, EOS, UNK nor BOS, CLS
+        assert batch.images.shape == (b, 3, 8, 8)
+        assert words.min() >= 1
+        assert words.max() + 3 == batch.ids.shape[1] <= context
+        assert ((batch.labels != IGNORE).sum(1) == words + 1).all()  # every word and EOS
+        if mean is None:
+            assert (words == room).all()
+
+
+def test_made_up_captions_have_the_asked_length_on_average():
+    knobs = Run(batch_size=1000, micro_batch_size=1000)
+    (batch,) = random_batches(knobs, 15, vocab_size=100, context=64, image_size=1)
+    words = (batch.labels != IGNORE).sum(1).float() - 1
+    assert abs(words.mean() - 15) < 5 * math.sqrt(15 / 1000)  # Poisson: five standard errors
+
+
+@given(text=st.text(alphabet="abcde ", max_size=60))
+def test_a_caption_of_numbers_is_laid_out_as_the_tokenizer_lays_out_words(tokenizer, text):
+    ids = tokenizer.encode(text)
+    end = ids.index(tokenizer.eos_id)
+    numbers = Numbers(tokenizer.vocab_size, tokenizer.context)
+    assert numbers.encode(ids[1:end]) == ids
+    assert (numbers.pad_id, numbers.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
+    assert (numbers.bos_id, numbers.cls_id) == (tokenizer.bos_id, tokenizer.cls_id)
+    assert numbers.decode(ids).split() == [str(i) for i in ids]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return train_tokenizer(["a bad cab", "dead bee", "ace"], tmp_path_factory.mktemp("t") / "t.model", vocab_size=30,
+                           context=16)  # fmt: skip
+
+
+# --- what it costs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 5])
+@pytest.mark.parametrize("name", ["grr_coca_tiny", "baseline_coca"])
+def test_the_cost_of_a_batch_is_torchs_count(name, tokens):
+    small = [f"model.{key}={value}" for key, value in {
+        "vocab_size": 60, "context": 16, "image_size": 16, "patch_size": 8, "dim": 16, "num_heads": 2,
+        "vision_layers": 1, "text_layers": 2, "multimodal_layers": 1,
+    }.items()]  # fmt: skip
+    cfg = load(CONFIGS[0], f"model.name={name}", *small)
+    with torch.device("meta"):
+        model = cfg.build("model")
+    materialize(model, torch.device("cpu"), seed=0)
+    (batch,) = random_batches(Run(batch_size=3, micro_batch_size=3), tokens, **sizes(cfg))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+    assert batch_flops(cfg, batch).total == counter.get_total_flops()
+
+
+def test_a_token_needs_both_decoders_but_neither_embeddings_nor_projections_of_the_image():
+    with torch.device("meta"):
+        model = grr_coca_tiny()
+    d, v, layers = 64, 512, 2
+    block = 4 * (d * d + d) + 3 * d * 4 * d + 2 * 4 * d + d + 2 * d  # attention, GEGLU, two norms
+    cross = 2 * (d * d + d) + d  # queries and output, a norm
+    assert token_bytes(model) == 4 * (layers * (2 * block + cross) + d + d * v + v)
+    assert token_bytes(model.bfloat16()) * 2 == token_bytes(grr_coca_tiny())
+
+
+# --- what it writes down -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict, str, Path]:
+    """What a copy of the recipe, in another folder, says of the tiny model: benchmark.json, its output, its folder."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    shutil.copytree(RECIPES, folder / "mine", ignore=shutil.ignore_patterns("__pycache__"))
+    words = ["mine/benchmark.py", "--config", "mine/configs/benchmark/tiny.yaml", "run.folder=out"]
+    few = ["run.iterations=2", "run.variants=[fp32, bf16, bf16 checkpoint]"]
+    done = run([sys.executable, *words, *few], cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out/benchmark.json").read_text()), done.stdout, folder / "out"
+
+
+def rows(result: dict, what: str) -> list[dict]:
+    return [row for row in result["rows"] if row["what"] == what]
+
+
+@pytest.mark.slow
+def test_every_row_obeys_the_laws_of_its_numbers(measured):
+    result, _, _ = measured
+    kinds = ["training step", "encode_image", "encode_text", "decoder, logits", "forward, logits", "captions"]
+    assert list(dict.fromkeys(row["what"] for row in result["rows"])) == kinds
+    for row in result["rows"]:
+        first, seconds = rows(result, row["what"])[0], row["seconds"]
+        rate = result["rates"]["bytes_per_second"] if row["unit"] == "bytes" else (
+            result["rates"]["flops_per_second"][row["variant"].split()[0]])  # fmt: skip
+        assert row["samples_per_second"] == pytest.approx(row["samples"] / seconds)
+        assert row[f"{row['unit']}_per_second"] == pytest.approx(row["amount"] / seconds)
+        assert row["limit_seconds"] == pytest.approx(row["amount"] / rate)
+        assert row["of_limit"] == pytest.approx(row["limit_seconds"] / seconds)
+        assert row["faster"] == pytest.approx(first["seconds"] / first["samples"] * row["samples"] / seconds)
+        assert row["warmup_seconds"] > 0
+        assert row["peak_bytes"] is None or row["memory"] == pytest.approx(row["peak_bytes"] / first["peak_bytes"])
+
+
+@pytest.mark.slow
+def test_the_same_work_is_counted_the_same_in_every_variant(measured):
+    result, _, _ = measured
+    steps = rows(result, "training step")
+    assert [row["variant"] for row in steps] == ["fp32", "fp32", "bf16", "bf16", "bf16 checkpoint", "bf16 checkpoint"]
+    long, short = steps[0::2], steps[1::2]
+    assert {row["tokens"] for row in long} == {16}
+    assert {row["caption_tokens"] for row in short} == {4}
+    assert len({row["amount"] for row in long}) == len({row["amount"] for row in short}) == 1
+    assert short[0]["amount"] < long[0]["amount"]
+    towers = [rows(result, what)[0]["amount"] for what in ("encode_image", "encode_text", "decoder, logits")]
+    assert sum(towers) == rows(result, "forward, logits")[0]["amount"]
+
+
+@pytest.mark.slow
+def test_captions_read_half_as_many_bytes_in_half_the_precision_however_many_there_are(measured):
+    result, _, _ = measured
+    written = rows(result, "captions")
+    assert [(row["samples"], row["beams"]) for row in written] == [(1, 1), (1, 2), (8, 1), (8, 2)] * 2
+    fp32, bf16 = ({row["amount"] for row in written if row["variant"] == word} for word in ("fp32", "bf16"))
+    assert len(fp32) == 1
+    assert fp32 == {2 * amount for amount in bf16}
+
+
+@pytest.mark.slow
+def test_the_machine_is_named_and_a_line_printed_for_each_row(measured):
+    result, said, folder = measured
+    machine = result["machine"]
+    assert (machine["torch"], machine["threads"]) == (torch.__version__, 1)
+    assert machine["cpu"]
+    head, table = said.split("\n\n")
+    assert f"1 threads, torch {torch.__version__}" in head
+    assert f"{result['parameters']:,} parameters" in head
+    assert result["parameters"] == sum(p.numel() for p in grr_coca_tiny().parameters())
+    lines = table.splitlines()[1:]
+    assert len(lines) == len(result["rows"])
+    for line, row in zip(lines, result["rows"], strict=True):
+        assert line.startswith(row["what"])
+        assert f"{row['variant']}, {row['tokens']} tokens" in line
+        assert f"{row['faster']:.2f}" in line
+    again = load(folder / "config.yaml")
+    assert again.run["written_tokens"] == 10
+
+
+# --- what a config may say -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(file):
+    cfg = load(file)
+    assert cfg.run["written_tokens"] <= cfg.model["context"] - 3
+    assert cfg.run["batch_size"] % cfg.run["micro_batch_size"] == 0
+    header = file.read_text().split("\nrun:")[0]
+    assert f"recipes/benchmark.py --config recipes/configs/benchmark/{file.name}" in header
+
+
+def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
+    words = ["run.batch_size=9", "run.written_tokens=14", "run.caption_tokens=[0]"]
+    tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
+    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
+    assert done.returncode != 0
+    for part in (
+        "benchmark: batch_size must be a multiple of micro_batch_size, got 9 and 8",
+        "room for captions of 1 to 13 tokens, got written_tokens=14",
+        "caption_tokens must be null or a mean from 1 to 13, got [0]",
+    ):
+        assert part in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_variant_is_one_of_the_known_ones():
+    with pytest.raises(config.ConfigError, match=r"run.variants: Run wants list\['fp32' \| 'fp32 compile'"):
+        load(CONFIGS[0], "run.variants=[fp16]")
