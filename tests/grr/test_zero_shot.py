@@ -89,7 +89,7 @@ def test_names_and_templates_that_say_nothing_are_refused_with_a_remedy(model, t
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
-tables = st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 40), st.integers(0, 999))
+tables = st.tuples(st.integers(1, 30), st.sampled_from([1, 2, 5, 6, 12]), st.integers(1, 40), st.integers(0, 999))
 
 
 def table(n: int, c: int, levels: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
