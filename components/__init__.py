@@ -5,10 +5,11 @@ if __name__ == "components":
 
 from .attention import CrossAttention, KeyValueCache, SelfAttention
 from .block import Block, BlockCache
+from .class_token import ClassToken
 from .feed_forward import GEGLU, FeedForward
 from .norms import LayerNorm, RMSNorm
 from .patches import PatchEmbedding
-from .pooler import AttentionPooler
+from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
 from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
 
@@ -19,7 +20,9 @@ __all__ = [
     "AxialRotaryEmbedding",
     "Block",
     "BlockCache",
+    "ClassToken",
     "CrossAttention",
+    "CrossAttentionPooler",
     "FeedForward",
     "KeyValueCache",
     "LayerNorm",

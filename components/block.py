@@ -15,30 +15,39 @@ class BlockCache(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention, then optionally attention to a context, then a feed-forward network, each on normalised input.
+    """Attention, attention to a context, or one after the other; then a feed-forward network; each on normalised input.
 
-    x: [b, s, d], positions: as the attention takes them, context: [b, t, d] -> [b, s, d]. Every branch is added to the
-    residual stream through dropout, and nothing else is dropped. The parts may be any modules of these signatures:
-    attention(x, positions=, cache=), cross_attention(x, context, cache=), feed_forward(x), norms(x). Raises ValueError
-    if only one of cross_attention and its norm is given.
+    x: [b, s, d], positions and mask: as the attention takes them, context: [b, t, c] -> [b, s, d]. Every branch is
+    added to the residual stream through dropout, and nothing else is dropped. The parts may be any modules of these
+    signatures: attention(x, positions=, cache=), and mask= where the block is called with one,
+    cross_attention(x, context, cache=), feed_forward(x), norms(x). Raises ValueError if an attention is given without
+    its norm, a norm without its attention, or no attention at all.
     """
 
-    def __init__(self, *, attention_norm: nn.Module, attention: nn.Module, feed_forward_norm: nn.Module,
-                 feed_forward: nn.Module, cross_attention_norm: nn.Module | None = None,
+    def __init__(self, *, attention_norm: nn.Module | None = None, attention: nn.Module | None = None,
+                 feed_forward_norm: nn.Module, feed_forward: nn.Module, cross_attention_norm: nn.Module | None = None,
                  cross_attention: nn.Module | None = None, dropout: float = 0.0) -> None:  # fmt: skip
         super().__init__()
-        if (cross_attention is None) != (cross_attention_norm is None):
-            only = "cross_attention" if cross_attention_norm is None else "cross_attention_norm"
-            raise ValueError(f"Block: cross_attention and cross_attention_norm come together, got only {only}")
+        given = {"attention": attention, "attention_norm": attention_norm,
+                 "cross_attention": cross_attention, "cross_attention_norm": cross_attention_norm}  # fmt: skip
+        for name in ("attention", "cross_attention"):
+            if (given[name] is None) != (given[f"{name}_norm"] is None):
+                only = name if given[name] is not None else f"{name}_norm"
+                raise ValueError(f"Block: {name} and {name}_norm come together, got only {only}")
+        if attention is None and cross_attention is None:
+            raise ValueError("Block: give it attention, cross_attention, or both, each with its norm; got neither")
         self.attention_norm, self.attention = attention_norm, attention
         self.cross_attention_norm, self.cross_attention = cross_attention_norm, cross_attention
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, context: Tensor | None = None,
-                cache: BlockCache | None = None) -> Tensor:  # fmt: skip
-        tokens = cache.tokens if cache else None
-        x = x + self.dropout(self.attention(self.attention_norm(x), positions=positions, cache=tokens))
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None,
+                context: Tensor | None = None, cache: BlockCache | None = None) -> Tensor:  # fmt: skip
+        if self.attention is not None and self.attention_norm is not None:
+            inputs = {"positions": positions, "cache": cache.tokens if cache else None}
+            if mask is not None:
+                inputs["mask"] = mask
+            x = x + self.dropout(self.attention(self.attention_norm(x), **inputs))
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             seen = cache.context if cache else None
             x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), context, cache=seen))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import CrossAttention
+
 
 class AttentionPooler(nn.Module):
     """Learned queries attend to x; what they read is the output.
@@ -35,3 +37,27 @@ class AttentionPooler(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_queries={self.queries.shape[0]}, num_heads={self.num_heads}"
+
+
+class CrossAttentionPooler(nn.Module):
+    """Learned queries read x as the tokens of a block read a context: normalised, through a projection of their own.
+
+    x: [b, t, c] -> [b, n, d] for n = num_queries, and c the width that the attention's context has.
+    """
+
+    def __init__(self, dim: int, num_queries: int, *, norm: nn.Module, attention: CrossAttention) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.norm = norm
+        self.attention = attention
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.queries)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.norm(self.queries.to(x.dtype))  # [n, d]
+        return self.attention(queries.expand(len(x), -1, -1), x)
+
+    def extra_repr(self) -> str:
+        return f"num_queries={self.queries.shape[0]}"

@@ -26,11 +26,13 @@ def random(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(width)) v, equation 1 of Vaswani et al. 2017, with minus infinity at what is hidden."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
         scores = scores + torch.full_like(scores, -math.inf).triu(1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     return scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
 
 
@@ -76,24 +78,52 @@ def test_the_order_of_a_context_makes_no_difference(sizes, t, qk_norm, seed):
     torch.testing.assert_close(module(x, context[:, order]), module(x, context))
 
 
+@given(sizes=sizes, causal=st.booleans(), data=st.data(), seed=seeds)
+def test_no_output_depends_on_what_a_mask_hides(sizes, causal, data, seed):
+    b, s, h = sizes
+    module, x = random(SelfAttention(D, h, causal=causal), seed), normal(b, s, D, seed=seed)
+    hidden = data.draw(st.integers(1, s))  # a token from here on is hidden; the first is not
+    mask = (torch.arange(s) < hidden).view(1, 1, 1, s)
+    changed = x.clone()
+    changed[:, hidden:] += 1
+    before, after = module(x, mask=mask), module(changed, mask=mask)
+    torch.testing.assert_close(after[:, :hidden], before[:, :hidden], atol=1e-12, rtol=0)
+
+
+@given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=seeds)
+def test_reading_with_a_cache_and_a_mask_is_reading_the_whole_with_the_mask(pieces, seed):
+    s = sum(pieces)
+    module, x, cache = random(SelfAttention(D, 2, causal=True), seed), normal(2, s, D, seed=seed), KeyValueCache(s)
+    mask = torch.rand(2, 1, s, s, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask |= torch.eye(s, dtype=torch.bool)  # a token that sees nothing has no answer
+    ends = torch.tensor(pieces).cumsum(0).tolist()
+    read = [module(part, mask=mask[:, :, end - part.shape[1] : end, :end], cache=cache)
+            for part, end in zip(x.split(pieces, dim=1), ends, strict=True)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(read, dim=1), module(x, mask=mask))
+
+
 @given(d=st.sampled_from([4, 8, 20]), h=st.sampled_from([1, 2, 4]))
 def test_parameter_counts(d, h):
     for module in (SelfAttention, CrossAttention):
         assert sum(p.numel() for p in module(d, h).parameters()) == 4 * (d**2 + d)
         assert sum(p.numel() for p in module(d, h, qk_norm=True).parameters()) == 4 * (d**2 + d) + 2 * d // h
+    assert sum(p.numel() for p in CrossAttention(d, h, context_dim=3).parameters()) == 4 * (d**2 + d) - 2 * d * (d - 3)
 
 
 # Agreement
 
 
-@given(sizes=sizes, causal=st.booleans(), seed=seeds)
-def test_self_attention_is_the_formula(sizes, causal, seed):
+@given(sizes=sizes, causal=st.booleans(), masked=st.booleans(), seed=seeds)
+def test_self_attention_is_the_formula(sizes, causal, masked, seed):
     b, s, h = sizes
     module, x = random(SelfAttention(D, h, causal=causal), seed), normal(b, s, D, seed=seed)
+    mask = torch.rand(b, s, s, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = mask | torch.eye(s, dtype=torch.bool) if masked else None
     q, k, v = (x @ w.T + c for w, c in zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), strict=True))
     heads = zip(*(y.chunk(h, dim=-1) for y in (q, k, v)), strict=True)
-    joined = torch.cat([attended(*head, causal=causal) for head in heads], dim=-1)
-    torch.testing.assert_close(module(x), joined @ module.out.weight.T + module.out.bias)
+    joined = torch.cat([attended(*head, causal=causal, mask=mask) for head in heads], dim=-1)
+    given_mask = None if mask is None else mask.unsqueeze(1)  # [b, 1, s, s]
+    torch.testing.assert_close(module(x, mask=given_mask), joined @ module.out.weight.T + module.out.bias)
 
 
 @given(sizes=sizes, t=st.integers(1, 8), seed=seeds)
@@ -127,6 +157,27 @@ def test_cross_attention_agrees_with_torchs_module(sizes, t, seed):
     x, context = normal(b, s, D, seed=seed), normal(b, t, D, seed=seed + 1)
     expected, _ = theirs(x, context, context, need_weights=False)
     torch.testing.assert_close(ours(x, context), expected)
+
+
+@given(sizes=sizes, t=st.integers(2, 8), c=st.integers(1, 12), seed=seeds)
+def test_a_context_of_another_width_is_normalised_first_and_a_part_of_it_may_be_left_out(sizes, t, c, seed):
+    class NormOfTheRest(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, 1:])
+
+    b, s, h = sizes
+    ours = random(CrossAttention(D, h, context_dim=c, context_norm=NormOfTheRest(c)), seed)
+    theirs = nn.MultiheadAttention(D, h, kdim=c, vdim=c, batch_first=True).double()
+    theirs.q_proj_weight = ours.q.weight
+    theirs.k_proj_weight.data, theirs.v_proj_weight.data = ours.kv.weight.detach().chunk(2)
+    theirs.in_proj_bias.data = torch.cat((ours.q.bias, ours.kv.bias)).detach()
+    theirs.out_proj = ours.out
+    x, context, cache = normal(b, s, D, seed=seed), normal(b, t, c, seed=seed + 1), KeyValueCache(t)
+    rest = ours.context_norm(context)
+    assert rest.shape == (b, t - 1, c)
+    expected, _ = theirs(x, rest, rest, need_weights=False)
+    for _ in range(2):  # the second time from the cache
+        torch.testing.assert_close(ours(x, context, cache=cache), expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])

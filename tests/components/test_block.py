@@ -54,6 +54,26 @@ def test_the_context_is_read_between_the_two(b, s, t, seed):
     torch.testing.assert_close(block(x, positions=at, context=context), expected)
 
 
+@given(b=st.integers(1, 3), s=st.integers(1, 6), t=st.integers(1, 6))
+def test_a_block_may_read_its_context_alone(b, s, t):
+    whole, x, context = a_block(context=True), some(b, s, D), some(b, t, D)
+    block = Block(cross_attention_norm=whole.cross_attention_norm, cross_attention=whole.cross_attention,
+                  feed_forward_norm=whole.feed_forward_norm, feed_forward=whole.feed_forward)  # fmt: skip
+    y = x + whole.cross_attention(whole.cross_attention_norm(x), context)
+    cache = BlockCache(tokens=KeyValueCache(0), context=KeyValueCache(t))
+    expected = y + whole.feed_forward(whole.feed_forward_norm(y))
+    torch.testing.assert_close(block(x, context=context, cache=cache), expected)
+
+
+def test_a_mask_is_handed_to_the_attention():
+    block, x, at = a_block(context=False), some(2, 3, D), torch.arange(3)
+    mask = torch.tensor([True, False, True])
+    y = x + block.attention(block.attention_norm(x), positions=at, mask=mask)
+    expected = y + block.feed_forward(block.feed_forward_norm(y))
+    torch.testing.assert_close(block(x, positions=at, mask=mask), expected)
+    assert (expected != block(x, positions=at)).any()
+
+
 @given(s=st.integers(2, 6), data=st.data())
 def test_no_token_of_a_causal_block_depends_on_a_later_one(s, data):
     block, x, place = a_block(context=True), some(2, s, D), data.draw(st.integers(1, s - 1))
@@ -103,8 +123,14 @@ def test_parts_of_a_users_own_drop_in():
     torch.testing.assert_close(block(x), y + y.tanh())
 
 
-@pytest.mark.parametrize("only", ["cross_attention", "cross_attention_norm"])
-def test_a_cross_attention_without_its_norm_is_refused_and_so_is_a_norm_alone(only):
-    with pytest.raises(ValueError, match=f"cross_attention and cross_attention_norm come together, got only {only}$"):
-        Block(attention_norm=nn.Identity(), attention=RunningMean(), feed_forward_norm=nn.Identity(),
-              feed_forward=nn.Tanh(), **{only: nn.Identity()})  # fmt: skip
+@pytest.mark.parametrize("kind", ["attention", "cross_attention"])
+@pytest.mark.parametrize("only", ["", "_norm"])
+def test_an_attention_without_its_norm_is_refused_and_so_is_a_norm_alone(kind, only):
+    parts = {"feed_forward_norm": nn.Identity(), "feed_forward": nn.Tanh(), kind + only: nn.Identity()}
+    with pytest.raises(ValueError, match=f"Block: {kind} and {kind}_norm come together, got only {kind}{only}$"):
+        Block(**parts)
+
+
+def test_a_block_without_any_attention_is_refused():
+    with pytest.raises(ValueError, match=r"Block: give it attention, cross_attention, or both, .*; got neither"):
+        Block(feed_forward_norm=nn.Identity(), feed_forward=nn.Tanh())

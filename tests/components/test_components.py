@@ -19,7 +19,9 @@ from grr.components import (
     AttentionPooler,
     AxialRotaryEmbedding,
     Block,
+    ClassToken,
     CrossAttention,
+    CrossAttentionPooler,
     FeedForward,
     LayerNorm,
     LearnedPositions,
@@ -46,6 +48,11 @@ def a_block() -> Block:
     )
 
 
+def a_cross_attention_pooler() -> CrossAttentionPooler:
+    attention = CrossAttention(8, 2, context_dim=16, context_norm=LayerNorm(16))
+    return CrossAttentionPooler(8, 4, norm=LayerNorm(8), attention=attention)
+
+
 def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(1, 2)  # [b, 2, 8, 8]
 
@@ -65,6 +72,8 @@ PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "SelfAttention": (lambda: SelfAttention(16, 2, rotary=RotaryEmbedding(8)), lambda m, x: m(x, positions=AT)),
     "CrossAttention": (lambda: CrossAttention(16, 2), lambda m, x: m(x, x.flip(1))),
     "AttentionPooler": (lambda: AttentionPooler(16, 4, 2), lambda m, x: m(x)),
+    "CrossAttentionPooler": (a_cross_attention_pooler, lambda m, x: m(x)),
+    "ClassToken": (lambda: ClassToken(16), lambda m, x: m(x)),
     "Block": (a_block, lambda m, x: m(x, positions=GRID, context=x.flip(1))),
 }
 every_primitive = pytest.mark.parametrize(("make", "call"), PRIMITIVES.values(), ids=PRIMITIVES)

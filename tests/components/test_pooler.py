@@ -1,4 +1,4 @@
-"""AttentionPooler: a set goes in, a fixed number of vectors comes out."""
+"""The poolers: a set goes in, a fixed number of vectors comes out."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grr.components import AttentionPooler
+from grr.components import AttentionPooler, CrossAttention, CrossAttentionPooler, LayerNorm
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.sampled_from([1, 2, 4]))  # b, t, n, h
 seeds = st.integers(0, 999)
@@ -57,3 +57,25 @@ def test_queries_begin_with_unit_variance():
 def test_a_width_that_the_heads_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"AttentionPooler: dim must be a multiple of num_heads, got dim=8, .*=3"):
         AttentionPooler(8, 1, 3)
+
+
+@given(sizes=sizes, c=st.integers(2, 12), seed=seeds)
+def test_with_a_projection_of_the_queries_it_is_torchs_attention_on_normalised_queries_and_input(sizes, c, seed):
+    b, t, n, h = sizes
+    torch.manual_seed(seed)
+    attention = CrossAttention(8, h, context_dim=c, context_norm=LayerNorm(c))
+    pooler, x = (
+        CrossAttentionPooler(8, n, norm=LayerNorm(8), attention=attention).double(),
+        torch.randn(b, t, c).double(),
+    )
+    theirs = nn.MultiheadAttention(8, h, kdim=c, vdim=c, batch_first=True).double()
+    with torch.no_grad():
+        theirs.q_proj_weight.copy_(attention.q.weight)
+        theirs.k_proj_weight.copy_(attention.kv.weight[:8])
+        theirs.v_proj_weight.copy_(attention.kv.weight[8:])
+        theirs.in_proj_bias.copy_(torch.cat((attention.q.bias, attention.kv.bias)))
+    theirs.out_proj.load_state_dict(attention.out.state_dict())
+    queries, read = nn.functional.layer_norm(pooler.queries, (8,)), nn.functional.layer_norm(x, (c,))
+    expected, _ = theirs(queries.expand(b, -1, -1), read, read, need_weights=False)
+    torch.testing.assert_close(pooler(x), expected)
+    assert pooler(x).shape == (b, n, 8)
