@@ -1,7 +1,7 @@
-"""What a model costs: floating-point operations of one image with its caption, from the arguments of its builder alone.
+"""What a model costs, tower by tower: its parameters, and the floating-point operations of one image with its caption.
 
-Counted as torch's FlopCounterMode counts: matrix products, two operations for a multiplication with its addition,
-causal attention as if it were whole. Norms, softmax, GELU, rotations and sums are not counted.
+Operations are counted as torch's FlopCounterMode counts them: those of matrix products, two for a multiplication with
+its addition, causal attention as if it were whole. Norms, softmax, GELU, rotations and sums are not counted.
 """
 
 import inspect
@@ -9,12 +9,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from grr.builders import MULTIPLIERS
 from grr.model import CoCa
 
 
-class Flops(NamedTuple):
-    """Operations of one sample, by tower."""
+class Towers(NamedTuple):
+    """A count for each part of a CoCa."""
 
     vision: int
     poolers: int
@@ -27,7 +29,22 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Flops:
+def parameters(model: CoCa) -> Towers:
+    """The parameters of a model, on whatever device; tied embeddings count as text, a learned temperature as pooler."""
+    counted: set[int] = set()
+
+    def count(*modules: nn.Module) -> int:
+        new = {id(p): p for module in modules for p in module.parameters() if id(p) not in counted}
+        counted.update(new)
+        return sum(p.numel() for p in new.values())
+
+    poolers = (model.pooler_norm, model.generative_pooler, model.contrastive_pooler, model.logit_scale)
+    decoder = model.multimodal_decoder
+    return Towers(count(model.vision_encoder), count(*poolers), count(model.text_decoder),
+                  count(decoder.blocks, decoder.norm), count(decoder.head))  # fmt: skip
+
+
+def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Towers:
     """The cost of a forward pass through the model that `builder(**arguments)` would make; nothing is built.
 
     `text_length` tokens are read and all of them scored: by default the context, as if no caption were ever trimmed.
@@ -44,7 +61,7 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
     vision_hidden = int((a.vision_ffn_multiplier or MULTIPLIERS[a.vision_feed_forward]) * d)
     vision_block = _attention(p, p, d) + _feed_forward(p, d, vision_hidden, a.vision_feed_forward)
     text_block = _attention(s, s, d) + _feed_forward(s, d, int(a.text_ffn_multiplier * d), a.text_feed_forward)
-    return Flops(
+    return Towers(
         vision=_linear(p, 3 * a.patch_size**2, d) + a.vision_layers * vision_block,
         poolers=_pooler(n, p, d) + _pooler(1, n, d),
         text=a.text_layers * text_block,
@@ -53,7 +70,7 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
     )
 
 
-def training_flops(forward: Flops) -> int:
+def training_flops(forward: Towers) -> int:
     """The cost of one sample in training: its forward pass, and a backward pass of twice as much.
 
     A product needs one more for the gradient of each of its factors, but nothing needs that of the pixels, which is

@@ -58,7 +58,7 @@ def main() -> None:
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by place, one of run.jobs
     failed: dict[str, str] = {}  # name of a run -> what became of it
     signals, passed_on = signals_from_now_on(), 0
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0)
+    bar, shown = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0), ""
     while running or (waiting and not signals):
         for place, (job, process) in list(running.items()):
             status = process.poll()
@@ -77,7 +77,9 @@ def main() -> None:
             waiting.remove(ready[0])
             place = min(set(range(run.jobs)) - running.keys())
             running[place] = ready[0], start(ready[0], gpus[place % len(gpus)] if gpus else None)
-        bar.set_postfix_str(", ".join(job.name for job, _ in running.values()))
+        if (now := ", ".join(job.name for job, _ in running.values())) != shown:
+            bar.set_postfix_str(now)
+            shown = now
         if len(signals) > passed_on:
             passed_on = len(signals)
             stop((process for _, process in running.values()), at_once=passed_on > 1)

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grr.builders import MODELS, grr_coca, grr_coca_tiny
-from grr.flops import Flops, forward_flops, training_flops
+from grr.flops import Towers, forward_flops, parameters, training_flops
 
 
-def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Flops, int]:
+def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Towers, int]:
     """What FlopCounterMode says of one sample on the meta device, by tower, and in all."""
     images = torch.zeros(1, 3, image_size, image_size, device="meta")
     ids = torch.zeros(1, text_length, dtype=torch.long, device="meta")
@@ -22,7 +22,7 @@ def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bo
         if backward:
             (output.logits.sum() + output.image_embeddings.sum() + output.text_embeddings.sum()).backward()
     counts = {name.removeprefix("CoCa."): sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
-    towers = Flops(
+    towers = Towers(
         vision=counts["vision_encoder"],
         poolers=counts["generative_pooler"] + counts["contrastive_pooler"],
         text=counts["text_decoder"],
@@ -69,9 +69,11 @@ def test_the_formula_is_torchs_count_whatever_the_switches(arguments, num_heads,
     image_size = side * patch_size
     arguments |= {"dim": num_heads * head_dim, "num_heads": num_heads, "image_size": image_size,
                   "patch_size": patch_size}  # fmt: skip
-    towers, total = counted(built(grr_coca, **arguments), image_size, text_length)
+    model = built(grr_coca, **arguments)
+    towers, total = counted(model, image_size, text_length)
     assert forward_flops(grr_coca, text_length=text_length, **arguments) == towers
     assert towers.total == total
+    assert parameters(model).total == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,6 +96,14 @@ def test_the_geglu_of_the_paper_costs_what_its_mlp_costs_but_for_a_rounded_width
     grr, baseline = forward_flops(MODELS["grr_coca"]), forward_flops(MODELS["baseline_coca"])
     assert grr[1:] == baseline[1:]
     assert grr.vision == pytest.approx(baseline.vision, rel=0.02)
+
+
+def test_the_parameters_of_each_tower_are_those_of_the_specification():
+    """SPEC: ViT, poolers, unimodal decoder, multimodal decoder with norm and head, to the last parameter."""
+    towers = parameters(built(grr_coca))
+    assert towers.total == 394_548_926
+    assert (towers.vision, towers.poolers, towers.text) == (86_487_384, 1_820_928 + 1_772_544, 138_038_784)
+    assert towers.multimodal + towers.head == 166_429_286
 
 
 def test_an_argument_that_the_builder_does_not_take_is_named():

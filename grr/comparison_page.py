@@ -1,0 +1,260 @@
+"""A comparison as it is read: in a terminal, as a piece of Markdown, and as a page with the validation curves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grr.builders import MODELS
+from grr.charts import COLORS, Series, chart, is_number, series
+from grr.compare import PUBLISHED, Comparison, Metric
+from grr.flops import forward_flops
+from grr.page import write_page
+from grr.runs import RunRecord
+from grr.spread import Difference, Spread
+from grr.table import Table, aligned, html, markdown
+
+MANY = 4  # models from which on a table has a row for each instead of a column
+
+
+def as_text(comparison: Comparison) -> str:
+    """The comparison for a terminal."""
+    return _written(comparison, aligned, "  ")
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The comparison as a piece of a Markdown file."""
+    return _written(comparison, markdown, "- ")
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> Path:
+    """Write folder/comparison.md and folder/comparison.html, and return the path of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
+    title = ", ".join(comparison.models)
+    return write_page(folder / "comparison.html", title, _header(title, comparison), _numbers(comparison),
+                      _curves(comparison.models), _what_was_run(comparison))  # fmt: skip
+
+
+# The tables
+
+
+def result_table(comparison: Comparison) -> Table:
+    """The paper's table 2: a metric a row, and for each model its value, its change, and its difference.
+
+    From four models on, rows and columns are exchanged.
+    """
+    names = [f"{name} (n = {len(runs)})" for name, runs in comparison.models.items()]
+    header = ["", names[0]]
+    for name in names[1:]:
+        header += [name, "change", "difference"]
+    paper = PUBLISHED[comparison.published] if comparison.published else {}
+    if comparison.published:
+        header += [f"{comparison.published}, paper: baseline", "GRR", "change"]
+    rows = [header, *_size_rows(comparison.models)]
+    for line in comparison.lines:
+        base, *others = line.spreads
+        row = [line.metric.label + (" ↓" if line.metric.lower_is_better else " ↑"), _spread(base, line.metric)]
+        for other, found in zip(others, line.differences, strict=True):
+            change = (other.mean - base.mean) / base.mean if base and other and base.mean else None
+            row += [_spread(other, line.metric), _change(change), _difference(found, line.metric)]
+        rows.append(row + (_printed(paper.get(line.metric.key)) if paper and line.metric.task is None else []))
+    table = [row + [""] * (len(header) - len(row)) for row in rows]
+    return table if len(names) < MANY else list(zip(*table, strict=True))
+
+
+def run_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
+    """Every run: where it is, which validation its numbers are, and what computed it."""
+    header = ["model", "seed", "folder", "at step", "of", "CoCa loss", "commit", "device"]
+    return [header, *(
+        [name, str(run.seed), str(run.folder), f"{run.best['step']:,}", f"{run.validations[-1]['step']:,}",
+         f"{run.best['loss']:.4f}", str(run.start.get("commit")), str(run.start.get("device"))]
+        for name, runs in models.items() for run in runs
+    )]  # fmt: skip
+
+
+def model_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
+    """The arguments of the builder in which the models differ."""
+    firsts = {name: runs[0].model for name, runs in models.items()}
+    keys = list(dict.fromkeys(key for model in firsts.values() for key in model))
+    told = [[key, *(str(model.get(key)) for model in firsts.values())] for key in keys]
+    return [["", *firsts], *(row for row in told if len(set(row[1:])) > 1)]
+
+
+def _size_rows(models: Mapping[str, Sequence[RunRecord]]) -> list[list[str]]:
+    """Parameters and cost of each model, where the runs tell."""
+    firsts = [runs[0] for runs in models.values()]
+    rows = []
+    counts: dict[str, Callable[[RunRecord], Any]] = {"parameters": lambda run: run.start.get("parameters"),
+                                                     "GFLOPs a pair, forward": _gigaflops}  # fmt: skip
+    for label, count in counts.items():
+        base, *others = map(count, firsts)
+        if not any(is_number(x) for x in (base, *others)):
+            continue
+        row = [label, _count(base)]
+        for other in others:
+            change = other / base - 1 if is_number(base) and is_number(other) and base else None
+            row += [_count(other), _change(change), ""]
+        rows.append(row)
+    return rows
+
+
+def _gigaflops(run: RunRecord) -> float | None:
+    arguments = dict(run.model)
+    name = arguments.pop("name", None)
+    return (
+        forward_flops(MODELS[name], **arguments).total / 1e9 if name in MODELS and "vocab_size" in arguments else None
+    )
+
+
+def _count(value: Any) -> str:
+    if not is_number(value):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _spread(found: Spread | None, metric: Metric) -> str:
+    if found is None:
+        return "–"
+    return _fixed(found.mean, metric) + (f" ± {_fixed(found.deviation, metric)}" if found.deviation is not None else "")
+
+
+def _difference(found: Difference | None, metric: Metric) -> str:
+    if found is None:
+        return "–"
+    error = f" ± {_fixed(found.error, metric)}" if found.error is not None else ""
+    mark = {True: " *", False: "", None: " ?"}[found.beyond_spread]
+    return _fixed(found.mean, metric, sign="+") + error + mark
+
+
+def _fixed(value: float, metric: Metric, *, sign: str = "") -> str:
+    """As many digits as the paper has, two for what is shown times a hundred."""
+    return f"{value * metric.factor:{sign}.{4 if metric.factor == 1 else 2}f}".replace("-", "−")
+
+
+def _change(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:+.2f} %".replace("-", "−")
+
+
+def _printed(numbers: tuple[float, float, float] | None) -> list[str]:
+    if numbers is None:
+        return ["", "", ""]
+    baseline, ours, change = numbers
+    return [f"{baseline:.4f}", f"{ours:.4f}", _change(change / 100)]
+
+
+# In words
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """A sentence for each model but the first: in what it is better or worse, beyond what the seed alone would do."""
+    base, *others = comparison.models
+    sentences = []
+    for i, name in enumerate(others):
+        told = [(line.metric, found) for line in comparison.lines if (found := line.differences[i]) is not None]
+        groups: dict[str, list[str]] = {}
+        for metric, found in told:
+            group = "of unknown spread"
+            if found.beyond_spread is not None:
+                better = (found.mean < 0) == metric.lower_is_better
+                beyond = "better beyond the spread" if better else "worse beyond the spread"
+                group = beyond if found.beyond_spread else "no more apart than seeds are"
+            groups.setdefault(group, []).append(metric.label.removesuffix(", %"))
+        parts = [f"{group} in {'everything' if len(labels) == len(told) else ', '.join(labels)}"
+                 for group, labels in sorted(groups.items())]  # fmt: skip
+        over = " and ".join(sorted({_over(found) for _, found in told}))
+        sentences.append(f"{name} against {base}, {over}: {'; '.join(parts)}.")
+    return sentences
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How to read the table."""
+    lines = [
+        "The numbers of a run are those of its validation with the lowest CoCa loss.",
+        "± behind a value is the standard deviation over seeds; behind a difference, the standard error of its mean.",
+        "* the 95 % interval of the difference excludes zero (t-test over seeds), which by chance it does for one of "
+        "twenty numbers that do not differ. ? there are too few seeds to know.",
+    ]  # fmt: skip
+    if comparison.published:
+        lines.append("The paper's numbers are those of its table 2: one run each, on its own data.")
+    return lines
+
+
+def _over(found: Difference) -> str:
+    if found.pairs == 0:
+        return "over seeds that are not the same"
+    return "by a single seed" if found.pairs == 1 else f"over {found.pairs} seeds in pairs"
+
+
+def _written(comparison: Comparison, table: Callable[[Table], str], bullet: str) -> str:
+    models = model_table(comparison.models)
+    warning = ["The runs differ in more than their models:", *(bullet + line for line in comparison.unequal), ""]
+    return "\n".join([
+        *(warning if comparison.unequal else []),
+        table(result_table(comparison)), "",
+        *(bullet + line for line in verdicts(comparison) + notes(comparison)), "",
+        *([table(models), ""] if len(models) > 1 else []),
+        table(run_table(comparison.models)), "",
+    ])  # fmt: skip
+
+
+# The page
+
+
+def _header(title: str, comparison: Comparison) -> str:
+    now = datetime.now(UTC)
+    count = sum(map(len, comparison.models.values()))
+    facts = f"<span>{count} runs</span> <i>·</i> <span>written {now.day} {now:%B %Y, %H:%M} UTC</span>"
+    return f"<header><h1>{escape(title)}</h1><p class=facts>{facts}</p></header>"
+
+
+def _numbers(comparison: Comparison) -> str:
+    warning = ""
+    if comparison.unequal:
+        warning = "<p>The runs differ in more than their models:</p>" + _list(comparison.unequal)
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
+    return (f"<section><h2>What they reach</h2>{warning}{said}{html(result_table(comparison))}"
+            f"{_list(notes(comparison))}</section>")  # fmt: skip
+
+
+def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
+    def curves(key: str, factor: float = 1) -> list[Series]:
+        thin, thick = [], []
+        for i, (name, runs) in enumerate(models.items()):
+            color = COLORS[i % len(COLORS)]
+            if len(runs) > 1:
+                thin += [series(run.validations, key, name, color, factor=factor, style="thin") for run in runs]
+            thick.append(series(_mean_rows(runs, key), key, name, color, factor=factor))
+        return thin + thick
+
+    charts = [
+        chart("CoCa loss", curves("loss"), wide=True),
+        chart("Perplexity", curves("perplexity"), wide=True, log=True),
+        chart("Contrastive loss", curves("contrastive_loss"), wide=True),
+        chart("R@1 in %, sentence to image", curves("text_to_image_r1", 100), wide=True, low=0),
+    ]
+    return ("<section><h2>How they got there</h2><p>Validation over optimizer steps: a thin line for each seed, a "
+            "thick one for their mean. Perplexity has a logarithmic axis.</p>"
+            f"<div class=charts>{''.join(charts)}</div></section>")  # fmt: skip
+
+
+def _mean_rows(runs: Sequence[RunRecord], key: str) -> list[dict[str, Any]]:
+    """The mean of some runs at the steps where all of them were validated."""
+    values = [{row["step"]: row[key] for row in run.validations if is_number(row.get(key))} for run in runs]
+    steps = sorted(set.intersection(*map(set, values)))
+    return [{"step": step, key: fmean(one[step] for one in values)} for step in steps]
+
+
+def _what_was_run(comparison: Comparison) -> str:
+    models, conditions = model_table(comparison.models), next(iter(comparison.models.values()))[0].conditions
+    equal = "\n".join(f"{key}: {value}" for key, value in sorted(conditions.items()))
+    differ = html(models) if len(models) > 1 else ""
+    return (f"<section class=files><h2>What was run</h2>{differ}{html(run_table(comparison.models))}"
+            f"<details><summary>conditions of the first run</summary><pre>{escape(equal)}</pre></details></section>"
+            )  # fmt: skip
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul class=notes>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"

@@ -1,0 +1,154 @@
+"""What the folder of a run says: its numbers, and the conditions under which they were measured."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from grr.charts import Row, is_number
+from grr.log import read_metrics, read_starts
+
+# What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.
+FREE_SECTIONS = ("model", "data", "validation")
+FREE = frozenset({
+    "run.folder", "run.seed", "run.micro_batch_size", "run.compile", "run.checkpoint_activations", "run.in_memory",
+    "run.replicas", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.tensorboard",
+    "loader.workers", "loader.prefetch", "tokenizer.path", "tokenizer.vocab_size",
+})  # fmt: skip
+FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fingerprints, and the global batch
+
+
+@dataclass
+class RunRecord:
+    """One run, read."""
+
+    folder: Path
+    seed: int
+    finished: bool
+    model: dict[str, Any]  # name and arguments of its builder
+    conditions: dict[str, Any]  # by name: all that must be equal if only the model shall make a difference
+    start: dict[str, Any]  # the manifest's last
+    validations: list[Row]  # lines of metrics.jsonl
+    evaluation: dict[str, Any]  # evaluation.json; empty if there is none
+
+    @property
+    def best(self) -> Row:
+        """The validation with the lowest loss, the first of those."""
+        return min((row for row in self.validations if is_number(row.get("loss"))), key=lambda row: float(row["loss"]))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read config.yaml, manifest.json, metrics.jsonl and, if there is one, evaluation.json.
+
+    Raises ValueError if the folder is not that of a run that was validated.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"read_run: {folder} is not the folder of a run, it has no config.yaml")
+    config: Any = OmegaConf.to_container(OmegaConf.load(file))
+    starts, description = read_starts(folder), _json(folder / "model" / "config.json")
+    if not starts:
+        raise ValueError(f"read_run: {folder / 'manifest.json'} is missing or damaged")
+    model = {"name": description["builder"], **description["arguments"]} if description else dict(config["model"])
+    model.pop("path", None)
+    evaluation = _json(folder / "evaluation.json")
+    run = RunRecord(
+        folder=folder,
+        seed=config["run"]["seed"],
+        finished=bool(description),
+        model=model,
+        conditions={**_conditions(config), **{key: starts[-1].get(key) for key in FACTS}, **_judged(evaluation)},
+        start=starts[-1],
+        validations=[row for row in read_metrics(folder) if row.get("split") == "validation"],
+        evaluation=evaluation,
+    )
+    if not any(is_number(row.get("loss")) for row in run.validations):
+        raise ValueError(f"read_run: {folder} has no validation yet; a run is compared by the lowest of its losses")
+    return run
+
+
+def read_models(models: Sequence[str]) -> dict[str, list[RunRecord]]:
+    """The runs of each model, by seed. models: "name: folders", where folders may hold the wildcards * ? [].
+
+    Raises ValueError if an entry has no name, a name stands there twice, nothing matches, a folder is no run, or two
+    runs of a model have one seed.
+    """
+    result: dict[str, list[RunRecord]] = {}
+    for entry in models:
+        name, colon, pattern = (part.strip() for part in entry.partition(":"))
+        if not (name and colon and pattern) or name in result:
+            raise ValueError(f'read_models: each model must be "name: folders", with a name of its own, got {entry!r}')
+        place = Path(pattern)
+        folders = sorted(p for p in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if p.is_dir())
+        if not folders:
+            raise ValueError(f"read_models: no folder matches {pattern} ({name}), seen from {Path.cwd()}")
+        runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.seed)
+        for one, other in itertools.pairwise(runs):
+            if one.seed == other.seed:
+                raise ValueError(f"read_models: {one.folder} and {other.folder} ({name}) both have the seed "
+                                 f"{one.seed}; name the folders of one model more closely")  # fmt: skip
+        result[name] = runs
+    return result
+
+
+def differences(models: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """All in which some runs differ beside their models, a line for each run and key, with both values.
+
+    Every run is held against the first; its model, against the first of its own. Runs that are not finished, and
+    evaluations that some runs have and others not, count as differences.
+    """
+    lines = []
+    reference = next(run for runs in models.values() for run in runs)
+    for runs in models.values():
+        for run in runs:
+            if not run.finished:
+                lines.append(f"{run.folder}: is not finished, it has no model/ yet")
+            lines += _unequal(run, run.conditions, reference, reference.conditions)
+            lines += _unequal(run, _named("model", run.model), runs[0], _named("model", runs[0].model))
+    return lines
+
+
+def _unequal(run: RunRecord, values: Mapping[str, Any], other: RunRecord, others: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted(values.keys() | others.keys()):
+        ours, theirs = (_spelled(key, side) for side in (values, others))
+        if ours != theirs:
+            yield f"{run.folder}: {key} is {ours}, in {other.folder} it is {theirs}"
+
+
+def _spelled(key: str, values: Mapping[str, Any]) -> str:
+    return json.dumps(values[key]) if key in values else "not there"
+
+
+def _conditions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of how a model is trained and measured. Micro-batches matter where they are contrasted."""
+    free = FREE - {"run.micro_batch_size"} if config.get("loss", {}).get("negatives") == "local" else FREE
+    sections = {name: values for name, values in config.items() if name not in FREE_SECTIONS}
+    return {key: value for name, values in sections.items() for key, value in _named(name, values).items()
+            if key not in free}  # fmt: skip
+
+
+def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what an evaluation was made."""
+    prints = {f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint") for name in ("data", "labelled")}
+    images = {"evaluation.images": (evaluation.get("data") or {}).get("images")}
+    return {**prints, **images, "evaluation.generation": evaluation.get("generation"),
+            "evaluation.precision": (evaluation.get("model") or {}).get("precision"),
+            "evaluation.tasks": sorted(evaluation.get("results", {}))}  # fmt: skip
+
+
+def _named(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for key, value in values.items()}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none. Raises ValueError if it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"read_run: {file} is damaged ({error})") from None

@@ -1,0 +1,42 @@
+"""Compare models by their runs: the paper's table 2 with the spread over seeds, and the validation curves.
+
+    python recipes/compare.py --config recipes/configs/compare/ablation.yaml
+    python recipes/compare.py --config recipes/configs/compare/ablation.yaml \\
+        run.models='["Baseline CoCa: runs/ablation/finetune/baseline-*", "GRR-CoCa: runs/ablation/finetune/grr-*"]'
+
+Prints the table, and writes it with the curves to comparison.md and comparison.html.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from grr import config
+from grr.compare import DataSet, compare
+from grr.comparison_page import as_text, write_comparison
+from grr.runs import read_models
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    models: list[str]  # "name: folders, one a seed", with wildcards; others are held against the first
+    folder: str = "runs/comparison"  # where comparison.md and comparison.html are written
+    published: DataSet | None = None  # show the paper's numbers for this data set beside ours
+    allow_differences: bool = False  # compare even runs of unequal conditions, and say in what they differ
+
+
+def main() -> None:
+    cfg = config.load(run=Run)
+    run = Run(**cfg.run)
+    try:
+        models = read_models(run.models)
+        comparison = compare(models, published=run.published, allow_differences=run.allow_differences)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    print(as_text(comparison))
+    print(f"see {write_comparison(Path(run.folder), comparison)}, and comparison.md beside it")
+
+
+if __name__ == "__main__":
+    main()
