@@ -1,7 +1,7 @@
 """Judge captions by what people wrote of the same images: BLEU, ROUGE-L and CIDEr as COCO's evaluation has them.
 
 The official pipeline (Chen et al. 2015, "Microsoft COCO Captions") splits words with Stanford's tokenizer, in Java;
-here NLTK's regular expressions do, and give the same numbers.
+here NLTK's regular expressions do, and give the same numbers on captions without rare symbols.
 """
 
 import math
