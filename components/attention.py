@@ -85,7 +85,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         t = k.shape[2]
-        causal = self.causal and s > 1
+        causal = self.causal if s > 1 else False  # a branch: compiled for any length, `s > 1` itself is no bool
         if causal and (mask is not None or t > s):  # is_causal takes no mask, and aligns the first query and first key
             earlier = torch.ones(s, t, dtype=torch.bool, device=x.device).tril(t - s)
             mask, causal = earlier if mask is None else earlier & mask, False

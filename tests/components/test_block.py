@@ -134,3 +134,13 @@ def test_an_attention_without_its_norm_is_refused_and_so_is_a_norm_alone(kind, o
 def test_a_block_without_any_attention_is_refused():
     with pytest.raises(ValueError, match=r"Block: give it attention, cross_attention, or both, .*; got neither"):
         Block(feed_forward_norm=nn.Identity(), feed_forward=nn.Tanh())
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_a_block_compiles_whole_for_any_length(context):
+    torch.compiler.reset()
+    block = a_block(context=context)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)  # where it could not be read whole, it raises
+    for s in (5, 6, 7):
+        inputs = {"positions": torch.arange(s), "context": some(2, 3, D) if context else None}
+        torch.testing.assert_close(compiled(some(2, s, D), **inputs), block(some(2, s, D), **inputs))
