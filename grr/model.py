@@ -8,34 +8,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grr.components import AttentionPooler, Block, BlockCache, KeyValueCache, PatchEmbedding
+from grr.components import (
+    AttentionPooler,
+    Block,
+    BlockCache,
+    ClassToken,
+    CrossAttention,
+    KeyValueCache,
+    PatchEmbedding,
+)
 from grr.images import normalize
 from grr.loss import token_losses
 from grr.packing import IGNORE, pack, unpack
 
 
 class VisionTransformer(nn.Module):
-    """Patches through blocks; no class token, no final norm.
+    """Patches through blocks; no final norm.
 
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
     (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector for the raster index at the start.
+    A class token stands before the patches, p counts it, and its index is 0; `norm` is that of what enters the blocks.
+    Raises ValueError for a class token with two axes.
     """
 
     def __init__(self, *, patches: PatchEmbedding, blocks: Iterable[Block], positions: nn.Module | None = None,
-                 axes: int = 1, dropout: float = 0.0) -> None:  # fmt: skip
+                 class_token: ClassToken | None = None, norm: nn.Module | None = None, axes: int = 1,
+                 dropout: float = 0.0) -> None:  # fmt: skip
         super().__init__()
+        if class_token is not None and axes == 2:
+            raise ValueError("VisionTransformer: a class token has neither row nor column, got class_token and axes=2; "
+                             "leave one of them out")  # fmt: skip
         self.axes = axes
         self.patches = patches
+        self.class_token = class_token or nn.Identity()
         self.positions = positions
+        self.norm = norm or nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images)  # [b, p, d]
+        x = self.class_token(self.patches(images))  # [b, p, d]
         raster = torch.arange(x.shape[1], device=x.device)  # [p]
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
-        x = self.dropout(x)
+        x = self.dropout(self.norm(x))
         columns = images.shape[-1] // self.patches.patch_size
         places = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
         for block in self.blocks:
@@ -145,13 +161,15 @@ class CoCa(nn.Module):
     images: uint8 [b, 3, h, w], or float of that shape, normalised already; ids: [b, s]; labels: [b, n] for
     the first n <= s tokens -> CoCaOutput.
     Any vision encoder that maps images to [b, p, d] and any text decoder that maps ids to [b, s, d] will do; to train
-    on trimmed batches (`pack_captions`), the text decoder must take `positions=` as well. With labels the vocabulary
+    on trimmed batches (`pack_captions`), the text decoder must take `positions=` as well. The contrastive pooler maps
+    [b, n, d] to [b, 1, e]; where e is not d, `text_projection` maps the vector at CLS to it. With labels the vocabulary
     head runs on labelled positions only, in chunks, and logits are never whole.
     """
 
-    def __init__(self, *, vision_encoder: nn.Module, generative_pooler: nn.Module, contrastive_pooler: AttentionPooler,
+    def __init__(self, *, vision_encoder: nn.Module, generative_pooler: nn.Module, contrastive_pooler: nn.Module,
                  text_decoder: nn.Module, multimodal_decoder: MultimodalDecoder, logit_scale: LogitScale | None = None,
-                 pooler_norm: nn.Module | None = None, pad_id: int = 0) -> None:  # fmt: skip
+                 pooler_norm: nn.Module | None = None, text_projection: nn.Module | None = None,
+                 pad_id: int = 0) -> None:  # fmt: skip
         super().__init__()
         self.pad_id = pad_id
         self.vision_encoder = vision_encoder
@@ -159,8 +177,20 @@ class CoCa(nn.Module):
         self.generative_pooler = generative_pooler
         self.contrastive_pooler = contrastive_pooler
         self.text_decoder = text_decoder
+        self.text_projection = text_projection or nn.Identity()
         self.multimodal_decoder = multimodal_decoder
         self.logit_scale = logit_scale or LogitScale()
+
+    @property
+    def dim(self) -> int:
+        """d: the width of the vectors that the multimodal decoder reads, of the text and of the image."""
+        return self.multimodal_decoder.head.in_features
+
+    @property
+    def pooler_heads(self) -> int:
+        """Heads of the generative pooler, and so of another pooler that is to read this model's vectors."""
+        poolers = (AttentionPooler, CrossAttention)
+        return next(part.num_heads for part in self.generative_pooler.modules() if isinstance(part, poolers))
 
     def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
                 labels: Tensor | None = None) -> CoCaOutput:  # fmt: skip
@@ -201,7 +231,10 @@ class CoCa(nn.Module):
 
     def next_token_logits(self, ids: Tensor, context: Tensor, *, positions: Tensor,
                           caches: tuple[list[BlockCache], list[BlockCache]]) -> Tensor:  # fmt: skip
-        """Read ids [b, s], which follow those in the caches, and score what comes next: [b, v]."""
+        """Read ids [b, s], which follow those in the caches, and score what comes next: [b, v].
+
+        Several captions of one image, one below the other, share a row of the context: ids [b n, s] -> [b n, v].
+        """
         text = self.text_decoder(ids, positions=positions, caches=caches[0])
         hidden = self.multimodal_decoder(text, context, positions=positions, caches=caches[1])
         return self.multimodal_decoder.head(hidden[:, -1])
@@ -238,4 +271,5 @@ class CoCa(nn.Module):
         """The vector at CLS, which is the last token that is not PAD, in the tokenizer's layout and in packed rows."""
         place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
         cls = place.argmax(dim=1)  # [b]
-        return F.normalize(text[torch.arange(len(ids), device=ids.device), cls].float(), dim=-1)
+        read = text[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
+        return F.normalize(self.text_projection(read).float(), dim=-1)

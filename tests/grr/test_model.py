@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
+from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
+from grr.model import CoCa, VisionTransformer
 from grr.packing import IGNORE, pack, pack_captions
 
 PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16
@@ -126,3 +128,31 @@ def test_a_checkpointed_model_has_the_same_gradients_with_dropout_drawn_again():
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+def test_a_class_token_leads_the_patches_and_what_enters_the_blocks_is_normalised():
+    torch.manual_seed(0)
+    parts = {"patches": PatchEmbedding(8, 4), "positions": LearnedPositions(8, 5), "class_token": ClassToken(8)}
+    vision, images = VisionTransformer(**parts, norm=LayerNorm(8), blocks=[]), torch.randn(2, 3, 8, 8)
+    tokens = torch.cat((parts["class_token"].weight.expand(2, 1, 8), parts["patches"](images)), dim=1)
+    expected = torch.nn.functional.layer_norm(tokens + parts["positions"].weight, (8,))
+    torch.testing.assert_close(vision(images), expected)
+
+
+def test_a_class_token_has_no_place_on_two_axes():
+    with pytest.raises(ValueError, match=r"VisionTransformer: a class token has neither row nor column, got .* axes=2"):
+        VisionTransformer(patches=PatchEmbedding(8, 4), blocks=[], class_token=ClassToken(8), axes=2)
+
+
+def test_the_vector_at_cls_is_projected_to_the_width_of_an_embedding():
+    torch.manual_seed(0)
+    plain = grr_coca_tiny()
+    parts = {name: getattr(plain, name) for name in ("vision_encoder", "generative_pooler", "text_decoder",
+                                                     "multimodal_decoder")}  # fmt: skip
+    narrow, projection = torch.nn.Linear(64, 5), torch.nn.Linear(64, 5)
+    model = CoCa(**parts, contrastive_pooler=narrow, text_projection=projection)
+    ids, images = rows([[7, 8]]), some_images(1)
+    cls = plain.text_decoder(ids[:, :-1])[:, -1]
+    torch.testing.assert_close(model.encode_text(ids), torch.nn.functional.normalize(projection(cls), dim=-1))
+    assert model.encode_image(images.float()).shape == (1, 5)
+    assert (model.dim, model.pooler_heads) == (64, 2)
