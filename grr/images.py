@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 178_956_970  # where Pillow begins to warn of a decompression bomb
 DRAFT = 2  # a JPEG is decoded at no less than so many times the wanted size
 
-Crop = Literal["squash", "center"]
+Crop = Literal["squash", "center", "clip"]
 
 
 class BadImage(ValueError):
@@ -54,13 +54,21 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
     """A Pillow image of any mode, in RGB at the wanted size: uint8 [3, size, size].
 
     Resized bilinearly with antialiasing. "squash" fits both sides, as the paper does; "center" keeps the shape and
-    cuts the longer side. Raises BadImage if the image has no pixels.
+    cuts the longer side; "clip" does so to the pixel as CLIP does, bicubically, for weights of that family. Raises
+    BadImage if the image has no pixels, or is so narrow that its longer side would be too long for "clip".
     """
     if not image.width or not image.height:
         raise BadImage(f"{image.width} x {image.height} pixels are no image")
     rgb = _rgb(ImageOps.exif_transpose(image))
     if crop == "center":
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
+    elif crop == "clip":
+        width, height = (int(size * side / min(rgb.size)) for side in rgb.size)
+        if width * height > MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels are too narrow: a side of {size} would take "
+                           f"{width} x {height}")  # fmt: skip
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()

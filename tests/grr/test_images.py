@@ -117,6 +117,25 @@ def test_resizing_is_bilinear_with_antialiasing_as_torch_has_it(width, height, s
     assert (to_tensor(image, size=size).double() - expected).abs().max() <= 1.01
 
 
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40))
+def test_clip_resizes_the_whole_and_then_cuts_out_the_middle(width, height, size):
+    image = photo(width, height)
+    seen, factor = to_tensor(image, size=size, crop="clip"), size / min(width, height)
+    wide, high = int(size * width / min(width, height)), int(size * height / min(width, height))
+    whole = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
+    assert min(wide, high) == size
+    assert max(wide, high) == pytest.approx(factor * max(width, height), abs=1)
+    left, top = np.floor((wide - size) / 2), np.floor((high - size) / 2)  # the middle, or half a pixel beside it
+    cuts = [whole[int(y) : int(y) + size, int(x) : int(x) + size] for y in (top, top + (high - size) % 2)
+            for x in (left, left + (wide - size) % 2)]  # fmt: skip
+    assert any(np.array_equal(cut, seen.permute(1, 2, 0)) for cut in cuts)
+
+
+def test_an_image_too_narrow_to_be_resized_is_bad():
+    with pytest.raises(BadImage, match="1 x 40000 pixels are too narrow: a side of 224 would take 224 x 8960000"):
+        to_tensor(Image.new("RGB", (1, 40_000)), size=224, crop="clip")
+
+
 def test_center_keeps_the_shape_and_cuts_the_longer_side():
     wide = photo(100, 50)
     expected = to_tensor(wide.crop((25, 0, 75, 50)), size=32)

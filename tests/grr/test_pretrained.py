@@ -85,7 +85,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         ({"format": 2}, "has format 2, this version reads 1"),
         ({"builder": "mine"}, "names the builder 'mine'"),
         ({"rotary_pairing": "interleaved"}, "rotary pairing 'interleaved'"),
-        ({"crop": "stretch"}, "crop must be one of squash, center, got 'stretch'"),
+        ({"crop": "stretch"}, "crop must be one of squash, center, clip, got 'stretch'"),
         ({"arguments": None}, "does not describe a model"),
     ],
 )
