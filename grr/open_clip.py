@@ -1,0 +1,176 @@
+"""open_clip's contrastive captioners (Ilharco et al. 2021) out of the primitives of this library, for its weights.
+
+They differ from the CoCa of the paper. The ViT has a class token. There is one pooler, whose queries are normalised and
+projected; the first of its 256 vectors is the image embedding and the others are what captions read. The text at CLS is
+normalised and projected. A block of the multimodal decoder that reads the text and one that reads the image take turns,
+each with an MLP. `grr.convert` fills these models from open_clip's checkpoints.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grr.builders import preset
+from grr.components import (
+    Block,
+    BlockCache,
+    ClassToken,
+    CrossAttention,
+    CrossAttentionPooler,
+    FeedForward,
+    LayerNorm,
+    LearnedPositions,
+    PatchEmbedding,
+    SelfAttention,
+)
+from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+
+
+def open_clip_coca(*, vocab_size: int = 49_409, context: int = 77, image_size: int = 224, patch_size: int = 32,
+                   vision_dim: int = 768, vision_heads: int = 12, vision_layers: int = 12, num_queries: int = 256,
+                   pooler_heads: int = 8, dim: int = 512, num_heads: int = 8, text_layers: int = 12,
+                   multimodal_layers: int = 12, correct_cls_mask: bool = False, dropout: float = 0.0,
+                   temperature: float = 0.07) -> CoCa:  # fmt: skip
+    """Build open_clip's CoCa; the defaults are its ViT-B/32.
+
+    `dim` is the width of text, of pooled vectors and of embeddings. `vocab_size` and `context` count CLS, which
+    open_clip keeps apart: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With `correct_cls_mask`,
+    as in open_clip's own configs, CLS reads the caption, not padding: right, faster on short captions, and not what
+    the released weights were trained with (`PaddedTextDecoder`). Images are normalised as everywhere in this library;
+    the converter moves the difference to CLIP's constants into the patch embedding, whose bias open_clip lacks.
+    Raises ValueError if image_size is not a multiple of patch_size, or a width not of its heads.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, "
+                         f"{patch_size=}")  # fmt: skip
+    num_patches = (image_size // patch_size) ** 2
+    decoder = TextDecoder if correct_cls_mask else PaddedTextDecoder
+    reading_patches = CrossAttention(dim, pooler_heads, context_dim=vision_dim, context_norm=LayerNorm(vision_dim))
+    return CoCa(
+        vision_encoder=VisionTransformer(
+            patches=PatchEmbedding(vision_dim, patch_size),
+            class_token=ClassToken(vision_dim),
+            positions=LearnedPositions(vision_dim, num_patches + 1),
+            norm=LayerNorm(vision_dim),
+            blocks=(_block(vision_dim, vision_heads, causal=False, dropout=dropout) for _ in range(vision_layers)),
+            dropout=dropout,
+        ),
+        generative_pooler=nn.Sequential(
+            CrossAttentionPooler(dim, num_queries, norm=LayerNorm(dim), attention=reading_patches),
+            LayerNorm(dim),
+        ),
+        contrastive_pooler=FirstVector(dim),
+        text_decoder=decoder(
+            embedding=nn.Embedding(vocab_size, dim),
+            positions=LearnedPositions(dim, context),
+            blocks=(_block(dim, num_heads, causal=True, dropout=dropout) for _ in range(text_layers)),
+            dropout=dropout,
+        ),
+        text_projection=nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim, bias=False)),
+        multimodal_decoder=MultimodalDecoder(
+            blocks=_taking_turns(dim, num_heads, multimodal_layers, dropout),
+            norm=LayerNorm(dim),
+            head=HeadWithoutLast(dim, vocab_size),
+        ),
+        logit_scale=LogitScale(temperature=temperature, learned=True),
+    )
+
+
+open_clip_coca_vit_b_32 = preset(open_clip_coca, "open_clip_coca_vit_b_32",
+    """open_clip's coca_ViT-B-32: 253.6 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
+    mscoco_finetuned_laion2b_s13b_b90k.""")  # fmt: skip
+
+open_clip_coca_vit_l_14 = preset(open_clip_coca, "open_clip_coca_vit_l_14",
+    """open_clip's coca_ViT-L-14: 638.5 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
+    mscoco_finetuned_laion2b_s13b_b90k.""",
+    patch_size=14, vision_dim=1024, vision_heads=16, vision_layers=24, dim=768, num_heads=12)  # fmt: skip
+
+OPEN_CLIP_MODELS: dict[str, Callable[..., CoCa]] = {
+    "open_clip_coca": open_clip_coca,
+    "open_clip_coca_vit_b_32": open_clip_coca_vit_b_32,
+    "open_clip_coca_vit_l_14": open_clip_coca_vit_l_14,
+}
+
+
+class PaddedTextDecoder(TextDecoder):
+    """A unimodal decoder with open_clip's mask, a fault that its released weights were trained with.
+
+    The mask was to hide padding, and stands one place too far: a token is hidden from all others where the one before
+    it is PAD. So CLS reads the first PAD behind the caption; and itself only if the caption leaves no room for PAD.
+    Nothing that is written depends on it. ids, positions: as `TextDecoder` takes them, and packed rows give the same;
+    but for all rows, PAD is laid out and computed again. open_clip 3.3 calls what is right `correct_cls_mask`.
+    """
+
+    def forward(self, ids: Tensor, *, positions: Tensor | None = None,
+                caches: Sequence[BlockCache | None] | None = None) -> Tensor:  # fmt: skip
+        if caches is not None:  # a caption that is being written has neither PAD nor CLS
+            return super().forward(ids, positions=positions, caches=caches)
+        assert isinstance(self.positions, LearnedPositions)
+        if positions is not None:
+            positions = positions.expand_as(ids)
+            rows = ids.new_full((len(ids), len(self.positions.weight)), self.pad_id).scatter(1, positions, ids)
+            x = self(rows)  # [b, context, d]
+            return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = self.embedding(ids)  # [b, s, d]
+        x = self.dropout(x + self.positions(torch.arange(ids.shape[1], device=ids.device)).to(x.dtype))
+        seen = F.pad(ids[:, :-1] != self.pad_id, (1, 0), value=True)  # [b, s]
+        for block in self.blocks:
+            x = block(x, mask=seen[:, None, None])
+        return x
+
+
+class FirstVector(nn.Module):
+    """Project the first of some vectors without a bias: [b, n, d] -> [b, 1, d]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x[:, :1])
+
+
+class NormOfTheRest(LayerNorm):
+    """Normalise all vectors but the first, and leave that out: [b, n, d] -> [b, n - 1, d]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, 1:])
+
+
+class HeadWithoutLast(nn.Linear):
+    """A vocabulary head without bias that never writes the last id, CLS: its logit is minus infinity, without weights.
+
+    [..., d] -> [..., v].
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size - 1, bias=False)
+        self.out_features = vocab_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(super().forward(x), (0, 1), value=-torch.inf)
+
+
+def _block(dim: int, num_heads: int, *, causal: bool, dropout: float) -> Block:
+    return Block(
+        attention_norm=LayerNorm(dim),
+        attention=SelfAttention(dim, num_heads, causal=causal),
+        feed_forward_norm=LayerNorm(dim),
+        feed_forward=FeedForward(dim, 4 * dim),
+        dropout=dropout,
+    )
+
+
+def _taking_turns(dim: int, num_heads: int, num_layers: int, dropout: float) -> Iterator[Block]:
+    """A block that reads the text, one that reads the image, and so on."""
+    for _ in range(num_layers):
+        yield _block(dim, num_heads, causal=True, dropout=dropout)
+        yield Block(
+            cross_attention_norm=LayerNorm(dim),
+            cross_attention=CrossAttention(dim, num_heads, context_norm=NormOfTheRest(dim)),
+            feed_forward_norm=LayerNorm(dim),
+            feed_forward=FeedForward(dim, 4 * dim),
+            dropout=dropout,
+        )
