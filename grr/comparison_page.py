@@ -33,7 +33,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
     """Write folder/comparison.md and folder/comparison.html, and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
-    title = ", ".join(comparison.models)
+    title = " · ".join(comparison.models)
     return write_page(folder / "comparison.html", title, _header(title, comparison), _numbers(comparison),
                       _curves(comparison.models), _what_was_run(comparison))  # fmt: skip
 

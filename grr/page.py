@@ -106,7 +106,7 @@ summary { cursor: pointer }
 table { border-collapse: collapse; font-size: 13.5px; white-space: nowrap }
 th, td { text-align: right; padding: 5px 0 5px 22px; border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 400 }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--page) }
 .notes { padding-left: 18px; margin-top: 16px; max-width: 80ch }
 .files details { margin-top: 12px }
 pre { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;

@@ -8,7 +8,7 @@ Table = Sequence[Sequence[str]]
 
 def aligned(table: Table) -> str:
     """Columns of equal width, two spaces apart, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

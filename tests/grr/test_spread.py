@@ -1,0 +1,76 @@
+"""A difference is more than the seeds' doing as often as it is said to be, and no more often."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr.spread import difference, spread, two_sided_p
+
+values = st.floats(-100, 100)
+by_seed = st.dictionaries(st.integers(0, 9), values, min_size=1, max_size=6)
+
+
+@given(numbers=st.lists(values, min_size=1, max_size=9))
+def test_mean_and_standard_deviation_are_numpys(numbers):
+    found = spread(numbers)
+    assert found.mean == pytest.approx(np.mean(numbers), abs=1e-9)
+    assert found.runs == len(numbers)
+    if len(numbers) > 1:
+        assert found.deviation == pytest.approx(np.std(numbers, ddof=1), abs=1e-6)
+    else:
+        assert found.deviation is None
+
+
+@given(ours=by_seed, theirs=by_seed)
+def test_exchanging_the_models_turns_the_sign_and_nothing_else(ours, theirs):
+    one, other = difference(ours, theirs), difference(theirs, ours)
+    assert one.mean == pytest.approx(-other.mean, abs=1e-9)
+    assert (one.error is None) == (other.error is None)
+    assert (one.pairs, one.error, one.p) == pytest.approx((other.pairs, other.error, other.p), nan_ok=True)
+
+
+@given(pairs=st.lists(st.tuples(values, values), min_size=2, max_size=6), shifts=st.lists(values, min_size=6))
+def test_what_a_seed_does_to_both_models_cancels(pairs, shifts):
+    ours, theirs = ({seed: pair[side] for seed, pair in enumerate(pairs)} for side in (0, 1))
+    moved = difference({s: x + shifts[s] for s, x in ours.items()}, {s: x + shifts[s] for s, x in theirs.items()})
+    still = difference(ours, theirs)
+    assert moved.pairs == still.pairs == len(pairs)
+    assert (moved.mean, moved.error) == pytest.approx((still.mean, still.error), abs=1e-9)
+
+
+@given(freedom=st.integers(1, 40), t=st.floats(0, 8))
+def test_the_probability_is_the_area_under_students_density(freedom, t):
+    inside = np.linspace(-t, t, 20_001)
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    density = constant * (1 + inside**2 / freedom) ** (-(freedom + 1) / 2)
+    assert two_sided_p(t, freedom) == pytest.approx(1 - np.trapezoid(density, inside), abs=1e-6)
+    assert two_sided_p(-t, freedom) == two_sided_p(t, freedom)
+
+
+@pytest.mark.parametrize(("shared", "runs"), [(True, 3), (True, 2), (False, 4)])
+def test_equal_models_differ_beyond_the_spread_once_in_twenty_comparisons(shared, runs):
+    rng = random.Random(0)
+    seeds = range(runs), range(runs) if shared else range(10, 10 + runs)
+    said = [difference(*({s: rng.gauss(0, 1) for s in side} for side in seeds)).beyond_spread for _ in range(4000)]
+    assert 0.03 < sum(said) / len(said) < 0.065  # 5 %; Welch's rounded degrees of freedom say so a little less often
+
+
+def test_a_difference_far_beyond_the_spread_is_seen():
+    assert difference({0: 5.01, 1: 5.02, 2: 5.00}, {0: 5.43, 1: 5.45, 2: 5.44}).beyond_spread is True
+    assert difference({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5}).beyond_spread is True  # the same for every seed
+    assert difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).beyond_spread is False
+
+
+@pytest.mark.parametrize(("ours", "theirs", "pairs", "mean"), [
+    ({0: 3.0}, {0: 1.0, 1: 5.0}, 1, 2.0),   # one seed in common, the other side has more
+    ({7: 3.0}, {0: 1.0, 1: 5.0}, 0, 0.0),   # none in common
+    ({0: 3.0}, {0: 1.0}, 1, 2.0),
+])  # fmt: skip
+def test_where_one_side_has_a_single_run_no_spread_is_claimed(ours, theirs, pairs, mean):
+    found = difference(ours, theirs)
+    assert (found.pairs, found.mean) == (pairs, mean)
+    assert found.error is found.p is found.beyond_spread is None

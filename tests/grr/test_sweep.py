@@ -1,0 +1,84 @@
+"""A plan holds every variant with every seed once, and says all that is wrong with it before anything runs."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr.sweep import plan
+
+names = st.lists(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), min_size=1, max_size=4, unique=True)
+seeds = st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True)
+PRETRAIN = "pretrain: recipes/pretrain.py --config tiny.yaml model.dim=64"
+FINETUNE = "finetune: torchrun --nproc_per_node 2 recipes/finetune.py model.path={pretrain}"
+
+
+@given(stages=names, variants=names, seeds=seeds)
+def test_each_variant_has_each_seed_in_each_stage_in_a_folder_of_its_own(stages, variants, seeds):
+    jobs = plan(Path("runs"), [f"{s}: x.py" for s in stages], [f"{v}: a={v}" for v in variants], seeds)
+    every = set(itertools.product(stages, variants, seeds))
+    assert {(job.stage, job.variant, job.seed) for job in jobs} == every
+    assert len({job.folder for job in jobs}) == len(jobs) == len(every)
+    for job in jobs:
+        assert f"run.folder={job.folder}" in job.words
+        assert f"run.seed={job.seed}" in job.words
+        assert (f"a={job.variant}" in job.words) == (job.stage == stages[0])
+        if job.after is None:
+            assert job.stage == stages[0]
+        else:
+            assert (job.after.variant, job.after.seed) == (job.variant, job.seed)
+            assert jobs.index(job.after) < jobs.index(job)
+            assert stages.index(job.after.stage) == stages.index(job.stage) - 1
+
+
+@given(variants=names, seeds=seeds)
+def test_all_variants_have_their_first_seed_before_any_has_its_second(variants, seeds):
+    jobs = plan(Path("runs"), [PRETRAIN, FINETUNE], [f"{v}:" for v in variants], seeds)
+    order = [job.seed for job in jobs]
+    assert order == sorted(order, key=seeds.index)
+
+
+@given(variants=names)
+def test_a_pattern_of_one_variant_matches_no_other(variants):
+    jobs = plan(Path("runs"), [PRETRAIN], [f"{v}:" for v in variants], [0, 1])
+    for variant in variants:
+        matched = {job.variant for job in jobs if job.folder.match(f"runs/pretrain/{variant}-*")}
+        assert matched == {variant}
+
+
+def test_a_command_is_what_a_user_would_type():
+    jobs = plan(Path("runs/x"), [PRETRAIN, FINETUNE], ["grr: model.name=grr_coca data.shards='my data/*.tar'"], [3],
+                ["finetune: run.epochs=1 optimizer.betas='[0, 1]'"])  # fmt: skip
+    assert [job.words for job in jobs] == [
+        ["recipes/pretrain.py", "--config", "tiny.yaml", "model.dim=64", "model.name=grr_coca",
+         "data.shards=my data/*.tar", "run.folder=runs/x/pretrain/grr-3", "run.seed=3"],
+        ["torchrun", "--nproc_per_node", "2", "recipes/finetune.py", "model.path=runs/x/pretrain/grr-3",
+         "run.epochs=1", "optimizer.betas=[0, 1]", "run.folder=runs/x/finetune/grr-3", "run.seed=3"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "variants", "seeds", "overrides", "says"), [
+    ([], ["a:"], [0], [], "stages: there must be at least one"),
+    ([PRETRAIN], [], [0], [], "variants: there must be at least one"),
+    ([PRETRAIN], ["a:"], [], [], "seeds: there must be at least one"),
+    ([PRETRAIN], ["a:"], [0, 1, 0], [], "seeds: 0 stands there twice"),
+    ([PRETRAIN], ["a:", "a: b=1"], [0], [], "variants: a stands there twice"),
+    ([PRETRAIN], ["2-d: b=1"], [0], [], 'variants: must be "name: words", the name of letters, digits and _, got '),
+    ([PRETRAIN], ["model.name=grr_coca"], [0], [], 'variants: must be "name: words"'),
+    ([PRETRAIN], ["a: b='1"], [0], [], r"variants: a cannot be split into words \(No closing quotation\)"),
+    (["pretrain:"], ["a:"], [0], [], "stages: pretrain has no command"),
+    ([FINETUNE, PRETRAIN], ["a:"], [0], [], "{pretrain} in finetune must be a stage before it, one of none"),
+    ([PRETRAIN, "finetune: x.py path={pretrian}"], ["a:"], [0], [], "{pretrian} in finetune must be a stage before it, "
+     "one of pretrain"),
+    ([PRETRAIN], ["a:"], [0], ["finetune: run.epochs=1"], "overrides: there is no stage finetune"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(stages, variants, seeds, overrides, says):
+    with pytest.raises(ValueError, match=says):
+        plan(Path("runs"), stages, variants, seeds, overrides)
+
+
+def test_all_that_is_wrong_is_named_at_once():
+    with pytest.raises(ValueError, match=r"sweep:\n.*variants: .*\n.*seeds: 1 stands there twice\n.*\{nothing\}"):
+        plan(Path("runs"), ["pretrain: x.py a={nothing}"], ["b-c: d=1"], [1, 1])
