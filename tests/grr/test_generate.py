@@ -69,28 +69,30 @@ def ids_of(captions: list[str]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def next_log_probabilities(model, image: Tensor, tok: Tokenizer, written: list[int], *, min_tokens: int = 0,
-                           repetition_penalty: float = 1.0, no_repeat_ngram: int = 0) -> list[float]:  # fmt: skip
-    """The whole prefix computed anew, and the rules one token at a time."""
-    logits = model(image.unsqueeze(0), torch.tensor([[tok.bos_id, *written]])).logits[0, -1]
-    logits[[tok.pad_id, tok.bos_id, tok.cls_id]] = -torch.inf
-    log_p = logits.log_softmax(-1).tolist()
-    n = no_repeat_ngram
-    ngrams = {tuple(written[i : i + n]) for i in range(len(written) - n + 1)} if n else set()
-    for token in range(tok.vocab_size):
-        if token in written:
-            log_p[token] *= repetition_penalty
-        if n and tuple([*written, token][-n:]) in ngrams:
-            log_p[token] = -math.inf
-    if len(written) < min_tokens:
-        log_p[tok.eos_id] = -math.inf
-    return log_p
+def next_log_probabilities(model, image: Tensor, tok: Tokenizer, prefixes: list[list[int]], *, min_tokens: int = 0,
+                           repetition_penalty: float = 1.0,
+                           no_repeat_ngram: int = 0) -> list[list[float]]:  # fmt: skip
+    """Whole prefixes, of one length, computed anew, and the rules one token at a time."""
+    ids = torch.tensor([[tok.bos_id, *written] for written in prefixes])
+    logits = model(image.expand(len(ids), -1, -1, -1), ids).logits[:, -1]
+    logits[:, [tok.pad_id, tok.bos_id, tok.cls_id]] = -torch.inf
+    rows, n = logits.log_softmax(-1).tolist(), no_repeat_ngram
+    for written, log_p in zip(prefixes, rows, strict=True):
+        ngrams = {tuple(written[i : i + n]) for i in range(len(written) - n + 1)} if n else set()
+        for token in range(tok.vocab_size):
+            if token in written:
+                log_p[token] *= repetition_penalty
+            if n and tuple([*written, token][-n:]) in ngrams:
+                log_p[token] = -math.inf
+        if len(written) < min_tokens:
+            log_p[tok.eos_id] = -math.inf
+    return rows
 
 
 def greedily(model, image: Tensor, tok: Tokenizer, max_tokens: int, **rules) -> list[int]:
     written: list[int] = []
     while len(written) < max_tokens and tok.eos_id not in written:
-        log_p = next_log_probabilities(model, image, tok, written, **rules)
+        (log_p,) = next_log_probabilities(model, image, tok, [written], **rules)
         written.append(max(range(len(log_p)), key=log_p.__getitem__))
     return written
 
@@ -101,16 +103,15 @@ def with_beams(model, image: Tensor, tok: Tokenizer, max_tokens: int, beams: int
     drafts: list[tuple[float, list[int]]] = [(0.0, [])]
     captions: list[tuple[float, list[int]]] = []
     for length in range(1, max_tokens + 1):
-        longer = []
-        for total, written in drafts:
-            log_p = next_log_probabilities(model, image, tok, written, **rules)
-            longer += [(total + p, [*written, token]) for token, p in enumerate(log_p) if p > -math.inf]
+        following = next_log_probabilities(model, image, tok, [written for _, written in drafts], **rules)
+        longer = [(total + p, [*written, token]) for (total, written), log_p in zip(drafts, following, strict=True)
+                  for token, p in enumerate(log_p) if p > -math.inf]  # fmt: skip
         longer.sort(reverse=True)
         ended = [d for d in longer[:beams] if d[1][-1] == tok.eos_id or length == max_tokens]
         captions += [(total / length**length_penalty, written) for total, written in ended]
-        if len(captions) >= beams:
-            break
         drafts = [d for d in longer if d[1][-1] != tok.eos_id][:beams]
+        if len(captions) >= beams or not drafts:
+            break
     return max(captions)
 
 
@@ -192,13 +193,13 @@ def test_tokens_are_drawn_as_often_as_the_cut_softmax_says(temperature, top_k, t
 def test_captions_are_drawn_as_often_as_the_model_says(few):
     """Two tokens, in a batch in which most captions end at different times."""
     model, image, draws = a_model(few, 1), some_images(1, 1)[0], 3000
-    first = next_log_probabilities(model, image, few, [])
+    (first,) = next_log_probabilities(model, image, few, [[]])
     share = {}
     for i, p in enumerate(first):
         if i == few.eos_id:
             share[str(i)] = math.exp(p)
         elif p > -math.inf:
-            second = next_log_probabilities(model, image, few, [i])
+            (second,) = next_log_probabilities(model, image, few, [[i]])
             share |= {f"{i} {j}": math.exp(p + q) for j, q in enumerate(second) if q > -math.inf}
     assert sum(share.values()) == pytest.approx(1)
     captions = generate(model, image.expand(draws, -1, -1, -1), few, max_tokens=2, temperature=1.0)
@@ -230,13 +231,13 @@ def test_captions_are_those_of_the_plain_computation(tok, options):
     assert len(lengths) >= 3
 
 
-@settings(max_examples=12)
 @given(beams=st.integers(2, 4), length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]), rules=rules,
-       seed=st.integers(0, 99))  # fmt: skip
-def test_beam_search_is_its_rule_in_plain_lists(few, beams, length_penalty, rules, seed):
+       sure=st.sampled_from([0.1, 0.3, 1.0]), seed=st.integers(0, 99))  # fmt: skip
+def test_beam_search_is_its_rule_in_plain_lists(few, beams, length_penalty, rules, sure, seed):
     rules = rules | {"min_tokens": min(rules["min_tokens"], few.vocab_size - 4)}
     model, images = a_model(few, seed), some_images(3, seed)
     with torch.no_grad():
+        model.multimodal_decoder.head.weight *= sure  # the less so, the closer is the race
         drafts = Drafts(model, images, few, max_tokens=6, **rules)
         captions, scores = beam_search(drafts, beams=beams, length_penalty=length_penalty)
     for image, row, score in zip(images, captions.tolist(), scores.tolist(), strict=True):
