@@ -22,4 +22,5 @@ class PatchEmbedding(nn.Module):
                 f"PatchEmbedding: both sides of an image must be multiples of patch_size={self.patch_size}, "
                 f"got {height} x {width}; resize it first"
             )
-        return self.projection(images.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)  # [b, p, d]
+        x = self.projection(images.to(self.projection.weight.dtype)).flatten(2)  # [b, d, p]
+        return x.transpose(1, 2).contiguous()  # [b, p, d]; else every later sum keeps the order of a convolution's memory

@@ -36,6 +36,12 @@ def test_it_is_a_linear_layer_over_unfolded_squares(grid):
     torch.testing.assert_close(module(images), expected)
 
 
+def test_the_channels_of_a_vector_lie_side_by_side_in_memory():
+    """Sums keep the layout of their first term, so the whole residual stream has that of its first vectors."""
+    x = PatchEmbedding(8, 2)(torch.zeros(2, 3, 6, 6))
+    assert (x + torch.zeros(2, 9, 8)).is_contiguous()
+
+
 def test_parameter_count():
     assert sum(p.numel() for p in PatchEmbedding(768, 18).parameters()) == 768 * 3 * 18 * 18 + 768
 
