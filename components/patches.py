@@ -23,4 +23,4 @@ class PatchEmbedding(nn.Module):
                 f"got {height} x {width}; resize it first"
             )
         x = self.projection(images.to(self.projection.weight.dtype)).flatten(2)  # [b, d, p]
-        return x.transpose(1, 2).contiguous()  # [b, p, d]; else every later sum keeps the order of a convolution's memory
+        return x.transpose(1, 2).contiguous()  # [b, p, d]; else all later sums keep the layout of a convolution
