@@ -36,11 +36,11 @@ def open_clip_coca(*, vocab_size: int = 49_409, context: int = 77, image_size: i
     """Build open_clip's CoCa; the defaults are its ViT-B/32.
 
     `dim` is the width of text, of pooled vectors and of embeddings. `vocab_size` and `context` count CLS, which
-    open_clip keeps apart: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With `correct_cls_mask`,
-    as in open_clip's own configs, CLS reads the caption, not padding: right, faster on short captions, and not what
-    the released weights were trained with (`PaddedTextDecoder`). Images are normalised as everywhere in this library;
-    the converter moves the difference to CLIP's constants into the patch embedding, whose bias open_clip lacks.
-    Raises ValueError if image_size is not a multiple of patch_size, or a width not of its heads.
+    open_clip keeps apart: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With `correct_cls_mask` CLS
+    reads the caption and no padding, which is right, faster on short captions, and not what the released weights were
+    trained with (see `PaddedTextDecoder`). Images are normalised as everywhere in this library; the converter puts the
+    difference to CLIP's constants into the patch embedding, whose bias open_clip lacks. Raises ValueError if image_size
+    is not a multiple of patch_size, or a width not of its heads.
     """
     if image_size % patch_size:
         raise ValueError(f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, "
@@ -99,8 +99,9 @@ class PaddedTextDecoder(TextDecoder):
 
     The mask was to hide padding, and stands one place too far: a token is hidden from all others where the one before
     it is PAD. So CLS reads the first PAD behind the caption; and itself only if the caption leaves no room for PAD.
-    Nothing that is written depends on it. ids, positions: as `TextDecoder` takes them, and packed rows give the same;
-    but for all rows, PAD is laid out and computed again. open_clip 3.3 calls what is right `correct_cls_mask`.
+    No caption that is written depends on it. ids, positions: as `TextDecoder` takes them; packed rows are laid out with
+    their PAD again, and give the same. Source: open_clip 3.3, transformer.py, which has the right mask as an option,
+    `correct_cls_mask`, that no released configuration sets.
     """
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None,

@@ -16,7 +16,8 @@ from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_mode
 from grr.components import PAIRING
 from grr.images import Crop
 from grr.model import CoCa
-from grr.tokenizer import Tokenizer
+from grr.open_clip import OPEN_CLIP_MODELS
+from grr.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 
@@ -25,7 +26,7 @@ class Pretrained(NamedTuple):
     """A trained model on disk: where its weights lie, and what building it again takes."""
 
     path: Path  # a model's folder, or a checkpoint
-    builder: str  # a name of grr.builders.MODELS
+    builder: str  # a name of grr.builders.MODELS or of grr.open_clip.OPEN_CLIP_MODELS
     arguments: dict[str, Any]
     tokenizer: Path
     crop: Crop
@@ -54,7 +55,7 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model = build_pretrained(source)
     model.to(dtype).to_empty(device=device)
     load_weights(source, model)
-    tokenizer = Tokenizer(source.tokenizer, context=source.arguments["context"])
+    tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 
 
@@ -84,7 +85,7 @@ def find_pretrained(path: str | Path) -> Pretrained:
 
 def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
     """Build the model that a description names, without its weights; `changes` replace arguments: dropout=0.1."""
-    return MODELS[source.builder](**source.arguments | changes)
+    return (MODELS | OPEN_CLIP_MODELS)[source.builder](**source.arguments | changes)
 
 
 def load_weights(source: Pretrained, model: nn.Module) -> None:
@@ -108,7 +109,7 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
         raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
     if made_with != FORMAT:
         raise ValueError(f"find_pretrained: {file} has format {made_with}, this version reads {FORMAT}; upgrade GRR")
-    if builder not in MODELS:
+    if builder not in MODELS | OPEN_CLIP_MODELS:
         raise ValueError(f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; "
                          "add your own builder to that dict before you open its models")  # fmt: skip
     if pairing != PAIRING:

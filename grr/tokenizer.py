@@ -58,10 +58,10 @@ class Tokenizer:
         Any string will do: white space collapses, and what the vocabulary cannot spell is UNK. Only the first
         16 context words are looked at, since a word seldom has less than a token.
         """
-        words = caption.encode("utf-8", "replace").decode().split(maxsplit=16 * self.context)[: 16 * self.context]
         room = self.context - 3
-        tokens: list[int] = self._pieces.encode(" ".join(words))[:room]
-        return [self.bos_id, *tokens, EOS, *[PAD] * (room - len(tokens)), self.cls_id, PAD]
+        tokens = self._tokens(caption)[:room]
+        padding = [self.pad_id] * (room - len(tokens))
+        return [self.bos_id, *tokens, self.eos_id, *padding, self.cls_id, self.pad_id]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of ids [s] up to EOS; ids that are not pieces (BOS, CLS, PAD, sentinels) say nothing."""
@@ -75,8 +75,13 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the SentencePiece model, aside first, so that a file of this name is always whole."""
+        """Write the vocabulary, aside first, so that a file of this name is always whole."""
         _write(Path(path), self._model)
+
+    def _tokens(self, caption: str) -> list[int]:
+        words = caption.encode("utf-8", "replace").decode().split(maxsplit=16 * self.context)[: 16 * self.context]
+        tokens: list[int] = self._pieces.encode(" ".join(words))
+        return tokens
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in vars(self).items() if key != "_pieces"}
@@ -112,20 +117,31 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, *, vocab_size: in
     return Tokenizer(path, context=context)
 
 
+def load_tokenizer(path: str | Path, *, context: int = 64) -> Tokenizer:
+    """The tokenizer of whatever vocabulary the file holds, a SentencePiece model or CLIP's merges, told by its content.
+
+    Raises as `Tokenizer` and `ClipTokenizer` do.
+    """
+    from grr.clip_tokenizer import ClipTokenizer, is_merges  # which builds on this file
+
+    kind = ClipTokenizer if is_merges(path) else Tokenizer
+    return kind(path, context=context)
+
+
 def open_tokenizer(captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512,
                    context: int = 64) -> Tokenizer:  # fmt: skip
-    """A run's tokenizer, the same in all processes, and kept in `file`: the model at `path` (T5's spiece.model, say),
-    or without a path the one already in `file`, or else one of vocab_size ids trained on the captions.
+    """A run's tokenizer, the same in all processes, and kept in `file`: the vocabulary at `path` (T5's spiece.model,
+    say), or without a path the one already in `file`, or else one of vocab_size ids trained on the captions.
     """
 
     def prepare() -> None:
         if path is not None:
-            Tokenizer(path, context=context).save(file)
+            load_tokenizer(path, context=context).save(file)
         elif not file.is_file():
             train_tokenizer(captions, file, vocab_size=vocab_size, context=context)
 
     on_rank_0(prepare)
-    return Tokenizer(file, context=context)
+    return load_tokenizer(file, context=context)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,0 +1,189 @@
+"""Checkpoints of open_clip's contrastive captioners, as weights of the models in `grr.open_clip`."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grr.images import IMAGENET_MEAN, IMAGENET_STD
+from grr.model import CoCa
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over the images that CLIP was trained on
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SHOWN = 20  # weights that do not fit, in a message
+
+
+def read_open_clip(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, by open_clip's names, from .safetensors or from what torch.save wrote.
+
+    The checkpoint of a training run has them under `state_dict`, and one of several processes begins each name with
+    `module.`; both are taken off. Nothing in the file is run. Raises FileNotFoundError if there is no such file,
+    ValueError if it holds anything but tensors and plain values, or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"read_open_clip: there is no file {path}; open_clip's CoCas are open_clip_pytorch_model.bin or "
+            "open_clip_model.safetensors in laion/CoCa-ViT-B-32-laion2B-s13B-b90k and its neighbours on the Hugging "
+            "Face hub"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            read: Any = load_file(path)
+        else:
+            read = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"read_open_clip: {path} is damaged, or holds more than weights, which is not run ({first_line}); "
+            "download it again, as .safetensors if there is one"
+        ) from error
+    weights = read.get("state_dict", read) if isinstance(read, dict) else None
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"read_open_clip: {path} holds no weights by name; give a checkpoint of open_clip's CoCa")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, Tensor]:
+    """open_clip's weights by its names -> a state dict of `model`, as `open_clip_coca` builds it, on any device.
+
+    Float32. The model then computes what open_clip's does, from other places: CLS is a row of the token embedding;
+    images come normalised by ImageNet's constants instead of CLIP's, so the patch embedding is scaled and gets a bias;
+    and there is a bias of similarities, zero. Raises ValueError naming the weights that are missing, unexpected or of
+    another shape.
+    """
+    wanted = model.state_dict()
+    sources = {name: _sources(name) for name in wanted}
+    known = {theirs for parts in sources.values() for theirs, _ in parts}
+    faults = [f"{name}: not in the checkpoint" for name in sorted(known - weights.keys())]
+    faults += [f"{name}: not in the model" for name in weights if name not in known and not name.endswith("attn_mask")]
+    converted: dict[str, Tensor] = {}
+    for name, parts in sources.items():
+        if not all(theirs in weights for theirs, _ in parts):
+            continue
+        try:
+            converted[name] = torch.cat([change(weights[theirs].float()) for theirs, change in parts])
+            fits = converted[name].shape == wanted[name].shape
+        except (RuntimeError, IndexError):
+            fits = False
+        if not fits:
+            shapes = " + ".join(f"{theirs} {list(weights[theirs].shape)}" for theirs, _ in parts)
+            faults.append(f"{shapes}: do not become {name} {list(wanted[name].shape)}")
+    if faults:
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        raise ValueError("convert_open_clip: the checkpoint does not fit the model:\n  "
+                         + "\n  ".join(faults[:SHOWN] + more)
+                         + "\ngive the checkpoint of a CoCa and build the size that it has, open_clip_coca_vit_b_32 or "
+                         "open_clip_coca_vit_l_14")  # fmt: skip
+    return converted
+
+
+# --- what becomes of what: our names -> open_clip's, of which there may be several, one below the other ------------
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _row(x: Tensor) -> Tensor:
+    return x.unsqueeze(0)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.mT
+
+
+def _queries(x: Tensor) -> Tensor:
+    """Of query, key and value projections below one another."""
+    return x.chunk(3)[0]
+
+
+def _keys_and_values(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(3)[1:])
+
+
+def _for_imagenet(patches: Tensor) -> Tensor:
+    """Weights [d, 3, h, w] for images normalised by ImageNet's constants instead of CLIP's."""
+    factor = torch.tensor(IMAGENET_STD).double() / torch.tensor(CLIP_STD).double()
+    return (patches.double() * factor.view(3, 1, 1)).float()
+
+
+def _bias_for_imagenet(patches: Tensor) -> Tensor:
+    """What those weights leave out, [d]: ImageNet's mean is not CLIP's."""
+    shift = (torch.tensor(IMAGENET_MEAN).double() - torch.tensor(CLIP_MEAN).double()) / torch.tensor(CLIP_STD).double()
+    return (patches.double() * shift.view(3, 1, 1)).sum((1, 2, 3)).float()
+
+
+def _zero(x: Tensor) -> Tensor:
+    return torch.zeros(1)
+
+
+POOLER = "visual.attn_pool"
+OUTSIDE_OF_BLOCKS: dict[str, list[tuple[str, Change]]] = {
+    "vision_encoder.patches.projection.weight": [("visual.conv1.weight", _for_imagenet)],
+    "vision_encoder.patches.projection.bias": [("visual.conv1.weight", _bias_for_imagenet)],
+    "vision_encoder.class_token.weight": [("visual.class_embedding", _same)],
+    "vision_encoder.positions.weight": [("visual.positional_embedding", _same)],
+    "vision_encoder.norm.weight": [("visual.ln_pre.weight", _same)],
+    "vision_encoder.norm.bias": [("visual.ln_pre.bias", _same)],
+    "generative_pooler.0.queries": [(f"{POOLER}.query", _same)],
+    "generative_pooler.0.norm.weight": [(f"{POOLER}.ln_q.weight", _same)],
+    "generative_pooler.0.norm.bias": [(f"{POOLER}.ln_q.bias", _same)],
+    "generative_pooler.0.attention.context_norm.weight": [(f"{POOLER}.ln_k.weight", _same)],
+    "generative_pooler.0.attention.context_norm.bias": [(f"{POOLER}.ln_k.bias", _same)],
+    "generative_pooler.0.attention.q.weight": [(f"{POOLER}.attn.q_proj_weight", _same)],
+    "generative_pooler.0.attention.q.bias": [(f"{POOLER}.attn.in_proj_bias", _queries)],
+    "generative_pooler.0.attention.kv.weight": [(f"{POOLER}.attn.k_proj_weight", _same),
+                                                (f"{POOLER}.attn.v_proj_weight", _same)],
+    "generative_pooler.0.attention.kv.bias": [(f"{POOLER}.attn.in_proj_bias", _keys_and_values)],
+    "generative_pooler.0.attention.out.weight": [(f"{POOLER}.attn.out_proj.weight", _same)],
+    "generative_pooler.0.attention.out.bias": [(f"{POOLER}.attn.out_proj.bias", _same)],
+    "generative_pooler.1.weight": [("visual.ln_post.weight", _same)],
+    "generative_pooler.1.bias": [("visual.ln_post.bias", _same)],
+    "contrastive_pooler.projection.weight": [("visual.proj", _transposed)],
+    "text_decoder.embedding.weight": [("text.token_embedding.weight", _same), ("text.cls_emb", _row)],
+    "text_decoder.positions.weight": [("text.positional_embedding", _same)],
+    "text_projection.0.weight": [("text.ln_final.weight", _same)],
+    "text_projection.0.bias": [("text.ln_final.bias", _same)],
+    "text_projection.1.weight": [("text.text_projection", _transposed)],
+    "multimodal_decoder.norm.weight": [("text_decoder.ln_final.weight", _same)],
+    "multimodal_decoder.norm.bias": [("text_decoder.ln_final.bias", _same)],
+    "multimodal_decoder.head.weight": [("text_decoder.text_projection", _transposed)],
+    "logit_scale.log_scale": [("logit_scale", torch.atleast_1d)],
+    "logit_scale.bias": [("logit_scale", _zero)],
+}  # fmt: skip
+IN_A_BLOCK: dict[str, tuple[str, Change]] = {
+    "attention_norm.": ("ln_1.", _same),
+    "attention.qkv.": ("attn.in_proj_", _same),
+    "attention.out.": ("attn.out_proj.", _same),
+    "cross_attention_norm.": ("ln_1.", _same),
+    "cross_attention.context_norm.": ("ln_1_kv.", _same),
+    "cross_attention.q.": ("attn.in_proj_", _queries),
+    "cross_attention.kv.": ("attn.in_proj_", _keys_and_values),
+    "cross_attention.out.": ("attn.out_proj.", _same),
+    "feed_forward_norm.": ("ln_2.", _same),
+    "feed_forward.up.": ("mlp.c_fc.", _same),
+    "feed_forward.down.": ("mlp.c_proj.", _same),
+}  # each before `weight` and `bias`
+
+
+def _sources(name: str) -> list[tuple[str, Change]]:
+    if name in OUTSIDE_OF_BLOCKS:
+        return OUTSIDE_OF_BLOCKS[name]
+    tower, _, number, rest = name.split(".", 3)  # vision_encoder.blocks.3.attention.qkv.weight
+    cut = rest.rindex(".") + 1
+    theirs, change = IN_A_BLOCK[rest[:cut]]
+    return [(f"{_block(tower, int(number))}.{theirs}{rest[cut:]}", change)]
+
+
+def _block(tower: str, number: int) -> str:
+    if tower == "multimodal_decoder":  # blocks that read text and image take turns
+        return f"text_decoder.{'cross_attn' if number % 2 else 'resblocks'}.{number // 2}"
+    return f"{'visual' if tower == 'vision_encoder' else 'text'}.transformer.resblocks.{number}"
