@@ -52,7 +52,7 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
     rows = read_metrics(folder)
     parts = [
         _header(title, rows, _last_step(folder, rows)),
-        _key_numbers([row for row in rows if row.get("split") == "validation"]),
+        _key_numbers([row for row in rows if row.get("split") in ("validation", "final")]),
         _curves(rows),
         show_retrievals(examples.retrievals) if examples else "",
         show_captions(examples.captions) if examples else "",
@@ -94,10 +94,14 @@ def _last_step(folder: Path, rows: list[Row]) -> int | None:
 
 
 def _key_numbers(validations: list[Row]) -> str:
-    """The last validation in large figures, each beside what it means or what it was before."""
+    """The last validation in large figures, each beside what it means or what it was before.
+
+    The model that a fine-tuning keeps has a line of its own at the end, "final": it stands beside the start.
+    """
     if not validations:
         return ""
-    now, before = validations[-1], validations[-2] if len(validations) > 1 else None
+    now, final = validations[-1], validations[-1].get("split") == "final"
+    before = validations[0 if final else -2] if len(validations) > 1 else None
     candidates = now.get("candidates")
     chance = f"chance {percent(1 / candidates)}" if candidates else ""
     tiles = []
@@ -118,8 +122,8 @@ def _key_numbers(validations: list[Row]) -> str:
         for label, value, notes in tiles
     )
     among = f", among {candidates:,} candidates" if candidates else ""
-    when = f"<p>Validation at step {now['step']:,}{among}.</p>"
-    return f"<section><h2>What it can do</h2>{when}<dl>{items}</dl></section>"
+    when = f"The model that was kept, of step {now['best_step']:,}" if final else f"Validation at step {now['step']:,}"
+    return f"<section><h2>What it can do</h2><p>{when}{among}.</p><dl>{items}</dl></section>"
 
 
 def _was(before: Row | None, key: str) -> list[str]:

@@ -187,6 +187,13 @@ def test_a_validation_and_the_way_to_go_are_told_in_figures(tmp_path):
     assert "of 250" in report_header(tmp_path, "run:\n  epochs: 6\n  max_steps: 250\n", rows)
 
 
+def test_a_model_that_was_kept_stands_beside_the_start(tmp_path):
+    kept = validation(300, loss=1.5, best_step=200) | {"split": "final"}
+    page = report(tmp_path, [validation(0, loss=9.5), validation(200, loss=1.5), validation(300, loss=2.5), kept])
+    assert "The model that was kept, of step 200, among 500 candidates." in page
+    assert "<dt>Loss</dt><dd><b>1.500</b><small>9.500 at step 0</small></dd>" in page
+
+
 @pytest.mark.parametrize("config", ["run: [", "- a list", "run: 3", "", HOSTILE, "run:\n  epochs: ${nowhere}\n"])
 def test_a_config_that_cannot_be_read_is_shown_and_no_more(tmp_path, config):
     assert " of " not in report_header(tmp_path, config, [train(10)])

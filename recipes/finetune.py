@@ -1,0 +1,249 @@
+"""Fine-tune a contrastive captioner that was pre-trained, until its validation loss stops falling.
+
+    python recipes/finetune.py --config recipes/configs/finetune/photos.yaml
+    torchrun --nproc_per_node 4 recipes/finetune.py --config recipes/configs/finetune/mscoco.yaml
+
+The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
+"""
+
+import gc
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from grr import config
+from grr.average import Average, interpolate, weights_of
+from grr.checkpoint import (
+    RunLock,
+    StopSignal,
+    latest_checkpoint,
+    load_checkpoint,
+    load_checkpoint_weights,
+    read_progress,
+    refuse_another_run,
+    remove_checkpoints_after,
+    save_checkpoint,
+    save_model,
+)
+from grr.data import DATASETS, InMemory, Pairs, steps_per_epoch, training_steps, validation_steps
+from grr.distributed import (
+    all_sum,
+    checkpoint_activations,
+    compile_blocks,
+    materialize,
+    on_rank_0,
+    reset_seed,
+    shard,
+    start,
+)
+from grr.evaluate import examine
+from grr.log import open_log, summary
+from grr.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights
+from grr.report import Examples, write_report
+from grr.soft_reset import SoftReset, in_words, soft_reset
+from grr.step import Losses, evaluation_losses, global_batch_step, refuse_non_finite
+from grr.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    folder: str = "runs/finetune"  # everything the run writes
+    seed: int = 0  # of the order of the data, and dropout
+    epochs: int | None = None  # at most; null: until the soft reset stops
+    batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
+    micro_batch_size: int = 48  # pairs that one process holds at a time
+    clip: float = 1.0  # largest norm of the gradient
+    freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
+    average: float = 0.0  # decay of a running mean of the weights, which is validated and kept instead; 0: none
+    interpolate: float = 1.0  # share of the fine-tuned weights in the model that is kept; the rest is the start's
+    bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
+    compile: bool = False  # compile each block
+    checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
+    in_memory: bool = False  # keep decoded images, for data that fit
+    replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
+    log_every: int = 10  # optimizer steps
+    candidates: int = 500  # validation images that are retrieved from and captioned
+    save_every: int = 1000  # optimizer steps; each validation saves as well
+    save_minutes: float = 30.0
+    keep: int = 2  # checkpoints, beside the best
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interpolate <= 1:
+            raise ValueError(f"Run: interpolate must be from 0 to 1, got {self.interpolate}")
+
+
+@dataclass
+class Start:
+    """The pre-trained model."""
+
+    path: str  # a run's folder, its model/, or one of its checkpoints/step_N; to stay there until the run has finished
+    dropout: float = 0.1
+
+
+def main() -> None:
+    cfg = config.load(
+        run=Run, model=Start, data=DATASETS, validation=DATASETS, loader=training_steps, loss=global_batch_step,
+        optimizer=adamw, schedule=warmup_cosine, control=soft_reset,
+    )  # fmt: skip
+    run = Run(**cfg.run)
+    folder = Path(run.folder)
+    device = start()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
+    source = find_pretrained(cfg.model["path"])
+    stop = StopSignal()
+    lock = RunLock(folder)
+
+    # data: an order that is a pure function of the seed and the step, in the words of the pre-trained model
+    pairs, held_out = cfg.build("data"), cfg.build("validation")
+    if run.in_memory:
+        pairs, held_out = InMemory(pairs), InMemory(held_out)
+    tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
+    per_epoch = steps_per_epoch(pairs, run.batch_size)
+    last = math.inf if run.epochs is None else run.epochs * per_epoch
+    loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,
+              "image_size": source.arguments["image_size"], "pin_memory": device.type == "cuda",
+              **cfg.loader}  # fmt: skip
+
+    # model: built without memory, sharded, then filled, so no process ever holds all of it
+    description = describe(source.builder, source.arguments | {"dropout": cfg.model["dropout"]}, cfg.loader["crop"])
+    with torch.device("meta"):
+        model = build_pretrained(source, dropout=cfg.model["dropout"])
+    freeze(model, run.freeze)
+    if run.checkpoint_activations:
+        checkpoint_activations(model)
+    if run.compile:
+        compile_blocks(model)
+    shard(model, device, bf16=run.bf16, replicas=run.replicas)
+    materialize(model, device, seed=run.seed)
+    load_weights(source, model)
+    optimizer = adamw(model, **cfg.optimizer)
+    average = Average(model, decay=run.average)
+
+    # resume, if there is something to resume
+    step, control = 0, SoftReset()
+    identity = {"start": str(source.path), "data": pairs.fingerprint, "validation": held_out.fingerprint,
+                "tokenizer": tokenizer.fingerprint, "loss": cfg.loss, "seed": run.seed,
+                "batch_size": run.batch_size}  # fmt: skip
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        refuse_another_run(folder, read_progress(checkpoint)["identity"], identity)
+        progress = load_checkpoint(checkpoint, model, optimizer, average.weights)
+        step, control = progress["step"], SoftReset(**progress["control"])
+        logging.info(f"resuming {folder} after step {step}, in learning-rate regime {control.regime}")
+    remove_checkpoints_after(folder / "best", control.best_step)
+    on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
+    facts = {"parameters": sum(p.numel() for p in model.parameters()),
+             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+             "training_pairs": len(pairs), "validation_pairs": len(held_out), "steps_per_epoch": per_epoch,
+             "world_size": world, **identity}  # fmt: skip
+    kept_lines = (
+        step if checkpoint else -1
+    )  # the validation of the start, at step 0, may have been killed before its save
+    log = open_log(folder, cfg, facts, step=kept_lines, tensorboard=run.tensorboard) if rank == 0 else None
+    title = f"{source.builder} on {cfg.data['name']}"
+
+    # loop: an epoch, a validation, and a decision; first of all the start is validated
+    batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+    bar = tqdm(total=None if run.epochs is None else last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
+    saved = logged = time.monotonic()
+    waited, counted, replaced = 0.0, 0, 0  # since the last line of the log
+    stopping = False
+    while control.decision != "stop" and control.step < last and not stopping:
+        if control.step >= 0:
+            before = time.monotonic()
+            micro_batches = [batch.to(device) for batch in next(batches)]
+            waited += time.monotonic() - before
+            replaced += sum(batch.replaced for batch in micro_batches)
+            lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
+            set_lr(optimizer, lr)
+            losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
+            norm = clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+            refuse_non_finite(losses, norm, step, micro_batches, folder)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update()
+            step, counted = step + 1, counted + 1
+            bar.update()
+            bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+
+            if step % run.log_every == 0:
+                now = time.monotonic()
+                if log:
+                    log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr,
+                              grad_norm=norm, samples_per_second=counted * run.batch_size / (now - logged),
+                              data_wait=waited / counted, replaced=replaced)  # fmt: skip
+                logged, waited, counted, replaced = now, 0.0, 0, 0
+
+        if step % per_epoch == 0:
+            began = time.monotonic()
+            with average.applied():
+                losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+            control = soft_reset(control, step, losses.loss, **cfg.control)
+            if log:
+                log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
+                          decision=control.decision, regime=control.regime, best_loss=control.best_loss,
+                          best_step=control.best_step)  # fmt: skip
+                write_report(folder, title=title, examples=examples)
+                bar.write(f"{summary(step, losses, found)}; {in_words(control)}")
+            if control.decision == "reset":
+                load_checkpoint(folder / "best" / f"step_{control.best_step}", model, optimizer, average.weights)
+            logged += time.monotonic() - began
+
+        stopping = stop.requested()
+        late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
+        if step % per_epoch == 0 or step % run.save_every == 0 or stopping or late:
+            progress = {"step": step, "identity": identity, "model": description, "control": control._asdict()}
+            if control.best_step == step:  # it is on disk before a checkpoint names it
+                save_checkpoint(folder / "best", model, optimizer, progress, average.weights, keep=2)
+            save_checkpoint(folder / "checkpoints", model, optimizer, progress, average.weights, keep=run.keep)
+            saved = time.monotonic()
+    bar.close()
+
+    # the end: the best weights, perhaps moved back toward the start, are the model
+    if stopping:
+        logging.info(f"stopped; the same command continues after step {step}")
+    else:
+        load_checkpoint_weights(folder / "best" / f"step_{control.best_step}", model)
+        if run.interpolate < 1:
+            tuned = weights_of(model)
+            load_weights(source, model)
+            interpolate(model, tuned, share=run.interpolate)
+        losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+        save_model(folder / "model", model, description, folder / "tokenizer.model")
+        if log:
+            log.write(split="final", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
+                      best_step=control.best_step, interpolate=run.interpolate)  # fmt: skip
+            write_report(folder, title=title, examples=examples)
+        logging.info(f"finished: the model of {summary(control.best_step, losses, found)}")
+        logging.info(f"it is in {folder / 'model'}; see {folder / 'report.html'}")
+    lock.release()
+
+
+def validate(model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, loader: dict[str, Any],
+             loss: dict[str, Any], candidates: int) -> tuple[Losses, dict[str, float], Examples]:  # fmt: skip
+    """The losses over all pairs, what the model finds and says of the first images, and what a report shows of it."""
+    batches = validation_steps(pairs, tokenizer, **loader)
+    losses = evaluation_losses(model, ([batch.to(device) for batch in step] for step in batches), **loss)
+    found, examples = examine(model, pairs, tokenizer, device, candidates=candidates, image_size=loader["image_size"],
+                              crop=loader["crop"])  # fmt: skip
+    return losses, found, examples
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # a sharded model that is still alive may abort the end of the process group
+    dist.destroy_process_group()

