@@ -239,6 +239,33 @@ def test_a_cache_gives_back_what_it_was_given_and_refuses_more_than_it_has_room_
     assert stored_values.equal(values)
 
 
+@given(pieces=st.lists(st.integers(1, 3), min_size=2, max_size=4), data=st.data(), seed=seeds)
+def test_a_cache_whose_rows_are_selected_is_that_of_sequences_selected_from_the_start(pieces, data, seed):
+    b, s = 3, sum(pieces)
+    x, at, cache = normal(b, s, D, seed=seed), torch.arange(s), KeyValueCache(s)
+    module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2)), seed)
+    cache.select(torch.tensor([0]))  # an empty one is that of any rows
+    order, read = torch.arange(b), 0
+    for piece in pieces:
+        part = slice(read, read + piece)
+        got = module(x[order, part], positions=at[part], cache=cache)
+        torch.testing.assert_close(got, module(x[order], positions=at)[:, part])
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, len(order) - 1), min_size=1, max_size=5)))
+        cache.select(rows)
+        order, read = order[rows], read + piece
+
+
+@given(sizes=sizes, n=st.integers(1, 3), t=st.integers(1, 4), seed=seeds)
+def test_rows_that_share_a_context_read_what_each_reads_of_a_copy(sizes, n, t, seed):
+    b, s, h = sizes
+    module, context = random(CrossAttention(D, h, qk_norm=True), seed), normal(b, t, D, seed=seed + 1)
+    x, cache = normal(b * n, s, D, seed=seed), KeyValueCache(t)
+    expected = module(x, context.repeat_interleave(n, dim=0))
+    torch.testing.assert_close(module(x, context, cache=cache), expected)
+    torch.testing.assert_close(module(x, context, cache=cache), expected)
+    assert len(cache.keys) == b
+
+
 # Errors
 
 
