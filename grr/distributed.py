@@ -104,7 +104,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block; blocks of one shape share the compiled code. After checkpointing, before `shard`."""
+    """Compile each block; blocks of one shape share the compiled code. After checkpointing, before `shard`.
+
+    There are about 20 versions of it: of three kinds of block, of one length and of any, in training, without
+    gradients, in evaluation, and writing. Past torch's limit of 8, the others would run uncompiled with one warning.
+    """
+    torch._dynamo.config.recompile_limit = 64
     for block in blocks(model):
         block.compile()
 
