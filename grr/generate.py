@@ -30,13 +30,13 @@ def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: i
 
     repetition_penalty multiplies the log-probability of each token that was written already (after Keskar et al. 2019,
     CTRL); no_repeat_ngram = n refuses what would end a sequence of n tokens that was written already.
-    Raises ValueError for arguments that contradict each other, or a tokenizer that the model was not trained with.
+    Raises ValueError for arguments out of range or at odds with each other, or another model's tokenizer.
     """
     room = tokenizer.context - 3  # BOS, EOS and CLS stand in every row
     max_tokens = room if max_tokens is None else max_tokens
-    _check(model.multimodal_decoder.head.out_features, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
-           beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-           no_repeat_ngram=no_repeat_ngram)  # fmt: skip
+    _check(images, model.multimodal_decoder.head.out_features, tokenizer, max_tokens=max_tokens,
+           min_tokens=min_tokens, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p,
+           repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
     with _evaluating(model):
         drafts = Drafts(model, images, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
                         repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
@@ -88,12 +88,15 @@ def _write(drafts: Drafts, choose: Callable[[Tensor], Tensor]) -> Tensor:
     return captions
 
 
-def _check(ids: int, tokenizer: Tokenizer, *, max_tokens: int, min_tokens: int, beams: int, temperature: float,
-           top_k: int | None, top_p: float | None, repetition_penalty: float,
+def _check(images: Tensor, ids: int, tokenizer: Tokenizer, *, max_tokens: int, min_tokens: int, beams: int,
+           temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float,
            no_repeat_ngram: int) -> None:  # fmt: skip
     """Raise ValueError with every rule that is broken."""
     room, words = tokenizer.context - 3, tokenizer.vocab_size - 4  # words: all but PAD, EOS, BOS and CLS
     rules = [
+        (images.ndim == 4 and len(images) > 0,
+         f"images must be [b, 3, h, w], at least one of them, got {list(images.shape)}; a single one is "
+         "image.unsqueeze(0)"),
         (ids == tokenizer.vocab_size,
          f"the model writes {ids} ids and the tokenizer reads {tokenizer.vocab_size}; take the tokenizer that the "
          "model was trained with"),

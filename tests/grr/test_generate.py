@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -389,6 +390,13 @@ def test_more_different_words_than_there_are_are_refused(few):
     assert all(len(set(caption[:words])) == words for caption in written)
     with pytest.raises(ValueError, match=f"generate: min_tokens must be at most {words}, the words of the vocabulary"):
         generate(model, images, few, min_tokens=words + 1, no_repeat_ngram=1)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (0, 3, 32, 32)])
+def test_one_image_without_a_batch_and_no_image_at_all_are_refused(tok, shape):
+    message = f"images must be [b, 3, h, w], at least one of them, got {list(shape)}; a single one is image."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate(a_model(tok, 0), torch.zeros(shape, dtype=torch.float64), tok)
 
 
 def test_another_models_tokenizer_is_refused(tok, few):
