@@ -3,7 +3,10 @@
     python recipes/finetune.py --config recipes/configs/finetune/photos.yaml
     torchrun --nproc_per_node 4 recipes/finetune.py --config recipes/configs/finetune/mscoco.yaml
 
-The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
+The start is validated, and then every epoch. Three epochs without improvement bring the best weights back and divide
+the learning rate by 100; the third time the run ends (GRR-CoCa, section 3.3; `grr.soft_reset`). The best so far is in
+best/, what was kept in model/. The same command, submitted again, continues where the run stopped, even amid a reset.
+Any key of the config may follow as key=value.
 """
 
 import gc
@@ -150,10 +153,8 @@ def main() -> None:
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
              "training_pairs": len(pairs), "validation_pairs": len(held_out), "steps_per_epoch": per_epoch,
              "world_size": world, **identity}  # fmt: skip
-    kept_lines = (
-        step if checkpoint else -1
-    )  # the validation of the start, at step 0, may have been killed before its save
-    log = open_log(folder, cfg, facts, step=kept_lines, tensorboard=run.tensorboard) if rank == 0 else None
+    known = step if checkpoint else -1  # lines up to here are kept; that of step 0, too, is only true once it is saved
+    log = open_log(folder, cfg, facts, step=known, tensorboard=run.tensorboard) if rank == 0 else None
     title = f"{source.builder} on {cfg.data['name']}"
 
     # loop: an epoch, a validation, and a decision; first of all the start is validated
@@ -208,7 +209,7 @@ def main() -> None:
         if step % per_epoch == 0 or step % run.save_every == 0 or stopping or late:
             progress = {"step": step, "identity": identity, "model": description, "control": control._asdict()}
             if control.best_step == step:  # it is on disk before a checkpoint names it
-                save_checkpoint(folder / "best", model, optimizer, progress, average.weights, keep=2)
+                save_checkpoint(folder / "best", model, optimizer, progress, average.weights, keep=max(2, run.keep))
             save_checkpoint(folder / "checkpoints", model, optimizer, progress, average.weights, keep=run.keep)
             saved = time.monotonic()
     bar.close()

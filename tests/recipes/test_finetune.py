@@ -174,6 +174,7 @@ def test_disturbed_at_its_worst_moments_the_same_command_continues_bit_for_bit(w
     moments = [
         ("save_checkpoint", "checkpoints/step_3", signal.SIGTERM),  # saves the next step and leaves
         ("save_checkpoint", f"best/step_{best}", signal.SIGKILL),  # no checkpoint knows of this best yet
+        ("save_checkpoint", f"checkpoints/step_{best}", signal.SIGKILL),  # one does
         ("load_checkpoint", f"best/step_{best}", signal.SIGKILL),  # a reset that is on no disk yet
         ("save_checkpoint", f"checkpoints/step_{reset}", signal.SIGKILL),  # a reset that is, and nothing behind it
     ]
