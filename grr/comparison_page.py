@@ -69,7 +69,7 @@ def run_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
     """Every run: where it is, which validation its numbers are, and what computed it."""
     header = ["model", "seed", "folder", "at step", "of", "CoCa loss", "commit", "device"]
     return [header, *(
-        [name, str(run.seed), str(run.folder), f"{run.best['step']:,}", f"{run.validations[-1]['step']:,}",
+        [name, str(run.seed), str(run.folder), f"{run.best_step:,}", f"{run.validations[-1]['step']:,}",
          f"{run.best['loss']:.4f}", str(run.start.get("commit")), str(run.start.get("device"))]
         for name, runs in models.items() for run in runs
     )]  # fmt: skip
@@ -172,7 +172,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """How to read the table."""
     lines = [
-        "The numbers of a run are those of its validation with the lowest CoCa loss.",
+        "The numbers of a run are those of its validation with the lowest CoCa loss; of a fine-tuning, its last ones.",
         "± behind a value is the standard deviation over seeds; behind a difference, the standard error of its mean.",
         "* the 95 % interval of the difference excludes zero (t-test over seeds), which by chance it does for one of "
         "twenty numbers that do not differ. ? there are too few seeds to know.",

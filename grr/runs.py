@@ -33,12 +33,20 @@ class RunRecord:
     conditions: dict[str, Any]  # by name: all that must be equal if only the model shall make a difference
     start: dict[str, Any]  # the manifest's last
     validations: list[Row]  # lines of metrics.jsonl
+    final: Row | None  # its line on the model that was left, where that is no validated one (fine-tuning's last mean)
     evaluation: dict[str, Any]  # evaluation.json; empty if there is none
 
     @property
     def best(self) -> Row:
-        """The validation with the lowest loss, the first of those."""
-        return min((row for row in self.validations if is_number(row.get("loss"))), key=lambda row: float(row["loss"]))
+        """The line that a run counts by: of the model that was left, or else the validation with the lowest loss."""
+        finite = [row for row in self.validations if is_number(row.get("loss"))]
+        return self.final or min(finite, key=lambda row: float(row["loss"]))
+
+    @property
+    def best_step(self) -> int:
+        """The step whose weights those are."""
+        row = self.best
+        return int(row["best_step"] if "best_step" in row else row["step"])
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -56,6 +64,7 @@ def read_run(folder: Path) -> RunRecord:
     model = {"name": description["builder"], **description["arguments"]} if description else dict(config["model"])
     model.pop("path", None)
     evaluation = _json(folder / "evaluation.json")
+    rows = read_metrics(folder)
     run = RunRecord(
         folder=folder,
         seed=config["run"]["seed"],
@@ -63,7 +72,8 @@ def read_run(folder: Path) -> RunRecord:
         model=model,
         conditions={**_conditions(config), **{key: starts[-1].get(key) for key in FACTS}, **_judged(evaluation)},
         start=starts[-1],
-        validations=[row for row in read_metrics(folder) if row.get("split") == "validation"],
+        validations=[row for row in rows if row.get("split") == "validation"],
+        final=next((row for row in reversed(rows) if row.get("split") == "final"), None),
         evaluation=evaluation,
     )
     if not any(is_number(row.get("loss")) for row in run.validations):

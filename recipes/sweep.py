@@ -8,8 +8,8 @@ The same command, submitted again, continues: runs that are finished are not sta
 Ctrl-C or SIGTERM lets the runs save and leave; a second one kills them.
 """
 
+import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,11 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from grr import config
-from grr.log import read_starts
 from grr.sweep import Job, plan
 
 LOG = "log.txt"  # in a run's folder: what it said
@@ -107,9 +105,12 @@ def refuse_missing_files(jobs: Iterable[Job]) -> None:
 def warn_of_other_commands(finished: Iterable[Job]) -> None:
     """What is finished is not run again; say where it was another command, a quick trial perhaps."""
     for job in finished:
-        then = {word for start in read_starts(job.folder)[-1:] for word in start["command"]}
+        manifest = job.folder / "manifest.json"
+        if not manifest.is_file():
+            continue
+        then = set(json.loads(manifest.read_text())["starts"][-1]["command"])
         now = set(job.words[recipe_place(job.words) :])
-        if then and then != now:
+        if then != now:
             print(f"{job.name} is finished, but was another command: {shlex.join(sorted(then - now)) or 'nothing'} "
                   f"there, {shlex.join(sorted(now - then)) or 'nothing'} here; remove {job.folder} to run it again",
                   file=sys.stderr)  # fmt: skip
@@ -131,6 +132,8 @@ def is_ready(job: Job) -> bool:
 def visible_gpus() -> list[str]:
     if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return given.split(",")
+    import torch  # not above: it takes seconds, which only grids of several jobs need to wait
+
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
@@ -166,8 +169,8 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], *, at_once: bool) -> None
 def last_lines(job: Job) -> list[str]:
     """The end of a run's log; a bar that was drawn many times in one line counts as its last state."""
     file = job.folder / LOG
-    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
-    lines = [re.split("\r", line.rstrip("\r"))[-1] for line in text.split("\n")]
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""  # read_text would make \r a new line
+    lines = [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]
     return [line for line in lines if line.strip()][-TOLD:]
 
 

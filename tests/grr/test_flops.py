@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,6 +62,7 @@ small = st.fixed_dictionaries({
 })  # fmt: skip
 
 
+@settings(max_examples=15)
 @given(arguments=small, num_heads=st.integers(1, 3), head_dim=st.sampled_from([4, 8]), patch_size=st.integers(1, 5),
        side=st.integers(1, 4), text_length=st.integers(1, 14))  # fmt: skip
 def test_the_formula_is_torchs_count_whatever_the_switches(arguments, num_heads, head_dim, patch_size, side,

@@ -102,10 +102,10 @@ def test_a_run_counts_by_its_lowest_finite_loss_and_the_step_of_that_is_told(tmp
     run = read_run(make_run(tmp_path_factory.mktemp("runs") / "a", losses=losses))
     lowest = min(x for x in losses if x is not None)
     assert run.best["loss"] == lowest
-    assert run.best["step"] == 10 * (losses.index(lowest) + 1)
+    assert run.best_step == 10 * (losses.index(lowest) + 1)
     header, row = run_table({"a": [run]})
     told = dict(zip(header, row, strict=True))
-    assert (told["at step"], told["of"]) == (str(run.best["step"]), str(10 * len(losses)))
+    assert (told["at step"], told["of"]) == (str(run.best_step), str(10 * len(losses)))
     assert told["CoCa loss"] == f"{lowest:.4f}"
 
 
@@ -116,6 +116,15 @@ def test_the_other_numbers_are_those_of_the_same_validation(tmp_path):
         line["perplexity"] = perplexity
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_run(folder).best["perplexity"] == 20.0
+
+
+def test_a_fine_tuning_counts_by_the_model_that_it_left(tmp_path):
+    folder = make_run(tmp_path / "a", losses=[4.0, 3.0, 3.5])
+    log = MetricsLog(folder, step=30)
+    log.write(split="final", step=30, best_step=20, loss=2.9)
+    log.close()
+    run = read_run(folder)
+    assert (run.best["loss"], run.best_step) == (2.9, 20)
 
 
 @pytest.mark.parametrize(("change", "says"), [

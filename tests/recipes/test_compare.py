@@ -1,0 +1,151 @@
+"""The comparison as a user meets it: a table of real runs, a page, and a refusal."""
+
+import itertools
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from grr import config
+from grr.log import read_metrics
+from grr.sweep import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+CONFIGS = sorted((RECIPES / "configs/compare").glob("*.yaml"))
+
+
+class Done(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Done]:
+    """Run a recipe with a command line, from the top of the checkout, in this process: torch is imported already."""
+
+    def run(recipe: str, *words: str) -> Done:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [f"recipes/{recipe}", *words])
+        status, said = 0, ""
+        try:
+            runpy.run_path(f"recipes/{recipe}", run_name="__main__")
+        except SystemExit as end:  # with a text, which Python prints before it leaves with status 1
+            status, said = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err + said)
+
+    return run
+
+
+@pytest.fixture
+def compare(run, tmp_path) -> Callable[..., Done]:
+    def compare(models: list[str], *overrides: str) -> Done:
+        file = tmp_path / "compare.yaml"
+        file.write_text(yaml.safe_dump({"run": {"models": models, "folder": str(tmp_path / "out")}}))
+        return run("compare.py", "--config", str(file), *overrides)
+
+    return compare
+
+
+@pytest.mark.slow
+def test_runs_of_a_sweep_are_compared_by_their_best_validations(swept, tmp_path, compare):
+    models = [f"Baseline CoCa: {swept}/pretrain/baseline-*", f"GRR-CoCa: {swept}/pretrain/grr-*"]
+    done = compare(models, "run.published=CC12M")
+    assert done.status == 0, done.stderr[-3000:]
+
+    def best(name: str) -> list[float]:
+        logs = [read_metrics(swept / "pretrain" / f"{name}-{seed}") for seed in (0, 1)]
+        return [min(line["loss"] for line in log if line["split"] == "validation") for log in logs]
+
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("CoCa loss")]
+    shown = re.findall(r"[\d.]+", row)
+    assert float(shown[0]) == pytest.approx(sum(best("baseline")) / 2, abs=6e-5)
+    assert float(shown[2]) == pytest.approx(sum(best("grr")) / 2, abs=6e-5)
+    assert shown[-3:] == ["3.2864", "3.0516", "7.15"]
+    assert "GRR-CoCa against Baseline CoCa, over 2 seeds in pairs:" in done.stdout
+    for key in ("vision_norm", "vision_feed_forward", "vision_position"):
+        assert re.search(rf"^{key} ", done.stdout, re.MULTILINE)
+    assert "text_norm" not in done.stdout
+    assert (tmp_path / "out/comparison.md").read_text().startswith("|")
+    assert (tmp_path / "out/comparison.html").read_text().count("<figure ") == 4
+
+
+@pytest.mark.slow
+def test_runs_that_may_not_be_compared_are_refused_unless_told_to(swept, tmp_path, compare):
+    shutil.copytree(swept / "pretrain", tmp_path / "runs")
+    file = tmp_path / "runs/grr-1/config.yaml"
+    file.write_text(file.read_text().replace("  lr: 0.001", "  lr: 0.002"))
+    shutil.rmtree(tmp_path / "runs/grr-0/model")
+    models = [f"Baseline CoCa: {tmp_path}/runs/baseline-*", f"GRR-CoCa: {tmp_path}/runs/grr-*"]
+    done = compare(models)
+    assert done.status == 1
+    assert f"{tmp_path}/runs/grr-0: is not finished" in done.stderr
+    assert f"{tmp_path}/runs/grr-1: optimizer.lr is 0.002, in {tmp_path}/runs/baseline-0 it is 0.001" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = compare(models, "run.allow_differences=true")
+    assert done.status == 0
+    assert "grr-1: optimizer.lr is 0.002" in done.stdout
+
+
+def test_a_folder_that_is_not_there_is_named(compare):
+    done = compare(["a: nowhere/a-*", "b: nowhere/b-*"])
+    assert done.status == 1
+    assert f"no folder matches nowhere/a-* (a), seen from {ROOT}" in done.stderr
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_compares_what_the_sweep_of_its_name_leaves(file, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import compare
+    import sweep
+
+    run = compare.Run(**config.load(["--config", str(file)], run=compare.Run).run)
+    grid = sweep.Run(**config.load(["--config", str(RECIPES / "configs/sweep" / file.name)], run=sweep.Run).run)
+    assert file.read_text().startswith(f"# python recipes/compare.py --config recipes/configs/compare/{file.name}\n")
+    jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds)
+    last = [job for job in jobs if job.stage == jobs[-1].stage]
+    compared = []
+    for entry in run.models:
+        runs = [job for job in last if job.folder.match(entry.partition(": ")[2])]
+        assert [job.seed for job in runs] == grid.seeds
+        compared += {job.variant for job in runs}
+    assert sorted(compared) == sorted({job.variant for job in jobs})
+
+
+def test_the_sizes_of_a_sweep_are_told_before_it_runs(run):
+    done = run("sizes.py", "--sweep", "recipes/configs/sweep/scaling.yaml")
+    assert done.status == 0, done.stderr
+    counts = {line.split()[0]: float(line.split()[1]) for line in done.stdout.split("\n\n")[0].splitlines()[2:]}
+    costs = {line.split()[0]: float(line.split()[1]) for line in done.stdout.split("\n\n")[1].splitlines()[2:]}
+    sizes = (128, 256, 384, 512)
+    for numbers in (counts, costs):
+        assert list(numbers) == [f"{model}_{size}" for size in sizes for model in ("baseline", "grr")]
+        for smaller, larger in itertools.pairwise(sizes):
+            assert numbers[f"grr_{smaller}"] < numbers[f"grr_{larger}"]
+        assert all(numbers[f"grr_{size}"] == pytest.approx(numbers[f"baseline_{size}"], rel=0.01) for size in sizes)
+
+
+def test_sizes_of_the_papers_models_are_the_papers(run):
+    done = run("sizes.py", "grr_coca", "baseline_coca")
+    assert done.status == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[1] for row in rows[2:4]] == ["394.5", "393.9"]
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    ("grr_cocoa", "a model must be one of grr_coca, "),
+    ("grr_coca dimm=64", "grr_coca dimm=64: .*'dimm'"),
+    ("grr_coca dim=100", "dim must be a multiple of num_heads, got dim=100, num_heads=12"),
+])  # fmt: skip
+def test_a_size_that_cannot_be_is_named(run, words, says):
+    done = run("sizes.py", words)
+    assert done.status == 2
+    assert re.search(says, done.stderr)

@@ -1,0 +1,244 @@
+"""A grid of runs as a user meets it: it continues, names what failed, and stops when it is asked to."""
+
+import inspect
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grr import config
+from grr.builders import MODELS
+from grr.data import DATASETS, training_steps
+from grr.log import read_metrics, read_starts
+from grr.optim import adamw, warmup_cosine
+from grr.step import global_batch_step
+from grr.sweep import plan
+from grr.tokenizer import open_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "recipes/configs/sweep").glob("*.yaml"))
+RECIPE = '''
+"""A program that behaves as a recipe does, and as it is told: {do: fail | wait | nothing | train}."""
+import json, os, pathlib, signal, sys, time
+
+given = dict(word.split("=", 1) for word in sys.argv[1:])
+folder = pathlib.Path(given["run.folder"])
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+began = time.time()
+print("seed", given["run.seed"], "of", folder.name, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+if given["do"] == "fail" and not pathlib.Path("mended").exists():
+    print("step 1\\rstep 2\\rstep 3")
+    raise SystemExit("the disk is full")
+while given["do"] == "wait" and not asked and not pathlib.Path("mended").exists():
+    time.sleep(0.02)
+if asked:
+    (folder / "saved").touch()
+elif given["do"] != "nothing":
+    if "path" in given:
+        assert (pathlib.Path(given["path"]) / "model").is_dir()
+    time.sleep(0.3)
+    (folder / "model").mkdir()
+(folder / "times.json").write_text(json.dumps([began, time.time()]))
+'''
+
+
+def sweep(folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "recipes/sweep.py"), "--config", str(folder / "sweep.yaml"), *overrides]
+
+
+def run(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(sweep(folder, *overrides), cwd=folder, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **environment})  # fmt: skip
+
+
+@pytest.fixture
+def grid(tmp_path) -> Path:
+    """A folder with a recipe and a sweep over it: two stages, two variants, two seeds."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    values = {
+        "folder": "runs",
+        "stages": ["first: recipe.py do=train", "second: recipe.py do=train path={first}"],
+        "variants": ["a:", "b:"],
+        "seeds": [0, 1],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"run": values}))
+    return tmp_path
+
+
+def finished(folder: Path) -> list[str]:
+    return sorted(str(path.parent.relative_to(folder / "runs")) for path in folder.glob("runs/*/*/model"))
+
+
+EVERY = [f"{stage}/{variant}-{seed}" for stage in ("first", "second") for variant in "ab" for seed in (0, 1)]
+
+
+def test_every_run_is_made_once_and_a_second_time_none(grid):
+    done = run(grid)
+    assert done.returncode == 0, done.stderr
+    assert finished(grid) == EVERY
+    assert "8 of 8 runs are finished in runs" in done.stderr
+    times = {path: path.stat().st_mtime_ns for path in grid.glob("runs/*/*/log.txt")}
+    again = run(grid)
+    assert again.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in grid.glob("runs/*/*/log.txt")} == times
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_no_more_runs_at_a_time_than_jobs_and_each_alone_on_its_gpu(grid, jobs):
+    assert run(grid, f"run.jobs={jobs}", CUDA_VISIBLE_DEVICES="4,7,9").returncode == 0
+    spans = [json.loads(path.read_text()) for path in grid.glob("runs/*/*/times.json")]
+    at_once = [sum(begin <= moment < end for begin, end in spans) for moment, _ in spans]
+    assert max(at_once) == jobs
+    devices = {path.read_text().split()[-1] for path in grid.glob("runs/*/*/log.txt")}
+    assert devices == ({"4,7,9"} if jobs == 1 else {"4", "7", "9"})
+
+
+def test_a_run_that_fails_is_named_with_its_last_lines_and_the_others_go_on(grid):
+    values = yaml.safe_load((grid / "sweep.yaml").read_text())
+    values["run"]["variants"] = ["a: do=fail", "b:"]
+    (grid / "sweep.yaml").write_text(yaml.safe_dump(values))
+    done = run(grid)
+    assert done.returncode == 1
+    assert finished(grid) == [name for name in EVERY if "/b-" in name]
+    for seed in (0, 1):
+        assert f"first a-{seed} ended with status 1\n" in done.stderr
+        assert f"second a-{seed} was not started, since first a-{seed} failed" in done.stderr
+    assert "    step 3\n    the disk is full\n" in done.stderr
+    assert "step 1" not in done.stderr
+    assert "4 of 8 runs are finished" in done.stderr
+
+    (grid / "mended").touch()
+    again = run(grid)
+    assert again.returncode == 0
+    assert finished(grid) == EVERY
+    log = (grid / "runs/first/a-0/log.txt").read_text()
+    assert log.count("seed 0 of a-0") == 2  # what it said before is still there
+
+
+def test_a_run_that_ends_without_a_model_is_no_finished_one(grid):
+    done = run(grid, "run.overrides=['first: do=nothing']", "run.seeds=[0]")
+    assert done.returncode == 1
+    assert "first a-0 ended without leaving a model\n" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_lets_its_runs_save_and_the_same_command_continues(grid, number):
+    process = subprocess.Popen(sweep(grid, "run.jobs=2", "run.overrides=['first: do=wait']"), cwd=grid,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})  # fmt: skip
+    while process.poll() is None and sum(" of " in x.read_text() for x in grid.glob("runs/*/*/log.txt")) < 2:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped; the same command continues runs" in said
+    assert len(list(grid.glob("runs/first/*/saved"))) == len(list(grid.glob("runs/*/*"))) == 2
+    (grid / "mended").touch()
+    done = run(grid, "run.jobs=2", "run.overrides=['first: do=wait']", CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 0
+    assert finished(grid) == EVERY
+
+
+def test_asked_twice_it_kills_runs_that_do_not_listen(grid):
+    (grid / "recipe.py").write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                                    "print('deaf', flush=True)\ntime.sleep(60)\n")  # fmt: skip
+    process = subprocess.Popen(sweep(grid), cwd=grid, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any("deaf" in x.read_text() for x in grid.glob("runs/*/*/log.txt")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_what_is_missing_is_named_before_anything_starts(grid):
+    done = run(grid, "run.stages=['first: recipe.py --config none.yaml do=train', 'second: nowhere.py']")
+    assert done.returncode == 1
+    assert "sweep: there is no file none.yaml, nowhere.py below" in done.stderr
+    done = run(grid, "run.seeds=[0, 0]")
+    assert done.returncode == 1
+    assert "seeds: 0 stands there twice" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (grid / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_pre_training_trains_each_model_as_its_command_alone_would(swept):
+    names = sorted(path.name for path in (swept / "pretrain").iterdir())
+    assert names == ["baseline-0", "baseline-1", "grr-0", "grr-1"]
+    lines = {}
+    for name in names:
+        folder = swept / "pretrain" / name
+        lines[name] = [line["loss"] for line in read_metrics(folder) if line["split"] == "train"]
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (config["model"]["name"], config["run"]["seed"]) == (f"{name[:-2]}_coca", int(name[-1]))
+        assert lines[name][-1] < lines[name][0]
+    assert len({tuple(losses) for losses in lines.values()}) == 4
+
+    [start] = read_starts(swept / "pretrain/grr-1")
+    words = [f"run.folder={swept / 'alone'}" if word.startswith("run.folder=") else word for word in start["command"]]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    alone = [line["loss"] for line in read_metrics(swept / "alone") if line["split"] == "train"]
+    assert alone == pytest.approx(lines["grr-1"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_what_a_trial_left_is_not_taken_for_the_sweep_without_a_word(swept, tiny_sweep):
+    done = subprocess.run(sweep(tiny_sweep.parent, 'run.overrides=["pretrain: run.max_steps=3"]'), cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0
+    assert "pretrain grr-1 is finished, but was another command: nothing there, run.max_steps=3 here" in done.stderr
+    assert f"remove {swept / 'pretrain/grr-1'} to run it again" in done.stderr
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import pretrain
+    from sweep import Run
+
+    grid = Run(**config.load(["--config", str(file)], run=Run).run)
+    assert Path(grid.folder).name == file.stem
+    assert f"python recipes/sweep.py --config recipes/configs/sweep/{file.name}\n" in file.read_text()
+    jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds, grid.overrides)
+    for job in jobs:
+        assert (ROOT / job.words[0]).is_file()
+        words = [str(ROOT / word) if word.startswith("recipes/configs/") else word for word in job.words[1:]]
+        if job.words[0] == "recipes/pretrain.py":
+            cfg = config.load(
+                words, run=pretrain.Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS,
+                loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
+            )  # fmt: skip
+            assert (cfg.run["folder"], cfg.run["seed"]) == (str(job.folder), job.seed)
+
+
+def test_the_ablation_holds_every_combination_of_the_papers_three_changes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.chdir(ROOT)
+    from sizes import of_sweep
+
+    def chosen(name: str, **arguments) -> tuple[str, ...]:
+        arguments = {key: p.default for key, p in inspect.signature(MODELS[name]).parameters.items()} | arguments
+        return tuple(arguments[f"vision_{part}"] for part in changes)
+
+    changes = {"norm": "rmsnorm", "feed_forward": "geglu", "position": "rope"}
+    classic = {"norm": "layernorm", "feed_forward": "mlp", "position": "sinusoidal"}
+    expected = {}
+    for parts in itertools.chain.from_iterable(itertools.combinations(changes, n) for n in range(4)):
+        name = {0: "baseline", 3: "grr"}.get(len(parts), "_".join(parts))
+        expected[name] = tuple({**classic, **{part: changes[part] for part in parts}}.values())
+    for kind in ("rope_2d", "rope_mixed"):
+        expected[f"grr_{kind}"] = ("rmsnorm", "geglu", kind)
+    assert {
+        name: chosen(**model) for name, model in of_sweep("recipes/configs/sweep/ablation.yaml").items()
+    } == expected
