@@ -1,6 +1,7 @@
 """Images that belong to classes, alone or together with a text: what a classifier learns, in three public layouts."""
 
 import hashlib
+import itertools
 import json
 import os
 from array import array
@@ -45,13 +46,14 @@ class Labelled(Pairs):
 
 def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:
     """Data to validate on have the classes of the training data, in their order: raises ValueError if they have not."""
-    if train.classes != held_out.classes:
-        ours, theirs = (", ".join(map(repr, data.classes[:5])) for data in (train, held_out))
-        raise ValueError(
-            "refuse_other_classes: validation must have the classes of the training data in their order, got "
-            f"{len(train.classes)} classes for training ({ours} ...), {len(held_out.classes)} for validation ({theirs} "
-            "...); let validation.classes_from name the training data"
-        )
+    both = itertools.zip_longest(train.classes, held_out.classes)
+    for number, (ours, theirs) in enumerate(both):
+        if ours != theirs:
+            raise ValueError(
+                "refuse_other_classes: validation must have the classes of the training data, in their order, got "
+                f"{len(held_out.classes)} classes instead of {len(train.classes)}, and of number {number} {theirs!r} "
+                f"instead of {ours!r}; let validation.classes_from name the training data"
+            )
 
 
 def blind_accuracy(train: Labelled, held_out: Labelled) -> float:

@@ -19,19 +19,21 @@ SIDES = {"to the left of": ("on the left", "on the right"), "above": ("at the to
 CURTAIN = 64  # of 255: darker than any background
 
 
-def openmoji_classes(*, split: Split = "train", pictures: int = 12, held_out: int = 60, seed: int = 0) -> Labelled:
+def openmoji_classes(*, split: Split = "train", pictures: int = 12, held_out: int = 2, seed: int = 0) -> Labelled:
     """One of forty objects on one of nine backgrounds; the class is the object.
 
-    `held_out` of the 360 combinations are for validation, the others for training; each has `pictures` pictures, whose
-    sizes and places are drawn by the seed. Raises ValueError if nothing is left for training.
+    Each object is held out for validation on `held_out` of the backgrounds, drawn by the seed, and seen in training on
+    the others. A combination has `pictures` pictures of different sizes and places. Raises ValueError if an argument
+    is out of range.
     """
-    every = [(name, colour) for name in OBJECTS for colour in COLOURS]
-    if pictures < 1 or not 0 < held_out < len(every):
-        raise ValueError(f"openmoji_classes: it takes pictures >= 1 and held_out from 1 to {len(every) - 1}, got "
+    if pictures < 1 or not 0 < held_out < len(COLOURS):
+        raise ValueError(f"openmoji_classes: it takes pictures >= 1 and held_out from 1 to {len(COLOURS) - 1}, got "
                          f"{pictures=}, {held_out=}")  # fmt: skip
-    random.Random(seed).shuffle(every)
-    chosen = every[:held_out] if split == "validation" else every[held_out:]
-    objects = [choice for choice in chosen for _ in range(pictures)]
+    objects = []
+    for name in OBJECTS:
+        colours = random.Random(f"{seed} {name}").sample(list(COLOURS), len(COLOURS))
+        chosen = colours[:held_out] if split == "validation" else colours[held_out:]
+        objects += [(name, colour) for colour in chosen for _ in range(pictures)]
     classes = sorted(OBJECTS)
     return Labelled(Objects(objects, seed), classes, _numbers(classes, (name for name, _ in objects)))
 

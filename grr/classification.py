@@ -1,0 +1,80 @@
+"""The loss, gradients and accuracy of a classifier, which depend on the global batch alone."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grr.data import Batch
+from grr.distributed import all_sum, reset_seed
+from grr.packing import IGNORE
+
+
+class Scores(NamedTuple):
+    """The scores of a global batch, or of many."""
+
+    loss: float  # cross-entropy, mean over what has a class
+    accuracy: float  # fraction of all; what has no class is never right
+
+
+def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *,
+                        label_smoothing: float = 0.0) -> Scores:  # fmt: skip
+    """Add the gradients of one optimizer step to the model, and give its scores.
+
+    `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
+    dropout, of each micro-batch by its place in the global batch. The loss is the mean over the global batch;
+    label_smoothing is the part of each target that is spread evenly over all classes (Szegedy et al. 2016).
+    Raises ValueError if the data have no classes.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    labelled = int(all_sum(sum(int((_classes(batch) != IGNORE).sum()) for batch in batches))[0])
+    loss, right = 0.0, 0
+    for i, batch in enumerate(batches):
+        torch.manual_seed(reset_seed(seed, i * world + rank))
+        logits = model(batch.images, batch.ids, positions=batch.positions)  # [b, c]
+        total = _cross_entropy(logits, _classes(batch), label_smoothing)
+        (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
+        loss += total.item()
+        right += _count_right(logits, _classes(batch))
+    return _scores(loss, right, labelled, sum(len(batch.names) for batch in batches))
+
+
+@torch.no_grad()
+def classification_scores(model: nn.Module, steps: Iterable[Sequence[Batch]]) -> Scores:
+    """The scores of many global batches together, without dropout and without label smoothing."""
+    was_training = model.training
+    model.eval()
+    loss, right, labelled, samples = 0.0, 0, 0, 0
+    for batch in (batch for batches in steps for batch in batches):
+        logits = model(batch.images, batch.ids, positions=batch.positions)  # [b, c]
+        loss += _cross_entropy(logits, _classes(batch), 0.0).item()
+        right += _count_right(logits, _classes(batch))
+        labelled += int((_classes(batch) != IGNORE).sum())
+        samples += len(batch.names)
+    model.train(was_training)
+    return _scores(loss, right, int(all_sum(labelled)[0]), samples)
+
+
+def _classes(batch: Batch) -> Tensor:
+    if batch.classes is None:
+        raise ValueError("classification: the data have no classes; take those of grr.data.LABELLED, or make your own "
+                         "grr.data.Labelled of pairs, classes and labels")  # fmt: skip
+    return batch.classes
+
+
+def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum",
+                           label_smoothing=label_smoothing)  # fmt: skip
+
+
+def _count_right(logits: Tensor, classes: Tensor) -> int:
+    return int((logits.argmax(dim=-1) == classes).sum())
+
+
+def _scores(loss: float, right: int, labelled: int, samples: int) -> Scores:
+    """Of all processes: loss, right and samples are this one's, labelled is everyone's."""
+    loss, all_right, all_samples = all_sum(loss, right, samples)
+    return Scores(loss / max(1, labelled), all_right / max(1, all_samples))

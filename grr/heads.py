@@ -1,0 +1,168 @@
+"""Heads: the parts of a contrastive captioner as a classifier of images, or of images with a text.
+
+A head keeps the parts of a CoCa by reference and under the names that they have there, so that a trained model fills
+them; what it adds is its own, and new. All heads are called alike: head(images, ids, positions=positions) -> logits.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from grr.checkpoint import read_progress
+from grr.components import AttentionPooler, RMSNorm
+from grr.images import Crop, normalize
+from grr.model import CoCa, MultimodalDecoder
+from grr.packing import pack
+from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
+from grr.tokenizer import Tokenizer, load_tokenizer
+
+
+class Head(nn.Module):
+    """What all heads have: the image side of a CoCa, dropout, and a linear layer that scores the classes."""
+
+    def __init__(self, coca: CoCa, *, classifier: nn.Linear, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.vision_encoder = coca.vision_encoder
+        self.pooler_norm = coca.pooler_norm
+        self.generative_pooler = coca.generative_pooler
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = classifier
+
+    def _context(self, images: Tensor) -> Tensor:
+        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images))))  # [b, n, d]
+
+
+class ImageClassifier(Head):
+    """Image -> vision encoder -> generative pooler -> one more query, the task's own -> norm -> a logit for each class.
+
+    images: uint8 or normalised float [b, 3, h, w] -> [b, c]; ids are not read. The text towers are left behind.
+    Source: CoCa, section 3.2 (a pooler for each task) and 4.2 (image classification).
+    """
+
+    def __init__(self, coca: CoCa, *, task_pooler: AttentionPooler, norm: nn.Module, classifier: nn.Linear,
+                 dropout: float = 0.0) -> None:  # fmt: skip
+        super().__init__(coca, classifier=classifier, dropout=dropout)
+        self.task_pooler = task_pooler
+        self.norm = norm
+
+    def forward(self, images: Tensor, ids: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
+        read = self.norm(self.task_pooler(self._context(images))[:, 0])  # [b, d]
+        return self.classifier(self.dropout(read))  # [b, c]
+
+
+class ImageTextClassifier(Head):
+    """A text, a question or a statement, goes through both decoders, of which the second sees the image; the vector at
+    CLS has read all of it -> a logit for each class.
+
+    images: uint8 or normalised float [b, 3, h, w], ids: [b, s], CLS the last token that is not PAD; without positions
+    as the tokenizer lays them out, with positions [s] or [b, s] packed -> [b, c]. The contrastive pooler and the
+    vocabulary head are left behind. Source: CoCa, section 4.2 (multimodal understanding).
+    """
+
+    def __init__(self, coca: CoCa, *, classifier: nn.Linear, dropout: float = 0.0) -> None:
+        super().__init__(coca, classifier=classifier, dropout=dropout)
+        self.pad_id = coca.pad_id
+        self.text_decoder = coca.text_decoder
+        self.multimodal_decoder = MultimodalDecoder(
+            blocks=coca.multimodal_decoder.blocks,  # type: ignore[arg-type]  # a ModuleList is iterable
+            norm=coca.multimodal_decoder.norm,
+            head=nn.Identity(),  # type: ignore[arg-type]  # classes are scored instead of words
+        )
+
+    def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            ids, positions = pack(ids, pad_id=self.pad_id)
+        text = self.text_decoder(ids, positions=positions)  # [b, s, d]
+        hidden = self.multimodal_decoder(text, self._context(images), positions=positions)  # [b, s, d]
+        cls = (ids != self.pad_id).sum(dim=1) - 1  # [b]: padding stands behind it
+        read = hidden[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
+        return self.classifier(self.dropout(read))  # [b, c]
+
+
+def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageClassifier:
+    """Build a classifier of images on the image side of a CoCa; dropout is that of the vector that is classified.
+
+    Raises ValueError if there are fewer than two classes.
+    """
+    classifier = _linear("image_classifier", coca, num_classes)
+    return ImageClassifier(coca, task_pooler=AttentionPooler(coca.dim, 1, coca.pooler_heads), norm=RMSNorm(coca.dim),
+                           classifier=classifier, dropout=dropout)  # fmt: skip
+
+
+def image_text_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageTextClassifier:
+    """Build a classifier of images with a text on a CoCa: visual question answering, visual entailment.
+
+    Raises ValueError if there are fewer than two classes.
+    """
+    classifier = _linear("image_text_classifier", coca, num_classes)
+    return ImageTextClassifier(coca, classifier=classifier, dropout=dropout)
+
+
+HEADS: dict[str, Callable[..., Head]] = {
+    "image_classifier": image_classifier,
+    "image_text_classifier": image_text_classifier,
+}
+
+
+def load_parts(source: Pretrained, head: nn.Module) -> None:
+    """Fill the parts that a head has of a trained CoCa, plain or sharded; what the head adds is left as it is.
+
+    Called by all processes alike; each holds all weights of the CoCa for a moment, in the memory of the CPU.
+    """
+    with torch.device("meta"):
+        coca = build_pretrained(source)
+    coca.to_empty(device="cpu")
+    load_weights(source, coca)
+    wanted = get_model_state_dict(head)
+    parts = {name: value for name, value in coca.state_dict().items() if name in wanted}
+    set_model_state_dict(head, parts, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+class LoadedClassifier(NamedTuple):
+    """A classifier ready for use, and how to prepare what it reads."""
+
+    model: Head
+    classes: list[str]
+    tokenizer: Tokenizer
+    image_size: int
+    crop: Crop
+
+
+def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedClassifier:
+    """Open a trained classifier, in evaluation mode: a run's folder, its model/ or one of its checkpoints.
+
+        model, classes, tokenizer, image_size, crop = load_classifier("runs/vqa")
+        ids = torch.tensor([tokenizer.encode("what is on the left")])[:, :-1]
+        answer = classes[model(load_image("photo.jpg", size=image_size, crop=crop)[None], ids).argmax()]
+
+    Raises as `find_pretrained` does, and ValueError if what is there is no classifier.
+    """
+    source = find_pretrained(path)
+    file = source.path / "config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_progress(source.path)["model"]
+    if "head" not in saved:
+        raise ValueError(f"load_classifier: {source.path} is a model without a head; train one on it with "
+                         "recipes/finetune_classifier.py, or open it with grr.pretrained.load_pretrained")  # fmt: skip
+    with torch.device("meta"):
+        model = HEADS[saved["head"]](build_pretrained(source), len(saved["classes"]))
+    model.to_empty(device=device)
+    load_weights(source, model)
+    tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
+    return LoadedClassifier(model.eval(), saved["classes"], tokenizer, source.arguments["image_size"], source.crop)
+
+
+def describe_classifier(builder: str, arguments: dict[str, Any], crop: Crop, head: str,
+                        classes: list[str]) -> dict[str, Any]:  # fmt: skip
+    """What `load_classifier` reads: as JSON, to be saved beside the weights."""
+    return {**describe(builder, arguments, crop), "head": head, "classes": classes}
+
+
+def _linear(who: str, coca: CoCa, num_classes: int) -> nn.Linear:
+    if num_classes < 2:
+        raise ValueError(f"{who}: there must be at least two classes to choose from, got {num_classes=}")
+    return nn.Linear(coca.dim, num_classes)

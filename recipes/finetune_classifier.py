@@ -1,0 +1,214 @@
+"""Fine-tune a contrastive captioner to tell classes: of images, of questions about them, of statements about them.
+
+    python recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/classification.yaml
+    torchrun --nproc_per_node 4 recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/vqa.yaml
+
+The model comes from a pre-trained run, or is new. The same command, submitted again, continues where the run stopped.
+Any key of the config may follow as key=value.
+"""
+
+import gc
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from grr import config
+from grr.builders import MODELS
+from grr.checkpoint import (
+    RunLock,
+    StopSignal,
+    latest_checkpoint,
+    load_checkpoint,
+    read_progress,
+    refuse_another_run,
+    save_checkpoint,
+    save_model,
+)
+from grr.classification import classification_scores, classification_step
+from grr.data import (
+    LABELLED,
+    blind_accuracy,
+    refuse_other_classes,
+    steps_per_epoch,
+    training_steps,
+    validation_steps,
+)
+from grr.distributed import (
+    all_sum,
+    checkpoint_activations,
+    compile_blocks,
+    materialize,
+    reset_seed,
+    shard,
+    start,
+)
+from grr.heads import HEADS, describe_classifier, load_parts
+from grr.log import open_log
+from grr.model import CoCa
+from grr.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.pretrained import build_pretrained, find_pretrained
+from grr.step import refuse_non_finite
+from grr.tokenizer import open_tokenizer
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    folder: str = "runs/classifier"  # everything the run writes
+    seed: int = 0  # of the initial weights, the order of the data, and dropout
+    epochs: int = 10
+    max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
+    patience: int | None = None  # stop after so many validations that are not better than the best; null: never
+    batch_size: int = 256  # samples in an optimizer step, over all processes and micro-batches
+    micro_batch_size: int = 64  # samples that one process holds at a time
+    clip: float = 1.0  # largest norm of the gradient
+    freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
+    bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
+    compile: bool = False  # compile each block
+    checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
+    replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
+    log_every: int = 10  # optimizer steps
+    validate_every: int | None = None  # optimizer steps; null: once an epoch
+    save_every: int = 1000  # optimizer steps
+    save_minutes: float = 30.0
+    keep: int = 2  # checkpoints
+    tensorboard: bool = False
+
+
+def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
+    """A model that was trained: a run's folder, its model/, or one of its checkpoints/step_N."""
+    return build_pretrained(find_pretrained(path), dropout=dropout)
+
+
+def main() -> None:
+    cfg = config.load(
+        run=Run, model={"pretrained": pretrained, **MODELS}, head=HEADS, tokenizer=open_tokenizer, data=LABELLED,
+        validation=LABELLED, loader=training_steps, loss=classification_step, optimizer=adamw, schedule=warmup_cosine,
+    )  # fmt: skip
+    run = Run(**cfg.run)
+    folder = Path(run.folder)
+    device = start()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
+    source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
+    stop = StopSignal()
+    lock = RunLock(folder)
+
+    # data: labelled, and read in the words of the pre-trained model if there is one
+    pairs, held_out = cfg.build("data"), cfg.build("validation")
+    refuse_other_classes(pairs, held_out)
+    if source is not None:
+        cfg.tokenizer |= {"path": str(source.tokenizer), "context": source.arguments["context"]}
+    tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
+    per_epoch = steps_per_epoch(pairs, run.batch_size)
+    last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
+    validate_every = run.validate_every or per_epoch
+
+    # model: built without memory, sharded, then filled, so no process ever trains all of it
+    if source is not None:
+        builder, arguments = source.builder, source.arguments | {"dropout": cfg.model["dropout"]}
+    else:
+        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+        builder, arguments = cfg.model["name"], {key: x for key, x in cfg.model.items() if key != "name"}
+    description = describe_classifier(builder, arguments, cfg.loader["crop"], cfg.head["name"], pairs.classes)
+    with torch.device("meta"):
+        model = cfg.build("head", cfg.build("model"), len(pairs.classes))
+    freeze(model, run.freeze)
+    if run.checkpoint_activations:
+        checkpoint_activations(model)
+    if run.compile:
+        compile_blocks(model)
+    shard(model, device, bf16=run.bf16, replicas=run.replicas)
+    materialize(model, device, seed=run.seed)
+    if source is not None:
+        load_parts(source, model)
+    optimizer = adamw(model, **cfg.optimizer)
+    loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,
+              "image_size": arguments["image_size"], "pin_memory": device.type == "cuda", **cfg.loader}  # fmt: skip
+
+    # resume, if there is something to resume
+    step, best, best_step = 0, -1.0, 0
+    identity = {"start": str(source.path) if source else None, "data": pairs.fingerprint,
+                "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint, "loss": cfg.loss,
+                "seed": run.seed, "batch_size": run.batch_size}  # fmt: skip
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        refuse_another_run(folder, read_progress(checkpoint)["identity"], identity)
+        progress = load_checkpoint(checkpoint, model, optimizer)
+        step, best, best_step = progress["step"], progress["best"], progress["best_step"]
+        logging.info(f"resuming {folder} after step {step} of {last}")
+    blind = blind_accuracy(pairs, held_out)
+    facts = {"parameters": sum(p.numel() for p in model.parameters()),
+             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+             "classes": len(pairs.classes), "training_pairs": len(pairs), "validation_pairs": len(held_out),
+             "blind_accuracy": blind, "steps_per_epoch": per_epoch, "world_size": world, **identity}  # fmt: skip
+    log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
+
+    # loop: the best model so far is kept as the model of the run
+    batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+    bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
+    saved = logged = time.monotonic()
+    waited, counted, replaced = 0.0, 0, 0  # since the last line of the log
+    stopping = False
+    while step < last and not stopping and (run.patience is None or step - best_step < run.patience * validate_every):
+        before = time.monotonic()
+        micro_batches = [batch.to(device) for batch in next(batches)]
+        waited += time.monotonic() - before
+        replaced += sum(batch.replaced for batch in micro_batches)
+        lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
+        set_lr(optimizer, lr)
+        scores = classification_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
+        norm = clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+        refuse_non_finite(scores, norm, step, micro_batches, folder)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, counted = step + 1, counted + 1
+        bar.update()
+        bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+
+        if step % run.log_every == 0 or step == last:
+            now = time.monotonic()
+            if log:
+                log.write(split="train", step=step, epoch=step / per_epoch, **scores._asdict(), lr=lr, grad_norm=norm,
+                          samples_per_second=counted * run.batch_size / (now - logged), data_wait=waited / counted,
+                          replaced=replaced)  # fmt: skip
+            logged, waited, counted, replaced = now, 0.0, 0, 0
+
+        if step % validate_every == 0 or step == last:
+            began = time.monotonic()
+            batches_of = validation_steps(held_out, tokenizer, **loader)
+            scores = classification_scores(model, ([b.to(device) for b in batch] for batch in batches_of))
+            if scores.accuracy > best:
+                best, best_step = scores.accuracy, step
+                save_model(folder / "model", model, description, folder / "tokenizer.model")
+            if log:
+                log.write(split="validation", step=step, epoch=step / per_epoch, **scores._asdict(),
+                          blind_accuracy=blind, best_accuracy=best, best_step=best_step)  # fmt: skip
+                bar.write(f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
+                          f"{best:.1%} at step {best_step}; {blind:.1%} without a look at the images")  # fmt: skip
+            logged += time.monotonic() - began
+
+        stopping = stop.requested()
+        late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
+        if step % run.save_every == 0 or step % validate_every == 0 or step == last or stopping or late:
+            progress = {"step": step, "identity": identity, "model": description, "best": best, "best_step": best_step}
+            save_checkpoint(folder / "checkpoints", model, optimizer, progress, keep=run.keep)
+            saved = time.monotonic()
+
+    bar.close()
+    end = "stopped; the same command continues" if stopping and step < last else "finished"
+    logging.info(f"{end} after step {step} of {last}; the best model is in {folder / 'model'}")
+    lock.release()
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # a sharded model that is still alive may abort the end of the process group
+    dist.destroy_process_group()
