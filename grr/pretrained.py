@@ -53,8 +53,9 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
     source = find_pretrained(path)
     with torch.device("meta"):
         model = build_pretrained(source)
-    model.to(dtype).to_empty(device=device)
+    model.to_empty(device=device)
     load_weights(source, model)
+    model.to(dtype)  # checkpoints are read in the precision they were saved in
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 

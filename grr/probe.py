@@ -1,7 +1,6 @@
 """What the features of a frozen model tell of classes: a linear probe, and one that learns where to look."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from grr.components import AttentionPooler
 from grr.optim import adamw, set_lr, warmup_cosine
 from grr.zero_shot import accuracy
 
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FOLD = 5  # one of so many training images is held out while a strength is chosen
 CONVERGED = 1e-9  # largest entry of the gradient
 
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int, *,
-                 strengths: Sequence[float] = STRENGTHS) -> dict[str, float]:  # fmt: skip
+                 strengths: tuple[float, ...] = STRENGTHS) -> dict[str, float]:  # fmt: skip
     """Learn classes from features by logistic regression, and judge them on others: `accuracy`, and the strength.
 
     features: [n, d], labels: [n], test_features: [m, d], test_labels: [m]. Features are centred and divided by their
@@ -89,7 +88,7 @@ def attentive_probe(features: Tensor, labels: Tensor, test_features: Tensor, tes
     return accuracy(torch.cat(scores), test_labels)
 
 
-def _best_strength(features: Tensor, labels: Tensor, classes: int, strengths: Sequence[float]) -> float:
+def _best_strength(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...]) -> float:
     """The strength that does best on every fifth image, counted class by class; the greatest if there are too few."""
     held = torch.argsort(labels, stable=True)[FOLD - 1 :: FOLD]
     kept = torch.ones_like(labels, dtype=torch.bool)

@@ -53,6 +53,13 @@ def test_a_checkpoint_is_the_model_of_its_step(finished):
             assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("path", ["model", "checkpoints/step_3"])
+def test_either_is_opened_in_another_precision(finished, path):
+    whole, half = (load_pretrained(finished[0] / path, dtype=dtype).model for dtype in (torch.float32, torch.bfloat16))
+    for name, value in half.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name].bfloat16()), name
+
+
 def test_a_run_that_goes_on_is_its_newest_checkpoint(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run/model")

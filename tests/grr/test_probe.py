@@ -95,7 +95,7 @@ def test_the_strength_is_one_that_helps_on_what_was_held_out():
     """Forty noisy dimensions and few images: the weakest penalty learns the noise by heart."""
     (x, labels), (test, test_labels) = blobs(60, 40, 3, noise=0.5, seed=0), blobs(600, 40, 3, noise=0.5, seed=1)
     chosen = linear_probe(x, labels, test, test_labels, 3)
-    weakest = linear_probe(x, labels, test, test_labels, 3, strengths=[1e-5])
+    weakest = linear_probe(x, labels, test, test_labels, 3, strengths=(1e-5,))
     assert chosen["strength"] > 1e-5 == weakest["strength"]
     assert chosen["top_1"] > weakest["top_1"]
 

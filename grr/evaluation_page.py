@@ -1,0 +1,182 @@
+"""An evaluation as it is kept and read: evaluation.json, a page beside it, and the same numbers in a terminal."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import grr
+from grr.charts import number, percent
+from grr.page import write_page
+from grr.report import Examples, show_captions, show_retrievals
+from grr.table import Table, aligned, html
+
+Evaluation = dict[str, Any]
+
+MOST = 60  # classes whose confusions are drawn
+CELL = 14  # side of a drawn cell
+NAMES = 90  # room for the names of classes
+LISTED = 12  # confusions told in words
+LOSSES = ("loss", "contrastive_loss", "captioning_loss", "perplexity")
+JUDGEMENTS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "exact")
+ACCURACIES = ("top_1", "top_5", "mean_per_class")
+CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
+
+
+class Confusions(NamedTuple):
+    """How often images of one class are taken for another: counts[i, j], those of class i for class j."""
+
+    classes: Sequence[str]
+    counts: Tensor  # int64 [c, c]
+
+    @classmethod
+    def of(cls, classes: Sequence[str], scores: Tensor, labels: Tensor) -> "Confusions":
+        """scores: [n, c], labels: [n]."""
+        c = len(classes)
+        return cls(classes, torch.bincount(labels * c + scores.argmax(1), minlength=c * c).view(c, c))
+
+
+class Part(NamedTuple):
+    """The results of one kind of task: a table, and what one must know to read it."""
+
+    title: str
+    table: Table
+    note: str
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, examples: Examples | None,
+                     confusions: Confusions | None) -> Path:  # fmt: skip
+    """Write folder/evaluation.json and folder/evaluation.html, each whole or not at all; returns the page's path.
+
+    evaluation: JSON values, "model", "data" and "results" at least; "made" is added to them: when, with what versions,
+    and on which device.
+    """
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    made = {"time": time, "grr": grr.__version__, "torch": torch.__version__, "device": device}
+    text = json.dumps(_finite({**evaluation, "made": made}), indent=2, ensure_ascii=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "evaluation.json.part"
+    aside.write_text(text + "\n", encoding="utf-8", errors="replace")
+    os.replace(aside, folder / "evaluation.json")
+    shown = "".join(map(_show_part, parts(evaluation["results"])))
+    return write_page(
+        folder / "evaluation.html", _title(evaluation), _header(evaluation),
+        f"<section><h2>What it can do</h2><div class=retrievals>{shown}</div></section>",
+        show_retrievals(examples.retrievals) if examples else "",
+        show_captions(examples.captions) if examples else "",
+        _show_confusions(confusions) if confusions else "",
+        "<section class=files><h2>What was computed</h2><details><summary>evaluation.json</summary>"
+        f"<pre>{escape(text)}</pre></details></section>",
+    )  # fmt: skip
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """The numbers of an evaluation for a terminal."""
+    shown = [f"{part.title}: {part.note}\n{aligned(part.table)}" for part in parts(evaluation["results"])]
+    return "\n\n".join([f"{_title(evaluation)}: {_counts(evaluation)}", *shown]).replace("\u202f", " ")
+
+
+def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
+    """The results of an evaluation by the kind of task, as they are read."""
+    found = []
+    if loss := results.get("losses"):
+        note = (f"loss = {loss['contrastive_weight']:g} × contrastive + {loss['captioning_weight']:g} × captioning, "
+                f"contrastive batches of {loss['contrastive_batch']:,}")  # fmt: skip
+        table = [["", "loss", "contrastive", "captioning", "perplexity"],
+                 ["mean", *(number(loss[key]) for key in LOSSES)]]  # fmt: skip
+        found.append(Part("Losses", table, note))
+    if recall := results.get("retrieval"):
+        ways = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
+        table = [["", "R@1", "R@5", "R@10"]]
+        table += [[name, *(percent(recall[f"{way}_r{k}"]) for k in (1, 5, 10))] for way, name in ways.items()]
+        found.append(Part("Retrieval", table, f"among {recall['candidates']:,} images and their captions"))
+    if judged := results.get("captions"):
+        table = [["", "B-1", "B-2", "B-3", "B-4", "ROUGE-L", "CIDEr-D", "exact"],
+                 ["× 100", *(f"{100 * judged[key]:.1f}" for key in JUDGEMENTS)]]  # fmt: skip
+        found.append(Part("Captions", table, "B: BLEU; exact: equal to a reference, to the letter"))
+    if known := {name: results[task] for task, name in CLASSIFIERS.items() if task in results}:
+        table = [["", "top 1", "top 5", "mean of classes"]]
+        for name, one in known.items():
+            table.append([name, *(percent(one[key]) if key in one else "" for key in ACCURACIES)])
+        note = "how often the class is the likeliest, or among the five likeliest; top 1 averaged over classes"
+        found.append(Part("Classes", table, note))
+    return found
+
+
+# The parts of the page
+
+
+def _title(evaluation: Evaluation) -> str:
+    data = evaluation["data"] or evaluation["labelled"]
+    split = f" ({data['split']})" if data.get("split") else ""
+    return f"{evaluation['model']['builder']} on {data['name']}{split}"
+
+
+def _counts(evaluation: Evaluation) -> str:
+    data = evaluation["data"] or evaluation["labelled"]
+    counts = f"{data['images']:,} images" + (f", {data['captions']:,} captions" if "captions" in data else "")
+    return counts + (f", {data['left_out']:,} left out" if data["left_out"] else "")
+
+
+def _header(evaluation: Evaluation) -> str:
+    now, model = datetime.now(UTC), evaluation["model"]
+    facts = [escape(str(model["path"])), f"{model['parameters']:,} parameters", _counts(evaluation),
+             f"written {now.day} {now:%B %Y, %H:%M} UTC"]  # fmt: skip
+    shown = " <i>·</i> ".join(f"<span>{fact}</span>" for fact in facts)
+    return f"<header><h1>{escape(_title(evaluation))}</h1><p class=facts>{shown}</p></header>"
+
+
+def _show_part(part: Part) -> str:
+    note = part.note[0].upper() + part.note[1:]
+    return f"<article><h3>{part.title}</h3>{html(part.table)}<p>{note}.</p></article>"
+
+
+def _show_confusions(confusions: Confusions) -> str:
+    """Which classes are taken for which: drawn, if there are not too many, and the most frequent in words."""
+    wrong = confusions.counts.clone().fill_diagonal_(0)
+    most = wrong.flatten().argsort(descending=True, stable=True)[:LISTED]
+    places = [divmod(k, len(wrong)) for k in most.tolist() if wrong.flatten()[k]]
+    told = "".join(f"<li>{escape(_confusion(confusions, i, j))}</li>" for i, j in places)
+    told = f"<ul class=notes>{told}</ul>" if told else "<p>Every image is taken for what it is.</p>"
+    drawn = _matrix(confusions) if len(wrong) <= MOST else ""
+    return ("<section><h2>What it takes for what</h2><p>Classes found by their names alone: a row for what is shown, a "
+            f"column for what it is taken for.</p>{drawn}{told}</section>")  # fmt: skip
+
+
+def _matrix(confusions: Confusions) -> str:
+    classes, counts = confusions
+    side = NAMES + CELL * len(classes)
+    names = cells = ""
+    for i, name in enumerate(map(escape, classes)):
+        middle = NAMES + CELL * i + CELL / 2
+        names += f"<text x={NAMES - 5} y={middle} dy=.35em>{name}</text>"
+        above = f'transform="translate({middle} {NAMES - 5}) rotate(-90)" dy=.35em style="text-anchor:start"'
+        names += f"<text {above}>{name}</text>"
+    for i, j in counts.nonzero().tolist():
+        share = counts[i, j] / counts[i].sum()
+        style = f"fill:var(--{'right' if i == j else 'b'});opacity:{max(0.2, share):.2f}"
+        place = f"x={NAMES + CELL * j + 1} y={NAMES + CELL * i + 1} width={CELL - 2} height={CELL - 2}"
+        cells += f'<rect {place} style="{style}"><title>{escape(_confusion(confusions, i, j))}</title></rect>'
+    return f'<div class=scroll><svg viewBox="0 0 {side} {side}" style="width:{side}px">{names}{cells}</svg></div>'
+
+
+def _confusion(confusions: Confusions, i: int, j: int) -> str:
+    classes, counts = confusions
+    return f"{classes[i]} taken for {classes[j]}: {counts[i, j]} of {counts[i].sum()}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: such numbers become null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

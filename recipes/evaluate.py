@@ -1,0 +1,149 @@
+"""Judge a trained model by data it never saw: the paper's losses, retrieval, captions, and the classes of images.
+
+    python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
+    torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml model.path=runs/coco
+
+Writes evaluation.json and evaluation.html. Any number of processes gives the same numbers. Any key of the config may
+follow as key=value.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from grr import config
+from grr.checkpoint import read_progress
+from grr.data import DATASETS, LABELLED, refuse_other_classes
+from grr.distributed import start
+from grr.evaluate import captioning, examples, losses, recalls
+from grr.evaluation_page import Confusions, as_text, write_evaluation
+from grr.generate import generate
+from grr.observe import features, observe
+from grr.pretrained import Pretrained, find_pretrained, load_pretrained
+from grr.probe import attentive_probe, linear_probe
+from grr.zero_shot import accuracy, class_embeddings
+
+PAIRED = ("losses", "retrieval", "captions")  # tasks that need images with captions
+PROBES = ("linear_probe", "attentive_probe")  # that need labelled images to train on, and others to judge by
+Task = Literal["losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"]
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    folder: str | None = None  # where results are written; null: the folder of the run that trained the model
+    tasks: list[Task] = field(default_factory=lambda: list(PAIRED))
+    images: int | None = None  # with their captions, the first so many; null: all
+    bf16: bool = False  # compute in bfloat16
+
+
+@dataclass
+class Model:
+    """The model to judge."""
+
+    path: str  # a run's folder, its model/, or one of its checkpoints/step_N
+
+
+def main() -> None:
+    cfg = config.load(
+        run=Run, model=Model, data=DATASETS | config.NONE, losses=losses, generation=generate,
+        labelled=LABELLED | config.NONE, labelled_train=LABELLED | config.NONE, zero_shot=class_embeddings,
+        linear_probe=linear_probe, attentive_probe=attentive_probe,
+    )  # fmt: skip
+    run = Run(**cfg.run)
+    refuse_missing_data(run.tasks, cfg)
+    device = start()
+    logging.basicConfig(format="%(message)s", level=logging.INFO if dist.get_rank() == 0 else logging.WARNING)
+
+    # model: whole in every process, each of which computes batches of its own
+    source = find_pretrained(cfg.model["path"])
+    folder = Path(run.folder) if run.folder else run_of(source)
+    dtype = torch.bfloat16 if run.bf16 else torch.float32
+    model, tokenizer, image_size, crop = load_pretrained(source.path, device=device, dtype=dtype)
+    logging.info(f"judging {source.path} by {', '.join(run.tasks)}")
+
+    # look: all processes share the images, and rank 0 has what came of them
+    look = {"image_size": image_size, "crop": crop, "progress": True}
+    seen = test = train = None
+    if any(task in PAIRED for task in run.tasks):
+        generation = cfg.generation if "captions" in run.tasks else None
+        seen = observe(model, cfg.build("data"), tokenizer, device, images=run.images, generation=generation, **look)
+    if not set(run.tasks) <= set(PAIRED):
+        labelled = cfg.build("labelled")
+        patches = "attentive_probe" in run.tasks
+        test = features(model, labelled, device, patches=patches, **look)
+        if any(task in PROBES for task in run.tasks):
+            labelled_train = cfg.build("labelled_train")
+            refuse_other_classes(labelled_train, labelled)
+            train = features(model, labelled_train, device, patches=patches, **look)
+    if dist.get_rank() > 0:
+        return
+
+    # judge: plain arithmetic, in one process
+    results: dict[str, Any] = {}
+    confusions = None
+    if "losses" in run.tasks:
+        results["losses"] = losses(seen, **cfg.losses)
+    if "retrieval" in run.tasks:
+        results["retrieval"] = recalls(seen)
+    if "captions" in run.tasks:
+        results["captions"] = captioning(seen, tokenizer)
+    if "zero_shot" in run.tasks:
+        names = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
+        scores = test.embeddings @ names.float().cpu().T  # [n, c]
+        results["zero_shot"] = accuracy(scores, test.labels)
+        confusions = Confusions.of(labelled.classes, scores, test.labels)
+    if "linear_probe" in run.tasks:
+        sides = [x.to(device) for x in (train.embeddings, train.labels, test.embeddings, test.labels)]
+        results["linear_probe"] = linear_probe(*sides, len(labelled.classes), **cfg.linear_probe)
+    if "attentive_probe" in run.tasks:
+        sides = [train.patches, train.labels, test.patches, test.labels]
+        results["attentive_probe"] = attentive_probe(*sides, len(labelled.classes), model.pooler_heads,
+                                                     device, **cfg.attentive_probe)  # fmt: skip
+
+    # write
+    evaluation = {
+        "model": {"path": str(source.path), "builder": source.builder, "precision": str(dtype).removeprefix("torch."),
+                  "parameters": sum(p.numel() for p in model.parameters()), "step": step_of(source)},
+        "data": {**cfg.data, **seen.facts()} if seen else None,
+        "labelled": {**cfg.labelled, **test.facts()} if test else None,
+        "labelled_train": {**cfg.labelled_train, **train.facts()} if train else None,
+        "generation": cfg.generation if "captions" in run.tasks else None,
+        "results": results,
+    }  # fmt: skip
+    page = write_evaluation(folder, evaluation, examples(seen) if seen else None, confusions)
+    print(as_text(evaluation))
+    logging.info(f"see {page}, and evaluation.json beside it")
+
+
+def refuse_missing_data(tasks: list[Task], cfg: config.Config) -> None:
+    """A task needs its data: raises ValueError naming the section that is missing."""
+    needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES}
+    for section, wanted in needs.items():
+        for task in tasks:
+            if task in wanted and vars(cfg)[section]["name"] == "none":
+                raise ValueError(f"evaluate: the task {task} needs the section {section}, and there is none; add it to "
+                                 f"the config, or leave {task} out of run.tasks")  # fmt: skip
+
+
+def run_of(source: Pretrained) -> Path:
+    """The folder of the run that trained a model; that of the model itself, if it was taken out of its run."""
+    if (source.path / "progress.json").is_file():
+        return source.path.parent.parent  # runs/mine/checkpoints/step_100
+    run = source.path.parent  # runs/mine/model
+    return run if (run / "config.yaml").is_file() else source.path
+
+
+def step_of(source: Pretrained) -> int | None:
+    """The step of a checkpoint."""
+    return read_progress(source.path)["step"] if (source.path / "progress.json").is_file() else None
+
+
+if __name__ == "__main__":
+    main()
+    dist.destroy_process_group()

