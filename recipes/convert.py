@@ -1,0 +1,56 @@
+"""Turn a checkpoint of open_clip's CoCa into a model of this library: captions, evaluation and fine-tuning read it.
+
+    python recipes/convert.py --config recipes/configs/convert/open_clip_coca_vit_b_32.yaml \\
+        run.checkpoint=open_clip_pytorch_model.bin
+
+Nothing is downloaded: checkpoint and vocabulary are files that you have. Afterwards, in Python,
+
+    model, tokenizer, image_size, crop = load_pretrained("models/open_clip_coca_vit_b_32")
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grr import config
+from grr.checkpoint import save_model
+from grr.clip_tokenizer import ClipTokenizer, installed_merges
+from grr.convert import convert_open_clip, read_open_clip
+from grr.open_clip import OPEN_CLIP_MODELS
+from grr.pretrained import describe
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    checkpoint: str  # .pt, .bin or .safetensors, of open_clip's names
+    folder: str  # what becomes of it: weights, description, vocabulary
+    merges: str | None = None  # bpe_simple_vocab_16e6.txt.gz or merges.txt; null: that of the installed open_clip
+
+
+def main() -> None:
+    cfg = config.load(run=Run, model=OPEN_CLIP_MODELS)
+    run = Run(**cfg.run)
+
+    # vocabulary
+    merges = Path(run.merges) if run.merges else installed_merges()
+    tokenizer = ClipTokenizer(merges, context=cfg.model["context"])
+    if tokenizer.vocab_size != cfg.model["vocab_size"]:
+        raise ValueError(f"convert: {merges} gives {tokenizer.vocab_size} ids, model.vocab_size is "
+                         f"{cfg.model['vocab_size']}; give the merges that the model was trained with")  # fmt: skip
+
+    # weights: the model is built without memory, and takes those that were read
+    with torch.device("meta"):
+        model = cfg.build("model")
+    model.load_state_dict(convert_open_clip(read_open_clip(run.checkpoint), model), assign=True)
+
+    description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, "clip")
+    save_model(Path(run.folder), model, description, merges)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{run.folder}: {cfg.model['name']}, {parameters:,} parameters")
+
+
+if __name__ == "__main__":
+    main()
