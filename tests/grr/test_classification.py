@@ -1,0 +1,104 @@
+"""The loss, gradients and accuracy of a step depend on the global batch alone."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from grr.builders import grr_coca_tiny
+from grr.classification import classification_scores, classification_step
+from grr.data import Batch
+from grr.distributed import start
+from grr.heads import image_classifier, image_text_classifier
+from grr.packing import IGNORE, pack_captions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group():
+    start()
+    yield
+    dist.destroy_process_group()
+
+
+def samples(seed: int, count: int = 8) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
+    """Images, rows of ids, and classes, two of which may be IGNORE."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(0, 14, (count,), generator=generator).tolist()
+    tokens = [torch.randint(3, 510, (n,), generator=generator).tolist() for n in lengths]
+    classes = torch.randint(0, 3, (count,), generator=generator)
+    classes[torch.randint(0, count, (2,), generator=generator)] = IGNORE
+    return images, [[510, *t, 1, *[0] * (13 - len(t)), 511, 0] for t in tokens], classes
+
+
+def split(images: torch.Tensor, rows: list[list[int]], classes: torch.Tensor, pieces: int) -> list[Batch]:
+    size = len(rows) // pieces
+    cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
+    return [Batch(images[c], *pack_captions(rows[c]), [str(i) for i in range(size)], 0, classes[c]) for c in cuts]
+
+
+def head(seed: int, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    build = image_text_classifier if seed % 2 else image_classifier
+    return build(grr_coca_tiny(dropout=dropout), 3, dropout=dropout).double()
+
+
+@given(pieces=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99), label_smoothing=st.sampled_from([0.0, 0.2]))
+def test_any_split_gives_the_loss_the_gradients_and_the_accuracy_of_the_whole_batch(pieces, seed, label_smoothing):
+    model = head(seed)
+    images, rows, classes = samples(seed)
+    logits = model(images, torch.tensor(rows)[:, :-1])
+    loss = F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, label_smoothing=label_smoothing)
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+
+    scores = classification_step(model, split(images, rows, classes, pieces), 0, label_smoothing=label_smoothing)
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert scores.accuracy == (logits.argmax(-1) == classes).double().mean().item()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@given(sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_scores_of_many_batches_are_those_of_one(sizes, seed):
+    model = head(seed, dropout=0.5).train()
+    batches = [split(*samples(seed + i), pieces) for i, pieces in enumerate(sizes)]
+    whole = [split(*samples(seed + i), 1)[0] for i in range(len(sizes))]
+    scores = classification_scores(model, batches)
+    assert model.training
+    model.eval()
+    logits = torch.cat([model(b.images, b.ids, positions=b.positions) for b in whole])
+    classes = torch.cat([b.classes for b in whole])
+    assert scores.loss == pytest.approx(F.cross_entropy(logits.float(), classes, ignore_index=IGNORE).item(), rel=1e-5)
+    assert scores.accuracy == pytest.approx((logits.argmax(-1) == classes).double().mean().item())
+
+
+def test_dropout_is_drawn_by_the_step_and_the_place_of_a_micro_batch():
+    model = head(1, dropout=0.5)
+    batches = split(*samples(0), 2)
+    first = classification_step(model, batches, 7)
+    torch.manual_seed(123)  # whatever was drawn before
+    assert classification_step(model, batches, 7) == first
+    assert classification_step(model, batches, 8) != first
+    twice = classification_step(model, [batches[0], batches[0]], 7)
+    assert twice.loss != pytest.approx(classification_step(model, [batches[0]], 7).loss, rel=1e-6)
+
+
+def test_a_batch_in_which_nothing_has_a_class_changes_nothing():
+    model = head(0)
+    images, rows, classes = samples(0)
+    assert classification_step(model, split(images, rows, torch.full_like(classes, IGNORE), 2), 0) == (0.0, 0.0)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_data_without_classes_are_refused():
+    batch = split(*samples(0), 1)[0]
+    batch.classes = None
+    with pytest.raises(ValueError, match=r"classification: the data have no classes; take those of grr.data.LABELLED"):
+        classification_step(head(0), [batch], 0)
+    with pytest.raises(ValueError, match="the data have no classes"):
+        classification_scores(head(0), [[batch]])
