@@ -115,6 +115,10 @@ def main() -> None:
     if run.in_memory:
         pairs, held_out = InMemory(pairs), InMemory(held_out)
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
+    if cfg.loader["crop"] != source.crop:
+        logging.info(
+            f"the images of {source.path} were cut otherwise; loader.crop={source.crop} goes on as it was trained"
+        )
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = math.inf if run.epochs is None else run.epochs * per_epoch
     loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,

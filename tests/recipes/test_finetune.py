@@ -68,7 +68,7 @@ def start(tmp_path_factory) -> Path:
     tokenizer = train_tokenizer(DATASETS["openmoji"](scenes=80, held_out=20).captions, folder / "words", vocab_size=128)
     sizes = {"vocab_size": tokenizer.vocab_size, **SIZES}
     torch.manual_seed(0)
-    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
+    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "center"), folder / "words")
     return folder / "model"
 
 
@@ -88,6 +88,7 @@ def frozen(start, tmp_path_factory) -> Path:
     done = run(command(start, folder, *FROZEN))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "finished: the model of step 10: validation loss" in done.stderr
+    assert "loader.crop=center goes on as it was trained" in done.stderr
     return folder
 
 
