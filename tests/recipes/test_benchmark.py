@@ -35,7 +35,7 @@ def load(file: Path, *overrides: str) -> config.Config:
 
 
 def run(words: list[str], **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
@@ -209,10 +209,13 @@ def test_every_config_is_valid_and_says_how_to_run_it(file):
 def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
     words = ["run.batch_size=9", "run.written_tokens=14", "run.caption_tokens=[0]"]
     tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
-    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
+    under_torchrun = {"RANK": "0", "WORLD_SIZE": "2"}
+    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path,
+               env=under_torchrun)  # fmt: skip
     assert done.returncode != 0
     for part in (
-        "benchmark: batch_size must be a multiple of micro_batch_size, got 9 and 8",
+        "benchmark: one process is measured, got 2; start it without torchrun",
+        "batch_size must be a multiple of micro_batch_size, got 9 and 8",
         "room for captions of 1 to 13 tokens, got written_tokens=14",
         "caption_tokens must be null or a mean from 1 to 13, got [0]",
     ):
