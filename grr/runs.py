@@ -33,7 +33,7 @@ class RunRecord:
     conditions: dict[str, Any]  # by name: all that must be equal if only the model shall make a difference
     start: dict[str, Any]  # the manifest's last
     validations: list[Row]  # lines of metrics.jsonl
-    final: Row | None  # its line on the model that was left, where that is no validated one (fine-tuning's last mean)
+    final: Row | None  # its line on the model that a fine-tuning left; None for other runs
     evaluation: dict[str, Any]  # evaluation.json; empty if there is none
 
     @property
@@ -70,7 +70,7 @@ def read_run(folder: Path) -> RunRecord:
         seed=config["run"]["seed"],
         finished=bool(description),
         model=model,
-        conditions={**_conditions(config), **{key: starts[-1].get(key) for key in FACTS}, **_judged(evaluation)},
+        conditions={**_conditions(config, starts[-1]), **_judged(evaluation)},
         start=starts[-1],
         validations=[row for row in rows if row.get("split") == "validation"],
         final=next((row for row in reversed(rows) if row.get("split") == "final"), None),
@@ -133,12 +133,29 @@ def _spelled(key: str, values: Mapping[str, Any]) -> str:
     return json.dumps(values[key]) if key in values else "not there"
 
 
-def _conditions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config says of how a model is trained and measured. Micro-batches matter where they are contrasted."""
+def _conditions(config: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+    """How and on what a model is trained and measured; of a fine-tuning, what it starts from as well.
+
+    The size of a micro-batch is free unless micro-batches are contrasted each in itself.
+    """
     free = FREE - {"run.micro_batch_size"} if config.get("loss", {}).get("negatives") == "local" else FREE
     sections = {name: values for name, values in config.items() if name not in FREE_SECTIONS}
-    return {key: value for name, values in sections.items() for key, value in _named(name, values).items()
-            if key not in free}  # fmt: skip
+    told = {key: value for name, values in sections.items() for key, value in _named(name, values).items()}
+    conditions = {key: value for key, value in told.items() if key not in free}
+    return {**conditions, **{key: start.get(key) for key in FACTS}, **_pre_training(config["model"].get("path"))}
+
+
+def _pre_training(path: str | None) -> dict[str, Any]:
+    """The conditions of the run that a fine-tuning starts from: path is its folder, its model/ or a checkpoint in it.
+
+    Nothing where that run is no longer there.
+    """
+    for folder in (Path(path), *Path(path).parents[:2]) if path else ():
+        file = folder / "config.yaml"
+        if file.is_file() and (starts := read_starts(folder)):
+            config: Any = OmegaConf.to_container(OmegaConf.load(file))
+            return _named("pre-training", _conditions(config, starts[-1]))
+    return {}
 
 
 def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:

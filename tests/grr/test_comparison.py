@@ -57,6 +57,7 @@ def make_run(folder: Path, seed: int = 0, losses: list[float | None] = [3.0], *,
     if finished:
         (folder / "model").mkdir()
         name = arguments.pop("name")
+        arguments.pop("path", None)
         (folder / "model/config.json").write_text(json.dumps({"builder": name, "arguments": arguments}))
     if judged:
         (folder / "evaluation.json").write_text(json.dumps(judged))
@@ -202,6 +203,18 @@ def test_a_fine_tuned_model_is_described_by_what_it_left_and_not_by_where_it_cam
     models = read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])
     assert models["GRR"][0].model == CONFIG["model"]
     assert differences(models) == []
+
+
+@pytest.mark.parametrize("inside", ["", "model", "checkpoints/step_10"])
+def test_fine_tunings_may_not_start_from_unequal_pre_trainings(tmp_path, inside):
+    for name, lr in (("base-0", 1e-3), ("grr-0", 2e-3)):
+        make_run(tmp_path / "pretrain" / name, config={"optimizer": {"lr": lr}})
+        make_run(tmp_path / "finetune" / name, model={"path": str(tmp_path / "pretrain" / name / inside)})
+    models = [f"Baseline: {tmp_path}/finetune/base-*", f"GRR: {tmp_path}/finetune/grr-*"]
+    with pytest.raises(
+        ValueError, match=r"finetune/grr-0: pre-training.optimizer.lr is 0.002, in \S+/base-0 it is 0.001"
+    ):
+        compare(read_models(models))
 
 
 @pytest.mark.parametrize(("entry", "says"), [
