@@ -1,6 +1,8 @@
 """The loss, gradients and accuracy of a classifier, which depend on the global batch alone."""
 
+import random
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -8,9 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grr.data import Batch
+from grr.data import Batch, Labelled
 from grr.distributed import all_sum, reset_seed
-from grr.packing import IGNORE
+from grr.images import BadImage, Crop
+from grr.packing import IGNORE, pack_captions
+from grr.report import Answer
+from grr.tokenizer import Tokenizer
+
+SHOWN = 24  # answers of the report
 
 
 class Scores(NamedTuple):
@@ -56,6 +63,30 @@ def classification_scores(model: nn.Module, steps: Iterable[Sequence[Batch]]) ->
         samples += len(batch.names)
     model.train(was_training)
     return _scores(loss, right, int(all_sum(labelled)[0]), samples)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int,
+            crop: Crop) -> list[Answer]:  # fmt: skip
+    """What a report shows of a classifier: its answers to some samples, always the same; all processes call it alike.
+
+    Images that cannot be read are left out.
+    """
+    images: dict[int, Tensor] = {}
+    for i in random.Random(0).sample(range(len(pairs)), min(SHOWN, len(pairs))):
+        with suppress(BadImage, OSError):
+            images[i] = pairs.load(i, size=image_size, crop=crop)
+    if not images:
+        return []
+    ids, positions, _ = pack_captions([tokenizer.encode(pairs.captions[i]) for i in images], pad_id=tokenizer.pad_id)
+    was_training = model.training
+    model.eval()
+    logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
+    model.train(was_training)
+    given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
+    right = [None if pairs.labels[i] == IGNORE else pairs.classes[pairs.labels[i]] for i in images]
+    return [Answer(image, pairs.captions[i], own, true)
+            for (i, image), own, true in zip(images.items(), given, right, strict=True)]  # fmt: skip
 
 
 def _classes(batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -39,9 +39,20 @@ class Caption:
 
 
 @dataclass
+class Answer:
+    """An image, what was asked or said of it, the class it was given, and the right one; None if it has none."""
+
+    image: Tensor  # uint8 [3, h, w]
+    text: str
+    given: str
+    right: str | None
+
+
+@dataclass
 class Examples:
     retrievals: list[Retrieval]
     captions: list[Caption]
+    answers: list[Answer] = field(default_factory=list)
 
 
 def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path:
@@ -56,6 +67,7 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
         _curves(rows),
         show_retrievals(examples.retrievals) if examples else "",
         show_captions(examples.captions) if examples else "",
+        show_answers(examples.answers) if examples else "",
         _files(folder),
     ]
     return write_page(folder / "report.html", title, *parts)
@@ -110,6 +122,9 @@ def _key_numbers(validations: list[Row]) -> str:
         if is_number(now.get(f"{key}_r1")):
             deeper = [f"R@{k} {percent(now[f'{key}_r{k}'])}" for k in (5, 10) if is_number(now.get(f"{key}_r{k}"))]
             tiles.append((label + ", R@1", percent(now[f"{key}_r1"]), [chance, *deeper]))
+    if is_number(now.get("accuracy")):
+        guessed = f"{percent(now['blind_accuracy'])} without the images" if is_number(now.get("blind_accuracy")) else ""
+        tiles.append(("Right answers", percent(now["accuracy"]), [guessed, *_was(before, "accuracy")]))
     if is_number(now.get("caption_exact")):
         tiles.append(("Captions right to the letter", percent(now["caption_exact"]), _was(before, "caption_exact")))
     for key, label in (("perplexity", "Perplexity"), ("contrastive_loss", "Contrastive loss"), ("loss", "Loss")):
@@ -129,15 +144,16 @@ def _key_numbers(validations: list[Row]) -> str:
 def _was(before: Row | None, key: str) -> list[str]:
     if before is None or not is_number(before.get(key)):
         return []
-    value = percent(before[key]) if key == "caption_exact" else number(before[key])
+    value = percent(before[key]) if key in ("accuracy", "caption_exact") else number(before[key])
     return [f"{value} at step {before['step']:,}"]
 
 
 def _curves(rows: list[Row]) -> str:
     train, held_out = ([row for row in rows if row.get("split") == split] for split in ("train", "validation"))
 
-    def both(key: str) -> list[Series]:
-        return [series(train, key, "train", "a", style="noisy"), series(held_out, key, "validation", "b")]
+    def both(key: str, factor: float = 1) -> list[Series]:
+        return [series(train, key, "train", "a", factor=factor, style="noisy"),
+                series(held_out, key, "validation", "b", factor=factor)]  # fmt: skip
 
     def alone(key: str, style: Literal["plain", "noisy"] = "plain") -> list[Series]:
         return [series(train, key, "train", "a", style=style)]
@@ -147,6 +163,7 @@ def _curves(rows: list[Row]) -> str:
     charts = [
         chart("Loss", both("loss"), wide=True),
         chart("R@1 in %", recalls, wide=True, low=0, high=100),
+        chart("Right answers in %", both("accuracy", 100), wide=True, low=0, high=100),
         chart("Contrastive loss", both("contrastive_loss"), wide=True),
         chart("Perplexity", both("perplexity"), wide=True, log=True),
         chart("Learning rate", alone("lr"), low=0),
@@ -198,6 +215,22 @@ def show_captions(captions: list[Caption]) -> str:
                      "</figcaption></figure>")  # fmt: skip
     return ("<section><h2>An image, and the caption it writes</h2><p>Below each image what the model wrote, then, "
             "smaller, what a person wrote; ✓ where the two are equal.</p>"
+            f"<div class=captions>{''.join(items)}</div></section>")  # fmt: skip
+
+
+def show_answers(answers: list[Answer]) -> str:
+    """The section of images and the classes they were given, as HTML; nothing if there are none."""
+    if not answers:
+        return ""
+    items = []
+    for one in answers:
+        right = "none of the classes" if one.right is None else one.right
+        check = ' <b class=check title="right">✓</b>' if one.given == one.right else ""
+        items.append(f"<figure>{_image(one.image, f'{one.text}: {right}')}<figcaption>"
+                     f"<p class=true>{escape(one.text)}</p><p class=written>{escape(one.given)}{check}</p>"
+                     f"{'' if check else f'<p class=true>{escape(right)}</p>'}</figcaption></figure>")  # fmt: skip
+    return ("<section><h2>An image it never saw, and its answer</h2><p>Below each image what was asked or said of it, "
+            "then the answer of the model, ✓ where it is right, and else, smaller, the right one.</p>"
             f"<div class=captions>{''.join(items)}</div></section>")  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from grr.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from grr.classification import classification_scores, classification_step
+from grr.classification import answers, classification_scores, classification_step
 from grr.data import (
     LABELLED,
     blind_accuracy,
@@ -53,6 +53,7 @@ from grr.log import open_log
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pretrained import build_pretrained, find_pretrained
+from grr.report import Examples, write_report
 from grr.step import refuse_non_finite
 from grr.tokenizer import open_tokenizer
 
@@ -188,9 +189,12 @@ def main() -> None:
             if scores.accuracy > best:
                 best, best_step = scores.accuracy, step
                 save_model(folder / "model", model, description, folder / "tokenizer.model")
+            shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
+                            crop=cfg.loader["crop"])  # fmt: skip
             if log:
                 log.write(split="validation", step=step, epoch=step / per_epoch, **scores._asdict(),
                           blind_accuracy=blind, best_accuracy=best, best_step=best_step)  # fmt: skip
+                write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
                 bar.write(f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
                           f"{best:.1%} at step {best_step}; {blind:.1%} without a look at the images")  # fmt: skip
             logged += time.monotonic() - began
@@ -204,7 +208,8 @@ def main() -> None:
 
     bar.close()
     end = "stopped; the same command continues" if stopping and step < last else "finished"
-    logging.info(f"{end} after step {step} of {last}; the best model is in {folder / 'model'}")
+    logging.info(f"{end} after step {step} of {last}; the best model is in {folder / 'model'}; see "
+                 f"{folder / 'report.html'}")  # fmt: skip
     lock.release()
 
 
