@@ -1,7 +1,8 @@
 """What a model makes of images and their captions: embeddings, the loss of every token, captions of its own.
 
 Images are read in fixed batches, each of them by one process, and what comes of them is put together in the order of
-the data. So the numbers depend on the data alone: any number of processes gives those of one, bit for bit.
+the data. So any number of processes gives the numbers of one, bit for bit, if each computes with as many threads: torch
+adds in another order with another number of them, and torchrun sets OMP_NUM_THREADS=1 unless it is set.
 """
 
 from collections import deque
@@ -142,7 +143,7 @@ def features(model: CoCa, labelled: Labelled, device: torch.device, *, image_siz
     if len(first) < len(labelled):
         raise ValueError(
             f"features: each image must stand once in data to classify, got {len(labelled)} labels of {len(first)} "
-            "images; questions about images are for recipes/classify.py"
+            "images; questions about images are for recipes/finetune_classifier.py"
         )
 
     def work(pixels: Tensor, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:

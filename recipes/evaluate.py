@@ -3,8 +3,8 @@
     python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
     torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml model.path=runs/coco
 
-Writes evaluation.json and evaluation.html. Any number of processes gives the same numbers. Any key of the config may
-follow as key=value.
+Writes evaluation.json and evaluation.html. Any number of processes gives the same numbers; on CPUs to the last bit if
+OMP_NUM_THREADS is the same. Any key of the config may follow as key=value.
 """
 
 import logging

@@ -21,7 +21,7 @@ from grr.distributed import materialize, on_rank_0, shard, start
 from grr.evaluate import captioning, examine, losses, recalls
 from grr.images import BadImage, Crop
 from grr.model import CoCa
-from grr.observe import features, observe
+from grr.observe import features, observe, over_images
 from grr.tokenizer import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]
@@ -79,6 +79,7 @@ def main(folder: Path) -> None:
     model = a_model(tokenizer)
     pairs = Noise(several_captions(130), bad=(3, 50, 77), silent=(0, 9))
     seen = observe(model, pairs, tokenizer, device, generation={}, **SEEN)
+    batches, _ = over_images(pairs, list(range(130)), lambda pixels, items: [len(pixels), items], device, **SEEN)
     looked = features(model, colours(70, bad=(5,)), device, patches=True, **SEEN)
     shard(model, device)
     metrics, examples = examine(model, pairs, tokenizer, device, candidates=60, **SEEN)
@@ -86,6 +87,7 @@ def main(folder: Path) -> None:
     if seen is not None:
         tensors = [seen.image_of_text, seen.image_embeddings, seen.text_embeddings, seen.token_losses, seen.tokens]
         print("RESULT " + json.dumps({
+            "batches": batches,
             "rows": [seen.images, seen.texts, list(seen.left_out.items()), seen.written],
             "tensors": digest(*tensors),
             "losses": losses(seen, contrastive_batch=32),
