@@ -44,6 +44,8 @@ def main() -> None:
     cfg = config.load(run=Run)
     run = Run(**cfg.run)
     try:
+        if run.jobs < 1:
+            raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
         jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
         refuse_missing_files(jobs)
     except ValueError as error:

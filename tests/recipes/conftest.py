@@ -17,7 +17,7 @@ TINY = ("model.image_size=32 model.dim=32 model.num_heads=2 model.vision_layers=
 
 @pytest.fixture(scope="session")
 def tiny_sweep(tmp_path_factory) -> Path:
-    """The config of a sweep, two stages deep, whose runs take seconds."""
+    """The config of a sweep whose runs take seconds."""
     folder = tmp_path_factory.mktemp("sweep")
     base = "recipes/pretrain.py --config recipes/configs/pretrain/openmoji.yaml"
     grid = {

@@ -169,6 +169,9 @@ def test_what_is_missing_is_named_before_anything_starts(grid):
     assert done.returncode == 1
     assert "seeds: 0 stands there twice" in done.stderr
     assert "Traceback" not in done.stderr
+    done = run(grid, "run.jobs=0")
+    assert done.returncode == 1
+    assert "sweep: jobs must be at least 1, got 0" in done.stderr
     assert not (grid / "runs").exists()
 
 
