@@ -107,6 +107,10 @@ def main() -> None:
     refuse_other_classes(pairs, held_out)
     if source is not None:
         cfg.tokenizer |= {"path": str(source.tokenizer), "context": source.arguments["context"]}
+        if cfg.loader["crop"] != source.crop:
+            logging.info(
+                f"the images of {source.path} were cut otherwise; loader.crop={source.crop} goes on as it was trained"
+            )
     tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)

