@@ -213,6 +213,6 @@ def test_every_config_is_valid_and_says_how_to_run_it_and_what_to_expect(file):
     assert Path(cfg.run["folder"]).name == file.stem
     assert cfg.schedule["cycle_epochs"] == cfg.run["epochs"]
     header = file.read_text().split("\nrun:")[0]
-    assert f"recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/{file.name}" in header
+    assert f"--config recipes/configs/finetune_classifier/{file.name}" in header
     assert "Expect: " in header
     assert cfg.data["name"] == cfg.validation["name"]
