@@ -116,7 +116,7 @@ def main() -> None:
     last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
     validate_every = run.validate_every or per_epoch
 
-    # model: built without memory, sharded, then filled, so no process ever trains all of it
+    # model: the head on the parts of a CoCa, built without memory, sharded, then filled
     if source is not None:
         builder, arguments = source.builder, source.arguments | {"dropout": cfg.model["dropout"]}
     else:

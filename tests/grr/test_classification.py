@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -50,6 +50,7 @@ def head(seed: int, dropout: float = 0.0) -> nn.Module:
     return build(grr_coca_tiny(dropout=dropout), 3, dropout=dropout).double()
 
 
+@settings(max_examples=12)
 @given(pieces=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99), label_smoothing=st.sampled_from([0.0, 0.2]))
 def test_any_split_gives_the_loss_the_gradients_and_the_accuracy_of_the_whole_batch(pieces, seed, label_smoothing):
     model = head(seed)
@@ -67,6 +68,7 @@ def test_any_split_gives_the_loss_the_gradients_and_the_accuracy_of_the_whole_ba
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@settings(max_examples=12)
 @given(sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_scores_of_many_batches_are_those_of_one(sizes, seed):
     model = head(seed, dropout=0.5).train()

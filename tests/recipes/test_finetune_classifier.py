@@ -167,7 +167,7 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     new = f"model:\n  name: grr_coca\n{model}tokenizer:\n  vocab_size: 256\n  context: 16\n"
     (tmp_path / "vqa.yaml").write_text(text[:start] + new + text[end:])
     done = run([sys.executable, str(RECIPES / "finetune_classifier.py"), "--config", str(tmp_path / "vqa.yaml"),
-                f"run.folder={tmp_path / 'run'}", "data.scenes=1000", "data.held_out=100", "validation.scenes=1000",
+                f"run.folder={tmp_path / 'run'}", "data.scenes=700", "data.held_out=100", "validation.scenes=700",
                 "validation.held_out=100", "run.batch_size=32", "run.micro_batch_size=32", "optimizer.lr=2e-3",
                 "run.epochs=2", "schedule.cycle_epochs=2"])  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -177,7 +177,7 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_ends_where_it_no_longer_improves_and_refuses_other_data(tmp_path):
+def test_a_run_ends_where_it_no_longer_improves(tmp_path):
     """At a learning rate of nearly nothing, the first validation stays the best."""
     few = [*CLASSES, "data.pictures=1", "validation.pictures=1", "run.validate_every=2", "run.patience=2",
            "run.epochs=9", "optimizer.lr=1e-30", "schedule.min_lr=0"]  # fmt: skip
@@ -187,9 +187,6 @@ def test_a_run_ends_where_it_no_longer_improves_and_refuses_other_data(tmp_path)
     assert [line["step"] for line in validations] == [2, 4, 6]
     assert {line["best_step"] for line in validations} == {2}
     assert "finished after step 6 of 72" in done.stderr
-    done = run(command(tmp_path, "classification", *few, "data.seed=1"))
-    assert done.returncode != 0
-    assert "holds the checkpoints of another run (data:" in done.stderr
 
 
 def test_validation_data_with_other_classes_are_refused_before_a_model_is_built(tmp_path):
