@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -13,6 +14,23 @@ from torch import Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; Deng et al. 2009, the values that torchvision made common
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 178_956_970  # where Pillow begins to warn of a decompression bomb
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".jpe",
+    ".jfif",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+)  # of files that people call images; the last two Pillow cannot read, and says so
 DRAFT = 2  # a JPEG is decoded at no less than so many times the wanted size
 
 Crop = Literal["squash", "center", "clip"]
@@ -29,6 +47,15 @@ def load_image(source: str | Path | bytes | BinaryIO, *, size: int = 288, crop: 
     is decoded at a reduced scale, at least twice the size wanted, which changes pixels by two levels of 255 on average.
     Raises BadImage, saying why, for whatever cannot be decoded; OSError if there is no such file.
     """
+    return _decoded(source, size, lambda image: to_tensor(image, size=size, crop=crop))
+
+
+def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int) -> Tensor:
+    """Decode an image as `load_image` does, in its own shape, at most `side` pixels a side: uint8 RGB [3, h, w]."""
+    return _decoded(source, side, lambda image: _small(image, side))
+
+
+def _decoded(source: str | Path | bytes | BinaryIO, size: int, use: Callable[[Image.Image], Tensor]) -> Tensor:
     if isinstance(source, str | Path):
         source = Path(source).read_bytes()
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -41,7 +68,7 @@ def load_image(source: str | Path | bytes | BinaryIO, *, size: int = 288, crop: 
                 if image.format == "JPEG":
                     image.draft(None, (DRAFT * size, DRAFT * size))
                 image.load()
-                return to_tensor(image, size=size, crop=crop)
+                return use(image)
         except BadImage:
             raise
         except (MemoryError, RecursionError):
@@ -57,8 +84,7 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
     cuts the longer side; "clip" does so to the pixel as CLIP does, bicubically, for weights of that family. Raises
     BadImage if the image has no pixels, or is so narrow that its longer side would be too long for "clip".
     """
-    if not image.width or not image.height:
-        raise BadImage(f"{image.width} x {image.height} pixels are no image")
+    _refuse_empty(image)
     rgb = _rgb(ImageOps.exif_transpose(image))
     if crop == "center":
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
@@ -84,6 +110,18 @@ def normalize(images: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     deviation = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / deviation
+
+
+def _small(image: Image.Image, side: int) -> Tensor:
+    _refuse_empty(image)
+    rgb = _rgb(ImageOps.exif_transpose(image))
+    rgb.thumbnail((side, side))
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _refuse_empty(image: Image.Image) -> None:
+    if not image.width or not image.height:
+        raise BadImage(f"{image.width} x {image.height} pixels are no image")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

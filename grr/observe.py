@@ -5,9 +5,7 @@ the data. So any number of processes gives the numbers of one, bit for bit, if e
 adds in another order with another number of them, and torchrun sets OMP_NUM_THREADS=1 unless it is set.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -20,13 +18,13 @@ from tqdm import tqdm
 
 from grr.data import Labelled, Pairs
 from grr.generate import generate
-from grr.images import BadImage, Crop, normalize
+from grr.images import Crop, normalize
 from grr.model import CoCa
 from grr.packing import IGNORE, pack_captions
+from grr.pictures import batches, read_batches
 from grr.tokenizer import Tokenizer
 
 R = TypeVar("R")
-T = TypeVar("T")
 BATCH = 50  # images at a time
 TEXTS = 200  # of their captions at a time
 
@@ -99,7 +97,7 @@ def observe(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.devic
     def work(pixels: Tensor, members: list[int]) -> _Part:
         context = model.image_context(pixels)  # [b, n, d]
         own = [(row, t) for row, i in enumerate(members) for t in texts_of[i]]
-        heard = [_hear(model, pairs, tokenizer, context, some) for some in _batches(own, TEXTS)]
+        heard = [_hear(model, pairs, tokenizer, context, some) for some in batches(own, TEXTS)]
         image_embeddings: dict[int, Tensor] = {}
         for (row, _), e in zip(own, (e for h in heard for e in h.image_embeddings), strict=True):
             image_embeddings.setdefault(row, e)
@@ -174,33 +172,27 @@ def over_images(pairs: Pairs, items: list[int], work: Callable[[Tensor, list[int
     those of the next batch while work is done on one. Progress is shown under a name, if there is one.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    batches = list(_batches(items, BATCH))
+    parts = list(batches(items, BATCH))
 
-    def read(i: int) -> Tensor | str:
-        try:
-            return pairs.load(i, size=image_size, crop=crop)
-        except (BadImage, OSError) as error:
-            return str(error) or type(error).__name__
+    def read(i: int) -> Tensor:
+        return pairs.load(i, size=image_size, crop=crop)
 
     def results() -> Iterator[tuple[list[R], dict[str, str]]]:
-        with ThreadPoolExecutor() as pool:
-            for batch, pixels in _read_ahead(pool, read, batches[rank::world]):
-                good = [(i, x) for i, x in zip(batch, pixels, strict=True) if isinstance(x, Tensor)]
-                bad = {pairs.ids[i]: x for i, x in zip(batch, pixels, strict=True) if isinstance(x, str)}
-                stack = torch.stack([x for _, x in good]).to(device) if good else None
-                yield [] if stack is None else [work(stack, [i for i, _ in good])], bad
+        for good, pixels, bad in read_batches(read, parts[rank::world]):
+            result = [] if pixels is None else [work(pixels.to(device), good)]
+            yield result, {pairs.ids[i]: why for i, why in bad.items()}
 
     mine = results()
     done: list[R] = []
     unread: dict[str, str] = {}
     with tqdm(total=len(items), desc=progress, unit="image", disable=progress is None or rank > 0) as bar:
-        for start in range(0, len(batches), world):
+        for start in range(0, len(parts), world):
             part: list[Any] | None = [None] * world if rank == 0 else None
             dist.gather_object(next(mine, ([], {})), part)
             for result, bad in part or []:
                 done += result
                 unread |= bad
-            bar.update(sum(map(len, batches[start : start + world])))
+            bar.update(sum(map(len, parts[start : start + world])))
     return done, unread
 
 
@@ -253,23 +245,6 @@ def _hear(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some
     sums = [x.sum() for x in output.token_losses.cpu().double().split(tokens.tolist())]
     return _Heard(texts, output.image_embeddings.cpu(), output.text_embeddings.cpu(), torch.stack(sums), tokens,
                   output.scale.item(), output.bias.item())  # fmt: skip
-
-
-def _read_ahead(pool: ThreadPoolExecutor, read: Callable[[int], T],
-                batches: Iterable[list[int]]) -> Iterator[tuple[list[int], list[T]]]:  # fmt: skip
-    """Each batch with what was read for it, while threads read the next."""
-    waiting: deque[tuple[list[int], Iterator[T]]] = deque()
-    for batch in batches:
-        waiting.append((batch, pool.map(read, batch)))
-        if len(waiting) > 1:
-            ready, content = waiting.popleft()
-            yield ready, list(content)
-    for ready, content in waiting:
-        yield ready, list(content)
-
-
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def _told(left_out: dict[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A model is described by the builder that makes it and its arguments. The descrip
 `config.json` of a model's folder, and in the progress of every checkpoint.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -58,6 +59,21 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
     model.to(dtype)  # checkpoints are read in the precision they were saved in
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
+
+
+def fingerprint(trained: LoadedModel) -> str:
+    """A hash of what a model makes of an image or a text: its weights, its vocabulary, and how images are cut.
+
+    The same for a run, its model/ and a copy of that, in either precision: weights are rounded to bfloat16 first.
+    """
+    model, tokenizer, image_size, crop = trained
+    digest = hashlib.blake2b(
+        f"{tokenizer.fingerprint} {tokenizer.context} {image_size} {crop}".encode(), digest_size=16
+    )
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)}".encode())
+        digest.update(value.bfloat16().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def find_pretrained(path: str | Path) -> Pretrained:

@@ -20,7 +20,8 @@ def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: 
     Raises ValueError if there is no text, if shapes do not fit, or if an embedding is not finite.
     """
     _check(image_embeddings, text_embeddings, image_of_text)
-    image, text = _whole_numbers(image_embeddings), _whole_numbers(text_embeddings)
+    image, text = (whole_numbers(x, longest=x.double().norm(dim=1).max().item())
+                   for x in (image_embeddings, text_embeddings))  # fmt: skip
     owner = image_of_text.to(image.device)
     chunks = list(zip(text.split(chunk), owner.split(chunk), strict=True))
     right = torch.cat([(some * image[own]).sum(1) for some, own in chunks])  # [m]: each text with its own image
@@ -39,15 +40,13 @@ def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: 
     return recalls
 
 
-def _whole_numbers(embeddings: Tensor) -> Tensor:
-    """Scale by a power of two and round, such that no row is longer than 2^26: [n, e] -> float64 [n, e].
+def whole_numbers(embeddings: Tensor, *, longest: float) -> Tensor:
+    """Scale by a power of two and round, such that a row of length `longest` is no longer than 2^26: [n, e] -> float64.
 
     By Cauchy and Schwarz no sum of products of two rows, nor any part of it, then passes 2^53, below which float64
     adds whole numbers exactly, in whatever order a machine does. What is lost is less than a float32 score can tell.
     """
-    x = embeddings.double()
-    longest = x.norm(dim=1).max().item()
-    return (x * math.ldexp(1.0, BITS - math.frexp(longest)[1])).round_()
+    return (embeddings.double() * math.ldexp(1.0, BITS - math.frexp(longest)[1])).round_()
 
 
 def _check(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor) -> None:

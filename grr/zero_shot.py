@@ -11,7 +11,7 @@ from grr.model import CoCa
 from grr.packing import pack_captions
 from grr.tokenizer import Tokenizer
 
-BATCH = 200  # descriptions at a time
+BATCH = 200  # texts at a time
 TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an image that shows a {}")
 
 
@@ -26,6 +26,14 @@ def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], 
     """
     _check_texts(classes, templates)
     texts = [template.replace("{}", name) for name in classes for template in templates]
+    embeddings = embed_texts(model, tokenizer, texts, device)
+    of_class = embeddings.unflatten(0, (len(classes), len(templates)))  # [c, templates, e]
+    return F.normalize(of_class.mean(1), dim=-1)
+
+
+@torch.no_grad()
+def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
+    """Embed n texts, one at least: float32 [n, e], unit length."""
     was_training = model.training
     model.eval()
     embeddings = []
@@ -34,8 +42,7 @@ def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], 
         ids, positions, _ = pack_captions(rows, pad_id=tokenizer.pad_id)
         embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
     model.train(was_training)
-    of_class = torch.cat(embeddings).unflatten(0, (len(classes), len(templates)))  # [c, templates, e]
-    return F.normalize(of_class.mean(1), dim=-1)
+    return torch.cat(embeddings)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

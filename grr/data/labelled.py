@@ -15,10 +15,9 @@ from torch import Tensor
 
 from grr.data.annotations import read_annotations, with_images
 from grr.data.pairs import ImageFiles, Ints, Pairs, Texts, image_files
-from grr.images import Crop
+from grr.images import SUFFIXES, Crop
 from grr.packing import IGNORE
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 JUDGEMENTS = ["entailment", "neutral", "contradiction"]
 WHAT = "what is this"  # the text of an image that has none: one that gives no class away, should a model read it
 
@@ -175,7 +174,7 @@ def _images(path: str, folder: str) -> Iterator[str]:
     for place, folders, files in os.walk(Path(path, folder), followlinks=True):
         folders.sort()
         below = Path(place).relative_to(path).as_posix()
-        yield from (f"{below}/{file}" for file in sorted(files) if file.lower().endswith(IMAGES))
+        yield from (f"{below}/{file}" for file in sorted(files) if file.lower().endswith(SUFFIXES))
 
 
 def _labelled(root: Path, rows: Iterable[tuple[str, object, int]], classes: list[str]) -> Labelled:

@@ -1,0 +1,38 @@
+"""Caption image files with a trained model."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from grr.generate import generate
+from grr.pictures import read_images
+from grr.pretrained import LoadedModel, fingerprint
+from grr.results import Outcome, Row, write_results
+
+BATCH = 50  # images at a time
+
+
+def caption_files(trained: LoadedModel, files: Sequence[str], output: Path, generation: dict[str, Any] | None = None, *,
+                  batch_size: int = BATCH, progress: bool = False) -> Outcome:  # fmt: skip
+    """Write a caption for each file to output, a JSON line {"file", "caption"} or {"file", "error"} each, as they come.
+
+    generation: the options of `generate`. Files that output has captions of are passed over, so a run that was killed
+    goes on. No file stops it. Raises ValueError if output was made with another model or other options.
+    """
+    made_with = {"model": fingerprint(trained), "generation": generation or {}}
+
+    def work(left: list[str]) -> Iterator[list[Row]]:
+        return caption_images(trained, left, generation, batch_size=batch_size)
+
+    return write_results(output, files, made_with, work, progress="captions" if progress else None)
+
+
+def caption_images(trained: LoadedModel, files: Iterable[str], generation: dict[str, Any] | None = None, *,
+                   batch_size: int = BATCH) -> Iterator[list[Row]]:  # fmt: skip
+    """Caption files, a batch of rows at a time: {"file", "caption"}, then {"file", "error"} of those that are bad."""
+    model, tokenizer, image_size, crop = trained
+    device = next(model.parameters()).device
+    for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
+        captions = [] if pixels is None else generate(model, pixels.to(device), tokenizer, **generation or {})
+        rows: list[Row] = [{"file": file, "caption": text} for file, text in zip(good, captions, strict=True)]
+        yield rows + [{"file": file, "error": why} for file, why in bad.items()]

@@ -1,0 +1,205 @@
+"""An index of images on disk: their embeddings by one model, in which texts and images are looked up, exactly."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from grr.checkpoint import RunLock
+from grr.pictures import batches, read_images
+from grr.pretrained import LoadedModel, fingerprint
+from grr.results import Outcome
+from grr.retrieval import whole_numbers
+
+FORMAT = 1
+BATCH = 50  # images at a time
+PART = 1000  # images that are written together: what a kill can cost
+CHUNK = 16_384  # images compared with all queries at a time
+
+
+class Hit(NamedTuple):
+    """An image that was found."""
+
+    file: str  # its absolute path, when it was embedded
+    score: float  # cosine similarity
+
+
+@dataclass
+class Index:
+    """Embeddings of n images by one model, memory-mapped: searching takes memory for a chunk of them, not for all."""
+
+    folder: Path
+    model: str  # the fingerprint of the model that made it
+    model_path: str  # where that was
+    files: list[str]  # [n] absolute paths, in the order of the embeddings
+    parts: list[NDArray[np.float32]]  # [m, e] each, unit length
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def search(self, queries: Tensor, *, top: int = 10) -> list[list[Hit]]:
+        """The `top` images nearest to each query, best first: [q, e] of unit length -> q lists.
+
+        Every image is compared. Scores are sums without rounding, so they depend neither on chunks nor on the machine,
+        and of images that score the same the one that was embedded first stands first. Computed where the queries are.
+        Raises ValueError if top < 1, or if queries are not finite, of unit length and of this width.
+        """
+        self._check(queries, top)
+        wanted = whole_numbers(queries, longest=1.0)  # [q, e]
+        best = wanted.new_empty(len(wanted), 0)
+        rows = torch.empty(len(wanted), 0, dtype=torch.long, device=wanted.device)
+        start = 0
+        for part in self.parts:
+            for first in range(0, len(part), CHUNK):
+                some = whole_numbers(torch.from_numpy(part[first : first + CHUNK]).to(wanted.device), longest=1.0)
+                here = torch.arange(start + first, start + first + len(some), device=wanted.device)
+                scores = torch.cat((best, wanted @ some.T), 1)  # [q, top + chunk], earlier images to the left
+                ids = torch.cat((rows, here.expand(len(wanted), -1)), 1)
+                best, order = (x[:, :top] for x in scores.sort(dim=1, descending=True, stable=True))
+                rows = ids.gather(1, order)
+            start += len(part)
+        unit = float(whole_numbers(torch.ones(1, 1), longest=1.0))
+        return [[Hit(self.files[i], score / unit**2) for i, score in zip(*one, strict=True)]
+                for one in zip(rows.tolist(), best.tolist(), strict=True)]  # fmt: skip
+
+    def _check(self, queries: Tensor, top: int) -> None:
+        if top < 1:
+            raise ValueError(f"search: top must be at least 1, got {top=}")
+        e = self.parts[0].shape[1]
+        if queries.dim() != 2 or queries.shape[1] != e:
+            raise ValueError(f"search: queries must be [q, {e}], as wide as the index, got {list(queries.shape)}")
+        if not ((queries.double().norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not less
+            raise ValueError("search: queries must be of unit length; take those of encode_text or encode_image")
+
+
+def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
+    """Open an index to search it; with a model, only if that model made it.
+
+    Raises FileNotFoundError if there is no index, ValueError if it is empty, damaged, of a newer version, or of another
+    model.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    if trained is not None:
+        _refuse_another_model(folder, description, trained)
+    files: list[str] = []
+    parts = []
+    for file in _parts(folder):
+        names, embeddings = _read_part(file)
+        if names:
+            files += names
+            parts.append(embeddings)
+    if not files:
+        raise ValueError(f"open_index: {folder} is an index without images; embed some with recipes/embed.py")
+    return Index(folder, description["model"], description["model_path"], files, parts)
+
+
+def embed_files(trained: LoadedModel, files: Sequence[str], folder: str | Path, model_path: str | Path, *,
+                batch_size: int = BATCH, progress: bool = False) -> Outcome:  # fmt: skip
+    """Add image files to the index in folder, which is made if there is none; those that are in it are passed over.
+
+    It is written in parts of up to 1000 images, each whole or not at all, so that a run that was killed goes on behind
+    the last of them. No file stops it; bad ones are named in left_out.json. model_path is where a search finds the
+    model. Raises ValueError if the index is damaged or of another model, RuntimeError if another process writes it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder):
+        if (folder / "index.json").exists():
+            _refuse_another_model(folder, _read_description(folder), trained)
+        else:
+            whole = {"format": FORMAT, "model": fingerprint(trained), "model_path": str(Path(model_path).absolute())}
+            _replace_json(folder / "index.json", whole)
+        known = {name for file in _parts(folder) for name in _read_part(file)[0]}
+        wanted = [str(Path(file).absolute()) for file in files]
+        left = [name for name in dict.fromkeys(wanted) if name not in known]
+        before, bad = len(wanted) - len(left), dict[str, str]()
+        with tqdm(total=len(wanted), initial=before, desc="embeddings", unit="image", disable=not progress) as bar:
+            for some in batches(left, PART):
+                names, embeddings, unread = _embed(trained, some, batch_size, bar)
+                bad |= unread
+                if names:
+                    _write_part(folder, names, embeddings)
+        _replace_json(folder / "left_out.json", bad)
+    return Outcome(len(wanted) - len(bad), before, bad)
+
+
+@torch.no_grad()
+def _embed(trained: LoadedModel, files: list[str], batch_size: int,
+           bar: "tqdm[Any]") -> tuple[list[str], Tensor, dict[str, str]]:  # fmt: skip
+    model, _, image_size, crop = trained
+    device = next(model.parameters()).device
+    names, embeddings, bad = list[str](), list[Tensor](), dict[str, str]()
+    for good, pixels, unread in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
+        if pixels is not None:
+            embeddings.append(model.encode_image(pixels.to(device)).float().cpu())
+        names += good
+        bad |= unread
+        bar.update(len(good) + len(unread))
+    return names, torch.cat(embeddings) if embeddings else torch.empty(0), bad
+
+
+# --- on disk: index.json, and of each part its embeddings, part_00000.npy, and then its files, part_00000.json -------
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part_*.json"))
+
+
+def _write_part(folder: Path, names: list[str], embeddings: Tensor) -> None:
+    number = 1 + max((int(file.stem.removeprefix("part_")) for file in _parts(folder)), default=-1)
+    file = folder / f"part_{number:05d}.npy"
+    np.save(file, embeddings.numpy())  # not a part before its names are there
+    _replace_json(file.with_suffix(".json"), names)
+
+
+def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
+    try:
+        names = list(json.loads(file.read_bytes()))
+        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="r")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"open_index: {file.with_suffix('')} is damaged ({error}); delete {file.name} and embed its "
+                         "images again") from error  # fmt: skip
+    if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype != np.float32:
+        raise ValueError(
+            f"open_index: {file.with_suffix('')} is damaged: {len(names)} files and {embeddings.dtype} embeddings "
+            f"{list(embeddings.shape)}; delete {file.name} and embed its images again"
+        )
+    return names, embeddings
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    file = folder / "index.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with recipes/embed.py")
+    try:
+        description = dict(json.loads(file.read_bytes()))
+        made_with = description["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"open_index: {file} does not describe an index ({error!r}); was it edited?") from error
+    if made_with != FORMAT:
+        raise ValueError(f"open_index: {file} has format {made_with}, this version reads {FORMAT}; upgrade GRR")
+    return description
+
+
+def _refuse_another_model(folder: Path, description: dict[str, Any], trained: LoadedModel) -> None:
+    mine = fingerprint(trained)
+    if description["model"] != mine:
+        raise ValueError(
+            f"open_index: {folder} was made by another model, {description['model']} from {description['model_path']}, "
+            f"not by this one, {mine}: their embeddings cannot be compared; give that model, or embed the images again "
+            "into another folder"
+        )
+
+
+def _replace_json(file: Path, value: Any) -> None:
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")  # ASCII: a file's name need not be UTF-8
+    aside.replace(file)

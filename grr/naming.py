@@ -1,0 +1,69 @@
+"""Name what image files show, with a trained model that knows the classes by nothing but their names."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from grr.pictures import read_images
+from grr.pretrained import LoadedModel, fingerprint
+from grr.results import Outcome, Row, write_results
+from grr.zero_shot import TEMPLATES, class_embeddings
+
+BATCH = 50  # images at a time
+
+
+def classify_files(trained: LoadedModel, files: Sequence[str], classes: Sequence[str], output: Path, *,
+                   templates: tuple[str, ...] = TEMPLATES, top: int = 5, batch_size: int = BATCH,
+                   progress: bool = False) -> Outcome:  # fmt: skip
+    """Write the `top` likeliest classes of each file to output, a JSON line each, as they come; see `classify_images`.
+
+    Files that output has classes of are passed over, so a run that was killed goes on. No file stops it.
+    Raises ValueError if output was made with another model or other classes.
+    """
+    made_with = {"model": fingerprint(trained), "classes": list(classes), "templates": list(templates), "top": top}
+
+    def work(left: list[str]) -> Iterator[list[Row]]:
+        return classify_images(trained, left, classes, templates=templates, top=top, batch_size=batch_size)
+
+    return write_results(output, files, made_with, work, progress="classes" if progress else None)
+
+
+@torch.no_grad()
+def classify_images(trained: LoadedModel, files: Iterable[str], classes: Sequence[str], *,
+                    templates: tuple[str, ...] = TEMPLATES, top: int = 5,
+                    batch_size: int = BATCH) -> Iterator[list[Row]]:  # fmt: skip
+    """Classify files, a batch of rows at a time: {"file", "classes", "probabilities"}, the likeliest class first, then
+    {"file", "error"} of those that are bad.
+
+    Probabilities are softmax(cosine similarities / the model's temperature) over all classes. Classes that are equally
+    likely stand in the order given. Raises ValueError as `class_embeddings` does, and if top < 1.
+    """
+    if top < 1:
+        raise ValueError(f"classify_images: top must be at least 1, got {top=}")
+    model, tokenizer, image_size, crop = trained
+    device = next(model.parameters()).device
+    names = class_embeddings(model, tokenizer, classes, device, templates=templates)  # [c, e]
+    scale, _ = model.logit_scale(device)
+    for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
+        rows: list[Row] = []
+        if pixels is not None:
+            scores = (model.encode_image(pixels.to(device)) @ names.T * scale).double()  # [b, c]
+            p, order = scores.softmax(1).sort(dim=1, descending=True, stable=True)
+            for file, ids, likely in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
+                rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": likely})
+        yield rows + [{"file": file, "error": why} for file, why in bad.items()]
+
+
+def read_classes(file: str | Path) -> list[str]:
+    """The names of classes in a text file, one a line; empty lines say nothing.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is not text.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"read_classes: {file} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"read_classes: there is no file of classes {file}") from None
+    return [name for line in text.split("\n") if (name := " ".join(line.split()))]
