@@ -1,7 +1,6 @@
 """A comparison as it is read: in a terminal, as a piece of Markdown, and as a page with the validation curves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +10,7 @@ from grr.builders import MODELS
 from grr.charts import COLORS, Series, chart, is_number, series
 from grr.compare import PUBLISHED, Comparison, Metric
 from grr.flops import forward_flops
-from grr.page import write_page
+from grr.page import header, write_page
 from grr.runs import RunRecord
 from grr.spread import Difference, Spread
 from grr.table import Table, aligned, html, markdown
@@ -204,10 +203,7 @@ def _written(comparison: Comparison, table: Callable[[Table], str], bullet: str)
 
 
 def _header(title: str, comparison: Comparison) -> str:
-    now = datetime.now(UTC)
-    count = sum(map(len, comparison.models.values()))
-    facts = f"<span>{count} runs</span> <i>·</i> <span>written {now.day} {now:%B %Y, %H:%M} UTC</span>"
-    return f"<header><h1>{escape(title)}</h1><p class=facts>{facts}</p></header>"
+    return header(title, f"{sum(map(len, comparison.models.values()))} runs")
 
 
 def _numbers(comparison: Comparison) -> str:

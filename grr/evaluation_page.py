@@ -14,7 +14,7 @@ from torch import Tensor
 
 import grr
 from grr.charts import number, percent
-from grr.page import write_page
+from grr.page import header, write_page
 from grr.report import Examples, show_captions, show_retrievals
 from grr.table import Table, aligned, html
 
@@ -127,11 +127,8 @@ def _counts(evaluation: Evaluation) -> str:
 
 
 def _header(evaluation: Evaluation) -> str:
-    now, model = datetime.now(UTC), evaluation["model"]
-    facts = [escape(str(model["path"])), f"{model['parameters']:,} parameters", _counts(evaluation),
-             f"written {now.day} {now:%B %Y, %H:%M} UTC"]  # fmt: skip
-    shown = " <i>·</i> ".join(f"<span>{fact}</span>" for fact in facts)
-    return f"<header><h1>{escape(_title(evaluation))}</h1><p class=facts>{shown}</p></header>"
+    model = evaluation["model"]
+    return header(_title(evaluation), str(model["path"]), f"{model['parameters']:,} parameters", _counts(evaluation))
 
 
 def _show_part(part: Part) -> str:

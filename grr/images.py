@@ -14,23 +14,8 @@ from torch import Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; Deng et al. 2009, the values that torchvision made common
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 178_956_970  # where Pillow begins to warn of a decompression bomb
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".jpe",
-    ".jfif",
-    ".jp2",
-    ".avif",
-    ".heic",
-    ".heif",
-)  # of files that people call images; the last two Pillow cannot read, and says so
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif",
+            ".heic", ".heif")  # of files that people call images; Pillow cannot read the last two  # fmt: skip
 DRAFT = 2  # a JPEG is decoded at no less than so many times the wanted size
 
 Crop = Literal["squash", "center", "clip"]

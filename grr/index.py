@@ -1,7 +1,7 @@
 """An index of images on disk: their embeddings by one model, in which texts and images are looked up, exactly."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from grr.checkpoint import RunLock
 from grr.pictures import batches, read_images
 from grr.pretrained import LoadedModel, fingerprint
-from grr.results import Outcome
+from grr.results import Outcome, printable
 from grr.retrieval import whole_numbers
+from grr.zero_shot import embed_texts
 
 FORMAT = 1
 BATCH = 50  # images at a time
@@ -29,6 +30,14 @@ class Hit(NamedTuple):
 
     file: str  # its absolute path, when it was embedded
     score: float  # cosine similarity
+
+
+class Found(NamedTuple):
+    """A text or an image file that was looked for, and what was found, best first."""
+
+    query: str
+    is_image: bool
+    hits: list[Hit]
 
 
 @dataclass
@@ -123,27 +132,59 @@ def embed_files(trained: LoadedModel, files: Sequence[str], folder: str | Path, 
         before, bad = len(wanted) - len(left), dict[str, str]()
         with tqdm(total=len(wanted), initial=before, desc="embeddings", unit="image", disable=not progress) as bar:
             for some in batches(left, PART):
-                names, embeddings, unread = _embed(trained, some, batch_size, bar)
-                bad |= unread
+                names, embeddings = list[str](), list[Tensor]()
+                for good, unit, unread in embed_images(trained, some, batch_size=batch_size):
+                    names += good
+                    embeddings += [unit.cpu()] if good else []
+                    bad |= unread
+                    bar.update(len(good) + len(unread))
                 if names:
-                    _write_part(folder, names, embeddings)
+                    _write_part(folder, names, torch.cat(embeddings))
         _replace_json(folder / "left_out.json", bad)
     return Outcome(len(wanted) - len(bad), before, bad)
 
 
+def look_up(trained: LoadedModel, index: Index, texts: Sequence[str], images: Sequence[str] = (), *,
+            top: int = 10) -> tuple[list[Found], dict[str, str]]:  # fmt: skip
+    """Look for texts, and for images like those in some files: what was found for each, in this order, and the files
+    that cannot be read, and why. Raises ValueError if a text says nothing, or as `Index.search` does.
+    """
+    if blank := [text for text in texts if not text.strip()]:
+        raise ValueError(f"look_up: a text must say something, got {blank[0]!r}")
+    model, tokenizer, _, _ = trained
+    queries = [embed_texts(model, tokenizer, texts, next(model.parameters()).device)] if texts else []
+    named, bad = [(text, False) for text in texts], dict[str, str]()
+    for good, embeddings, unread in embed_images(trained, images):
+        named += [(file, True) for file in good]
+        queries += [embeddings] if good else []
+        bad |= unread
+    hits = index.search(torch.cat(queries), top=top) if queries else []
+    return [Found(*query, some) for query, some in zip(named, hits, strict=True)], bad
+
+
+def as_text(found: Sequence[Found]) -> str:
+    """What was found, for a terminal: files below the folder that one is in by their path from there."""
+    blocks = []
+    for one in found:
+        lines = [f"  {hit.score:6.3f}  {printable(_from_here(hit.file))}" for hit in one.hits]
+        blocks.append("\n".join([printable(one.query), *lines]))
+    return "\n\n".join(blocks)
+
+
 @torch.no_grad()
-def _embed(trained: LoadedModel, files: list[str], batch_size: int,
-           bar: "tqdm[Any]") -> tuple[list[str], Tensor, dict[str, str]]:  # fmt: skip
+def embed_images(trained: LoadedModel, files: Iterable[str], *,
+                 batch_size: int = BATCH) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:  # fmt: skip
+    """Embed image files, a batch at a time: the files that can be read, float32 [b, e] of unit length, and why the
+    others cannot."""
     model, _, image_size, crop = trained
     device = next(model.parameters()).device
-    names, embeddings, bad = list[str](), list[Tensor](), dict[str, str]()
-    for good, pixels, unread in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
-        if pixels is not None:
-            embeddings.append(model.encode_image(pixels.to(device)).float().cpu())
-        names += good
-        bad |= unread
-        bar.update(len(good) + len(unread))
-    return names, torch.cat(embeddings) if embeddings else torch.empty(0), bad
+    for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
+        yield good, torch.empty(0) if pixels is None else model.encode_image(pixels.to(device)).float(), bad
+
+
+def _from_here(file: str) -> str:
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
 # --- on disk: index.json, and of each part its embeddings, part_00000.npy, and then its files, part_00000.json -------

@@ -1,6 +1,7 @@
 """A page that needs nothing but itself: its style, the script of its charts, and how it is written."""
 
 import os
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
@@ -16,6 +17,14 @@ def write_page(path: Path, title: str, *parts: str) -> Path:
     aside.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair cannot be written
     os.replace(aside, path)
     return path
+
+
+def header(title: str, *facts: str, below: str = "") -> str:
+    """The top of a page: a title, which may be any text, facts in one line, when it was written, what stands below."""
+    now = datetime.now(UTC)
+    facts = *map(escape, facts), f"written {now.day} {now:%B %Y, %H:%M} UTC"
+    shown = " <i>·</i> ".join(f"<span>{fact}</span>" for fact in facts)
+    return f"<header><h1>{escape(title)}</h1><p class=facts>{shown}</p>{below}</header>"
 
 
 HEAD = """<!doctype html>
@@ -102,6 +111,9 @@ article p { font-size: 13px; color: var(--soft); margin-top: 4px }
 .true, .captions details { font-size: 13px; line-height: 1.4; color: var(--soft); margin-top: 6px }
 .captions ul { padding-left: 16px }
 summary { cursor: pointer }
+.asked { width: 140px; margin-bottom: 12px } .asked p { margin-top: 6px; font-size: 13px; color: var(--soft) }
+.gone { display: grid; place-items: center; aspect-ratio: 1; padding: 8px; border: 1px dashed var(--line);
+  border-radius: 4px; font-size: 12px; text-align: center; color: var(--soft) }
 .scroll { overflow-x: auto; margin-top: 24px }
 table { border-collapse: collapse; font-size: 13.5px; white-space: nowrap }
 th, td { text-align: right; padding: 5px 0 5px 22px; border-bottom: 1px solid var(--line) }

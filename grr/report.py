@@ -3,7 +3,6 @@
 import base64
 import io
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from grr.charts import Row, Series, chart, is_number, number, percent, series
 from grr.log import read_metrics
-from grr.page import write_page
+from grr.page import header, write_page
 
 SIDE = 224  # pixels of a shown image, at most
 
@@ -77,19 +76,17 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
 
 
 def _header(title: str, rows: list[Row], last: int | None) -> str:
-    now = datetime.now(UTC)
-    facts = [f"written {now.day} {now:%B %Y, %H:%M} UTC"]
+    facts = []
     bar = ""
     if rows:
         step, epoch = rows[-1]["step"], rows[-1].get("epoch")
+        facts.append(f"step {step:,} of {last:,}" if last else f"step {step:,}")
         if epoch is not None:
-            facts.insert(0, f"epoch {epoch:.1f}")
-        facts.insert(0, f"step {step:,} of {last:,}" if last else f"step {step:,}")
+            facts.append(f"epoch {epoch:.1f}")
         if last:
             bar = f'<progress value="{step}" max="{last}" aria-label="progress">{step / last:.0%}</progress>'
-    facts_html = " <i>·</i> ".join(f"<span>{fact}</span>" for fact in facts)
     empty = "" if rows else "<p>The run has begun; there are no numbers yet.</p>"
-    return f"<header><h1>{escape(title)}</h1><p class=facts>{facts_html}</p>{bar}{empty}</header>"
+    return header(title, *facts, below=bar + empty)
 
 
 def _last_step(folder: Path, rows: list[Row]) -> int | None:
@@ -189,7 +186,7 @@ def show_retrievals(retrievals: list[Retrieval]) -> str:
             similarity = f"{score:.3f}".replace("-", "−")
             alt = f"found in place {place + 1}, similarity {similarity}{', the right image' if right else ''}"
             mark = f"<b>✓ {similarity}</b>" if right else similarity
-            found.append(f"<li{' class=right' if right else ''}>{_image(image, alt)}<span>{mark}</span></li>")
+            found.append(f"<li{' class=right' if right else ''}>{picture(image, alt)}<span>{mark}</span></li>")
         missed = f"<p>The right image is not among these {len(found)}.</p>" if one.correct is None else ""
         items.append(
             f"<article><blockquote>{escape(one.query)}</blockquote><ol>{''.join(found)}</ol>{missed}</article>"
@@ -211,7 +208,7 @@ def show_captions(captions: list[Caption]) -> str:
         written += ' <b class=check title="right to the letter">✓</b></p>' if exact else "</p>"
         more = "".join(f"<li>{escape(other)}</li>" for other in others)
         more = f"<details><summary>{len(others)} more</summary><ul>{more}</ul></details>" if more else ""
-        items.append(f"<figure>{_image(one.image, first)}<figcaption>{written}<p class=true>{escape(first)}</p>{more}"
+        items.append(f"<figure>{picture(one.image, first)}<figcaption>{written}<p class=true>{escape(first)}</p>{more}"
                      "</figcaption></figure>")  # fmt: skip
     return ("<section><h2>An image, and the caption it writes</h2><p>Below each image what the model wrote, then, "
             "smaller, what a person wrote; ✓ where the two are equal.</p>"
@@ -226,7 +223,7 @@ def show_answers(answers: list[Answer]) -> str:
     for one in answers:
         right = "none of the classes" if one.right is None else one.right
         check = ' <b class=check title="right">✓</b>' if one.given == one.right else ""
-        items.append(f"<figure>{_image(one.image, f'{one.text}: {right}')}<figcaption>"
+        items.append(f"<figure>{picture(one.image, f'{one.text}: {right}')}<figcaption>"
                      f"<p class=true>{escape(one.text)}</p><p class=written>{escape(one.given)}{check}</p>"
                      f"{'' if check else f'<p class=true>{escape(right)}</p>'}</figcaption></figure>")  # fmt: skip
     return ("<section><h2>An image it never saw, and its answer</h2><p>Below each image what was asked or said of it, "
@@ -247,12 +244,12 @@ def _files(folder: Path) -> str:
     return f"<section class=files><h2>What was run</h2>{items}</section>" if items else ""
 
 
-def _image(image: Tensor, alt: str) -> str:
+def picture(image: Tensor, alt: str) -> str:
     """uint8 [3, h, w] -> an <img> that carries its own JPEG, reduced to at most 224 pixels a side."""
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    picture.thumbnail((SIDE, SIDE))
+    small = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    small.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85, subsampling=0)
+    small.save(file, "JPEG", quality=85, subsampling=0)
     data = base64.b64encode(file.getvalue()).decode()
-    return (f'<img src="data:image/jpeg;base64,{data}" width={picture.width} height={picture.height} '
+    return (f'<img src="data:image/jpeg;base64,{data}" width={small.width} height={small.height} '
             f'alt="{escape(alt)}">')  # fmt: skip

@@ -1,0 +1,96 @@
+"""Pages of images of one's own: with the captions or classes that a model gave them, or as what it found."""
+
+from collections.abc import Sequence
+from html import escape
+from itertools import chain
+from pathlib import Path
+
+from torch import Tensor
+
+from grr.charts import percent
+from grr.index import Found
+from grr.page import header, write_page
+from grr.pictures import thumbnails
+from grr.report import picture
+from grr.results import Row
+
+SHOWN = 400  # images on a page: about 4 MB
+NAMED = 200  # files that could not be read
+
+
+def write_captions(path: Path, rows: Sequence[Row], *facts: str) -> Path:
+    """Write a page of images and their captions from rows {"file", "caption"} or {"file", "error"}; returns its path.
+
+    The page holds the images, small and whole, of the first 400 rows. facts: what its head says, of the model, say.
+    """
+    note = "Below each image what the model wrote, then the name of the file."
+    return _write(path, "Captions", note, rows, facts)
+
+
+def write_classes(path: Path, rows: Sequence[Row], *facts: str) -> Path:
+    """Write a page of images and their likeliest classes, from rows {"file", "classes", "probabilities"}, as
+    `write_captions` does."""
+    note = "Below each image the likeliest of the classes, then those that follow it, then the name of the file."
+    return _write(path, "Classes", note, rows, facts)
+
+
+def write_hits(path: Path, found: Sequence[Found], *facts: str) -> Path:
+    """Write a page of queries, texts or images, and the images found for each; returns its path."""
+    files = chain.from_iterable([*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)]
+                                for one in found)  # fmt: skip
+    shown = dict(thumbnails(dict.fromkeys(files)))
+    items = []
+    for one in found:
+        asked = f"<blockquote>{escape(one.query)}</blockquote>"
+        if one.is_image:
+            asked = f"<div class=asked>{_picture(shown[one.query], one.query)}<p>{_name(one.query)}</p></div>"
+        hits = [(_picture(shown[hit.file], f"found in place {place}"), f"{hit.score:.3f}".replace("-", "−"), hit.file)
+                for place, hit in enumerate(one.hits, 1)]  # fmt: skip
+        listed = "".join(f"<li>{image}<span>{score}<br>{_name(file)}</span></li>" for image, score, file in hits)
+        items.append(f"<article>{asked}<ol>{listed}</ol></article>")
+    section = ("<section><h2>What was looked for, and the images it finds</h2><p>Nearest first, with the cosine "
+               f"similarity.</p><div class=retrievals>{''.join(items)}</div></section>")  # fmt: skip
+    title = f"“{found[0].query}”" if len(found) == 1 and not found[0].is_image else "Search"
+    return write_page(path, title, header(title, *facts), section)
+
+
+def _write(path: Path, title: str, note: str, rows: Sequence[Row], facts: Sequence[str]) -> Path:
+    good, bad = ([row for row in rows if ("error" in row) == wrong] for wrong in (False, True))
+    if len(good) > SHOWN:
+        note += f" These are the first {SHOWN:,} of {len(good):,}."
+    pictures = thumbnails(row["file"] for row in good[:SHOWN])
+    figures = [_figure(row, image) for row, (_, image) in zip(good[:SHOWN], pictures, strict=True)]
+    counts = [f"{len(good):,} images", *([f"{len(bad):,} could not be read"] if bad else [])]
+    images = f"<section><p>{note}</p><div class=captions>{''.join(figures)}</div></section>" if good else ""
+    return write_page(path, title, header(title, *facts, *counts), images, _show_bad(bad))
+
+
+def _figure(row: Row, image: Tensor | str) -> str:
+    if "caption" in row:
+        said = f"<p class=written>{escape(row['caption']) or '<i>(nothing)</i>'}</p>"
+        alt = row["caption"]
+    else:
+        (first, *others), (p, *less) = row["classes"], row["probabilities"]
+        said = f"<p class=written>{escape(first)} <i>{percent(p)}</i></p>"
+        rest = " <i>·</i> ".join(f"{escape(name)} {percent(q)}" for name, q in zip(others, less, strict=True))
+        said += f"<p class=true>{rest}</p>" if rest else ""
+        alt = first
+    return (
+        f"<figure>{_picture(image, alt)}<figcaption>{said}<p class=true>{_name(row['file'])}</p></figcaption></figure>"
+    )
+
+
+def _picture(image: Tensor | str, alt: str) -> str:
+    return f"<div class=gone>{escape(image)}</div>" if isinstance(image, str) else picture(image, alt)
+
+
+def _name(file: str) -> str:
+    return f'<span title="{escape(file)}">{escape(Path(file).name)}</span>'
+
+
+def _show_bad(bad: Sequence[Row]) -> str:
+    if not bad:
+        return ""
+    more = f"<li>and {len(bad) - NAMED:,} more</li>" if len(bad) > NAMED else ""
+    items = "".join(f"<li>{escape(row['file'])}: {escape(row['error'])}</li>" for row in bad[:NAMED])
+    return f"<section><h2>What could not be read</h2><ul class=notes>{items}{more}</ul></section>"

@@ -1,0 +1,70 @@
+"""Caption images of your own with a trained model: a file, a folder with all that is below it, or a glob.
+
+    python recipes/caption.py --config recipes/configs/caption/default.yaml model.path=runs/openmoji run.images=photos
+
+Writes captions.jsonl, a line an image, as they come, and captions.html when all are done. The same command, submitted
+again, passes over what is captioned already. No file stops it: those that cannot be read are named in both, and at the
+end. The exit status is 0 if there is a caption of one image at least.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grr import config
+from grr.captioning import caption_files
+from grr.gallery import write_captions
+from grr.generate import generate
+from grr.pictures import find_images
+from grr.pretrained import load_pretrained
+from grr.results import printable, read_results, told
+
+PRINTED = 10  # captions
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    images: str  # a file, a folder, or a glob in quotes
+    folder: str = "captions"  # where captions.jsonl and captions.html are written
+    batch_size: int = 50  # images at a time
+    bf16: bool = False  # compute in bfloat16
+
+
+@dataclass
+class Model:
+    """The model that writes."""
+
+    path: str  # a run's folder, its model/, one of its checkpoints/step_N, or what recipes/convert.py wrote
+
+
+def main() -> int:
+    cfg = config.load(run=Run, model=Model, generation=generate)
+    run = Run(**cfg.run)
+    files = find_images(run.images)
+    output = Path(run.folder, "captions.jsonl")
+
+    # model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if run.bf16 else torch.float32
+    trained = load_pretrained(cfg.model["path"], device=device, dtype=dtype)
+
+    # write
+    outcome = caption_files(trained, files, output, cfg.generation, batch_size=run.batch_size, progress=True)
+    rows = read_results(output)
+    page = write_captions(output.with_suffix(".html"), rows, cfg.model["path"])
+
+    # tell
+    asked = set(files)
+    written = [row for row in rows if "caption" in row and row["file"] in asked]
+    for row in written[:PRINTED]:
+        print(f"{printable(row['file'])}: {row['caption']}")
+    print(told(outcome, what="captioned"))
+    print(f"all captions are in {output}; see {page}")
+    return outcome.status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
