@@ -214,6 +214,11 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer
     one, as folder.old, and the new one, as folder.tmp.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    save_model_state(folder, state, config, tokenizer_path)
+
+
+def save_model_state(folder: Path, state: dict[str, Any], config: dict[str, Any], tokenizer_path: Path | None) -> None:
+    """Write the same of weights in hand: whole tensors by their names. Called by all processes; rank 0 writes."""
     aside = folder.with_name(folder.name + ".tmp")
 
     def write() -> None:

@@ -18,6 +18,7 @@ from grr.components import PAIRING
 from grr.images import Crop
 from grr.model import CoCa
 from grr.open_clip import OPEN_CLIP_MODELS
+from grr.quantize import SCHEMES, Scheme, load_quantized
 from grr.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -31,6 +32,7 @@ class Pretrained(NamedTuple):
     arguments: dict[str, Any]
     tokenizer: Path
     crop: Crop
+    quantization: Scheme | None = None  # how its matrices are stored; None: as numbers
 
 
 class LoadedModel(NamedTuple):
@@ -49,14 +51,18 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
         image = load_image("photo.jpg", size=image_size, crop=crop)
 
-    Raises as `find_pretrained` does.
+    A quantised model computes in `dtype` as well. Raises as `find_pretrained` does, and for a quantised model as
+    `load_quantized` does.
     """
     source = find_pretrained(path)
     with torch.device("meta"):
         model = build_pretrained(source)
-    model.to_empty(device=device)
-    load_weights(source, model)
-    model.to(dtype)  # checkpoints are read in the precision they were saved in
+    if source.quantization is not None:
+        load_quantized(source.path, model.to(dtype), source.quantization, device)
+    else:
+        model.to_empty(device=device)
+        load_weights(source, model)
+        model.to(dtype)  # checkpoints are read in the precision they were saved in
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 
@@ -106,22 +112,32 @@ def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
 
 
 def load_weights(source: Pretrained, model: nn.Module) -> None:
-    """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike."""
+    """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike.
+
+    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on.
+    """
+    if source.quantization is not None:
+        raise ValueError(f"load_weights: {source.path} is quantised, by {source.quantization}, and cannot be trained "
+                         "on; give the model it was made from")  # fmt: skip
     if (source.path / "progress.json").is_file():
         load_checkpoint_weights(source.path, model)
     else:
         load_model_weights(source.path, model)
 
 
-def describe(builder: str, arguments: dict[str, Any], crop: Crop) -> dict[str, Any]:
+def describe(builder: str, arguments: dict[str, Any], crop: Crop,
+             quantization: Scheme | None = None) -> dict[str, Any]:  # fmt: skip
     """What `find_pretrained` reads: as JSON, to be saved beside the weights."""
-    return {"format": FORMAT, "builder": builder, "arguments": arguments, "rotary_pairing": PAIRING, "crop": crop}
+    description = {"format": FORMAT, "builder": builder, "arguments": arguments, "rotary_pairing": PAIRING,
+                   "crop": crop}  # fmt: skip
+    return description if quantization is None else description | {"quantization": quantization}
 
 
 def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pretrained:
     try:
         made_with, builder, arguments = description["format"], description["builder"], dict(description["arguments"])
         pairing, crop = description["rotary_pairing"], description["crop"]
+        quantization = description.get("quantization")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
     if made_with != FORMAT:
@@ -134,7 +150,10 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
                          f"{PAIRING!r}; permute the channels of its heads")  # fmt: skip
     if crop not in get_args(Crop):
         raise ValueError(f"find_pretrained: {file}: crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
-    return Pretrained(path, builder, arguments, tokenizer, crop)
+    if quantization is not None and quantization not in SCHEMES:
+        raise ValueError(f"find_pretrained: {file}: quantization must be one of {', '.join(SCHEMES)}, got "
+                         f"{quantization!r}; upgrade GRR")  # fmt: skip
+    return Pretrained(path, builder, arguments, tokenizer, crop, quantization)
 
 
 def _json(file: Path) -> Any:

@@ -1,0 +1,112 @@
+"""Fewer bits a weight: the matrices of a trained model in int8, float8 or int4, by torchao.
+
+A quantised model lies in a folder as every model does. A quantised weight is stored as the plain tensors that it is
+made of, `NAME.qdata` and `NAME.scale` among them, in the same model.safetensors; `config.json` tells the scheme.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Scheme = Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_weight_only"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+
+
+def quantize(model: nn.Module, scheme: Scheme) -> None:
+    """Replace the weight of every linear layer by one of fewer bits, in place: the model can then be used, not trained.
+
+    int8_weight_only and float8_weight_only (e4m3) keep a scale for each row of a matrix, and multiply in the model's
+    own precision. int8_dynamic brings the vectors that a layer reads to int8 as well, each by its largest number, and
+    multiplies whole numbers. int4_weight_only keeps a scale and a zero for each 128 numbers of a row. Biases, norms,
+    token embeddings, positions and the patch embedding stay as they are; a head that shared its matrix with the
+    embedding has one of its own afterwards. Raises ImportError without torchao, ValueError for an unknown scheme, or
+    one that the device of the weights or their dtype cannot serve.
+    """
+    weight = next(module.weight for module in model.modules() if isinstance(module, nn.Linear))
+    check_scheme(scheme, weight.device, weight.dtype)
+    from torchao.quantization import quantize_  # two seconds, for those who need it
+
+    quantize_(model, _torchao_config(scheme))
+    model.requires_grad_(False)
+
+
+def check_scheme(scheme: str, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Refuse, before any work is done, what cannot be quantised or opened here; raises as `quantize` does.
+
+    Weights on the meta device have a form alone, which any scheme may have.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"quantize: scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    try:
+        import torchao  # noqa: F401
+    except ImportError as error:
+        raise ImportError('quantize: torchao is not installed; pip install "grr-coca[quantize]"') from error
+    if scheme == "int4_weight_only":
+        kind = torch.device(device).type
+        able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        if not able or kind not in ("cuda", "meta") or dtype != torch.bfloat16:
+            raise ValueError(
+                "quantize: int4_weight_only needs a model in bfloat16 on a CUDA GPU of compute capability 8.0 or more, "
+                f"got {dtype} on {kind}; ask for bfloat16 on such a GPU, or take int8_weight_only"
+            )
+
+
+def quantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights as plain tensors; a quantised one is several, by its name and theirs: weight.qdata, weight.scale."""
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if is_traceable_wrapper_subclass(value):
+            state |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            state[name] = value
+    return state
+
+
+def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch.device | str) -> None:
+    """Fill a model without memory, on the meta device, with the quantised weights of a folder; scales and what was not
+    quantised are cast to what the model's own dtype asks for.
+
+    Raises ValueError naming every tensor that is missing, unexpected or of another shape, and as `quantize` does.
+    """
+    check_scheme(scheme, device, next(model.parameters()).dtype)
+    quantize(model, scheme)  # nothing is computed: it gives the form that the numbers below are put into
+    form = quantized_state(model)
+    saved = load_file(folder / "model.safetensors", device=str(device))
+    wrong = [name for name in sorted(form.keys() | saved.keys())
+             if name not in form or name not in saved or form[name].shape != saved[name].shape]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"load_quantized: {folder / 'model.safetensors'} does not fit the model in {', '.join(wrong)}; quantise "
+            "the model again, with the torchao that is installed"
+        )
+    parts = {name: saved[name].to(form[name].dtype) for name in form}
+    state = {name: _filled(name, value, parts) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+
+
+def _filled(name: str, form: Any, parts: dict[str, Tensor]) -> Tensor:
+    """The tensor of this name, of the form given, out of plain ones."""
+    if not is_traceable_wrapper_subclass(form):
+        return parts[name]
+    names, attributes = form.__tensor_flatten__()
+    own = {part: parts[f"{name}.{part}"] for part in names}
+    return type(form).__tensor_unflatten__(own, attributes, form.shape, form.stride())
+
+
+def _torchao_config(scheme: Scheme) -> Any:
+    from torchao import quantization
+
+    if scheme == "int8_weight_only":
+        return quantization.Int8WeightOnlyConfig(set_inductor_config=False, version=2)
+    if scheme == "int8_dynamic":
+        return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, version=2)
+    if scheme == "float8_weight_only":
+        return quantization.Float8WeightOnlyConfig(set_inductor_config=False, version=2)
+    return quantization.Int4WeightOnlyConfig(  # the one layout that torch itself has kernels for
+        group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False, version=2
+    )
