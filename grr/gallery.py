@@ -43,13 +43,13 @@ def write_hits(path: Path, found: Sequence[Found], *facts: str) -> Path:
     for one in found:
         asked = f"<blockquote>{escape(one.query)}</blockquote>"
         if one.is_image:
-            asked = f"<div class=asked>{_picture(shown[one.query], one.query)}<p>{_name(one.query)}</p></div>"
+            asked = f"<div class=asked>{_picture(shown[one.query], one.query)}{_name(one.query)}</div>"
         hits = [(_picture(shown[hit.file], f"found in place {place}"), f"{hit.score:.3f}".replace("-", "−"), hit.file)
                 for place, hit in enumerate(one.hits, 1)]  # fmt: skip
-        listed = "".join(f"<li>{image}<span>{score}<br>{_name(file)}</span></li>" for image, score, file in hits)
+        listed = "".join(f"<li>{image}<span>{score}</span>{_name(file)}</li>" for image, score, file in hits)
         items.append(f"<article>{asked}<ol>{listed}</ol></article>")
     section = ("<section><h2>What was looked for, and the images it finds</h2><p>Nearest first, with the cosine "
-               f"similarity.</p><div class=retrievals>{''.join(items)}</div></section>")  # fmt: skip
+               f"similarity.</p><div class=hits>{''.join(items)}</div></section>")  # fmt: skip
     title = f"“{found[0].query}”" if len(found) == 1 and not found[0].is_image else "Search"
     return write_page(path, title, header(title, *facts), section)
 
@@ -72,12 +72,10 @@ def _figure(row: Row, image: Tensor | str) -> str:
     else:
         (first, *others), (p, *less) = row["classes"], row["probabilities"]
         said = f"<p class=written>{escape(first)} <i>{percent(p)}</i></p>"
-        rest = " <i>·</i> ".join(f"{escape(name)} {percent(q)}" for name, q in zip(others, less, strict=True))
+        rest = " <i>·</i> ".join(f"{escape(name)}&nbsp;{percent(q)}" for name, q in zip(others, less, strict=True))
         said += f"<p class=true>{rest}</p>" if rest else ""
         alt = first
-    return (
-        f"<figure>{_picture(image, alt)}<figcaption>{said}<p class=true>{_name(row['file'])}</p></figcaption></figure>"
-    )
+    return f"<figure>{_picture(image, alt)}<figcaption>{said}{_name(row['file'])}</figcaption></figure>"
 
 
 def _picture(image: Tensor | str, alt: str) -> str:
@@ -85,7 +83,7 @@ def _picture(image: Tensor | str, alt: str) -> str:
 
 
 def _name(file: str) -> str:
-    return f'<span title="{escape(file)}">{escape(Path(file).name)}</span>'
+    return f'<p class=name title="{escape(file)}">{escape(Path(file).name)}</p>'
 
 
 def _show_bad(bad: Sequence[Row]) -> str:

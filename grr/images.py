@@ -8,7 +8,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; Deng et al. 2009, the values that torchvision made common
@@ -43,6 +43,8 @@ def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int) -> Tensor:
 def _decoded(source: str | Path | bytes | BinaryIO, size: int, use: Callable[[Image.Image], Tensor]) -> Tensor:
     if isinstance(source, str | Path):
         source = Path(source).read_bytes()
+    if source == b"":
+        raise BadImage("not a readable image: the file is empty")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata; bombs are refused below
@@ -58,6 +60,8 @@ def _decoded(source: str | Path | bytes | BinaryIO, size: int, use: Callable[[Im
             raise
         except (MemoryError, RecursionError):
             raise
+        except UnidentifiedImageError:
+            raise BadImage("not a readable image: its content has no format that is known") from None
         except Exception as error:  # Pillow's plugins raise nearly anything at damaged files
             raise BadImage(f"not a readable image: {type(error).__name__}: {error}") from error
 

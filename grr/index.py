@@ -204,7 +204,7 @@ def _write_part(folder: Path, names: list[str], embeddings: Tensor) -> None:
 def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
     try:
         names = list(json.loads(file.read_bytes()))
-        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="r")
+        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c")  # private: torch wants to be able to write
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"open_index: {file.with_suffix('')} is damaged ({error}); delete {file.name} and embed its "
                          "images again") from error  # fmt: skip

@@ -111,7 +111,13 @@ article p { font-size: 13px; color: var(--soft); margin-top: 4px }
 .true, .captions details { font-size: 13px; line-height: 1.4; color: var(--soft); margin-top: 6px }
 .captions ul { padding-left: 16px }
 summary { cursor: pointer }
-.asked { width: 140px; margin-bottom: 12px } .asked p { margin-top: 6px; font-size: 13px; color: var(--soft) }
+.hits { display: grid; gap: 36px; margin-top: 24px }
+.hits ol { grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); gap: 16px 12px }
+.hits .name { text-align: center }
+.asked { width: 160px; margin-bottom: 16px }
+.name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; font-size: 12px;
+  line-height: 1.35; color: var(--soft) }
+.captions .name, .asked .name { margin-top: 6px }
 .gone { display: grid; place-items: center; aspect-ratio: 1; padding: 8px; border: 1px dashed var(--line);
   border-radius: 4px; font-size: 12px; text-align: center; color: var(--soft) }
 .scroll { overflow-x: auto; margin-top: 24px }
