@@ -6,6 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from PIL import ImageColor
+
+from grr.builders import grr_coca_tiny
+from grr.checkpoint import save_model
+from grr.loss import contrastive_loss
+from grr.packing import pack_captions
+from grr.pretrained import describe
+from grr.tokenizer import train_tokenizer
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 settings.register_profile("grr", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("grr")
@@ -18,4 +28,28 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("GRR_TEST_DATA", Path(__file__).resolve().parents[1] / "../shared/data")).resolve()
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder} (set GRR_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colour_run(tmp_path_factory) -> Path:
+    """The folder of a run whose model knows six colours, by their names in Pillow, and says "a red picture"."""
+    folder = tmp_path_factory.mktemp("colours") / "run"
+    captions = [f"a {colour} picture" for colour in COLOURS]
+    folder.mkdir()
+    tokenizer = train_tokenizer(captions, folder / "tokenizer.model", vocab_size=64, context=16)
+    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32}
+    torch.manual_seed(0)
+    model = grr_coca_tiny(**arguments)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    ids, positions, labels = pack_captions([tokenizer.encode(caption) for caption in captions], pad_id=tokenizer.pad_id)
+    plain = torch.tensor([ImageColor.getrgb(colour) for colour in COLOURS]).view(-1, 3, 1, 1)
+    for _ in range(60):
+        images = plain + torch.randint(-25, 26, (6, 3, 1, 1)) + torch.randint(-10, 11, (6, 3, 32, 32))
+        output = model(images.clamp(0, 255).byte(), ids, positions=positions, labels=labels)
+        contrast = contrastive_loss(output.image_embeddings, output.text_embeddings)
+        (contrast + output.token_losses.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(folder / "model", model, describe("grr_coca_tiny", arguments, "squash"), folder / "tokenizer.model")
     return folder

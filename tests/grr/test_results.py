@@ -1,0 +1,118 @@
+"""Results of files, a line each: whatever a kill leaves, the next run makes whole."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr.results import Outcome, Row, printable, read_results, told, write_results
+
+NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]
+MADE = {"model": "m", "generation": {"beams": 2}}
+
+
+class Worker:
+    """Says how long a name is, two at a time, and keeps what it was asked; `bad` names cannot be read."""
+
+    def __init__(self, bad: tuple[str, ...] = ()) -> None:
+        self.asked: list[str] = []
+        self.bad = bad
+
+    def __call__(self, files: list[str]):
+        for i in range(0, len(files), 2):
+            self.asked += files[i : i + 2]
+            yield [self.row(file) for file in files[i : i + 2]]
+
+    def row(self, file: str) -> Row:
+        return {"file": file, "error": "torn"} if file in self.bad else {"file": file, "length": len(file)}
+
+
+@given(cut=st.floats(0, 1), bad=st.sets(st.sampled_from(NAMES)))
+def test_a_file_cut_at_any_byte_is_completed_and_nothing_whole_is_done_again(cut, bad):
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "out.jsonl")
+        write_results(output, NAMES, MADE, Worker(tuple(bad)))
+        whole = output.read_bytes()
+        kept = whole[: round(cut * len(whole))]
+        output.write_bytes(kept)
+        again = Worker(tuple(bad))
+        outcome = write_results(output, NAMES, MADE, again)
+        rows = read_results(output)
+    assert outcome == Outcome(len(NAMES) - len(bad), len(NAMES) - len(again.asked), dict.fromkeys(
+        (name for name in NAMES if name in bad), "torn"))  # fmt: skip
+    assert sorted(map(str, rows)) == sorted(str(again.row(name)) for name in NAMES)
+    intact = [json.loads(line)["file"] for line in kept.split(b"\n")[:-1]]
+    assert sorted(again.asked) == sorted(set(NAMES) - (set(intact) - bad))
+
+
+def test_each_batch_is_on_disk_before_the_next_begins(tmp_path):
+    output = tmp_path / "deep/out.jsonl"
+    counts = []
+
+    def work(files):
+        for file in files:
+            counts.append(len(read_results(output)))
+            yield [{"file": file, "caption": "x"}]
+
+    write_results(output, NAMES, MADE, work)
+    assert counts == list(range(len(NAMES)))
+
+
+def test_what_could_not_be_read_is_tried_again_and_then_forgotten(tmp_path):
+    output = tmp_path / "out.jsonl"
+    first = write_results(output, NAMES, MADE, Worker(bad=("f.jpg",)))
+    assert (first.done, first.bad, first.status) == (6, {"f.jpg": "torn"}, 0)
+    mended = Worker()
+    assert write_results(output, NAMES, MADE, mended) == (7, 6, {})
+    assert mended.asked == ["f.jpg"]
+    assert all("error" not in row for row in read_results(output))
+
+
+def test_other_files_are_added(tmp_path):
+    output = tmp_path / "out.jsonl"
+    write_results(output, NAMES[:3], MADE, Worker())
+    assert write_results(output, NAMES[2:], MADE, Worker()) == (5, 1, {})
+    assert [row["file"] for row in read_results(output)] == NAMES
+
+
+def test_lines_are_json_of_readable_utf_8(tmp_path):
+    write_results(tmp_path / "out.jsonl", NAMES, MADE, Worker())
+    text = (tmp_path / "out.jsonl").read_bytes().decode()
+    assert '{"file": "ü.png", "length": 5}\n' in text
+    assert len(text.split("\n")) == len(NAMES) + 1
+
+
+def test_nothing_done_is_a_failure(tmp_path):
+    assert write_results(tmp_path / "out.jsonl", ["f.jpg"], MADE, Worker(bad=("f.jpg",))).status == 1
+
+
+@pytest.mark.parametrize(("made", "message"), [
+    ({**MADE, "model": "n"}, r"made with something else \(model: m there, n here\); set another"),
+    ({"model": "m"}, r"made with something else \(generation: \{'beams': 2\} there, None here\)"),
+])  # fmt: skip
+def test_results_of_something_else_are_refused_and_left_alone(tmp_path, made, message):
+    output = tmp_path / "out.jsonl"
+    write_results(output, NAMES, MADE, Worker())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        write_results(output, NAMES, made, Worker())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_file_that_something_else_wrote_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"file": "a.jpg", "caption": "written by hand, for weeks"}\n')
+    with pytest.raises(ValueError, match=r"write_results: .*mine.jsonl is there already, and mine.made_with.json"):
+        write_results(tmp_path / "mine.jsonl", NAMES, MADE, Worker())
+    assert "weeks" in (tmp_path / "mine.jsonl").read_text()
+
+
+def test_what_is_told_fits_a_terminal():
+    outcome = Outcome(1200, 200, {"x\x1b[2J.jpg": "No such file or directory"})
+    assert told(outcome, what="captioned") == (
+        "1,200 images captioned, 200 of them before; 1 could not be read:\n  'x\\x1b[2J.jpg': No such file or directory"
+    )
+    assert told(Outcome(3, 0, {}), what="captioned") == "3 images captioned"
+    assert all("\n" not in printable(name) and printable(name).encode() for name in NAMES)
