@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -71,6 +72,8 @@ def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
     Raises ConfigError with all mistakes at once, each with its place. Without argv, which is a recipe reading its own
     command line, the message is printed instead, by rank 0 of torchrun only, and the program leaves with status 2.
     """
+    if _asked.get():
+        raise _Asked(sections)
     if argv is not None:
         return _load(argv, sections)
     try:
@@ -81,12 +84,39 @@ def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
         raise SystemExit(2) from None
 
 
+def sections_of(main: Callable[[], object]) -> dict[str, Section]:
+    """The sections that a recipe's main hands to `load`: it is called, and left there, with nothing read.
+
+    Raises ValueError if it ends without.
+    """
+    token = _asked.set(True)
+    try:
+        main()
+    except _Asked as answer:
+        return answer.sections
+    finally:
+        _asked.reset(token)
+    raise ValueError(f"sections_of: {main.__module__}.{main.__qualname__} reads no config; a recipe's main begins with "
+                     "config.load(...)")  # fmt: skip
+
+
 def save(cfg: Config, path: Path) -> None:
     """Write the config as YAML that loads as the same config. Whole or not at all: written aside, then renamed."""
     plain = {section: {key: _plain(value) for key, value in vars(cfg)[section].items()} for section in cfg._functions}
     aside = path.with_suffix(".tmp")
     aside.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
     aside.replace(path)
+
+
+class _Asked(Exception):
+    """Leaves a main that is called for its sections."""
+
+    def __init__(self, sections: dict[str, Section]) -> None:
+        super().__init__()
+        self.sections = sections
+
+
+_asked = ContextVar("_asked", default=False)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

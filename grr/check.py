@@ -1,0 +1,257 @@
+"""A config before hours are spent on it: what its recipe would refuse, and a look at the data it names."""
+
+import importlib.util
+import inspect
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from grr import config, installed
+from grr.data import Pairs, steps_per_epoch, training_steps
+from grr.data.look import (
+    CAPTIONS,
+    Data,
+    Finding,
+    amounts,
+    lengths,
+    pictures,
+    shared,
+    some,
+    texts,
+    without_captions,
+)
+from grr.data.pairs import ImageFiles
+from grr.optim import warmup_cosine
+from grr.pretrained import Pretrained, find_pretrained
+from grr.sweep import plan
+from grr.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+
+HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
+SIZE = 224  # of images, where neither a config nor a model says it
+OVERRIDE = re.compile(r"\w+(\.\w+)+=")
+Sections = Mapping[str, config.Section]
+
+
+def recipe_of(file: Path, recipe: str | None = None) -> Path:
+    """The recipe that a config is for: the one named, or that of the folder configs/<recipe>/ that holds the config.
+
+    A recipe's file beside that folder, which may be a changed copy, goes before the installed one. Raises ValueError if
+    there is neither.
+    """
+    if recipe is not None:
+        return Path(recipe) if recipe.endswith(".py") else installed.find(recipe).path
+    folder = file.absolute().parent
+    beside = folder.parent.parent / f"{folder.name}.py"
+    if folder.parent.name == "configs" and beside.is_file():
+        return beside
+    names = [item.name for item in installed.recipes()]
+    if folder.name not in names:
+        raise ValueError(f"check: {file} lies in no folder configs/<recipe>/, so its recipe must be named: --recipe "
+                         f"one of {', '.join(names)}, or a file")  # fmt: skip
+    return installed.find(folder.name).path
+
+
+def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[config.Config, Sections]:
+    """A config as its recipe reads it, and the functions of its sections. Raises ConfigError with all mistakes."""
+    sections = config.sections_of(_module(recipe).main)
+    return config.load(["--config", str(file), *overrides], **sections), sections
+
+
+def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Iterator[Finding]:
+    """Open all that a config names, and look at a sample of its images and captions, or at `every` one.
+
+    Nothing is written. What cannot be opened is a finding, too.
+    """
+    for section, function in sections.items():
+        if inspect.isclass(function):  # the knobs of a recipe, which may refuse each other
+            try:
+                cfg.build(section)
+            except ValueError as error:
+                yield _refused(section, error)
+    if {"stages", "variants", "seeds", "overrides"} <= _section(cfg, "run").keys():
+        yield from _runs(cfg.run)
+
+    # data
+    opened: dict[str, Data] = {}
+    for section in sections:
+        if _gives(Pairs, cfg, sections[section], section):
+            try:
+                opened[section] = Data(section, cfg.build(section))
+            except (ValueError, OSError, ImportError) as error:
+                yield _refused(section, error)
+
+    # model and tokenizer
+    source, tokenizer, wide = None, None, None
+    try:
+        source = _pretrained(cfg)
+    except (ValueError, OSError) as error:
+        yield _refused("model", error)
+    try:
+        tokenizer, wide = _tokenizers(cfg, sections, source, opened.get("data"))
+    except (ValueError, OSError, ImportError) as error:
+        yield _refused("tokenizer", error)
+    if tokenizer is not None:
+        yield Finding("tokenizer", f"{tokenizer.vocab_size:,} ids, {tokenizer.context} tokens at a time")
+    if source is not None:
+        yield Finding("model", f"{source.builder} from {source.path}")
+    elif "path" not in _section(cfg, "model") and "model" in sections:
+        yield from _new_model(cfg, sections["model"], tokenizer)
+
+    # images and captions
+    size = source.arguments["image_size"] if source else _section(cfg, "model").get("image_size", SIZE)
+    crop = _section(cfg, "loader").get("crop", source.crop if source else "squash")
+    pixels: dict[str, set[bytes]] = {}
+    for section, data in opened.items():
+        arguments = _section(cfg, section)
+        yield Finding(section, ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None))
+        findings = [*amounts(data), *texts(data)]
+        if tokenizer is not None and wide is not None:
+            findings.append(lengths(data, wide, tokenizer.context, every=every))
+        pixels[section], seen = pictures(data, size=size, crop=crop, every=every)
+        findings += seen
+        if isinstance(data.source, ImageFiles):
+            findings += without_captions(data.source, _splits(sections[section], arguments, data.source))
+        yield from (finding._replace(what=f"  {finding.what}") for finding in findings)
+    for held_out, train in HELD_OUT.items():
+        if held_out in opened and train in opened:
+            equal = len(pixels[held_out] & pixels[train])
+            yield from shared(opened[held_out], opened[train], equal, every=every)
+    if "data" in opened and tokenizer is not None:
+        yield from _steps(cfg, sections, opened["data"].pairs, tokenizer, size)
+
+
+@cache
+def _module(file: Path) -> ModuleType:
+    """A recipe's file as a module, wherever it lies; what it does when it is started is not done."""
+    if not file.is_file():
+        raise FileNotFoundError(f"check: there is no recipe {file}")
+    name = f"grr_recipe_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their types up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _section(cfg: config.Config, section: str) -> dict[str, Any]:
+    """The arguments of a section, none if the recipe has no such section."""
+    return vars(cfg).get(section, {})
+
+
+def _refused(what: str, error: Exception) -> Finding:
+    return Finding(what, " ".join(str(error).split()), wrong=True)
+
+
+def _gives(kind: type, cfg: config.Config, function: config.Section, section: str) -> bool:
+    """Whether the function that a section chose says that it gives such a thing."""
+    if isinstance(function, Mapping):
+        function = function[_section(cfg, section)["name"]]
+    gives = None if inspect.isclass(function) else inspect.signature(function, eval_str=True).return_annotation
+    return inspect.isclass(gives) and issubclass(gives, kind)
+
+
+def _pretrained(cfg: config.Config) -> Pretrained | None:
+    """The trained model that a config names, if it names one."""
+    path = _section(cfg, "model").get("path")
+    return None if path is None else find_pretrained(path)
+
+
+def _tokenizers(cfg: config.Config, sections: Sections, source: Pretrained | None,
+                train: Data | None) -> tuple[Tokenizer | None, Tokenizer | None]:  # fmt: skip
+    """The tokenizer of the run, and one of the same words that reads four times as much."""
+    if source is not None:
+        file, context = source.tokenizer, source.arguments["context"]
+        return load_tokenizer(file, context=context), load_tokenizer(file, context=4 * context)
+    if "tokenizer" not in sections or train is None:
+        return None, None
+    captions = [train.pairs.captions[i] for i in some(len(train.pairs), CAPTIONS)]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = open_tokenizer(captions, Path(folder, "tokenizer.model"), **cfg.tokenizer)
+        return tokenizer, load_tokenizer(Path(folder, "tokenizer.model"), context=4 * tokenizer.context)
+
+
+def _new_model(cfg: config.Config, function: config.Section, tokenizer: Tokenizer | None) -> Iterator[Finding]:
+    """Build the model without memory: sizes that do not fit each other are refused there."""
+    if not _gives(nn.Module, cfg, function, "model"):
+        return
+    if tokenizer is not None:
+        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+    try:
+        with torch.device("meta"):
+            model = cfg.build("model")
+        yield Finding("model", f"{cfg.model['name']}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    except (ValueError, TypeError, RuntimeError) as error:
+        yield _refused("model", error)
+
+
+def _splits(function: config.Section, arguments: dict[str, Any], own: ImageFiles) -> Iterator[ImageFiles]:
+    """The same data in every split that they have."""
+    if "split" not in arguments or not isinstance(function, Mapping):
+        return
+    others = {key: value for key, value in arguments.items() if key != "name"}
+    for split in ("train", "validation", "test"):
+        try:
+            pairs = function[arguments["name"]](**others | {"split": split})
+        except (ValueError, OSError):  # there is no such split
+            continue
+        if isinstance(pairs, ImageFiles) and pairs.root == own.root:
+            yield pairs
+
+
+def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
+    """The config of every run of a sweep, of its first seed."""
+    folder, seeds = Path(sweep["folder"]), sweep["seeds"]
+    try:
+        jobs = plan(folder, sweep["stages"], sweep["variants"], seeds, sweep["overrides"])
+    except ValueError as error:
+        yield _refused("run", error)
+        return
+    said: dict[str, None] = {}  # what is wrong with several is told once
+    for job in (job for job in jobs if job.seed == seeds[0]):
+        recipe = next((Path(word) for word in job.words if word.endswith(".py")), None)
+        if recipe is None or "--config" not in job.words[:-1]:
+            continue  # a command of one's own
+        file = Path(job.words[job.words.index("--config") + 1])
+        try:
+            read_config(file, [word for word in job.words if OVERRIDE.match(word)], recipe)
+        except FileNotFoundError as error:
+            said[f"{error}; `grr cp {recipe.stem}` puts the installed one there"] = None
+        except config.ConfigError as error:
+            said[f"{job.name}: {' '.join(str(error).split())}"] = None
+    for line in said:
+        yield Finding("runs", line, wrong=True)
+    if not said:
+        yield Finding("runs", f"{len(jobs):,}, in {len(sweep['stages'])} stages; their configs hold no mistake")
+
+
+def _steps(cfg: config.Config, sections: Sections, pairs: Pairs, tokenizer: Tokenizer,
+           size: int) -> Iterator[Finding]:  # fmt: skip
+    """The optimizer steps of a training run; what its batches, in one process, and its schedule do not allow."""
+    run, loader = _section(cfg, "run"), _section(cfg, "loader")
+    if not loader or not {"batch_size", "micro_batch_size"} <= run.keys():
+        return
+    try:
+        training_steps(pairs, tokenizer, 0, 1, 0, 0, run["batch_size"], run["micro_batch_size"], size, False, **loader)
+        per_epoch = steps_per_epoch(pairs, run["batch_size"])
+        if sections.get("schedule") is warmup_cosine:
+            warmup_cosine(0, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
+    except ValueError as error:
+        yield _refused("steps", error)
+        return
+    ends = [n for n in ((run.get("epochs") or 0) * per_epoch, run.get("max_steps") or 0) if n]
+    total = f", {min(ends):,} in all" if ends else ""
+    yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}")
+    warmup = _section(cfg, "schedule").get("warmup_steps", 0)
+    if ends and warmup >= min(ends):
+        said = f"warmup takes {warmup:,} steps, and the whole run {min(ends):,}; lower schedule.warmup_steps"
+        yield Finding("schedule", said, wrong=True)

@@ -1,0 +1,81 @@
+"""Files of vocabularies: T5's, verified, and one trained on captions of one's own."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from grr.check import read_config, recipe_of
+from grr.tokenizer import T5_SHA256, Tokenizer, train_tokenizer
+
+REPOSITORY, FILE = "google-t5/t5-base", "spiece.model"  # on the Hugging Face hub
+
+
+def fetch_t5(source: str | Path | None, output: Path) -> Path:
+    """Copy T5's vocabulary to output, from a file or from the Hugging Face hub, if it is the very one.
+
+    Raises FileNotFoundError if there is no such file, ImportError if the hub is wanted and huggingface_hub not
+    installed, ValueError if the sha256 is another, or if output is another file.
+    """
+    if output.is_file() and _sha256(output.read_bytes()) == T5_SHA256:
+        return output
+    if output.exists():
+        raise ValueError(f"fetch_t5: {output} is there, and is not T5's vocabulary; name another file (--output FILE)")
+    file = _from_hub() if source is None else Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"fetch_t5: there is no file {file}")
+    data = file.read_bytes()
+    if _sha256(data) != T5_SHA256:
+        raise ValueError(
+            f"fetch_t5: {file} must be {FILE} of {REPOSITORY}, whose sha256 is {T5_SHA256}, got {len(data):,} bytes of "
+            f"{_sha256(data)}; download it again"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Tokenizer(file).save(output)
+    return output
+
+
+def train_vocabulary(sources: Sequence[Path], overrides: Sequence[str], output: Path, *, vocab_size: int) -> Tokenizer:
+    """Train a vocabulary on the captions of text files, one a line, and of the section `data` of configs.
+
+    overrides: section.key=value for the configs. Raises ValueError if output is there already, if a config is wrong or
+    its recipe has no captions, or as `train_tokenizer` does; FileNotFoundError if a file is missing.
+    """
+    if output.exists():
+        raise ValueError(f"train_vocabulary: {output} is there already; name another file, or delete it")
+    captions = [caption for source in sources for caption in _captions(source, overrides)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return train_tokenizer(captions, output, vocab_size=vocab_size)
+
+
+def _captions(source: Path, overrides: Sequence[str]) -> Iterator[str]:
+    if source.suffix in (".yaml", ".yml"):
+        cfg, sections = read_config(source, overrides, recipe_of(source))
+        if "data" not in sections:
+            raise ValueError(f"train_vocabulary: {source} has no section data, so it has no captions")
+        yield from cfg.build("data").captions
+        return
+    if not source.is_file():
+        raise FileNotFoundError(f"train_vocabulary: there is no file of captions {source}")
+    with source.open(encoding="utf-8-sig", errors="replace") as lines:
+        yield from lines
+
+
+def _from_hub() -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ImportError(
+            f"fetch_t5: without a file, {FILE} of {REPOSITORY} is fetched from the Hugging Face hub, which takes "
+            "huggingface_hub; pip install huggingface_hub, or download the file and name it"
+        ) from None
+    try:
+        return Path(hf_hub_download(REPOSITORY, FILE))
+    except Exception as error:  # of the network, of the hub, of its cache
+        raise OSError(
+            f"fetch_t5: the Hugging Face hub does not give {FILE} of {REPOSITORY} ({' '.join(str(error).split())}); "
+            "download it elsewhere, and name the file"
+        ) from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
