@@ -1,0 +1,69 @@
+"""Captions of image files are those that the model writes of each alone, and belong to the model that wrote them."""
+
+import pytest
+import torch
+from PIL import Image
+
+from grr.captioning import caption_files, caption_images
+from grr.generate import generate
+from grr.images import load_image
+from grr.pictures import find_images
+from grr.pretrained import load_pretrained
+from grr.results import read_results
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+
+
+@pytest.fixture(scope="module")
+def trained(colour_run):
+    return load_pretrained(colour_run)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    for name in COLOURS:
+        Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "empty.png").touch()
+    return find_images(tmp_path)
+
+
+@pytest.mark.parametrize("generation", [None, {"beams": 2, "max_tokens": 3}])
+def test_each_caption_is_the_one_of_the_image_alone(trained, files, generation):
+    rows = [row for some in caption_images(trained, files, generation, batch_size=4) for row in some]
+    for row in rows[:-1]:
+        if "error" not in row:
+            image = load_image(row["file"], size=trained.image_size, crop=trained.crop).unsqueeze(0)
+            assert [row["caption"]] == generate(trained.model, image, trained.tokenizer, **generation or {})
+    assert sorted(row["file"] for row in rows) == files
+    assert [row["error"] for row in rows if "error" in row] == ["not a readable image: the file is empty"]
+
+
+def test_the_captions_name_the_colours(trained, files):
+    (rows,) = caption_images(trained, files)
+    captions = {row["file"]: row.get("caption") for row in rows}
+    for name, file in zip(sorted((*COLOURS, "empty")), files, strict=True):
+        assert captions[file] == (f"a {name} picture" if name in COLOURS else None)
+
+
+def test_other_options_or_weights_do_not_go_into_the_same_file(trained, files, tmp_path, colour_run):
+    output = tmp_path / "captions.jsonl"
+    assert caption_files(trained, files, output).done == 6
+    assert caption_files(trained, files, output).before == 6
+    with pytest.raises(ValueError, match=r"made with something else \(generation: \{\} there, \{'beams': 2\} here\)"):
+        caption_files(trained, files, output, {"beams": 2})
+    other = load_pretrained(colour_run)
+    with torch.no_grad():
+        other.model.multimodal_decoder.head.weight[5] += 1
+    with pytest.raises(ValueError, match=r"made with something else \(model: \w+ there, \w+ here\)"):
+        caption_files(other, files, output)
+    assert len(read_results(output)) == 7
+
+
+def test_captions_are_written_in_half_precision_too(files, colour_run):
+    (rows,) = caption_images(load_pretrained(colour_run, dtype=torch.bfloat16), files)
+    assert {"a red picture", "a blue picture"} <= {row.get("caption") for row in rows}
+
+
+def test_a_wrong_option_is_the_fault_of_the_option(trained, files, tmp_path):
+    with pytest.raises(ValueError, match="generate: beams must be 1"):
+        caption_files(trained, files, tmp_path / "captions.jsonl", {"beams": 0})

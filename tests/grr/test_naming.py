@@ -1,0 +1,82 @@
+"""Classes of image files are softmax(cosine / temperature) over all names, the likeliest first."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from grr.images import load_image
+from grr.naming import classify_files, classify_images, read_classes
+from grr.pictures import find_images
+from grr.pretrained import load_pretrained
+from grr.zero_shot import class_embeddings
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+TEMPLATES = ("a {} picture",)
+
+
+@pytest.fixture(scope="module")
+def trained(colour_run):
+    return load_pretrained(colour_run)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    for name in COLOURS:
+        Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "empty.png").touch()
+    return find_images(tmp_path)
+
+
+def test_probabilities_are_the_formula_in_float64(trained, files):
+    model, tokenizer, size, crop = trained
+    names = class_embeddings(model, tokenizer, COLOURS, torch.device("cpu"), templates=TEMPLATES).double()
+    (rows,) = classify_images(trained, files, COLOURS, templates=TEMPLATES, top=3)
+    for row in rows[:-1]:
+        with torch.no_grad():
+            image = model.encode_image(load_image(row["file"], size=size, crop=crop).unsqueeze(0))[0].double()
+        weights = {name: math.exp(float(image @ n) / 0.07) for name, n in zip(COLOURS, names, strict=True)}
+        expected = sorted(weights, key=lambda name: -weights[name])[:3]
+        assert row["classes"] == expected
+        total = sum(weights.values())
+        assert row["probabilities"] == pytest.approx([weights[name] / total for name in expected], rel=1e-3)
+    assert rows[-1]["error"] == "not a readable image: the file is empty"
+
+
+def test_the_colours_are_known_by_their_names(trained, files):
+    (rows,) = classify_images(trained, files, COLOURS, templates=TEMPLATES, top=9)
+    assert [row["classes"][0] for row in rows[:-1]] == sorted(COLOURS)
+    assert all(len(row["classes"]) == 6 and sum(row["probabilities"]) == pytest.approx(1) for row in rows[:-1])
+
+
+def test_equally_likely_classes_stand_in_the_order_given(trained, files):
+    same = ["red ", " red", "red"]  # the tokenizer reads one and the same
+    (rows,) = classify_images(trained, files, same, templates=TEMPLATES)
+    assert all(row["classes"] == same for row in rows[:-1])
+
+
+def test_other_classes_do_not_go_into_the_same_file(trained, files, tmp_path):
+    output = tmp_path / "classes.jsonl"
+    assert classify_files(trained, files, COLOURS, output).done == 6
+    assert classify_files(trained, files, COLOURS, output).before == 6
+    with pytest.raises(ValueError, match=r"made with something else \(classes: "):
+        classify_files(trained, files, COLOURS[:3], output)
+
+
+def test_no_class_twice_and_top_at_least_one(trained, files):
+    with pytest.raises(ValueError, match="class_embeddings: each class must have a name of its own, got 'red'"):
+        next(classify_images(trained, files, ["red", "red"]))
+    with pytest.raises(ValueError, match="classify_images: top must be at least 1, got top=0"):
+        next(classify_images(trained, files, COLOURS, top=0))
+
+
+def test_classes_are_read_from_a_text_file(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_bytes("\ufeffcrane, a bird\r\n\n  crane,  a machine \nübung".encode())
+    assert read_classes(file) == ["crane, a bird", "crane, a machine", "übung"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        read_classes(file)
+    with pytest.raises(FileNotFoundError, match="read_classes: there is no file of classes"):
+        read_classes(tmp_path / "nowhere.txt")
