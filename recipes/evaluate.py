@@ -1,7 +1,7 @@
 """Judge a trained model by data it never saw: the paper's losses, retrieval, captions, and the classes of images.
 
     python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
-    torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml model.path=runs/coco
+    torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml
 
 Writes evaluation.json and evaluation.html. Any number of processes gives the same numbers; on CPUs to the last bit if
 OMP_NUM_THREADS is the same. Any key of the config may follow as key=value.
