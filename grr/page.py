@@ -113,7 +113,7 @@ article p { font-size: 13px; color: var(--soft); margin-top: 4px }
 summary { cursor: pointer }
 .hits { display: grid; gap: 36px; margin-top: 24px }
 .hits ol { grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); gap: 16px 12px }
-.hits .name { text-align: center }
+.hits li .name { text-align: center }
 .asked { width: 160px; margin-bottom: 16px }
 .name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; font-size: 12px;
   line-height: 1.35; color: var(--soft) }
