@@ -43,6 +43,7 @@ METRICS = [
     Metric("contrastive loss", "contrastive_loss", lower_is_better=True, factor=1),
     *(Metric(label, key) for key, label in RECALLS.items()),
     Metric("captions exact, %", "caption_exact"),
+    Metric("accuracy, %", "accuracy"),
     *(Metric(f"evaluation: {label}", key, "retrieval") for key, label in RECALLS.items()),
     *(Metric(f"evaluation: {label}", key, "captions") for key, label in CAPTIONS.items()),
     *(Metric(f"evaluation: {name} top {k}, %", f"top_{k}", task) for task, name in CLASSIFIERS.items() for k in (1, 5)),

@@ -171,7 +171,8 @@ def verdicts(comparison: Comparison) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """How to read the table."""
     lines = [
-        "The numbers of a run are those of its validation with the lowest CoCa loss; of a fine-tuning, its last ones.",
+        "The numbers of a run are those of its validation with the lowest CoCa loss; of a fine-tuning, its last ones; "
+        "of a classifier, whose loss is another, those of its validation with the highest accuracy.",
         "± behind a value is the standard deviation over seeds; behind a difference, the standard error of its mean.",
         "* the 95 % interval of the difference excludes zero (t-test over seeds), which by chance it does for one of "
         "twenty numbers that do not differ. ? there are too few seeds to know.",

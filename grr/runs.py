@@ -38,9 +38,10 @@ class RunRecord:
 
     @property
     def best(self) -> Row:
-        """The line that a run counts by: of the model that was left, or else the validation with the lowest loss."""
+        """The line that a run counts by: of the model that was left, or else the validation with the lowest loss; of a
+        classifier, the one with the highest accuracy, whose weights it keeps."""
         finite = [row for row in self.validations if is_number(row.get("loss"))]
-        return self.final or min(finite, key=lambda row: float(row["loss"]))
+        return self.final or min(finite, key=lambda row: float(-row["accuracy"] if "accuracy" in row else row["loss"]))
 
     @property
     def best_step(self) -> int:

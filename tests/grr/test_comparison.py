@@ -119,6 +119,19 @@ def test_the_other_numbers_are_those_of_the_same_validation(tmp_path):
     assert read_run(folder).best["perplexity"] == 20.0
 
 
+def test_a_classifier_counts_by_its_highest_accuracy_whose_weights_it_keeps(tmp_path):
+    """As the recipe keeps them: the first of equals, whatever their losses."""
+    for name, accuracies in (("base", [0.5, 0.75, 0.75]), ("grr", [0.875, 0.5, 0.25])):
+        log = MetricsLog(make_run(tmp_path / name, losses=[]))
+        for i, (loss, accuracy) in enumerate(zip([1.0, 1.5, 1.2], accuracies, strict=True), 1):
+            log.write(split="validation", step=10 * i, loss=loss, accuracy=accuracy)
+        log.close()
+    models = read_models([f"Baseline: {tmp_path}/base", f"GRR: {tmp_path}/grr"])
+    assert [(run.best["loss"], run.best_step) for [run] in models.values()] == [(1.5, 20), (1.0, 10)]
+    table = result_table(compare(models))
+    assert [numbers(cell(table, "accuracy, % ↑", i)) for i in (1, 2, 4)] == [[75.0], [87.5], [12.5]]
+
+
 def test_a_fine_tuning_counts_by_the_model_that_it_left(tmp_path):
     folder = make_run(tmp_path / "a", losses=[4.0, 3.0, 3.5])
     log = MetricsLog(folder, step=30)
