@@ -1,0 +1,225 @@
+"""The three graphs of a trained model, for use without this library: as programs of torch.export, and as ONNX files.
+
+`image` embeds images, and gives the keys and values that captions of them read; `text` embeds sentences; `step` reads
+one token of a caption and scores the next. Plain tensors go in and out, the cache of a caption among them. The number
+of images, of sentences and of tokens is free; sizes of images and of the model are fixed.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from grr.clip_tokenizer import ClipTokenizer
+from grr.components import Block, BlockCache, KeyValueCache
+from grr.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from grr.model import CoCa
+from grr.pretrained import Pretrained
+from grr.tokenizer import Tokenizer
+
+Pixels = Literal["uint8", "float32"]
+Outputs = tuple[Tensor, ...]
+Axes = dict[str, dict[int, str]]  # of each input, those of any length, and what they count
+
+
+class ImageGraph(nn.Module):
+    """images -> image_embeddings [b, e], context_keys and context_values [l, b, h, n, k].
+
+    The latter are what the l blocks that read the image know of its n vectors, in h heads of width k.
+    images: [b, 3, h, w], bytes for pixels="uint8", or for "float32" normalised as `grr.images.normalize` does.
+    """
+
+    outputs = ("image_embeddings", "context_keys", "context_values")
+    free: ClassVar[Axes] = {"images": {0: "batch"}}
+
+    def __init__(self, model: CoCa, image_size: int, pixels: Pixels = "uint8") -> None:
+        super().__init__()
+        self.model, self.image_size, self.pixels = model, image_size, pixels
+
+    def forward(self, images: Tensor) -> Outputs:
+        context = self.model.image_context(images)  # [b, n, d]
+        query = context.new_zeros(context.shape[0], 1, self.model.dim)
+        caches = [_Handed() for _ in _reading_images(self.model)]
+        for block, cache in zip(_reading_images(self.model), caches, strict=True):
+            block.cross_attention(query, context, cache=cache)  # type: ignore[misc]  # for the keys and values alone
+        return self.model._image_embeddings(context), *_stacked(caches)  # encode_image would look at the image again
+
+    def example(self, batch: int, tokens: int) -> dict[str, Tensor]:
+        images = _random_images(batch, self.image_size)
+        return {"images": images if self.pixels == "uint8" else normalize(images)}
+
+
+class TextGraph(nn.Module):
+    """ids and positions [b, s] -> text_embeddings [b, e].
+
+    A row is BOS t1 ... tn EOS CLS, then PAD to the length of the longest row; positions count from 0, but that of CLS
+    is always context - 1, and those of PAD are of no account.
+    """
+
+    outputs = ("text_embeddings",)
+    free: ClassVar[Axes] = {"ids": {0: "batch", 1: "tokens"}, "positions": {0: "batch", 1: "tokens"}}
+
+    def __init__(self, model: CoCa, context: int) -> None:
+        super().__init__()
+        self.model, self.context = model, context
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Outputs:
+        return (self.model.encode_text(ids, positions=positions),)
+
+    def example(self, batch: int, tokens: int) -> dict[str, Tensor]:
+        positions = torch.arange(tokens).index_fill(0, torch.tensor([tokens - 1]), self.context - 1)
+        ids = torch.randint(3, self.model.multimodal_decoder.head.out_features, (batch, tokens))
+        return {"ids": ids, "positions": positions.repeat(batch, 1)}
+
+
+class StepGraph(nn.Module):
+    """One token of each caption, and what was read before it -> logits of the next [b, v], and the longer cache.
+
+    ids: [b, 1], BOS at first; position: [1], 0 at first; context_keys and context_values as `ImageGraph` gives them;
+    keys and values [m, b, h, t, k] of the t tokens read before, none at first -> logits, next_keys and next_values
+    [m, b, h, t + 1, k].
+    """
+
+    outputs = ("logits", "next_keys", "next_values")
+    free: ClassVar[Axes] = {
+        "ids": {0: "batch"}, "position": {}, "context_keys": {1: "batch"}, "context_values": {1: "batch"},
+        "keys": {1: "batch", 3: "read"}, "values": {1: "batch", 3: "read"},
+    }  # fmt: skip
+
+    def __init__(self, model: CoCa, image_size: int) -> None:
+        super().__init__()
+        self.model, self.image_size = model, image_size
+
+    def forward(self, ids: Tensor, position: Tensor, context_keys: Tensor, context_values: Tensor, keys: Tensor,
+                values: Tensor) -> Outputs:  # fmt: skip
+        own = [_Handed(*pair) for pair in zip(keys.unbind(), values.unbind(), strict=True)]
+        seen = [_Handed(*pair) for pair in zip(context_keys.unbind(), context_values.unbind(), strict=True)]
+        own_left, seen_left, none = iter(own), iter(seen), KeyValueCache(0)
+        caches = tuple(
+            [BlockCache(none if block.attention is None else next(own_left),
+                        none if block.cross_attention is None else next(seen_left)) for block in _blocks(decoder)]
+            for decoder in (self.model.text_decoder, self.model.multimodal_decoder)
+        )  # fmt: skip
+        context = context_keys[0]  # of the images it is read how many they are; the rest stands in the caches
+        logits = self.model.next_token_logits(ids, context, positions=position, caches=(caches[0], caches[1]))
+        return logits, *_stacked(own)
+
+    @torch.no_grad()
+    def example(self, batch: int, tokens: int) -> dict[str, Tensor]:
+        model, places = self.model, torch.arange(tokens + 1)
+        context = model.image_context(_random_images(batch, self.image_size))
+        ids = torch.randint(3, model.multimodal_decoder.head.out_features, (batch, tokens + 1))
+        caches = model.caches(context.shape[1], tokens)
+        model.next_token_logits(ids[:, :-1], context, positions=places[:-1], caches=caches)
+        both = [*caches[0], *caches[1]]
+        keys, values = _stacked([cache.tokens for cache in both if cache.tokens.length])
+        context_keys, context_values = _stacked([cache.context for cache in both if cache.context.length])
+        return {"ids": ids[:, -1:], "position": places[-1:], "context_keys": context_keys,
+                "context_values": context_values, "keys": keys, "values": values}  # fmt: skip
+
+
+Graph = ImageGraph | TextGraph | StepGraph
+
+
+def graphs(model: CoCa, image_size: int, context: int, *, pixels: Pixels = "uint8") -> dict[str, Graph]:
+    """The graphs of a model in evaluation mode, by their names: image, text and step.
+
+    image_size and context: those that the model was trained with. Raises ValueError for a model that is quantised, or
+    in another precision than float32, or unknown pixels.
+    """
+    if pixels not in get_args(Pixels):
+        raise ValueError(f"graphs: pixels must be one of {', '.join(get_args(Pixels))}, got {pixels!r}")
+    kinds = {f"{type(p).__name__} of {p.dtype}" for p in model.state_dict().values()}
+    if kinds != {"Tensor of torch.float32"}:
+        raise ValueError(f"graphs: a model is exported in float32, not quantised, got {', '.join(sorted(kinds))}; open "
+                         "it with load_pretrained as it was trained")  # fmt: skip
+    return {"image": ImageGraph(model, image_size, pixels), "text": TextGraph(model, context),
+            "step": StepGraph(model, image_size)}  # fmt: skip
+
+
+def export_program(graph: Graph) -> ExportedProgram:
+    """Trace a graph for any number of images or sentences, and of tokens; it holds the weights that it needs alone.
+
+    `torch.export.save` writes it, `torch.export.load(file).module()` calls it, and `torch.compile` may compile that.
+    """
+    dims = {name: Dim(name, min=0) for name in ("batch", "tokens", "read")}
+    shapes = {name: {axis: dims[word] for axis, word in axes.items()} for name, axes in graph.free.items()}
+    example = graph.example(batch=2, tokens=5)
+    with torch.no_grad():
+        program = torch.export.export(graph.eval(), tuple(example.values()), dynamic_shapes=shapes, strict=True)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which would go into the files
+    used = {*program.graph_signature.parameters, *program.graph_signature.buffers}
+    for name in program.state_dict.keys() - used:
+        del program.state_dict[name]
+    return program
+
+
+def save_onnx(graph: Graph, program: ExportedProgram, file: Path) -> None:
+    """Write a program as ONNX, with inputs and outputs by the names that the graph has; weights of more than 1.5 GB
+    stand in a file of their own beside it.
+
+    Raises ImportError without onnx and onnxscript.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError('save_onnx: ONNX is not installed; pip install "grr-coca[export]"') from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of itself, and of axes that share a name
+        written = torch.onnx.export(program, input_names=list(graph.free), output_names=list(graph.outputs),
+                                    dynamic_shapes=tuple(graph.free.values()), verbose=False)  # fmt: skip
+        assert written is not None
+        written.save(file)
+
+
+def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dict[str, Any]:
+    """What somebody needs to know who has the graphs and not this library: as JSON, to be saved beside them."""
+    return {
+        "builder": source.builder, "arguments": source.arguments,
+        "image_size": source.arguments["image_size"], "crop": source.crop, "pixels": pixels,
+        "mean": IMAGENET_MEAN, "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are less the mean, by std
+        "vocabulary": "clip" if isinstance(tokenizer, ClipTokenizer) else "sentencepiece",
+        "vocab_size": tokenizer.vocab_size, "context": tokenizer.context, "max_tokens": tokenizer.context - 3,
+        "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id, "cls_id": tokenizer.cls_id,
+    }  # fmt: skip
+
+
+class _Handed(KeyValueCache):
+    """A cache whose tensors come in and go out of a graph: appended to by making longer ones, never in place."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__(0)
+        if keys is not None and values is not None:
+            self.keys, self.values, self.length = keys, values, 1  # some; how many is said by the tensors
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.length:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
+def _stacked(caches: Sequence[KeyValueCache]) -> tuple[Tensor, Tensor]:
+    keys, values = zip(*(cache.filled() for cache in caches), strict=True)
+    return torch.stack(keys), torch.stack(values)
+
+
+def _blocks(decoder: nn.Module) -> list[Block]:
+    return [module for module in decoder.modules() if isinstance(module, Block)]
+
+
+def _reading_images(model: CoCa) -> list[Block]:
+    return [block for block in _blocks(model.multimodal_decoder) if block.cross_attention is not None]
+
+
+def _random_images(count: int, size: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
