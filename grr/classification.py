@@ -1,7 +1,8 @@
 """The loss, gradients and accuracy of a classifier, which depend on the global batch alone."""
 
+import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -11,17 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grr.data import Batch, Labelled
-from grr.distributed import all_sum, reset_seed
+from grr.distributed import all_sum, on_rank_0, reset_seed, unsharded
 from grr.images import BadImage, Crop
+from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
 from grr.report import Answer
 from grr.tokenizer import Tokenizer
 
 SHOWN = 24  # answers of the report
 
+logger = logging.getLogger(__name__)
+
 
 class Scores(NamedTuple):
-    """The scores of a global batch, or of many."""
+    """The scores of a global batch, or of a data set."""
 
     loss: float  # cross-entropy, mean over what has a class
     accuracy: float  # fraction of all; what has no class is never right
@@ -46,23 +50,43 @@ def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *
         (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
         loss += total.item()
         right += _count_right(logits, _classes(batch))
-    return _scores(loss, right, labelled, sum(len(batch.names) for batch in batches))
+    loss, all_right, samples = all_sum(loss, right, sum(len(batch.names) for batch in batches))
+    return Scores(loss / max(1, labelled), all_right / samples)
 
 
 @torch.no_grad()
-def classification_scores(model: nn.Module, steps: Iterable[Sequence[Batch]]) -> Scores:
-    """The scores of many global batches together, without dropout and without label smoothing."""
+def classification_scores(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *,
+                          image_size: int, crop: Crop) -> Scores:  # fmt: skip
+    """The scores of all samples, without dropout and without label smoothing; all processes share the work.
+
+    The model may be sharded. Images that cannot be read are left out, and the log says how many. Raises ValueError if
+    nothing is left.
+    """
+
+    def work(pixels: Tensor, members: list[int]) -> tuple[float, int, int, int]:
+        texts = [tokenizer.encode(pairs.captions[i]) for i in members]
+        ids, positions, _ = pack_captions(texts, pad_id=tokenizer.pad_id)
+        logits = model(pixels, ids.to(device), positions=positions.to(device)).cpu()  # [b, c]
+        classes = torch.from_numpy(pairs.labels[members])
+        labelled = int((classes != IGNORE).sum())
+        return _cross_entropy(logits, classes, 0.0).item(), _count_right(logits, classes), labelled, len(members)
+
     was_training = model.training
     model.eval()
-    loss, right, labelled, samples = 0.0, 0, 0, 0
-    for batch in (batch for batches in steps for batch in batches):
-        logits = model(batch.images, batch.ids, positions=batch.positions)  # [b, c]
-        loss += _cross_entropy(logits, _classes(batch), 0.0).item()
-        right += _count_right(logits, _classes(batch))
-        labelled += int((_classes(batch) != IGNORE).sum())
-        samples += len(batch.names)
+    with unsharded(model):
+        parts, left_out = over_images(pairs, list(range(len(pairs))), work, device, image_size=image_size, crop=crop)
     model.train(was_training)
-    return _scores(loss, right, int(all_sum(labelled)[0]), samples)
+
+    def judge() -> Scores:
+        some = "; ".join(f"{name}: {cause}" for name, cause in list(left_out.items())[:3])
+        if not parts:
+            raise ValueError(f"classification_scores: no image can be read: {some}; check where the data lie")
+        if left_out:
+            logger.warning("classification_scores: %d of %d are left out: %s", len(left_out), len(pairs), some)
+        loss, right, labelled, samples = map(sum, zip(*parts, strict=True))
+        return Scores(loss / max(1, labelled), right / samples)
+
+    return on_rank_0(judge)
 
 
 @torch.no_grad()
@@ -103,9 +127,3 @@ def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> T
 
 def _count_right(logits: Tensor, classes: Tensor) -> int:
     return int((logits.argmax(dim=-1) == classes).sum())
-
-
-def _scores(loss: float, right: int, labelled: int, samples: int) -> Scores:
-    """Of all processes: loss, right and samples are this one's, labelled is everyone's."""
-    loss, all_right, all_samples = all_sum(loss, right, samples)
-    return Scores(loss / max(1, labelled), all_right / max(1, all_samples))

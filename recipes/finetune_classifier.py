@@ -3,8 +3,8 @@
     python recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/classification.yaml
     torchrun --nproc_per_node 4 recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/vqa.yaml
 
-The model comes from a pre-trained run, or is new. The same command, submitted again, continues where the run stopped.
-Any key of the config may follow as key=value.
+The model comes from a pre-trained run, or is new. The best so far is in best/, and in model/ when the run has finished.
+The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
 import gc
@@ -25,6 +25,7 @@ from grr.checkpoint import (
     StopSignal,
     latest_checkpoint,
     load_checkpoint,
+    load_model_weights,
     read_progress,
     refuse_another_run,
     save_checkpoint,
@@ -37,7 +38,6 @@ from grr.data import (
     refuse_other_classes,
     steps_per_epoch,
     training_steps,
-    validation_steps,
 )
 from grr.distributed import (
     all_sum,
@@ -156,7 +156,7 @@ def main() -> None:
              "blind_accuracy": blind, "steps_per_epoch": per_epoch, "world_size": world, **identity}  # fmt: skip
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
 
-    # loop: the best model so far is kept as the model of the run
+    # loop: the best model so far is kept
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
     saved = logged = time.monotonic()
@@ -188,11 +188,11 @@ def main() -> None:
 
         if step % validate_every == 0 or step == last:
             began = time.monotonic()
-            batches_of = validation_steps(held_out, tokenizer, **loader)
-            scores = classification_scores(model, ([b.to(device) for b in batch] for batch in batches_of))
+            scores = classification_scores(model, held_out, tokenizer, device, image_size=arguments["image_size"],
+                                           crop=cfg.loader["crop"])  # fmt: skip
             if scores.accuracy > best:
                 best, best_step = scores.accuracy, step
-                save_model(folder / "model", model, description, folder / "tokenizer.model")
+                save_model(folder / "best", model, description, folder / "tokenizer.model")
             shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
                             crop=cfg.loader["crop"])  # fmt: skip
             if log:
@@ -211,9 +211,15 @@ def main() -> None:
             saved = time.monotonic()
 
     bar.close()
-    end = "stopped; the same command continues" if stopping and step < last else "finished"
-    logging.info(f"{end} after step {step} of {last}; the best model is in {folder / 'model'}; see "
-                 f"{folder / 'report.html'}")  # fmt: skip
+
+    # the end: the best is the model
+    if stopping and step < last:
+        logging.info(f"stopped; the same command continues after step {step} of {last}")
+    else:
+        load_model_weights(folder / "best", model)
+        save_model(folder / "model", model, description, folder / "tokenizer.model")
+        logging.info(f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see "
+                     f"{folder / 'report.html'}")  # fmt: skip
     lock.release()
 
 
