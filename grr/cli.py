@@ -33,7 +33,7 @@ With pictures of your own: grr cp pretrain/photos, edit it, grr check it, grr ru
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Gives the exit status: 0 if it did what was asked, 1 if not, 2 if it was asked wrongly."""
-    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     command: Command = options.command
     try:
         return command(options)
@@ -65,11 +65,13 @@ def cp(options: argparse.Namespace) -> int:
     """Copy a recipe with its configs, or a config, out of the package."""
     files = installed.copy(options.name, Path(options.destination))
     print(*files, sep="\n")
+    if Path(options.destination).suffix == ".py" or not any(file.suffix == ".yaml" for file in files):
+        print(f"next: grr run {_quoted(str(files[0]))} --help")
+        return 0
     recipe = options.name.partition("/")[0]
-    config = next((file for file in files if file.suffix == ".yaml"), None)
-    script = next((str(file) for file in files if file.suffix == ".py"), recipe)
-    if config is not None:
-        print(f"next: grr run {_quoted(script)} --config {_quoted(str(config))}")
+    config = _quoted(str(files[-1])) if len(files) < 3 else "CONFIG"
+    script = _quoted(str(files[0])) if files[0].suffix == ".py" else recipe
+    print(f"next: change what you like, then grr check {config}, and grr run {script} --config {config}")
     return 0
 
 
@@ -285,6 +287,9 @@ class _Parser(argparse.ArgumentParser):
         if self.commands and words and not words[0].startswith("-") and words[0] not in self.commands:
             self.error(f"there is no command {words[0]!r}{_did_you_mean(words[0], self.commands)}")
         options, unknown = super().parse_known_args(words, namespace)
+        if "overrides" in options:  # argparse misses those that stand behind an option
+            options.overrides += [word for word in unknown if OVERRIDE.match(word)]
+            unknown = [word for word in unknown if not OVERRIDE.match(word)]
         if unknown:
             known = [option for option in self._option_string_actions if option.startswith("--")]
             self.error(f"it takes no {unknown[0]!r}{_did_you_mean(unknown[0], known)}")
@@ -317,7 +322,7 @@ def _parser() -> _Parser:
           grr ls
           grr ls | grep photograph
 
-        Next: grr run pretrain/openmoji to start one, or grr cp pretrain/photos to change it first.
+        Next: grr run pretrain/openmoji
         """)  # fmt: skip
 
     one = command(cp, "cp", "Copy a recipe with its configs, or one config, to change it.", """
@@ -418,9 +423,11 @@ def _parser() -> _Parser:
           grr classify runs/openmoji photo.png --classes fox,owl,key
           grr classify runs/openmoji photos --classes classes.txt --top 1
 
-        With a page, and going on after a kill: grr run classify/default model.path=runs/openmoji run.images=photos ...
+        With a page, and going on after a kill:
 
-        Next: grr cp finetune_classifier, to teach classes instead
+          grr run classify/default model.path=runs/openmoji run.images=photos 'run.classes=[fox, owl, key]'
+
+        Next: grr cp finetune_classifier
         """)  # fmt: skip
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("images", metavar="IMAGES", nargs="+", help=images)
@@ -444,7 +451,9 @@ def _parser() -> _Parser:
           grr search index "a fox and a key"
           grr search index "a fox" "an owl" photo.png --top 3
 
-        With a page: grr run search/default run.index=index 'run.texts=[a fox and a key]'
+        With a page:
+
+          grr run search/default run.index=index 'run.texts=[a fox and a key]'
         """)  # fmt: skip
     one.add_argument("index", metavar="INDEX", help="the folder of an index")
     one.add_argument("queries", metavar="QUERY", nargs="+", help="a sentence, or an image's file")

@@ -1,0 +1,155 @@
+"""A check tells what a run would stumble over, in any recipe's config, and writes nothing."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from grr import config, installed
+from grr.check import check, read_config, recipe_of
+from grr.config import ConfigError
+
+CONFIGS = [item for recipe in installed.recipes() for item in installed.configs(recipe.name)]
+NEEDED = {recipe: ["run.images=x", "model.path=x"] for recipe in ("caption", "classify", "embed")}
+WORDS = ["red", "green", "blue", "fox", "owl", "key", "on", "a", "hill", "table"]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """A folder of forty images with captions, as configs/pretrain/photos.yaml looks for it, in the current folder."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    rows = ["image,caption,split"]
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"photos/{i}.png")
+        rows.append(f"{i}.png,{' '.join(rng.permutation(WORDS)[:6])},{'train' if i < 32 else 'validation'}")
+    (tmp_path / "photos/captions.csv").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8",
+         "tokenizer.vocab_size=64", "schedule.warmup_steps=5"]  # fmt: skip
+
+
+def findings(name: str, *overrides: str, every: bool = True):
+    path = installed.find(name).path
+    return list(check(*read_config(path, overrides, recipe_of(path)), every=every))
+
+
+def wrong(*overrides: str) -> dict[str, str]:
+    return {f.what.strip(): f"{f.said} {' '.join(f.shown)}"
+            for f in findings("pretrain/photos", *SMALL, *overrides) if f.wrong}  # fmt: skip
+
+
+def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
+    before = sorted(photos.parent.rglob("*"))
+    assert wrong() == {}
+    assert sorted(photos.parent.rglob("*")) == before
+    said = {f.what.strip(): f.said for f in findings("pretrain/photos", *SMALL)}
+    assert said["steps"] == "4 of 8 pairs an epoch, 80 in all"
+    assert said["shared"] == "validation and data have no image in common and no pixels"
+
+
+def test_each_fault_of_the_data_is_told(photos):
+    (photos / "3.png").write_bytes(b"not an image")
+    shutil.copy(photos / "4.png", photos / "39.png")  # the pixels of a training image, under another name
+    table = photos / "captions.csv"
+    lines = table.read_text().splitlines()
+    lines[6] = "5.png,,train"
+    table.write_text("\n".join(lines))
+    told = wrong()
+    assert set(told) == {"empty", "unreadable", "shared"}
+    assert "1 captions say nothing" in told["empty"]
+    assert "3.png#0: not a readable image" in told["unreadable"]
+    assert told["shared"].startswith("1 images of validation have the pixels of one in data")
+
+
+def test_validating_on_the_training_data_is_told(photos):
+    assert "8 images of validation are in data, too" in wrong("data.split=null")["shared"]
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "said"),
+    [
+        ("data.path=nowhere", "data", "there is no folder nowhere"),
+        ("run.batch_size=10", "steps", "batch_size must be a multiple of processes"),
+        ("run.batch_size=64", "steps", "at most the number of images, got batch_size=64 for 32 images"),
+        ("model.patch_size=7", "model", "image_size must be a multiple of patch_size"),
+        ("tokenizer.path=spiece.model", "tokenizer", "there is no file spiece.model"),
+        ("tokenizer.vocab_size=8", "tokenizer", "no vocabulary of vocab_size=8 can be trained"),
+        ("schedule.warmup_steps=80", "schedule", "warmup takes 80 steps, and the whole run 80"),
+        ("schedule.min_lr=1.0", "steps", "min_lr must not be above the optimizer's lr"),
+    ],
+)
+def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what, said):
+    assert said in wrong(override)[what]
+
+
+def test_captions_longer_than_the_context_are_counted(photos):
+    said = [f.said for f in findings("pretrain/photos", *SMALL, "tokenizer.context=6") if f.what == "  captions"]
+    assert ["32 (100.0%) are cut to 3" in said[0], "8 (100.0%) are cut to 3" in said[1]] == [True, True]
+
+
+@pytest.mark.parametrize("item", CONFIGS, ids=lambda item: item.name)
+def test_the_config_of_every_recipe_is_read_as_its_recipe_reads_it(item):
+    needed = NEEDED.get(item.name.partition("/")[0], [])
+    cfg, sections = read_config(item.path, needed, recipe_of(item.path))
+    assert set(vars(cfg)) - {"_functions"} == set(sections)
+    assert set(yaml.safe_load(item.path.read_text())) <= set(sections)
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    path = installed.find("finetune_classifier/vqa").path
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, ["optimizer.lrr=1", "run.epochs=ten", "data.name=vqa"], recipe_of(path))
+    for part in ("optimizer.lrr", "did you mean lr?", "run.epochs", "data.name", "vqa_v2"):
+        assert part in str(caught.value)
+
+
+def test_knobs_that_a_recipe_refuses_are_told():
+    (finding,) = (f for f in findings("finetune/photos", "run.interpolate=2") if f.what == "run")
+    assert finding.wrong
+    assert "interpolate must be from 0 to 1" in finding.said
+
+
+def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (finding,) = findings("sweep/openmoji_relation")
+    assert "no recipe recipes/pretrain.py; `grr cp pretrain`" in finding.said
+    installed.copy("pretrain", tmp_path / "recipes")
+    (finding,) = findings("sweep/openmoji_relation")
+    assert not finding.wrong
+    (finding,) = findings("sweep/openmoji_relation", 'run.variants=["a: model.dimm=3", "b: model.dim=64"]')
+    assert finding.said.startswith("pretrain a-0: command line: model.dimm")
+    (finding,) = findings("sweep/openmoji_relation", "run.seeds=[1, 1]")
+    assert "seeds: 1 stands there twice" in finding.said
+
+
+def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_first(tmp_path):
+    installed.copy("pretrain", tmp_path / "mine")
+    file = tmp_path / "mine/configs/pretrain/photos.yaml"
+    assert recipe_of(file) == tmp_path / "mine/pretrain.py"
+    changed = (
+        (tmp_path / "mine/pretrain.py").read_text().replace("    seed: int = 0", "    mood: int = 0\n    seed: int = 0")
+    )
+    (tmp_path / "mine/pretrain.py").write_text(changed)
+    assert read_config(file, ["run.mood=3"], recipe_of(file))[0].run["mood"] == 3
+    (tmp_path / "mine/pretrain.py").unlink()
+    assert recipe_of(file) == installed.find("pretrain").path
+    stray = tmp_path / "stray.yaml"
+    assert recipe_of(stray, "pretrain") == installed.find("pretrain").path
+    with pytest.raises(ValueError, match=r"its recipe must be named: --recipe one of benchmark"):
+        recipe_of(stray)
+
+
+def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(tmp_path):
+    def main() -> None: ...
+
+    with pytest.raises(ValueError, match=r"main reads no config"):
+        config.sections_of(main)
+    (tmp_path / "empty.yaml").write_text("{}")
+    assert vars(config.load(["--config", str(tmp_path / "empty.yaml")])).keys() == {"_functions"}

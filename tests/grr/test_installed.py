@@ -1,0 +1,73 @@
+"""Every recipe and config has a name, a sentence, and a way out of the package that overwrites nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from grr import installed
+
+EVERY = [item for recipe in installed.recipes() for item in (recipe, *installed.configs(recipe.name))]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_recipe_and_config_of_the_package_is_found_by_its_name():
+    found = {installed.find(item.name).path for item in EVERY}
+    assert found == {*installed.RECIPES.glob("*.py"), *installed.RECIPES.glob("configs/*/*.yaml")}
+    assert {config.parent.name for config in installed.RECIPES.glob("configs/*/*.yaml")} <= {
+        recipe.name for recipe in installed.recipes()
+    }
+
+
+@pytest.mark.parametrize("item", EVERY, ids=lambda item: item.name)
+def test_each_says_in_a_sentence_what_it_is_and_not_how_to_start_it(item):
+    said = installed.about(item)
+    assert len(said.split()) >= 2
+    assert said in " ".join(line.lstrip("# ") for line in item.path.read_text().splitlines()).replace('"""', "")
+    assert not said.startswith(("python", "torchrun", "-", "data."))
+
+
+def test_a_recipe_is_copied_with_its_configs_as_it_lies_in_the_package(tmp_path):
+    files = installed.copy("pretrain", tmp_path / "recipes")
+    there = {path for path in tree(installed.RECIPES) if path == "pretrain.py" or path.startswith("configs/pretrain/")}
+    assert {str(file.relative_to(tmp_path / "recipes")) for file in files} == there
+    assert tree(tmp_path / "recipes") == {path: tree(installed.RECIPES)[path] for path in there}
+
+
+def test_a_config_is_copied_alone_or_to_a_file(tmp_path):
+    installed.copy("pretrain/photos", tmp_path)
+    installed.copy("pretrain/photos", tmp_path / "deep" / "mine.yaml")
+    assert set(tree(tmp_path)) == {"configs/pretrain/photos.yaml", "deep/mine.yaml"}
+    assert len(set(tree(tmp_path).values())) == 1
+
+
+def test_nothing_is_overwritten_and_nothing_is_copied_by_half(tmp_path):
+    changed = tmp_path / "configs" / "pretrain" / "photos.yaml"
+    changed.parent.mkdir(parents=True)
+    changed.write_text("mine")
+    with pytest.raises(ValueError, match=r"photos.yaml: there already, .* nothing is overwritten; .*`grr cp pretrain "):
+        installed.copy("pretrain", tmp_path)
+    assert tree(tmp_path) == {"configs/pretrain/photos.yaml": b"mine"}
+    changed.unlink()
+    assert installed.copy("pretrain", tmp_path) == installed.copy("pretrain", tmp_path)  # the same may be there
+
+
+def test_a_destination_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"pretrain/photos is a .yaml file, got .*mine.py"):
+        installed.copy("pretrain/photos", tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("pretrian", "pretrain"), ("pretrain/photo", "pretrain/photos"), ("cc12m_grr", "pretrain/cc12m_grr")],
+)
+def test_a_mistyped_name_is_told_what_was_meant(name, meant):
+    with pytest.raises(ValueError, match=rf"no recipe or config {name!r}; did you mean {meant}\?"):
+        installed.find(name)
+
+
+def test_a_name_of_several_configs_is_told_all_of_them():
+    with pytest.raises(ValueError, match=r"did you mean .*evaluate/openmoji or .*pretrain/openmoji"):
+        installed.find("openmoji")

