@@ -68,7 +68,7 @@ def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[con
 def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Iterator[Finding]:
     """Open all that a config names, and look at a sample of its images and captions, or at `every` one.
 
-    Nothing is written. What cannot be opened is a finding, too.
+    Nothing is written but the index of tar shards. What cannot be opened is a finding, too.
     """
     for section, function in sections.items():
         if inspect.isclass(function):  # the knobs of a recipe, which may refuse each other

@@ -7,12 +7,12 @@ import argparse
 import difflib
 import os
 import re
-import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 from grr import installed
@@ -65,13 +65,13 @@ def cp(options: argparse.Namespace) -> int:
     """Copy a recipe with its configs, or a config, out of the package."""
     files = installed.copy(options.name, Path(options.destination))
     print(*files, sep="\n")
-    if Path(options.destination).suffix == ".py" or not any(file.suffix == ".yaml" for file in files):
-        print(f"next: grr run {_quoted(str(files[0]))} --help")
-        return 0
-    recipe = options.name.partition("/")[0]
-    config = _quoted(str(files[-1])) if len(files) < 3 else "CONFIG"
-    script = _quoted(str(files[0])) if files[0].suffix == ".py" else recipe
-    print(f"next: change what you like, then grr check {config}, and grr run {script} --config {config}")
+    recipe, _, config = options.name.partition("/")
+    if config:
+        named = f" --recipe {recipe}" if Path(options.destination).suffix else ""
+        file = quote(str(files[0]))
+        print(f"next: change what you like, then grr check {file}{named}, and grr run {recipe} --config {file}")
+    else:
+        print(f"next: change what you like, then grr run {quote(str(files[0]))} --help")
     return 0
 
 
@@ -106,12 +106,12 @@ def check(options: argparse.Namespace) -> int:
         print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{finding.said}", flush=True)
         for line in finding.shown:
             print(f"  {'':<16}{line}")
-    words = " ".join(_quoted(word) for word in (options.config, *options.overrides))
+    words = " ".join(quote(word) for word in (options.config, *options.overrides))
     if wrong:
         print(f"\n{wrong} {'line' if wrong == 1 else 'lines'} marked ! want your attention; then, grr check {words}")
         return 1
     own = Path(options.config).is_file()
-    print(f"\nnothing is wrong; next: grr run {f'{_quoted(_name_of(script))} --config {words}' if own else words}")
+    print(f"\nnothing is wrong; next: grr run {f'{quote(_name_of(script))} --config {words}' if own else words}")
     return 0
 
 
@@ -123,7 +123,7 @@ def fetch(options: argparse.Namespace) -> int:
     from grr.vocabulary import fetch_t5
 
     print(f"{fetch_t5(options.file, Path(options.output))}: T5's vocabulary, whole")
-    print(f"next: grr run pretrain/photos tokenizer.path={_quoted(options.output)}")
+    print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
     return 0
 
 
@@ -136,7 +136,7 @@ def train(options: argparse.Namespace) -> int:
     tokenizer = train_vocabulary([_config_file(s) if _is_config(s) else Path(s) for s in sources], overrides,
                                  Path(options.output), vocab_size=options.vocab_size)  # fmt: skip
     print(f"{options.output}: {tokenizer.vocab_size:,} ids")
-    print(f"next: grr run pretrain/photos tokenizer.path={_quoted(options.output)}")
+    print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
     return 0
 
 
@@ -173,7 +173,7 @@ def embed(options: argparse.Namespace) -> int:
     outcome = embed_files(_opened(options.model), files, options.index, options.model, progress=sys.stderr.isatty())
     print(told(outcome, what=f"in {options.index}"))
     if outcome.status == 0:
-        print(f'next: grr search {_quoted(options.index)} "a fox and a key"')
+        print(f'next: grr search {quote(options.index)} "a fox and a key"')
     return outcome.status
 
 
@@ -184,7 +184,7 @@ def search(options: argparse.Namespace) -> int:
 
     if not Path(options.index, "index.json").is_file():
         raise FileNotFoundError(f"{options.index} is no index of images; make one of a model and a folder of images: "
-                                f"grr embed MODEL IMAGES --index {_quoted(options.index)}")  # fmt: skip
+                                f"grr embed MODEL IMAGES --index {quote(options.index)}")  # fmt: skip
     trained = _opened(options.model or open_index(options.index).model_path)
     images = [query for query in options.queries if Path(query).is_file()]
     texts = [query for query in options.queries if query not in images]
@@ -266,10 +266,6 @@ def _with_config(recipe: installed.Item, words: list[str]) -> list[str]:
 
 def _name_of(recipe: Path) -> str:
     return recipe.stem if recipe.parent == installed.RECIPES else str(recipe)
-
-
-def _quoted(word: str) -> str:
-    return shlex.quote(word)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -362,7 +358,7 @@ def _parser() -> _Parser:
     one = command(check, "check", "Find what is wrong with a config and its data before hours are spent.", """
         Every mistake in the config at once; then the data: how much there is, the first samples, images that cannot be
         read, captions that are cut, duplicates, images without captions, and what training and validation share.
-        The exit status is 1 if a line is marked with !. Nothing is written.
+        The exit status is 1 if a line is marked with !.
 
           grr check pretrain/openmoji
           grr check mine.yaml --recipe pretrain data.path=my_photos validation.path=my_photos

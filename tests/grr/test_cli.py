@@ -114,7 +114,7 @@ def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, c
         "next: change what you like, then grr check CONFIG, and grr run recipes/pretrain.py" in capsys.readouterr().out
     )
     assert main(["cp", "evaluate/coco", "mine.yaml"]) == 0
-    assert "grr check mine.yaml, and grr run evaluate --config mine.yaml" in capsys.readouterr().out
+    assert "grr check mine.yaml --recipe evaluate, and grr run evaluate --config mine.yaml" in capsys.readouterr().out
     (here / "mine.yaml").write_text("mine")
     assert main(["cp", "evaluate/coco", "mine.yaml"]) == 1
     assert "grr cp: mine.yaml: there already" in capsys.readouterr().err
