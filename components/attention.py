@@ -80,8 +80,7 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             if positions is None:
                 raise ValueError("SelfAttention: a rotary embedding needs positions, got positions=None")
-            angles = self.rotary.angles(positions)
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(torch.stack((q, k)), self.rotary.angles(positions))  # both in one go: half the kernels
         if cache is not None:
             k, v = cache.append(k, v)
         t = k.shape[2]

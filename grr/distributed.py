@@ -52,7 +52,7 @@ def shard(model: nn.Module, device: torch.device, *, bf16: bool = False, replica
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     compute, exact = (torch.bfloat16, torch.float32) if bf16 else (None, None)
-    for block in blocks(model):
+    for block in blocks(model) if world > replicas else ():  # a process that keeps all has nothing to gather bit by bit
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact))
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact, output_dtype=exact))
     for name in METHODS:
