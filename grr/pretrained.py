@@ -33,6 +33,7 @@ class Pretrained(NamedTuple):
     tokenizer: Path
     crop: Crop
     quantization: Scheme | None = None  # how its matrices are stored; None: as numbers
+    head: str | None = None  # of a classifier, a name of grr.heads.HEADS; None: it is a whole CoCa
 
 
 class LoadedModel(NamedTuple):
@@ -51,8 +52,8 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
         image = load_image("photo.jpg", size=image_size, crop=crop)
 
-    A quantised model computes in `dtype` as well. Raises as `find_pretrained` does, and for a quantised model as
-    `load_quantized` does.
+    A quantised model computes in `dtype` as well. Raises as `find_pretrained` and `load_weights` do, and for a
+    quantised model as `load_quantized` does.
     """
     source = find_pretrained(path)
     with torch.device("meta"):
@@ -114,8 +115,14 @@ def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
 def load_weights(source: Pretrained, model: nn.Module) -> None:
     """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike.
 
-    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on.
+    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on; and if
+    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa.
     """
+    if source.head is not None and isinstance(model, CoCa):
+        raise ValueError(
+            f"load_weights: {source.path} is a classifier, {source.head}, without all parts of a CoCa; give the model "
+            "that it was trained from, or open it with grr.heads.load_classifier"
+        )
     if source.quantization is not None:
         raise ValueError(f"load_weights: {source.path} is quantised, by {source.quantization}, and cannot be trained "
                          "on; give the model it was made from")  # fmt: skip
@@ -137,7 +144,7 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
     try:
         made_with, builder, arguments = description["format"], description["builder"], dict(description["arguments"])
         pairing, crop = description["rotary_pairing"], description["crop"]
-        quantization = description.get("quantization")
+        quantization, head = description.get("quantization"), description.get("head")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
     if made_with != FORMAT:
@@ -153,7 +160,7 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
     if quantization is not None and quantization not in SCHEMES:
         raise ValueError(f"find_pretrained: {file}: quantization must be one of {', '.join(SCHEMES)}, got "
                          f"{quantization!r}; upgrade GRR")  # fmt: skip
-    return Pretrained(path, builder, arguments, tokenizer, crop, quantization)
+    return Pretrained(path, builder, arguments, tokenizer, crop, quantization, head)
 
 
 def _json(file: Path) -> Any:

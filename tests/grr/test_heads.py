@@ -220,6 +220,8 @@ def test_a_saved_classifier_opens_as_the_same_function(pretrained, tmp_path, nam
         assert (classes, image_size, crop, model.training) == (CLASSES, 32, "center", False)
         ids = torch.tensor([tokenizer.encode("a cat"), tokenizer.encode("a dog is")])[:, :-1]
         torch.testing.assert_close(model(images(), ids), head.eval()(images(), ids))
+        with pytest.raises(ValueError, match=f"load_weights: .* is a classifier, {name}, .* give the model that"):
+            load_pretrained(path)
 
 
 def test_a_model_without_a_head_is_no_classifier(pretrained):
