@@ -21,6 +21,7 @@ from grr.model import CoCa
 from grr.pretrained import Pretrained
 from grr.tokenizer import Tokenizer
 
+EXAMPLE = Path(__file__).with_name("run_onnx.py")  # a script for the folder of an export, which uses it without torch
 Pixels = Literal["uint8", "float32"]
 Outputs = tuple[Tensor, ...]
 Axes = dict[str, dict[int, str]]  # of each input, those of any length, and what they count
@@ -176,6 +177,26 @@ def save_onnx(graph: Graph, program: ExportedProgram, file: Path) -> None:
                                     dynamic_shapes=tuple(graph.free.values()), verbose=False)  # fmt: skip
         assert written is not None
         written.save(file)
+
+
+def onnx_outputs(file: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """What onnxruntime makes of inputs. Raises ImportError without onnxruntime."""
+    try:
+        from onnxruntime import InferenceSession
+    except ImportError as error:
+        raise ImportError('onnx_outputs: onnxruntime is not installed; pip install "grr-coca[export]"') from error
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(x) for x in session.run(None, {name: value.numpy() for name, value in inputs.items()})]
+
+
+@torch.no_grad()
+def largest_difference(graph: Graph, inputs: dict[str, Tensor], outputs: Sequence[Tensor]) -> float:
+    """Between `outputs`, which another machinery made of these inputs, and what the graph's own model makes of them.
+
+    Logits of minus infinity, of tokens that are never written, are left out.
+    """
+    gaps = [(a - b).abs()[b.isfinite()].max() for a, b in zip(outputs, graph(**inputs), strict=True)]
+    return torch.stack(gaps).max().item()
 
 
 def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dict[str, Any]:

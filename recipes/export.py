@@ -1,0 +1,82 @@
+"""Export a trained model for use without this library: graphs for onnxruntime and torch.export, and what they need.
+
+    python recipes/export.py --config recipes/configs/export/openmoji.yaml
+    python runs/openmoji/export/run_onnx.py photo.jpg "a red fox" "a bowl of soup"
+
+The folder holds image, text and step as .onnx and .pt2 (`grr.export` tells what goes in and comes out), config.json,
+the vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxruntime alone. Every graph is run once, on
+other numbers of images and tokens than it was traced with, and compared with the model.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from grr import config
+from grr.export import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.pretrained import find_pretrained, load_pretrained
+from grr.table import aligned
+
+Format = Literal["onnx", "pt2"]
+ALLOWED = 1e-3  # between a graph and the model: rounding, of logits that may be in the tens
+
+
+@dataclass
+class Run:
+    """The recipe's own knobs."""
+
+    folder: str  # what becomes of it
+    formats: list[Format] = field(default_factory=lambda: ["onnx", "pt2"])
+    pixels: Literal["uint8", "float32"] = "uint8"  # what image reads: bytes, or numbers that were normalised before
+
+
+@dataclass
+class Model:
+    """The model to export."""
+
+    path: str  # a run's folder, its model/, or one of its checkpoints/step_N
+
+
+def main() -> None:
+    cfg = config.load(run=Run, model=Model)
+    run = Run(**cfg.run)
+    source = find_pretrained(cfg.model["path"])
+    model, tokenizer, image_size, _ = load_pretrained(source.path)
+    parts = graphs(model, image_size, tokenizer.context, pixels=run.pixels)
+
+    # graphs: traced, written, and run again from their files
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = [["file", "MB", "largest difference"]]
+    for name, graph in parts.items():
+        program = export_program(graph)
+        inputs = graph.example(batch=3, tokens=4)
+        for suffix in run.formats:
+            file = folder / f"{name}.{suffix}"
+            if suffix == "onnx":
+                save_onnx(graph, program, file)
+                outputs = onnx_outputs(file, inputs)
+            else:
+                torch.export.save(program, file)
+                outputs = torch.export.load(file).module()(*inputs.values())
+            difference = largest_difference(graph, inputs, outputs)
+            if not difference < ALLOWED:
+                raise ValueError(f"export: {file} differs from the model by {difference:.2g}, more than rounding does")
+            size = sum(path.stat().st_size for path in folder.glob(f"{file.name}*"))  # with weights beside it
+            table.append([file.name, f"{size / 1e6:.2f}", f"{difference:.1e}"])
+
+    # what the graphs need
+    (folder / "config.json").write_text(json.dumps(description(source, tokenizer, run.pixels), indent=2) + "\n")
+    shutil.copyfile(source.tokenizer, folder / "tokenizer.model")
+    if "onnx" in run.formats:
+        shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)
+    print(aligned(table))
+    print(f"see {folder}")
+
+
+if __name__ == "__main__":
+    main()
