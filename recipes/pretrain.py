@@ -24,6 +24,7 @@ from grr.checkpoint import (
     StopSignal,
     latest_checkpoint,
     load_checkpoint,
+    read_progress,
     refuse_another_run,
     save_checkpoint,
     save_model,
@@ -116,8 +117,8 @@ def main() -> None:
                 "batch_size": run.batch_size}  # fmt: skip
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is not None:
+        refuse_another_run(folder, read_progress(checkpoint)["identity"], identity)
         progress = load_checkpoint(checkpoint, model, optimizer)
-        refuse_another_run(folder, progress["identity"], identity)
         step = progress["step"]
         logging.info(f"resuming {folder} after step {step} of {last}")
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "training_pairs": len(pairs),
