@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from grr import config, installed
-from grr.data import Pairs, steps_per_epoch, training_steps
+from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps
 from grr.data.look import (
     CAPTIONS,
     Data,
@@ -60,9 +60,15 @@ def recipe_of(file: Path, recipe: str | None = None) -> Path:
 
 
 def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[config.Config, Sections]:
-    """A config as its recipe reads it, and the functions of its sections. Raises ConfigError with all mistakes."""
-    sections = config.sections_of(_module(recipe).main)
-    return config.load(["--config", str(file), *overrides], **sections), sections
+    """A config as its recipe reads it, and the functions of its sections.
+
+    Raises ConfigError with all mistakes, and what the recipe's function `refuse`, if it has one, raises at the whole.
+    """
+    module = _module(recipe)
+    sections = config.sections_of(module.main)
+    cfg = config.load(["--config", str(file), *overrides], **sections)
+    getattr(module, "refuse", _accept)(cfg)
+    return cfg, sections
 
 
 def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Iterator[Finding]:
@@ -124,6 +130,7 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Ite
         if held_out in opened and train in opened:
             equal = len(pixels[held_out] & pixels[train])
             yield from shared(opened[held_out], opened[train], equal, every=every)
+            yield from _other_classes(opened[train].pairs, opened[held_out].pairs, held_out)
     if "data" in opened and tokenizer is not None:
         yield from _steps(cfg, sections, opened["data"].pairs, tokenizer, size)
 
@@ -141,6 +148,9 @@ def _module(file: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their types up there
     spec.loader.exec_module(module)
     return module
+
+
+def _accept(cfg: config.Config) -> None: ...
 
 
 def _section(cfg: config.Config, section: str) -> dict[str, Any]:
@@ -206,6 +216,14 @@ def _splits(function: config.Section, arguments: dict[str, Any], own: ImageFiles
             continue
         if isinstance(pairs, ImageFiles) and pairs.root == own.root:
             yield pairs
+
+
+def _other_classes(train: Pairs, held_out: Pairs, section: str) -> Iterator[Finding]:
+    if isinstance(train, Labelled) and isinstance(held_out, Labelled):
+        try:
+            refuse_other_classes(train, held_out)
+        except ValueError as error:
+            yield _refused(section, error)
 
 
 def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:

@@ -79,7 +79,7 @@ class Run:
 def main() -> None:
     cfg = config.load(run=Run, model=MODELS, loss=global_batch_step, optimizer=adamw)
     run = Run(**cfg.run)
-    check(run, room=cfg.model["context"] - 3)
+    refuse(cfg)
     folder = Path(run.folder)
     device = start()
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,9 @@ def main() -> None:
             (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def check(run: Run, room: int) -> None:
-    """Say at once all that would fail later; room: the most tokens of a caption."""
+def refuse(cfg: config.Config) -> None:
+    """Say at once all that would fail later, as `grr check` does."""
+    run, room = Run(**cfg.run), cfg.model["context"] - 3  # the most tokens of a caption
     processes = os.environ.get("WORLD_SIZE", "1")
     faults = {
         f"one process is measured, got {processes}; start it without torchrun": processes != "1",

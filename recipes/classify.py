@@ -46,10 +46,8 @@ class Model:
 
 def main() -> int:
     cfg = config.load(run=Run, model=Model, zero_shot=class_embeddings)
+    refuse(cfg)
     run = Run(**cfg.run)
-    if bool(run.classes) == (run.classes_file is not None):
-        raise ValueError("classify: the classes must be named once, got "
-                         f"{run.classes=}, {run.classes_file=}; set one of them")  # fmt: skip
     classes = run.classes or read_classes(str(run.classes_file))
     files = find_images(run.images)
     output = Path(run.folder, "classes.jsonl")
@@ -74,6 +72,14 @@ def main() -> int:
     print(told(outcome, what="classified"))
     print(f"all classes are in {output}; see {page}")
     return outcome.status
+
+
+def refuse(cfg: config.Config) -> None:
+    """Raises ValueError if the classes are not named, or named twice; `grr check` asks, too."""
+    run = Run(**cfg.run)
+    if bool(run.classes) == (run.classes_file is not None):
+        raise ValueError("classify: the classes must be named once, got "
+                         f"{run.classes=}, {run.classes_file=}; set one of them")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
         linear_probe=linear_probe, attentive_probe=attentive_probe,
     )  # fmt: skip
     run = Run(**cfg.run)
-    refuse_missing_data(run.tasks, cfg)
+    refuse(cfg)
     device = start()
     logging.basicConfig(format="%(message)s", level=logging.INFO if dist.get_rank() == 0 else logging.WARNING)
 
@@ -121,11 +121,11 @@ def main() -> None:
     logging.info(f"see {page}, and evaluation.json beside it")
 
 
-def refuse_missing_data(tasks: list[Task], cfg: config.Config) -> None:
+def refuse(cfg: config.Config) -> None:
     """A task needs its data: raises ValueError naming the section that is missing."""
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES}
     for section, wanted in needs.items():
-        for task in tasks:
+        for task in cfg.run["tasks"]:
             if task in wanted and vars(cfg)[section]["name"] == "none":
                 raise ValueError(f"evaluate: the task {task} needs the section {section}, and there is none; add it to "
                                  f"the config, or leave {task} out of run.tasks")  # fmt: skip

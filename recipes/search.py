@@ -40,9 +40,8 @@ class Model:
 
 def main() -> int:
     cfg = config.load(run=Run, model=Model)
+    refuse(cfg)
     run = Run(**cfg.run)
-    if not run.texts and run.images is None:
-        raise ValueError("search: there must be something to look for; give run.texts=[a fox] or run.images=photo.jpg")
     images = find_images(run.images) if run.images is not None else []
     path = cfg.model["path"] or open_index(run.index).model_path
 
@@ -61,6 +60,12 @@ def main() -> int:
     print(as_text(found))
     print(f"among {len(index):,} images; see {write_hits(page, found, f'among {len(index):,} images', path)}")
     return 0
+
+
+def refuse(cfg: config.Config) -> None:
+    """Raises ValueError if there is nothing to look for; `grr check` asks, too."""
+    if not cfg.run["texts"] and cfg.run["images"] is None:
+        raise ValueError("search: there must be something to look for; give run.texts=[a fox] or run.images=photo.jpg")
 
 
 if __name__ == "__main__":

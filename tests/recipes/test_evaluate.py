@@ -134,14 +134,14 @@ def test_a_checkpoint_is_judged_in_bfloat16_by_a_copied_recipe_into_the_runs_fol
 def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
     """A config as the recipe reads it, and the recipe's check of its tasks."""
     sys.path.insert(0, str(RECIPES))
-    from evaluate import Model, Run, refuse_missing_data
+    from evaluate import Model, Run, refuse
 
     cfg = config.load(
         ["--config", *argv], run=Run, model=Model, data=DATASETS | config.NONE, losses=losses, generation=generate,
         labelled=LABELLED | config.NONE, labelled_train=LABELLED | config.NONE, zero_shot=class_embeddings,
         linear_probe=linear_probe, attentive_probe=attentive_probe,
     )  # fmt: skip
-    return cfg, refuse_missing_data
+    return cfg, refuse
 
 
 @pytest.mark.parametrize(
@@ -149,20 +149,20 @@ def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
 )
 def test_a_task_without_its_data_is_refused(tmp_path, task, missing):
     (tmp_path / "c.yaml").write_text("model: {path: nowhere}")
-    cfg, refuse_missing_data = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
+    cfg, refuse = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
     with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, and there is none"):
-        refuse_missing_data(cfg.run["tasks"], cfg)
+        refuse(cfg)
 
 
 def test_a_probe_needs_data_to_learn_from(tmp_path):
     (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, labelled: {name: openmoji_classes}}")
-    cfg, refuse_missing_data = load(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
+    cfg, refuse = load(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
     with pytest.raises(ValueError, match="the task attentive_probe needs the section labelled_train"):
-        refuse_missing_data(cfg.run["tasks"], cfg)
+        refuse(cfg)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
-    cfg, refuse_missing_data = load(str(file))
-    refuse_missing_data(cfg.run["tasks"], cfg)
+    cfg, refuse = load(str(file))
+    refuse(cfg)
     assert f"recipes/evaluate.py --config recipes/configs/evaluate/{file.name}" in file.read_text().split("\nrun:")[0]
