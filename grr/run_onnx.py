@@ -36,16 +36,21 @@ class Captioner:
 
     def read_image(self, path: str | Path) -> Any:
         """An image file as pixels [3, h, w], of the dtype that image.onnx takes."""
-        size = (self.config["image_size"],) * 2
+        size, crop = self.config["image_size"], self.config["crop"]
         image = ImageOps.exif_transpose(Image.open(path))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        if self.config["crop"] == "squash":
-            image = image.resize(size, Image.Resampling.BILINEAR)
+        if crop == "squash":
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        elif crop == "center":
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
         else:
-            filters = {"center": Image.Resampling.BILINEAR, "clip": Image.Resampling.BICUBIC}
-            image = ImageOps.fit(image, size, filters[self.config["crop"]])
+            width, height = (int(size * side / min(image.size)) for side in image.size)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
         pixels = np.asarray(image).transpose(2, 0, 1)
         if self.config["pixels"] == "uint8":
             return pixels
