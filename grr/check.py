@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,6 @@ from grr.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
 SIZE = 224  # of images, where neither a config nor a model says it
-OVERRIDE = re.compile(r"\w+(\.\w+)+=")
 Sections = Mapping[str, config.Section]
 
 
@@ -241,7 +239,7 @@ def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
             continue  # a command of one's own
         file = Path(job.words[job.words.index("--config") + 1])
         try:
-            read_config(file, [word for word in job.words if OVERRIDE.match(word)], recipe)
+            read_config(file, [word for word in job.words if config.OVERRIDE.match(word)], recipe)
         except FileNotFoundError as error:
             said[f"{error}; `grr cp {recipe.stem}` puts the installed one there"] = None
         except config.ConfigError as error:

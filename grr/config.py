@@ -34,6 +34,7 @@ Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 
 COMMAND_LINE = "command line"
 REQUIRED = object()  # the default of an argument that has none
+OVERRIDE = re.compile(r"\w+(\.\w+)+=")  # section.key=...
 PLAIN = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")  # ${section.key}
 
 
@@ -178,7 +179,7 @@ def _parse(overrides: list[str], mistakes: _Mistakes) -> Any:
     """section.key=value, the value read as YAML."""
     result = OmegaConf.create()
     for override in overrides:
-        if not re.match(r"\w+(\.\w+)+=", override):
+        if not OVERRIDE.match(override):
             mistakes.add(COMMAND_LINE, override, "must be section.key=value")
             continue
         try:

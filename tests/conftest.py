@@ -20,6 +20,8 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 settings.register_profile("grr", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("grr")
 torch.set_float32_matmul_precision("highest")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: workers of two threads each wait for one another
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def amounts(data: Data) -> Iterator[Finding]:
         counts = np.bincount(pairs.labels[pairs.labels != IGNORE], minlength=len(pairs.classes))
         none = int((pairs.labels == IGNORE).sum())
         said = f"{len(counts):,}, of {counts.min():,} to {counts.max():,} pairs"
-        yield Finding("classes", said + (f"; {none:,} pairs belong to none" if none else ""))
+        yield Finding("classes", said + (f"; {none:,} of {n:,} pairs in none" if none else ""))
     first, *others = data.shown(range(n))
     yield Finding("first", first, shown=others)
 
@@ -81,12 +81,12 @@ def texts(data: Data) -> Iterator[Finding]:
     lengths = pairs.captions.ends - pairs.captions.starts
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
-        yield Finding("empty", f"{len(empty):,} captions say nothing; write them, or take the pairs out", wrong=True,
-                      shown=data.shown(empty))  # fmt: skip
+        said = f"{len(empty):,} of {len(pairs):,} captions; write them, or take the pairs out"
+        yield Finding("empty", said, wrong=True, shown=data.shown(empty))
     order = np.lexsort((captions, pairs.image_of))
     again = (np.diff(captions[order]) == 0) & (np.diff(pairs.image_of[order]) == 0)
     if again.any():
-        said = f"{int(again.sum()):,} pairs have the image and the caption of another"
+        said = f"{int(again.sum()):,} of {len(pairs):,} pairs, with the image and the caption of another"
         yield Finding("duplicates", said, shown=data.shown(order[1:][again]))
     if isinstance(pairs, Labelled):
         return  # one question to many images is no fault
@@ -96,8 +96,9 @@ def texts(data: Data) -> Iterator[Finding]:
     several = np.flatnonzero(counts > 1)
     if len(several):
         worst = several[np.argsort(-counts[several], kind="stable")][:SHOWN]
-        yield Finding("alike", f"{len(several):,} captions stand with several images each, and cannot tell them apart",
-                      shown=[f"{counts[j]:,} images: {pairs.captions[once[first[j]]]!r}" for j in worst])  # fmt: skip
+        said = f"{len(several):,} of {len(counts):,} captions, each of several images, which it cannot tell apart"
+        shown = [f"{counts[j]:,} images: {pairs.captions[once[first[j]]]!r}" for j in worst]
+        yield Finding("alike", said, shown=shown)
 
 
 def lengths(data: Data, tokenizer: Tokenizer, context: int, *, every: bool) -> Finding:
@@ -130,10 +131,11 @@ def pictures(data: Data, *, size: int, crop: Crop, every: bool) -> tuple[set[byt
             bar.update(len(batch.good) + len(batch.bad))
     where = _of(len(rows), n)
     names = [f"{pairs.ids[i]}: {why}" for i, why in bad.items()]
-    findings = [Finding("unreadable", f"{len(bad):,} images{where}" if bad else f"none{where}", wrong=bool(bad),
-                        shown=names if every else names[:SHOWN])]  # fmt: skip
+    said = f"{f'{len(bad):,}' if bad else 'none'} of {len(rows):,} images{where}"
+    findings = [Finding("unreadable", said, wrong=bool(bad), shown=names if every else names[:SHOWN])]
     if same:
-        findings.append(Finding("equal", f"{len(same):,} images have the pixels of another{where}", shown=same[:SHOWN]))
+        said = f"{len(same):,} of {len(rows):,} images, with the pixels of another{where}"
+        findings.append(Finding("equal", said, shown=same[:SHOWN]))
     return set(seen), findings
 
 
@@ -143,7 +145,7 @@ def without_captions(source: ImageFiles, splits: Iterable[ImageFiles]) -> Iterat
     found = sorted(_image_files(source.root))
     lone = [file for file in found if os.path.normpath(file) not in known]
     if lone:
-        said = f"{len(lone):,} of the {len(found):,} image files in {source.root} stand with none, and are not used"
+        said = f"{len(lone):,} of {len(found):,} image files in {source.root}, which are not used"
         yield Finding("no caption", said, shown=lone[:SHOWN])
 
 
@@ -153,20 +155,20 @@ def shared(held_out: Data, train: Data, equal: int, *, every: bool) -> Iterator[
     equal: how many hashes of pixels are in both.
     """
     both = np.isin(held_out.images, train.images)
-    parts = f"{held_out.name} and {train.name}"
+    parts = f"{held_out.name} in {train.name}"
     if both.any():
-        said = f"{int(both.sum()):,} images of {held_out.name} are in {train.name}, too; take them out of one"
+        said = f"{int(both.sum()):,} of {len(both):,} images of {parts}, too; take them out of one"
         yield Finding("shared", said, wrong=True, shown=held_out.shown(held_out.first[both]))
     elif equal:
-        said = f"{equal:,} images of {held_out.name} have the pixels of one in {train.name}, of those that were read"
+        said = f"{equal:,} images of {parts}, too, by their pixels; take them out of one"
         yield Finding("shared", said, wrong=True)
     else:
-        said = "and no pixels" if every else "(--all compares the pixels of all, too)"
-        yield Finding("shared", f"{parts} have no image in common {said}")
+        said = "nor its pixels" if every else "(--all compares the pixels of all)"
+        yield Finding("shared", f"no image of {parts} {said}")
     if not isinstance(held_out.pairs, Labelled):
         known = np.flatnonzero(np.isin(held_out.captions, train.captions))
         if len(known):
-            said = f"{len(known):,} captions of {held_out.name} stand in {train.name} word for word"
+            said = f"{len(known):,} of {len(held_out.captions):,} captions of {parts}, word for word"
             yield Finding("said before", said, shown=held_out.shown(known))
 
 
@@ -178,7 +180,7 @@ def some(n: int, at_most: int) -> list[int]:
 
 
 def _of(seen: int, there: int) -> str:
-    return "" if seen == there else f", of {seen:,} that were looked at (--all: each)"
+    return "" if seen == there else f" (--all looks at all {there:,})"
 
 
 def _hashes(names: Iterable[str]) -> NDArray[np.uint64]:

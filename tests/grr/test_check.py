@@ -52,7 +52,7 @@ def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
     assert sorted(photos.parent.rglob("*")) == before
     said = {f.what.strip(): f.said for f in findings("pretrain/photos", *SMALL)}
     assert said["steps"] == "4 of 8 pairs an epoch, 80 in all"
-    assert said["shared"] == "validation and data have no image in common and no pixels"
+    assert said["shared"] == "no image of validation in data nor its pixels"
 
 
 def test_each_fault_of_the_data_is_told(photos):
@@ -64,13 +64,13 @@ def test_each_fault_of_the_data_is_told(photos):
     table.write_text("\n".join(lines))
     told = wrong()
     assert set(told) == {"empty", "unreadable", "shared"}
-    assert "1 captions say nothing" in told["empty"]
+    assert "1 of 32 captions" in told["empty"]
     assert "3.png#0: not a readable image" in told["unreadable"]
-    assert told["shared"].startswith("1 images of validation have the pixels of one in data")
+    assert told["shared"].startswith("1 images of validation in data, too, by their pixels")
 
 
 def test_validating_on_the_training_data_is_told(photos):
-    assert "8 images of validation are in data, too" in wrong("data.split=null")["shared"]
+    assert "8 of 8 images of validation in data, too" in wrong("data.split=null")["shared"]
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,7 @@ def test_ls_names_every_recipe_and_config_with_a_sentence(capsys):
 def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, capsys):
     assert main(["cp", "pretrain"]) == 0
     assert (here / "recipes/configs/pretrain/photos.yaml").is_file()
-    assert (
-        "next: change what you like, then grr check CONFIG, and grr run recipes/pretrain.py" in capsys.readouterr().out
-    )
+    assert "next: change what you like, then grr run recipes/pretrain.py --help" in capsys.readouterr().out
     assert main(["cp", "evaluate/coco", "mine.yaml"]) == 0
     assert "grr check mine.yaml --recipe evaluate, and grr run evaluate --config mine.yaml" in capsys.readouterr().out
     (here / "mine.yaml").write_text("mine")

@@ -78,7 +78,7 @@ def test_of_labelled_pairs_the_classes_are_told_and_questions_may_repeat():
     pairs = image_files(Path("photos"), [("a.png", "what"), ("b.png", "what"), ("c.png", "what")])
     labelled = Data("data", Labelled(pairs, ["fox", "owl"], np.array([0, 0, IGNORE])))
     said = {finding.what: finding for finding in (*amounts(labelled), *texts(labelled))}
-    assert said["classes"].said == "2, of 0 to 2 pairs; 1 pairs belong to none"
+    assert said["classes"].said == "2, of 0 to 2 pairs; 1 of 3 pairs in none"
     assert said["first"].said.endswith("'what' -> fox")
     assert "alike" not in said
 
@@ -120,16 +120,16 @@ def test_images_are_read_as_a_run_reads_them_and_each_bad_one_is_named(photos):
     assert len(pixels) == 10
     unreadable, equal = findings
     assert unreadable.wrong
-    assert unreadable.said == "2 images"
+    assert unreadable.said == "2 of 13 images"
     assert [line.partition("#")[0] for line in unreadable.shown] == ["torn.png", "gone.png"]
-    assert equal == Finding("equal", "1 images have the pixels of another", shown=["same.png#0 and 3.png#0"])
+    assert equal == Finding("equal", "1 of 13 images, with the pixels of another", shown=["same.png#0 and 3.png#0"])
 
 
 def test_image_files_without_a_caption_in_any_split_are_named(photos):
     ours, theirs = (image_files(photos, [(n, "x") for n in names]) for names in (["0.png", "1.png"], ["2.png"]))
     (finding,) = without_captions(ours, [theirs])
     assert number([finding], "no caption") == 12 - 3
-    assert "of the 12 image files" in finding.said
+    assert "of 12 image files" in finding.said
     everything = image_files(photos, [(p.name, "x") for p in photos.glob("*.png")])
     assert list(without_captions(everything, [])) == []
 

@@ -1,0 +1,238 @@
+"""What each command of `grr` does; each imports what it needs when it runs, so that lists come at once.
+
+A command prints what a person wants to know, the next command last, and gives its exit status. What went wrong it
+raises, as ValueError, OSError or ImportError.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from grr import installed
+
+# --- recipes and configs -------------------------------------------------------------------------------------------
+
+
+def ls(options: argparse.Namespace) -> int:
+    """List the recipes and configs that are installed."""
+    every = [item for recipe in installed.recipes() for item in (recipe, *installed.configs(recipe.name))]
+    names = [item.name if item.is_recipe else f"  {item.name}" for item in every]
+    width = max(map(len, names)) + 2
+    room = max(40, shutil.get_terminal_size((120, 24)).columns - width)
+    for name, item in zip(names, every, strict=True):
+        print(f"{name:<{width}}{textwrap.shorten(installed.about(item), room, placeholder=' ...')}")
+    return 0
+
+
+def cp(options: argparse.Namespace) -> int:
+    """Copy a recipe with its configs, or a config, out of the package."""
+    files = installed.copy(options.name, Path(options.destination))
+    print(*files, sep="\n")
+    recipe, _, config = options.name.partition("/")
+    if config:
+        named = f" --recipe {recipe}" if Path(options.destination).suffix else ""
+        file = quote(str(files[0]))
+        print(f"next: change what you like, then grr check {file}{named}, and grr run {recipe} --config {file}")
+    else:
+        print(f"next: change what you like, then grr run {quote(str(files[0]))} --help")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Start a recipe in place of this program, so that its signals and its exit status are the recipe's."""
+    item = _recipe_or_config(options.name)
+    words = list(options.words)
+    if misplaced := [word for word in words if word.split("=")[0] == "--nproc"]:
+        raise ValueError(f"{misplaced[0]} must stand before the name: grr run --nproc 2 {options.name} ...")
+    if item.is_recipe:
+        recipe, words = item.path, _with_config(item, words)
+    else:
+        recipe = installed.find(item.name.partition("/")[0]).path
+        words = ["--config", str(item.path), *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
+    command = [sys.executable, *(launcher if options.nproc is not None else []), str(recipe), *words]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Tell all that is wrong with a config, and what its data look like."""
+    from grr.check import check, read_config, recipe_of
+
+    file = _config_file(options.config)
+    script = recipe_of(file, options.recipe)
+    cfg, sections = read_config(file, options.overrides, script)
+    wrong = 0
+    print(f"  {'config':<16}{file}, of {script}: no mistake")
+    for finding in check(cfg, sections, every=options.all):
+        wrong += finding.wrong
+        print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{finding.said}", flush=True)
+        for line in finding.shown:
+            print(f"  {'':<16}{line}")
+    words = " ".join(quote(word) for word in (options.config, *options.overrides))
+    if wrong:
+        print(f"\n{wrong} {'line' if wrong == 1 else 'lines'} marked ! want your attention; then, grr check {words}")
+        return 1
+    own = Path(options.config).is_file()
+    print(f"\nnothing is wrong; next: grr run {f'{quote(_name_of(script))} --config {words}' if own else words}")
+    return 0
+
+
+# --- vocabularies --------------------------------------------------------------------------------------------------
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Put T5's vocabulary in its place, if it is whole."""
+    from grr.vocabulary import fetch_t5
+
+    print(f"{fetch_t5(options.file, Path(options.output))}: T5's vocabulary, whole")
+    print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a vocabulary on captions."""
+    from grr.config import OVERRIDE
+    from grr.vocabulary import train_vocabulary
+
+    overrides = [word for word in options.captions if OVERRIDE.match(word)]
+    sources = [word for word in options.captions if word not in overrides]
+    tokenizer = train_vocabulary([_config_file(s) if _is_config(s) else Path(s) for s in sources], overrides,
+                                 Path(options.output), vocab_size=options.vocab_size)  # fmt: skip
+    print(f"{options.output}: {tokenizer.vocab_size:,} ids")
+    print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
+    return 0
+
+
+# --- trained models ------------------------------------------------------------------------------------------------
+
+
+def caption(options: argparse.Namespace) -> int:
+    """Print a caption of each image, as they come."""
+    from grr.captioning import caption_images
+
+    files = _images(options.images)
+    return _told(caption_images(_opened(options.model), files), lambda row: str(row["caption"]))
+
+
+def classify(options: argparse.Namespace) -> int:
+    """Print the likeliest classes of each image, as they come."""
+    from grr.naming import classify_images, read_classes
+
+    names = options.classes
+    file = Path(names)
+    classes = read_classes(file) if file.is_file() else [name.strip() for name in names.split(",") if name.strip()]
+    files = _images(options.images)
+    rows = classify_images(_opened(options.model), files, classes, top=options.top)
+    return _told(rows, lambda row: ", ".join(
+        f"{name} {p:.1%}" for name, p in zip(row["classes"], row["probabilities"], strict=True)))  # fmt: skip
+
+
+def embed(options: argparse.Namespace) -> int:
+    """Embed images into an index."""
+    from grr.index import embed_files
+    from grr.results import told
+
+    files = _images(options.images)
+    outcome = embed_files(_opened(options.model), files, options.index, options.model, progress=sys.stderr.isatty())
+    print(told(outcome, what=f"in {options.index}"))
+    if outcome.status == 0:
+        print(f'next: grr search {quote(options.index)} "a fox and a key"')
+    return outcome.status
+
+
+def search(options: argparse.Namespace) -> int:
+    """Print the images of an index that are nearest to texts, or to images."""
+    from grr.index import as_text, look_up, open_index
+    from grr.results import printable
+
+    if not Path(options.index, "index.json").is_file():
+        raise FileNotFoundError(f"{options.index} is no index of images; make one of a model and a folder of images: "
+                                f"grr embed MODEL IMAGES --index {quote(options.index)}")  # fmt: skip
+    trained = _opened(options.model or open_index(options.index).model_path)
+    images = [query for query in options.queries if Path(query).is_file()]
+    texts = [query for query in options.queries if query not in images]
+    found, bad = look_up(trained, open_index(options.index, trained), texts, images, top=options.top)
+    for file, why in bad.items():
+        print(f"{printable(file)}: {printable(why)}", file=sys.stderr)
+    if found:
+        print(as_text(found))
+    return 0 if found else 1
+
+
+def _opened(model: str) -> Any:
+    import torch
+
+    from grr.pretrained import load_pretrained
+
+    return load_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _images(words: Iterable[str]) -> list[str]:
+    from grr.pictures import find_images
+
+    return list(dict.fromkeys(file for word in words for file in find_images(word)))
+
+
+def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any]], str]) -> int:
+    """Print a line for each file; those that cannot be read go to the other stream."""
+    from grr.results import printable
+
+    done = 0
+    for rows in batches:
+        for row in rows:
+            name = printable(row["file"])
+            if "error" in row:
+                print(f"{name} could not be read: {printable(row['error'])}", file=sys.stderr)
+            else:
+                print(f"{name}: {said(row)}", flush=True)
+                done += 1
+    return 0 if done else 1
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def _recipe_or_config(name: str) -> installed.Item:
+    """What is installed under a name, or a recipe's file of one's own."""
+    return installed.Item(name, Path(name)) if name.endswith(".py") and Path(name).is_file() else installed.find(name)
+
+
+def _config_file(name: str) -> Path:
+    """A config's file, one's own or the installed one of that name. Raises ValueError if there is neither."""
+    if Path(name).is_file():
+        return Path(name)
+    if name.endswith((".yaml", ".yml")):
+        raise ValueError(f"there is no file {name} (grr cp copies a config to begin with, grr ls lists them)")
+    item = installed.find(name)
+    if item.is_recipe:
+        known = ", ".join(config.name for config in installed.configs(name)) or "none is installed"
+        raise ValueError(f"{name} is a recipe, a config is wanted: {known}, or a file of your own")
+    return item.path
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and "/" in name and "." not in name)
+
+
+def _with_config(recipe: installed.Item, words: list[str]) -> list[str]:
+    """The words of a recipe's command line, --config NAME as the file of that name."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words[:-1]:
+        place = words.index("--config") + 1
+        return [*words[:place], str(_config_file(words[place])), *words[place + 1 :]]
+    known = [config.name for config in installed.configs(recipe.path.stem)]
+    if known and not {"-h", "--help"} & set(words):
+        raise ValueError(f"{recipe.name} needs a config: grr run {recipe.name} --config FILE, or an installed one, "
+                         f"grr run {' or '.join(known)}")  # fmt: skip
+    return words
+
+
+def _name_of(recipe: Path) -> str:
+    return recipe.stem if recipe.parent == installed.RECIPES else str(recipe)
