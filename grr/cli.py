@@ -84,7 +84,7 @@ def _parser() -> _Parser:
         made.set_defaults(command=act, prog=f"{prog} {name}")
         return made
 
-    one = command(commands.ls, "ls", "List the recipes and configs that are installed.", """
+    command(commands.ls, "ls", "List the recipes and configs that are installed.", """
         Each with its first sentence. A config is called RECIPE/CONFIG.
 
           grr ls
