@@ -6,6 +6,7 @@ A model is described by the builder that makes it and its arguments. The descrip
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,6 +23,8 @@ from grr.quantize import SCHEMES, Scheme, load_quantized
 from grr.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 class Pretrained(NamedTuple):
@@ -130,6 +133,13 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
         load_checkpoint_weights(source.path, model)
     else:
         load_model_weights(source.path, model)
+
+
+def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
+    """Say, if it is so, that a run will cut images otherwise than those its model was trained on."""
+    if crop != source.crop:
+        logger.info("the images of %s were cut otherwise; loader.crop=%s goes on as it was trained", source.path,
+                    source.crop)  # fmt: skip
 
 
 def describe(builder: str, arguments: dict[str, Any], crop: Crop,

@@ -51,7 +51,7 @@ from grr.distributed import (
 from grr.evaluate import examine
 from grr.log import open_log, summary
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights
+from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.soft_reset import SoftReset, in_words, soft_reset
 from grr.step import Losses, evaluation_losses, global_batch_step, refuse_non_finite
@@ -115,10 +115,7 @@ def main() -> None:
     if run.in_memory:
         pairs, held_out = InMemory(pairs), InMemory(held_out)
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
-    if cfg.loader["crop"] != source.crop:
-        logging.info(
-            f"the images of {source.path} were cut otherwise; loader.crop={source.crop} goes on as it was trained"
-        )
+    tell_of_other_crop(source, cfg.loader["crop"])
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = math.inf if run.epochs is None else run.epochs * per_epoch
     loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,

@@ -52,7 +52,7 @@ from grr.heads import HEADS, describe_classifier, load_parts
 from grr.log import open_log
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
-from grr.pretrained import build_pretrained, find_pretrained
+from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.step import refuse_non_finite
 from grr.tokenizer import open_tokenizer
@@ -107,10 +107,7 @@ def main() -> None:
     refuse_other_classes(pairs, held_out)
     if source is not None:
         cfg.tokenizer |= {"path": str(source.tokenizer), "context": source.arguments["context"]}
-        if cfg.loader["crop"] != source.crop:
-            logging.info(
-                f"the images of {source.path} were cut otherwise; loader.crop={source.crop} goes on as it was trained"
-            )
+        tell_of_other_crop(source, cfg.loader["crop"])
     tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)

@@ -9,7 +9,14 @@ import torch
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint, save_model
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
+from grr.pretrained import (
+    build_pretrained,
+    describe,
+    find_pretrained,
+    load_pretrained,
+    load_weights,
+    tell_of_other_crop,
+)
 from grr.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -109,3 +116,12 @@ def test_a_damaged_description_is_refused(finished, tmp_path):
     (tmp_path / "model/config.json").write_text('{"format": ')
     with pytest.raises(ValueError, match="is not JSON"):
         find_pretrained(tmp_path / "model")
+
+
+def test_a_run_that_cuts_images_otherwise_is_told_so(finished, caplog):
+    source = find_pretrained(finished[0])  # trained on crop="center"
+    with caplog.at_level("INFO"):
+        tell_of_other_crop(source, "center")
+        assert not caplog.messages
+        tell_of_other_crop(source, "squash")
+    assert "loader.crop=center goes on as it was trained" in caplog.text
