@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from grr.builders import grr_coca_tiny
 from grr.distributed import (
@@ -40,6 +41,10 @@ def filled(*, seed: int = 0, sharded: bool = True, **options) -> nn.Module:
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.state_dict().items()}
+
+
+def test_a_process_that_keeps_the_whole_model_gathers_it_in_one_piece():
+    assert [name for name, m in filled().named_modules() if isinstance(m, FSDPModule)] == [""]
 
 
 def test_no_parameter_of_any_option_is_left_unfilled(monkeypatch):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grr.optim import warmup_cosine
@@ -38,6 +38,7 @@ def test_the_best_loss_is_the_first_least_one_and_is_what_improved(losses, contr
         assert (state.decision == "improved") == (state.best_step == state.step)
 
 
+@example(losses=[math.inf] * 9, control={"patience": 3, "regimes": 3, "factor": 100.0})  # chance seldom gets there
 @given(losses=LOSSES, control=CONTROL)
 def test_regimes_end_as_a_count_of_streaks_says(losses, control):
     """Of a streak of validations without improvement each whole `patience` ends a regime; the last end is the stop."""
