@@ -15,7 +15,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ from grr.distributed import (
     start,
 )
 from grr.evaluate import examine
+from grr.float8 import multiply_in_float8
 from grr.log import open_log, summary
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
@@ -72,6 +73,7 @@ class Run:
     average: float = 0.0  # decay of a running mean of the weights, which is validated and kept instead; 0: none
     interpolate: float = 1.0  # share of the fine-tuned weights in the model that is kept; the rest is the start's
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
+    float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
     compile: bool = False  # compile each block
     checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
     in_memory: bool = False  # keep decoded images, for data that fit
@@ -127,6 +129,8 @@ def main() -> None:
     with torch.device("meta"):
         model = build_pretrained(source, dropout=cfg.model["dropout"])
     freeze(model, run.freeze)
+    if run.float8:
+        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
     if run.checkpoint_activations:
         checkpoint_activations(model)
     if run.compile:

@@ -12,6 +12,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ from grr.distributed import (
     shard,
     start,
 )
+from grr.float8 import multiply_in_float8
 from grr.heads import HEADS, describe_classifier, load_parts
 from grr.log import open_log
 from grr.model import CoCa
@@ -72,6 +74,7 @@ class Run:
     clip: float = 1.0  # largest norm of the gradient
     freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
+    float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
     compile: bool = False  # compile each block
     checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
     replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
@@ -123,6 +126,8 @@ def main() -> None:
     with torch.device("meta"):
         model = cfg.build("head", cfg.build("model"), len(pairs.classes))
     freeze(model, run.freeze)
+    if run.float8:
+        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
     if run.checkpoint_activations:
         checkpoint_activations(model)
     if run.compile:

@@ -11,6 +11,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ from grr.distributed import (
     start,
 )
 from grr.evaluate import examine
+from grr.float8 import multiply_in_float8
 from grr.log import open_log, summary
 from grr.optim import adamw, set_lr, warmup_cosine
 from grr.pretrained import describe
@@ -60,6 +62,7 @@ class Run:
     micro_batch_size: int = 48  # pairs that one process holds at a time
     clip: float = 1.0  # largest norm of the gradient
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
+    float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
     compile: bool = False  # compile each block
     checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
     in_memory: bool = False  # keep decoded images, for data that fit
@@ -103,6 +106,8 @@ def main() -> None:
     description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, crop)
     with torch.device("meta"):
         model = cfg.build("model")
+    if run.float8:
+        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
     if run.checkpoint_activations:
         checkpoint_activations(model)
     if run.compile:
