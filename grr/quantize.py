@@ -2,6 +2,13 @@
 
 A quantised model lies in a folder as every model does. A quantised weight is stored as the plain tensors that it is
 made of, `NAME.qdata` and `NAME.scale` among them, in the same model.safetensors; `config.json` tells the scheme.
+
+    scheme              runs on                                    multiplies in            a weight takes
+    int8_weight_only    any device                                 the model's precision    8 bits
+    int8_dynamic        any device                                 int8                     8 bits
+    float8_weight_only  any device                                 the model's precision    8 bits
+    int4_grouped        any device                                 the model's precision    4.5 bits, on disk alone
+    int4_weight_only    a CUDA GPU, capability 8.0 or more         bfloat16                 4.25 bits
 """
 
 from pathlib import Path
@@ -12,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-Scheme = Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_weight_only"]
+Scheme = Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+GROUP = 32  # numbers of a row that share a scale in int4_grouped
 
 
 def quantize(model: nn.Module, scheme: Scheme) -> None:
@@ -21,16 +29,20 @@ def quantize(model: nn.Module, scheme: Scheme) -> None:
 
     int8_weight_only and float8_weight_only (e4m3) keep a scale for each row of a matrix, and multiply in the model's
     own precision. int8_dynamic brings the vectors that a layer reads to int8 as well, each by its largest number, and
-    multiplies whole numbers. int4_weight_only keeps a scale and a zero for each 128 numbers of a row. Biases, norms,
-    token embeddings, positions and the patch embedding stay as they are; a head that shared its matrix with the
-    embedding has one of its own afterwards. Raises ImportError without torchao, ValueError for an unknown scheme, or
-    one that the device of the weights or their dtype cannot serve.
+    multiplies whole numbers. int4_grouped keeps a scale in bfloat16 for each 32 numbers of a row, two numbers in a byte
+    of the file, and one in each in memory; rows of another length are as in int8_weight_only. int4_weight_only keeps a
+    scale and a zero for each 128 numbers. Biases, norms, token embeddings, positions and the patch embedding stay as
+    they are; a head that shared its matrix with the embedding has one of its own afterwards. Raises ImportError without
+    torchao, ValueError for an unknown scheme, or one that the device of the weights or their dtype cannot serve.
     """
     weight = next(module.weight for module in model.modules() if isinstance(module, nn.Linear))
     check_scheme(scheme, weight.device, weight.dtype)
     from torchao.quantization import quantize_  # two seconds, for those who need it
 
-    quantize_(model, _torchao_config(scheme))
+    if scheme == "int4_grouped":
+        quantize_(model, _torchao_config(scheme), filter_fn=_has_groups)
+        scheme = "int8_weight_only"
+    quantize_(model, _torchao_config(scheme), filter_fn=_is_plain_linear)
     model.requires_grad_(False)
 
 
@@ -51,7 +63,7 @@ def check_scheme(scheme: str, device: torch.device | str, dtype: torch.dtype) ->
         if not able or kind not in ("cuda", "meta") or dtype != torch.bfloat16:
             raise ValueError(
                 "quantize: int4_weight_only needs a model in bfloat16 on a CUDA GPU of compute capability 8.0 or more, "
-                f"got {dtype} on {kind}; ask for bfloat16 on such a GPU, or take int8_weight_only"
+                f"got {dtype} on {kind}; ask for bfloat16 on such a GPU, or take int4_grouped, which runs anywhere"
             )
 
 
@@ -60,7 +72,7 @@ def quantized_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if is_traceable_wrapper_subclass(value):
-            state |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+            state |= {f"{name}.{part}": tensor for part, tensor in _parts(value).items()}
         else:
             state[name] = value
     return state
@@ -89,17 +101,43 @@ def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch
     model.requires_grad_(False)
 
 
+def _parts(weight: Any) -> dict[str, Tensor]:
+    """The plain tensors that a quantised weight is stored as; numbers of 4 bits stand two in a byte, without zeros."""
+    parts = {part: getattr(weight, part) for part in weight.__tensor_flatten__()[0]}
+    if not _is_grouped(weight):
+        return parts
+    low, high = (parts["qdata"] + 8).byte().unflatten(-1, (-1, 2)).unbind(-1)  # [r, c/2] each, from 0 to 15
+    return {"qdata": low | high << 4, "scale": parts["scale"]}
+
+
 def _filled(name: str, form: Any, parts: dict[str, Tensor]) -> Tensor:
     """The tensor of this name, of the form given, out of plain ones."""
     if not is_traceable_wrapper_subclass(form):
         return parts[name]
     names, attributes = form.__tensor_flatten__()
-    own = {part: parts[f"{name}.{part}"] for part in names}
-    return type(form).__tensor_unflatten__(own, attributes, form.shape, form.stride())
+    own = {part: parts[f"{name}.{part}"] for part in _parts(form)}
+    if _is_grouped(form):
+        both = own["qdata"]
+        own["qdata"] = torch.stack((both & 15, both >> 4), dim=-1).flatten(-2).char() - 8  # [r, c]
+        own["zero_point"] = torch.zeros_like(own["scale"], dtype=torch.int8)
+    return type(form).__tensor_unflatten__({part: own[part] for part in names}, attributes, form.shape, form.stride())
+
+
+def _is_grouped(weight: Any) -> bool:
+    return getattr(weight, "target_dtype", None) == torch.int4  # type: ignore[attr-defined]
+
+
+def _is_plain_linear(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and not is_traceable_wrapper_subclass(module.weight)
+
+
+def _has_groups(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and module.in_features % GROUP == 0
 
 
 def _torchao_config(scheme: Scheme) -> Any:
     from torchao import quantization
+    from torchao.quantization.granularity import PerGroup
 
     if scheme == "int8_weight_only":
         return quantization.Int8WeightOnlyConfig(set_inductor_config=False, version=2)
@@ -107,6 +145,13 @@ def _torchao_config(scheme: Scheme) -> Any:
         return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, version=2)
     if scheme == "float8_weight_only":
         return quantization.Float8WeightOnlyConfig(set_inductor_config=False, version=2)
+    if scheme == "int4_grouped":
+        return quantization.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=PerGroup(GROUP),
+            scale_dtype=torch.bfloat16,
+            version=2,
+        )
     return quantization.Int4WeightOnlyConfig(  # the one layout that torch itself has kernels for
         group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False, version=2
     )

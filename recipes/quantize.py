@@ -1,11 +1,13 @@
 """Turn a trained model into smaller ones: in bfloat16, int8, float8 or int4, with what each costs in quality and time.
 
     python recipes/quantize.py --config recipes/configs/quantize/openmoji.yaml
+    python recipes/quantize.py --config recipes/configs/quantize/paper_size.yaml tokenizer.path=spiece.model
 
 Every variant is a folder that opens as every model does, `load_pretrained("runs/openmoji/quantized/int8_dynamic")`, and
 is measured as it opens there: bytes on disk, seconds an image embedded and a caption written, retrieval and captions on
 data it never saw. Variants take turns while time is taken, so that what slows the machine slows all of them; compare
-rows of one run. All numbers are in quantization.json.
+rows of one run. All numbers are in quantization.json. For size and speed alone no trained model is needed: model.name
+is then that of a builder, and run.images 0. All variants are in memory while time is taken.
 """
 
 import contextlib
@@ -23,22 +25,34 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from grr import config
+from grr.builders import MODELS
 from grr.checkpoint import save_model, save_model_state
 from grr.data import DATASETS, Pairs
-from grr.distributed import start
+from grr.distributed import materialize, start
 from grr.evaluate import captioning, recalls
 from grr.generate import generate
 from grr.images import BadImage
+from grr.model import CoCa
 from grr.observe import observe
-from grr.pretrained import LoadedModel, Pretrained, describe, find_pretrained, load_pretrained
+from grr.pretrained import (
+    LoadedModel,
+    Pretrained,
+    build_pretrained,
+    describe,
+    find_pretrained,
+    load_pretrained,
+)
 from grr.quantize import check_scheme, quantize, quantized_state
 from grr.table import aligned
+from grr.tokenizer import open_tokenizer
 
-Variant = Literal["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_weight_only"]
+Variant = Literal["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped",
+                  "int4_weight_only"]  # fmt: skip
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}  # variants that are not quantised
-DEFAULT: list[Variant] = ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only"]
+DEFAULT: list[Variant] = ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped"]
 
 
 @dataclass
@@ -48,62 +62,64 @@ class Run:
     folder: str  # a folder for each variant, and quantization.json
     variants: list[Variant] = field(default_factory=lambda: list(DEFAULT))  # ratios are to the first
     bf16: bool = False  # what a quantised variant does not quantise is kept, and all is computed, in bfloat16
-    images: int | None = 500  # that quality is judged by, with their captions, the first so many; null: all
+    images: int | None = 500  # that quality is judged by, the first so many; null: all, 0: only size and speed
     batch_size: int = 32  # images embedded, and captioned, at a time when time is taken
     warmup: int = 2
     iterations: int = 7  # of which the median counts
 
 
-@dataclass
-class Model:
-    """The model to start from."""
-
-    path: str  # a run's folder, its model/, or one of its checkpoints/step_N
+def pretrained(*, path: str) -> CoCa:
+    """The model to start from: a run's folder, its model/, or one of its checkpoints/step_N."""
+    return build_pretrained(find_pretrained(path))
 
 
 def main() -> None:
-    cfg = config.load(run=Run, model=Model, data=DATASETS, generation=generate)
-    run = Run(**cfg.run)
-    source = find_pretrained(cfg.model["path"])
+    cfg = config.load(run=Run, model={"pretrained": pretrained, **MODELS}, tokenizer=open_tokenizer, data=DATASETS,
+                      generation=generate)  # fmt: skip
+    run, folder = Run(**cfg.run), Path(cfg.run["folder"])
+    source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     device = start()
     check(run, source, device)
     pairs = cfg.build("data")
+    source = source or untrained(cfg, pairs, folder / "untrained")
 
-    # quality: each variant is written, opened again and judged
+    # size and quality: each variant is written, opened again and judged
     rows: list[dict[str, Any]] = []
-    models: list[LoadedModel] = []
     for variant in run.variants:
-        folder, dtype = Path(run.folder) / variant, dtype_of(variant, run)
-        write(source, variant, dtype, folder, device)
-        opened = load_pretrained(folder, device=device, dtype=dtype)
-        seen = observe(opened.model, pairs, opened.tokenizer, device, image_size=opened.image_size, crop=opened.crop,
-                       images=run.images, generation=cfg.generation)  # fmt: skip
-        size = (folder / "model.safetensors").stat().st_size
-        rows.append({"variant": variant, "dtype": str(dtype).removeprefix("torch."), "bytes": size, **recalls(seen),
-                     **captioning(seen, opened.tokenizer)})  # fmt: skip
-        models.append(opened)
-        logging.info(f"{folder}: judged by {len(seen.images)} images")
+        write(source, variant, dtype_of(variant, run), folder / variant, device)
+        size = (folder / variant / "model.safetensors").stat().st_size
+        dtype = str(dtype_of(variant, run)).removeprefix("torch.")
+        rows.append({"variant": variant, "dtype": dtype, "bytes": size})
+        logging.info(f"{folder / variant}: {size / 1e6:,.0f} MB")
+        if run.images != 0:
+            rows[-1] |= judge(opened(variant, run, device), pairs, run, cfg.generation, device)
 
     # time
+    models = [opened(variant, run, device) for variant in run.variants]
     images = some_images(models[0], pairs, run.batch_size).to(device)  # [b, 3, h, w]
     embed = [partial(m.model.encode_image, images) for m in models]
     caption = [partial(generate, m.model, images, m.tokenizer, **cfg.generation) for m in models]
     for what, acts in {"image_seconds": embed, "caption_seconds": caption}.items():
-        for row, taken in zip(rows, seconds(acts, run, device), strict=True):
+        for row, taken in zip(rows, seconds(what, acts, run, device), strict=True):
             row[what] = taken / len(images)
 
-    result = {"machine": machine(device), "model": str(source.path), "data": cfg.data, "rows": rows}
-    (Path(run.folder) / "quantization.json").write_text(json.dumps(result, indent=2) + "\n")
+    parameters = sum(p.numel() for p in models[0].model.parameters())
+    result = {"machine": machine(device), "model": str(source.path), "parameters": parameters, "data": cfg.data,
+              "generation": cfg.generation, "batch_size": len(images), "rows": rows}  # fmt: skip
+    (folder / "quantization.json").write_text(json.dumps(result, indent=2) + "\n")
     print(headline(result))
     print(aligned(table(rows)))
 
 
-def check(run: Run, source: Pretrained, device: torch.device) -> None:
+def check(run: Run, source: Pretrained | None, device: torch.device) -> None:
     """Say at once what would fail later."""
     if dist.get_world_size() > 1:
         raise ValueError(f"quantize: one process does it, got {dist.get_world_size()}; start it without torchrun")
-    if source.quantization is not None:
+    if source is None and run.images != 0:
+        raise ValueError(f"quantize: a model that no one trained has no quality to judge, got run.images={run.images}; "
+                         "set run.images=0, or model.name=pretrained and model.path")  # fmt: skip
+    if source is not None and source.quantization is not None:
         raise ValueError(f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it "
                          "was made from")  # fmt: skip
     for variant in run.variants:
@@ -116,6 +132,19 @@ def dtype_of(variant: Variant, run: Run) -> torch.dtype:
     return PLAIN.get(variant, torch.bfloat16 if run.bf16 else torch.float32)
 
 
+def untrained(cfg: config.Config, pairs: Pairs, folder: Path) -> Pretrained:
+    """A model with random weights, of which size and speed can be told, in a folder as every model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer", **cfg.tokenizer)
+    cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+    with torch.device("meta"):
+        model = cfg.build("model")
+    materialize(model, torch.device("cpu"), seed=0)
+    arguments = {key: value for key, value in cfg.model.items() if key != "name"}
+    save_model(folder / "model", model, describe(cfg.model["name"], arguments, "squash"), folder / "tokenizer")
+    return find_pretrained(folder)
+
+
 def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path, device: torch.device) -> None:
     model = load_pretrained(source.path, device=device, dtype=dtype).model
     if variant in PLAIN:
@@ -126,22 +155,34 @@ def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path
     save_model_state(folder, quantized_state(model), description, source.tokenizer)
 
 
-def some_images(opened: LoadedModel, pairs: Pairs, count: int) -> Tensor:
+def opened(variant: Variant, run: Run, device: torch.device) -> LoadedModel:
+    return load_pretrained(Path(run.folder) / variant, device=device, dtype=dtype_of(variant, run))
+
+
+def judge(it: LoadedModel, pairs: Pairs, run: Run, generation: dict[str, Any],
+          device: torch.device) -> dict[str, float]:  # fmt: skip
+    """What a variant finds and says of images."""
+    seen = observe(it.model, pairs, it.tokenizer, device, image_size=it.image_size, crop=it.crop, images=run.images,
+                   generation=generation, progress=True)  # fmt: skip
+    return {**recalls(seen), **captioning(seen, it.tokenizer)}
+
+
+def some_images(it: LoadedModel, pairs: Pairs, count: int) -> Tensor:
     """The first `count` of the data that can be read: uint8 [b, 3, h, w]."""
     pixels: list[Tensor] = []
     for i in range(len(pairs)):
         if len(pixels) == count:
             break
         with contextlib.suppress(BadImage):
-            pixels.append(pairs.load(i, size=opened.image_size, crop=opened.crop))
+            pixels.append(pairs.load(i, size=it.image_size, crop=it.crop))
     return torch.stack(pixels)
 
 
 @torch.no_grad()
-def seconds(acts: Sequence[Callable[[], object]], run: Run, device: torch.device) -> list[float]:
+def seconds(what: str, acts: Sequence[Callable[[], object]], run: Run, device: torch.device) -> list[float]:
     """Seconds of one call of each, the median of run.iterations, in each of which all of them take their turn."""
     taken: list[list[float]] = [[] for _ in acts]
-    for _ in range(run.warmup + run.iterations):
+    for _ in tqdm(range(run.warmup + run.iterations), desc=what.replace("_", " "), unit="round"):
         for act, times in zip(acts, taken, strict=True):
             synchronize(device)
             before = time.perf_counter()
@@ -164,20 +205,23 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def headline(result: dict[str, Any]) -> str:
     m = result["machine"]
-    return (f"{result['model']}, {result['rows'][0]['candidates']} images; {m['device']}, {m['capability']}, "
-            f"{m['threads']} threads, torch {m['torch']}\n")  # fmt: skip
+    judged = f", judged by {result['rows'][0]['candidates']} images" if "candidates" in result["rows"][0] else ""
+    return (f"{result['model']}, {result['parameters']:,} parameters{judged}; timed with {result['batch_size']} images "
+            f"at a time on {m['device']}, {m['capability']}, {m['threads']} threads, torch {m['torch']}\n")  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A line for each variant; what it takes also as a share of what the first variant takes."""
-    lines = [["variant", "dtype", "MB", "of first", "ms/image", "of first", "ms/caption", "of first", "image->text R@1",
-              "text->image R@1", "CIDEr", "exact"]]  # fmt: skip
+    judged = "cider" in rows[0]
+    header = ["variant", "dtype", "MB", "of first", "ms/image", "of first", "ms/caption", "of first"]
+    lines = [header + ["image->text R@1", "text->image R@1", "CIDEr", "exact"] * judged]
     for row in rows:
         cost = {"bytes": 1e6, "image_seconds": 1e-3, "caption_seconds": 1e-3}
         shown = [word for key, unit in cost.items()
                  for word in (f"{row[key] / unit:.2f}", f"{row[key] / rows[0][key]:.2f}")]  # fmt: skip
-        quality = [f"{row[key]:.1%}" for key in ("image_to_text_r1", "text_to_image_r1")]
-        lines.append([row["variant"], row["dtype"], *shown, *quality, f"{row['cider']:.3f}", f"{row['exact']:.1%}"])
+        quality = [f"{row[key]:.1%}" for key in ("image_to_text_r1", "text_to_image_r1") if judged]
+        quality += [f"{row['cider']:.3f}", f"{row['exact']:.1%}"] if judged else []
+        lines.append([row["variant"], row["dtype"], *shown, *quality])
     return lines
 
 

@@ -16,13 +16,15 @@ from grr.builders import grr_coca_tiny, original_coca
 from grr.checkpoint import save_model_state
 from grr.generate import generate
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
-from grr.quantize import SCHEMES, quantize, quantized_state
+from grr.quantize import GROUP, SCHEMES, quantize, quantized_state
 from grr.tokenizer import train_tokenizer
 
 torchao = pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 ANYWHERE = [scheme for scheme in SCHEMES if scheme != "int4_weight_only"]
-STEP = {"int8_weight_only": 1 / 254, "int8_dynamic": 1 / 254, "float8_weight_only": 1 / 16}  # half a step, of the
-# largest number of a row: int8 has 127 steps on either side of zero, e4m3 three binary digits behind the first one
+STEP = {"int8_weight_only": 1 / 254, "int8_dynamic": 1 / 254, "float8_weight_only": 1 / 16,
+        "int4_grouped": 1 / 15 * (1 + 16 / 256)}  # fmt: skip
+# half a step, of the largest number of a row or group: int8 has 127 steps on either side of zero, int4 7.5 whose size
+# is rounded to bfloat16, by up to 1/256, e4m3 three binary digits behind the first one
 ARGUMENTS = {"vocab_size": 96, "context": 16, "image_size": 32, "dim": 64, "tied_embeddings": True}
 
 
@@ -54,18 +56,22 @@ def saved(scheme: str, vocabulary: Path, folder: Path) -> tuple[Path, nn.Module]
 # Laws
 
 
-@settings(max_examples=20)
-@given(scheme=st.sampled_from(ANYWHERE), rows=st.integers(1, 40), columns=st.integers(16, 64),
-       log_scale=st.integers(-4, 4), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+@given(scheme=st.sampled_from(ANYWHERE), rows=st.integers(1, 40),
+       columns=st.integers(16, 64) | st.sampled_from([GROUP, 3 * GROUP]), log_scale=st.integers(-4, 4),
+       seed=st.integers(0, 99))  # fmt: skip
 def test_no_weight_moves_by_more_than_half_a_step_of_its_row(scheme, rows, columns, log_scale, seed):
     layer = nn.Linear(columns, rows)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**log_scale)
     before = layer.weight.detach().clone()
     quantize(layer, scheme)
-    largest = before.abs().amax(1, keepdim=True)
-    assert ((layer.weight.dequantize() - before).abs() <= STEP[scheme] * largest * 1.001).all()
-    assert not torch.equal(layer.weight.dequantize(), before)
+    grouped = scheme == "int4_grouped" and columns % GROUP == 0
+    step = STEP["int8_weight_only" if scheme == "int4_grouped" and not grouped else scheme]
+    moved = (layer.weight.dequantize() - before).unflatten(1, (-1, GROUP if grouped else columns))
+    largest = before.view_as(moved).abs().amax(-1, keepdim=True)
+    assert (moved.abs() <= step * largest * 1.001).all()
+    assert moved.any()
 
 
 @pytest.mark.parametrize("scheme", ANYWHERE)
@@ -115,6 +121,19 @@ def test_a_folder_opens_by_the_one_call_and_is_the_model_that_was_quantised(sche
     assert generate(opened, some_images(), tokenizer) == generate(model, some_images(), tokenizer)
     plain = sum(p.nbytes for p in a_model().parameters())
     assert (folder / "model.safetensors").stat().st_size < 0.45 * plain
+
+
+def test_two_numbers_of_4_bits_stand_in_a_byte(vocabulary, tmp_path):
+    folder, model = saved("int4_grouped", vocabulary, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            rows, columns = layer.weight.shape
+            packed = columns % GROUP == 0
+            assert weights[f"{name}.weight.qdata"].nbytes == rows * columns // (2 if packed else 1)
+            assert weights[f"{name}.weight.scale"].nbytes == rows * (columns // GROUP * 2 if packed else 4)
+            assert not (packed and f"{name}.weight.zero_point" in weights)
+    assert any(layer.in_features % GROUP for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 @pytest.mark.parametrize("scheme", ANYWHERE)

