@@ -28,7 +28,7 @@ class LowBitAdamW(torch.optim.Optimizer):
     No block reaches from one row into the next. So the moments of a sharded parameter are the shards of the whole
     one's, bit for bit, and a checkpoint fits any number of processes; torchao's own optimizers cut what each process
     happens to hold. The state is plain tensors, sharded as the parameters are: exp_avg_codes, exp_avg_scale, and so
-    exp_avg_sq. On a GPU torchao compiles the update; on a CPU it runs uncompiled, slower than a fused AdamW.
+    exp_avg_sq. On a GPU torchao compiles the update; on a CPU it runs uncompiled, many times slower.
     Raises ImportError without torchao.
     """
 

@@ -22,10 +22,10 @@ def adamw(model: nn.Module, *, lr: float = 1e-4, betas: tuple[float, float] = (0
     what lies below the blocks (patches, embeddings, positions); poolers, norms and heads above them keep all of it
     (Howard and Ruder 2018; the count of layers as in Bao et al. 2021). The fused kernel is several times faster than
     the default on a CPU as well. `moments` other than fp32 keep the optimizer's two moments in 8 or 4 bits, in less
-    than a third or a quarter of their memory for the paper's model (`grr.low_bit`; on a CPU the step is several times
-    slower). Those of token embeddings stay whole: where a token is absent for long, a second moment that was rounded
-    to 0 makes a step dozens of times too long. Raises ValueError unless layer_decay is in (0, 1], ImportError if
-    moments of few bits are asked for without torchao.
+    than a third or a quarter of their memory for the paper's model (`grr.low_bit`): for GPUs, where torchao compiles
+    the step, which on a CPU takes minutes where the fused one takes a second. Those of token embeddings stay whole:
+    where a token is absent for long, a second moment that was rounded to 0 makes a step dozens of times too long.
+    Raises ValueError unless layer_decay is in (0, 1], ImportError if moments of few bits are asked for without torchao.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}")
