@@ -322,7 +322,7 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks call it together and get the same answer."""
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             seen = torch.tensor([self._seen], dtype=torch.uint8, device=device)
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)

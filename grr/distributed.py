@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
+from grr.bf16 import compute_in_bf16, held_in_bf16
 from grr.components import Block
 
 T = TypeVar("T")
@@ -42,17 +44,27 @@ def shard(model: nn.Module, device: torch.device, *, bf16: bool = False, replica
     """Shard every block, then the rest, over all processes with FSDP2; bf16 computes in bfloat16, reduces in float32.
 
     With replicas > 1 the processes form that many groups which each hold a whole model (HSDP): best one a machine.
+    A process alone has nothing to gather, and keeps plain parameters: the same function, and far fewer calls.
     Raises ValueError if the number of processes is not a multiple of replicas.
     """
     world = dist.get_world_size()
     if world % replicas:
         raise ValueError(f"shard: the number of processes must be a multiple of replicas, got {world=}, {replicas=}")
+    if world == 1:
+        if bf16:
+            compute_in_bf16(model, METHODS)
+        return
     if replicas > 1:
         mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    shard_over(model, mesh, bf16=bf16)
+
+
+def shard_over(model: nn.Module, mesh: DeviceMesh, *, bf16: bool = False) -> None:
+    """Shard every block, then the rest, over the last dimension of a mesh, even if that is one process."""
     compute, exact = (torch.bfloat16, torch.float32) if bf16 else (None, None)
-    for block in blocks(model) if world > replicas else ():  # a process that keeps all has nothing to gather bit by bit
+    for block in blocks(model) if mesh.size(-1) > 1 else ():  # what is not sharded need not be gathered bit by bit
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact))
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact, output_dtype=exact))
     for name in METHODS:
@@ -98,20 +110,20 @@ def blocks(model: nn.Module) -> Iterator[Block]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only what enters each block, and compute the rest again for its gradient. Before `shard`."""
+    """Keep only what enters each block, and compute the rest again for its gradient. After compiling and `shard`."""
     for block in blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block; blocks of one shape share the compiled code. After checkpointing, before `shard`.
+    """Compile each block; blocks of one shape share the compiled code. Before `shard`.
 
     There are about 20 versions of it: of three kinds of block, of one length and of any, in training, without
     gradients, in evaluation, and writing. Past torch's limit of 8, the others would run uncompiled with one warning.
     """
     torch._dynamo.config.recompile_limit = 64
     for block in blocks(model):
-        block.compile()
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -122,11 +134,18 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        with held_in_bf16(model):
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
+
+
+def clip_gradients(model: nn.Module, largest: float) -> float:
+    """Scale the gradients down to this norm, taken over all parameters of all processes; gives the norm before."""
+    norm = clip_grad_norm_(model.parameters(), largest)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def gather(x: Tensor) -> Tensor:
@@ -135,11 +154,13 @@ def gather(x: Tensor) -> Tensor:
     Its gradient is the sum of all processes' gradients for one's own rows. So a loss that every process computes on
     gathered rows has, after FSDP's mean over processes, the gradient of that loss in a single process.
     """
-    return _Gather.apply(x)  # type: ignore[no-untyped-call]
+    return x if dist.get_world_size() == 1 else _Gather.apply(x)  # type: ignore[no-untyped-call]
 
 
 def all_sum(*numbers: float) -> list[float]:
     """The sums of some numbers over all processes."""
+    if dist.get_world_size() == 1:
+        return [float(number) for number in numbers]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)

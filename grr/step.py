@@ -51,7 +51,7 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
     """
     tokens = _count_tokens(batches)
     share = captioning_weight * dist.get_world_size() / tokens  # FSDP takes the mean over processes
-    captioning = 0.0
+    captioning = []  # of each micro-batch; read at the end, for reading a number waits for the device
 
     if negatives == "local" or len(batches) == 1:
         contrasts = []
@@ -59,9 +59,9 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
             output = _forward(model, batch, seed, i)
             contrasts.append(_contrast([output], contrastive, negatives) / len(batches))
             (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
-            captioning += _sum(output).item()
+            captioning.append(_sum(output).detach())
         total = torch.stack([c.detach() for c in contrasts]).sum().item()
-        return _losses(total, captioning / tokens, contrastive_weight, captioning_weight, negatives)
+        return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives)
 
     leaves = []
     with torch.no_grad():
@@ -76,8 +76,8 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
         carried = [(x * x_leaf.grad).sum() for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
                    if x.requires_grad and x_leaf.grad is not None]  # fmt: skip
         (share * _sum(output) + sum(carried)).backward()
-        captioning += _sum(output).item()
-    return _losses(contrast.item(), captioning / tokens, contrastive_weight, captioning_weight, negatives)
+        captioning.append(_sum(output).detach())
+    return _losses(contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives)
 
 
 @torch.no_grad()
@@ -147,6 +147,10 @@ def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str) -> Tenso
 def _sum(output: CoCaOutput) -> Tensor:
     assert output.token_losses is not None
     return output.token_losses.sum()
+
+
+def _total(sums: Sequence[Tensor]) -> float:
+    return torch.stack(list(sums)).double().sum().item()
 
 
 def _count_tokens(batches: Sequence[Batch]) -> int:

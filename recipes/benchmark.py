@@ -27,12 +27,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from grr import config
 from grr.builders import MODELS
 from grr.data import Batch
-from grr.distributed import checkpoint_activations, compile_blocks, materialize, reset_seed, shard, start
+from grr.distributed import (
+    checkpoint_activations,
+    clip_gradients,
+    compile_blocks,
+    materialize,
+    reset_seed,
+    shard,
+    start,
+)
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
 from grr.model import CoCa, MultimodalDecoder
@@ -146,11 +153,11 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
     torch.compiler.reset()  # else blocks of an earlier variant count against the limit of compiled versions
     with torch.device("meta"):
         model = cfg.build("model")
-    if "checkpoint" in variant:
-        checkpoint_activations(model)
     if "compile" in variant:
         compile_blocks(model)
     shard(model, device, bf16="bf16" in variant)
+    if "checkpoint" in variant:
+        checkpoint_activations(model)
     materialize(model, device, seed=run.seed)
     return model
 
@@ -158,7 +165,7 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], run: Run,
          loss: dict[str, Any]) -> None:  # fmt: skip
     global_batch_step(model, batches, reset_seed(run.seed, 0), **loss)
-    clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+    clip_gradients(model, run.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from grr import config
@@ -41,6 +40,7 @@ from grr.data import DATASETS, InMemory, Pairs, steps_per_epoch, training_steps,
 from grr.distributed import (
     all_sum,
     checkpoint_activations,
+    clip_gradients,
     compile_blocks,
     materialize,
     on_rank_0,
@@ -131,11 +131,11 @@ def main() -> None:
     freeze(model, run.freeze)
     if run.float8:
         multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
     if run.compile:
         compile_blocks(model)
     shard(model, device, bf16=run.bf16, replicas=run.replicas)
+    if run.checkpoint_activations:
+        checkpoint_activations(model)
     materialize(model, device, seed=run.seed)
     load_weights(source, model)
     optimizer = adamw(model, **cfg.optimizer)
@@ -177,7 +177,7 @@ def main() -> None:
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
             set_lr(optimizer, lr)
             losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
-            norm = clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+            norm = clip_gradients(model, run.clip)
             refuse_non_finite(losses, norm, step, micro_batches, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from grr import config
@@ -43,6 +42,7 @@ from grr.data import (
 from grr.distributed import (
     all_sum,
     checkpoint_activations,
+    clip_gradients,
     compile_blocks,
     materialize,
     reset_seed,
@@ -128,11 +128,11 @@ def main() -> None:
     freeze(model, run.freeze)
     if run.float8:
         multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
     if run.compile:
         compile_blocks(model)
     shard(model, device, bf16=run.bf16, replicas=run.replicas)
+    if run.checkpoint_activations:
+        checkpoint_activations(model)
     materialize(model, device, seed=run.seed)
     if source is not None:
         load_parts(source, model)
@@ -172,7 +172,7 @@ def main() -> None:
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
         scores = classification_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
-        norm = clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+        norm = clip_gradients(model, run.clip)
         refuse_non_finite(scores, norm, step, micro_batches, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from grr import config
@@ -34,6 +33,7 @@ from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps, valida
 from grr.distributed import (
     all_sum,
     checkpoint_activations,
+    clip_gradients,
     compile_blocks,
     materialize,
     reset_seed,
@@ -108,11 +108,11 @@ def main() -> None:
         model = cfg.build("model")
     if run.float8:
         multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
     if run.compile:
         compile_blocks(model)
     shard(model, device, bf16=run.bf16, replicas=run.replicas)
+    if run.checkpoint_activations:
+        checkpoint_activations(model)
     materialize(model, device, seed=run.seed)
     optimizer = adamw(model, **cfg.optimizer)
 
@@ -144,7 +144,7 @@ def main() -> None:
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
         losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
-        norm = clip_grad_norm_(model.parameters(), run.clip).full_tensor().item()
+        norm = clip_gradients(model, run.clip)
         refuse_non_finite(losses, norm, step, micro_batches, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -51,9 +51,9 @@ def main(micro: int = 1, steps: int = 5, replicas: int = 1, bf16: bool = False, 
     device = start()
     with torch.device("meta"):
         coca = grr_coca_tiny(dropout=dropout, **(model or {}))
+    shard(coca, device, bf16=bf16, replicas=replicas)
     if checkpointed:
         checkpoint_activations(coca)
-    shard(coca, device, bf16=bf16, replicas=replicas)
     materialize(coca, device, seed=0)
     optimizer = adamw(coca, lr=1e-3)
     seen = []

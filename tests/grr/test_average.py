@@ -8,12 +8,13 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from grr.average import Average, interpolate, weights_of
 from grr.builders import grr_coca_tiny
-from grr.distributed import shard
+from grr.distributed import shard_over
 from grr.model import CoCa
 
 
@@ -26,7 +27,7 @@ def model(request, tmp_path) -> Iterator[CoCa]:
         yield coca
         return
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    shard(coca, torch.device("cpu"))
+    shard_over(coca, init_device_mesh("cpu", (1,)))
     yield coca
     del coca
     dist.destroy_process_group()

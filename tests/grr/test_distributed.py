@@ -4,17 +4,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from grr.builders import grr_coca_tiny
 from grr.distributed import (
     all_sum,
     blocks,
+    clip_gradients,
     compile_blocks,
     gather,
     materialize,
     reset_seed,
     shard,
+    shard_over,
     start,
     unsharded,
 )
@@ -34,7 +37,7 @@ def filled(*, seed: int = 0, sharded: bool = True, **options) -> nn.Module:
     with torch.device("meta"):
         model = grr_coca_tiny(**options)
     if sharded:
-        shard(model, torch.device("cpu"))
+        shard_over(model, init_device_mesh("cpu", (1,)))
     materialize(model, torch.device("cpu"), seed=seed)
     return model
 
@@ -45,6 +48,28 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_process_that_keeps_the_whole_model_gathers_it_in_one_piece():
     assert [name for name, m in filled().named_modules() if isinstance(m, FSDPModule)] == [""]
+
+
+def test_a_process_alone_keeps_plain_parameters():
+    model = grr_coca_tiny()
+    shard(model, torch.device("cpu"))
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def test_clipping_tells_the_norm_before_of_plain_and_of_sharded_parameters():
+    images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[510, 7, 1, 511], [510, 8, 1, 511]])
+    for model in (filled(), filled(sharded=False)):
+        model(images, ids).logits.square().sum().backward()
+        grads = {n: g.full_tensor() if hasattr(g, "full_tensor") else g
+                 for n, p in model.named_parameters() if (g := p.grad) is not None}  # fmt: skip
+        norm = sum(g.double().square().sum() for g in grads.values()).sqrt().item()
+        before = {n: g.clone() for n, g in grads.items()}
+        assert clip_gradients(model, 0.5) == pytest.approx(norm, rel=1e-5)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                now = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                torch.testing.assert_close(now, before[name] * 0.5 / norm, rtol=1e-4, atol=1e-8)
 
 
 def test_no_parameter_of_any_option_is_left_unfilled(monkeypatch):

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from grr.beam import beam_search
 from grr.builders import grr_coca_tiny
-from grr.distributed import materialize, shard, start, unsharded
+from grr.distributed import materialize, shard_over, start, unsharded
 from grr.drafts import Drafts
 from grr.generate import generate, sample
 from grr.tokenizer import Tokenizer, train_tokenizer
@@ -338,7 +339,7 @@ def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
             with torch.device("meta"):
                 model = grr_coca_tiny(vocab_size=tok.vocab_size, context=CONTEXT).double()
             if sharded:
-                shard(model, torch.device("cpu"))
+                shard_over(model, init_device_mesh("cpu", (1,)))
             materialize(model, torch.device("cpu"), seed=0)
             models.append(model)
         whole, sharded = models

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint, save_model
-from grr.distributed import materialize, shard, start
+from grr.distributed import materialize, shard_over, start
 from grr.heads import HEADS, describe_classifier, image_classifier, image_text_classifier, load_classifier, load_parts
 from grr.images import normalize
 from grr.open_clip import open_clip_coca
@@ -151,7 +152,7 @@ def filled(name: str, *, sharded: bool, seed: int = 0) -> nn.Module:
     with torch.device("meta"):
         head = HEADS[name](grr_coca_tiny(), len(CLASSES))
     if sharded:
-        shard(head, torch.device("cpu"))
+        shard_over(head, init_device_mesh("cpu", (1,)))
     materialize(head, torch.device("cpu"), seed=seed)
     return head
 
@@ -193,7 +194,7 @@ def test_trained_parts_fill_a_head_and_what_is_new_stays_as_it_was_drawn(pretrai
     with torch.device("meta"):
         head = HEADS[name](build_pretrained(source, dropout=0.1), len(CLASSES))
     if sharded:
-        shard(head, torch.device("cpu"))
+        shard_over(head, init_device_mesh("cpu", (1,)))
     materialize(head, torch.device("cpu"), seed=0)
     drawn = {key: value.clone() for key, value in weights(head).items()}
     load_parts(source, head)
@@ -209,7 +210,7 @@ def test_a_saved_classifier_opens_as_the_same_function(pretrained, tmp_path, nam
     with torch.device("meta"):
         head = HEADS[name](build_pretrained(source), len(CLASSES))
     if sharded:
-        shard(head, torch.device("cpu"))
+        shard_over(head, init_device_mesh("cpu", (1,)))
     materialize(head, torch.device("cpu"), seed=1)
     description = describe_classifier(source.builder, source.arguments, source.crop, name, CLASSES)
     save_model(tmp_path / "model", head, description, source.tokenizer)
