@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grr.beam import beam_search
 from grr.drafts import Drafts
 from grr.model import CoCa
+from grr.onednn import onednn_linears
 from grr.tokenizer import Tokenizer
 
 
@@ -37,7 +38,7 @@ def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: i
     _check(images, model.multimodal_decoder.head.out_features, tokenizer, max_tokens=max_tokens,
            min_tokens=min_tokens, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p,
            repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
-    with _evaluating(model):
+    with _evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
         drafts = Drafts(model, images, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
                         repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
         if beams > 1:

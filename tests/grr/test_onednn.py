@@ -1,0 +1,72 @@
+"""Linear layers through oneDNN are the same function, and are put back."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from grr.builders import grr_coca_tiny
+from grr.distributed import compile_blocks
+from grr.onednn import onednn_linears
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def replaced(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "forward" in m.__dict__]
+
+
+@given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=3), inputs=st.integers(1, 70), outputs=st.integers(1, 70),
+       bias=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))  # fmt: skip
+def test_it_is_the_linear_layer_for_any_sizes(rows, inputs, outputs, bias, dtype, seed):
+    torch.manual_seed(seed)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    x = torch.randn(*rows, inputs)
+    exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    with torch.no_grad(), onednn_linears(linear.to(dtype)):
+        y = linear(x.to(dtype))
+    assert (y.dtype, y.shape) == (dtype, exact.shape)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoder_scores_the_same_tokens_and_has_its_layers_back_afterwards_and_after_an_error(dtype):
+    model = grr_coca_tiny().to(dtype).eval()
+    ids, images = torch.tensor([[510, 7, 1, 511]] * 3), torch.rand(3, 3, 32, 32)
+
+    def scores() -> torch.Tensor:
+        with torch.no_grad():
+            context = model.image_context(images.to(dtype))
+            caches = model.caches(context.shape[1], 4)
+            return model.next_token_logits(ids, context, positions=torch.arange(4), caches=caches).float()
+
+    expected = scores()
+    with onednn_linears(model.text_decoder, model.multimodal_decoder):
+        assert "multimodal_decoder.head" in replaced(model)
+        assert not any(name.startswith("vision_encoder") for name in replaced(model))
+        torch.testing.assert_close(scores(), expected, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.05)
+        with onednn_linears(model.text_decoder):  # within another one, nothing changes
+            pass
+        assert "text_decoder.blocks.0.attention.qkv" in replaced(model)
+    assert replaced(model) == []
+    with pytest.raises(ZeroDivisionError), onednn_linears(model):
+        1 / 0  # noqa: B018
+    assert replaced(model) == []
+
+
+def test_what_it_cannot_read_is_left_alone():
+    compiled, double = grr_coca_tiny(), grr_coca_tiny().double()
+    compile_blocks(compiled)
+    with onednn_linears(compiled, double):
+        assert replaced(double) == []
+        assert replaced(compiled) == [n for n in replaced(compiled) if ".blocks." not in n] != []
+
+
+def test_layers_of_few_bits_are_left_alone():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: the extra quantize")
+    linear = nn.Sequential(nn.Linear(64, 64))
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    with onednn_linears(linear):
+        assert replaced(linear) == []
