@@ -77,7 +77,9 @@ def check(options: argparse.Namespace) -> int:
             print(f"  {'':<16}{line}")
     words = " ".join(quote(word) for word in (options.config, *options.overrides))
     if wrong:
-        print(f"\n{wrong} {'line' if wrong == 1 else 'lines'} marked ! want your attention; then, grr check {words}")
+        named = f" --recipe {quote(options.recipe)}" if options.recipe else ""
+        lines = "line" if wrong == 1 else "lines"
+        print(f"\n{wrong} {lines} marked ! want your attention; then, grr check{named} {words}")
         return 1
     own = Path(options.config).is_file()
     print(f"\nnothing is wrong; next: grr run {f'{quote(_name_of(script))} --config {words}' if own else words}")
