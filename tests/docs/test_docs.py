@@ -1,8 +1,8 @@
 """Every example of docs/ runs as it stands: what a reader pastes, in the order of the page, in an empty folder.
 
-Of a page, ```python and ```sh blocks are run, one after the other; a block whose first line is a comment with the name of a
-file (# mine.py) is saved under that name instead. A ```text block is what the block before it prints, line by line,
-where "..." stands for anything, and whole lines may be left out. Comments above a block steer it:
+Of a page, ```python and ```sh blocks are run, one after the other; a block whose first line is a comment with the name
+of a file (# mine.py) is saved under that name instead. A ```text block is what the block before it prints, line by
+line, where "..." stands for anything, and whole lines may be left out. Comments above a block steer it:
 <!-- test: run.max_steps=4 --> shortens its last command, <!-- fails --> says that it ends with an error, as the page
 does, <!-- not run: why --> leaves it out.
 """

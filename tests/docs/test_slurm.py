@@ -1,4 +1,4 @@
-"""docs/pretrain.sbatch on two "nodes" of this machine: it trains, and before the time is up it saves and queues again."""
+"""docs/pretrain.sbatch on two "nodes" of this machine: before the time is up, it saves and queues again."""
 
 import os
 import signal
@@ -56,7 +56,8 @@ def test_the_slurm_script_trains_saves_before_the_time_is_up_and_goes_on(tmp_pat
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and '"step": 10' in metrics.read_text()):
-        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-3000:]
+        running = job.poll() is None and time.monotonic() < deadline
+        assert running, job.communicate()[0][-3000:]
         time.sleep(0.2)
     job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@300 sends to the script
     output = job.communicate(timeout=120)[0]
