@@ -40,6 +40,7 @@ from grr.distributed import (
     shard,
     start,
 )
+from grr.float8 import multiply_in_float8
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
 from grr.model import CoCa, MultimodalDecoder
@@ -50,7 +51,8 @@ from grr.tokenizer import EOS, PAD, UNK
 
 Part = Literal["training", "towers", "captions"]
 Variant = Literal["fp32", "fp32 compile", "fp32 checkpoint", "fp32 compile checkpoint",
-                  "bf16", "bf16 compile", "bf16 checkpoint", "bf16 compile checkpoint"]  # fmt: skip
+                  "bf16", "bf16 compile", "bf16 checkpoint", "bf16 compile checkpoint",
+                  "bf16 float8", "bf16 compile float8"]  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIGA = 1e9
 TABLE = "{:<17}{:<44}{:>9}{:>11}{:>10}{:>10}{:>9}{:>8}{:>8}"
@@ -153,6 +155,8 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
     torch.compiler.reset()  # else blocks of an earlier variant count against the limit of compiled versions
     with torch.device("meta"):
         model = cfg.build("model")
+    if "float8" in variant:
+        multiply_in_float8(model, device)
     if "compile" in variant:
         compile_blocks(model)
     shard(model, device, bf16="bf16" in variant)
@@ -197,17 +201,40 @@ def decode(decoder: MultimodalDecoder, text: Tensor, context: Tensor, positions:
 
 @torch.no_grad()
 def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
-    """Captions of one image and of many, by greedy and by beam search, all of written_tokens tokens."""
+    """Captions of one image and of many, by greedy and by beam search, all of written_tokens tokens.
+
+    The first row is greedy search that reads every token again for each next one, and says whether it writes the same.
+    """
     size, n = cfg.model["image_size"], run.written_tokens
     tokenizer = Numbers(cfg.model["vocab_size"], cfg.model["context"])
     for word in precisions(run):
         model = loaded_model(word, cfg, run, device)
+
+        def row(act: Callable[[], object], variant: str, images: Tensor, beams: int, model: CoCa = model) -> Row:
+            return {"what": "captions", "variant": variant, "tokens": n, "samples": len(images), "beams": beams,
+                    **measured(act, run, device),
+                    **limit(n * token_bytes(model), "bytes", rates.bytes_per_second)}  # fmt: skip
+
         for count, beams in product(run.images, run.beams):
             images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
-            act = partial(generate, model, images, tokenizer, max_tokens=n, min_tokens=n, beams=beams)
-            yield {"what": "captions", "variant": word, "tokens": n, "samples": count, "beams": beams,
-                   **measured(act, run, device),
-                   **limit(n * token_bytes(model), "bytes", rates.bytes_per_second)}  # fmt: skip
+            cached = partial(generate, model, images, tokenizer, max_tokens=n, min_tokens=n, beams=beams)
+            if (word, count, beams) == (precisions(run)[0], run.images[0], 1):
+                again = partial(without_cache, model, images, tokenizer, n)
+                yield {**row(again, f"{word} without cache", images, beams), "same_captions": again() == cached()}
+            yield row(cached, word, images, beams)
+
+
+def without_cache(model: CoCa, images: Tensor, tokenizer: "Numbers", tokens: int) -> list[str]:
+    """Greedy search as it is without keys and values to remember; the image is encoded once."""
+    context = model.image_context(images)
+    ids = torch.full((len(images), 1), tokenizer.bos_id, device=images.device)
+    never = [tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.cls_id]
+    for _ in range(tokens):
+        text = model.text_decoder(ids, positions=torch.arange(ids.shape[1], device=ids.device))
+        scores = model.multimodal_decoder.head(model.multimodal_decoder(text, context)[:, -1]).float()
+        scores[:, never] = -torch.inf
+        ids = torch.cat((ids, scores.argmax(-1, keepdim=True)), dim=1)
+    return [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
 
 
 def token_bytes(model: CoCa) -> int:

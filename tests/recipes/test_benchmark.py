@@ -167,7 +167,9 @@ def test_the_same_work_is_counted_the_same_in_every_variant(measured):
 @pytest.mark.slow
 def test_captions_read_half_as_many_bytes_in_half_the_precision_however_many_there_are(measured):
     result, _, _ = measured
-    written = rows(result, "captions")
+    without, *written = rows(result, "captions")
+    assert (without["variant"], without["samples"], without["beams"]) == ("fp32 without cache", 1, 1)
+    assert without["same_captions"]
     assert [(row["samples"], row["beams"]) for row in written] == [(1, 1), (1, 2), (8, 1), (8, 2)] * 2
     fp32, bf16 = ({row["amount"] for row in written if row["variant"] == word} for word in ("fp32", "bf16"))
     assert len(fp32) == 1
@@ -221,6 +223,15 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
     ):
         assert part in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may multiply in float8")
+def test_float8_is_refused_where_the_hardware_cannot(tmp_path):
+    tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
+    words = ["run.variants=[bf16 float8]", "run.parts=[training]", "run.iterations=1"]
+    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
+    assert done.returncode != 0
+    assert "multiply_in_float8: " in done.stderr
 
 
 def test_a_variant_is_one_of_the_known_ones():
