@@ -199,29 +199,34 @@ def decode(decoder: MultimodalDecoder, text: Tensor, context: Tensor, positions:
     return decoder.head(decoder(text, context, positions=positions))
 
 
-@torch.no_grad()
 def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """Captions of one image and of many, by greedy and by beam search, all of written_tokens tokens.
 
     The first row is greedy search that reads every token again for each next one, and says whether it writes the same.
     """
+    for word in precisions(run):
+        yield from captions_of(word, cfg, run, device, rates)
+
+
+@torch.no_grad()
+def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
+    """The rows of one precision; when they are done, nothing holds its model any more."""
     size, n = cfg.model["image_size"], run.written_tokens
     tokenizer = Numbers(cfg.model["vocab_size"], cfg.model["context"])
-    for word in precisions(run):
-        model = loaded_model(word, cfg, run, device)
+    model = loaded_model(word, cfg, run, device)
 
-        def row(act: Callable[[], object], variant: str, images: Tensor, beams: int, model: CoCa = model) -> Row:
-            return {"what": "captions", "variant": variant, "tokens": n, "samples": len(images), "beams": beams,
-                    **measured(act, run, device),
-                    **limit(n * token_bytes(model), "bytes", rates.bytes_per_second)}  # fmt: skip
+    def row(act: Callable[[], object], variant: str, count: int, beams: int) -> Row:
+        return {"what": "captions", "variant": variant, "tokens": n, "samples": count, "beams": beams,
+                **measured(act, run, device),
+                **limit(n * token_bytes(model), "bytes", rates.bytes_per_second)}  # fmt: skip
 
-        for count, beams in product(run.images, run.beams):
-            images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
-            cached = partial(generate, model, images, tokenizer, max_tokens=n, min_tokens=n, beams=beams)
-            if (word, count, beams) == (precisions(run)[0], run.images[0], 1):
-                again = partial(without_cache, model, images, tokenizer, n)
-                yield {**row(again, f"{word} without cache", images, beams), "same_captions": again() == cached()}
-            yield row(cached, word, images, beams)
+    for count, beams in product(run.images, run.beams):
+        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+        cached = partial(generate, model, images, tokenizer, max_tokens=n, min_tokens=n, beams=beams)
+        if (word, count, beams) == (precisions(run)[0], run.images[0], 1):
+            again = partial(without_cache, model, images, tokenizer, n)
+            yield {**row(again, f"{word} without cache", count, beams), "same_captions": again() == cached()}
+        yield row(cached, word, count, beams)
 
 
 def without_cache(model: CoCa, images: Tensor, tokenizer: "Numbers", tokens: int) -> list[str]:
