@@ -21,13 +21,14 @@ from grr.step import Losses
 class MetricsLog:
     """Append JSON objects to folder/metrics.jsonl, one a line, and to TensorBoard's events if asked.
 
-    Opened for a run that resumes after `step`, it first drops later lines, which will be computed again, and a line
-    that a kill left unfinished. Raises ImportError if TensorBoard is wanted and not installed.
+    Opened for a run that resumes after `step`, it first drops later lines and the one of its end ("final"), which will
+    be computed again, and a line that a kill left unfinished. Raises ImportError if TensorBoard is wanted and not
+    installed.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
         file = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        kept = [line for line in read_metrics(folder) if line["step"] <= step and line.get("split") != "final"]
         _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = file.open("a", encoding="utf-8")
         self._events: Any = _summary_writer(folder, step) if tensorboard else None

@@ -69,12 +69,14 @@ def main() -> None:
 
     # look: all processes share the images, and rank 0 has what came of them
     look = {"image_size": image_size, "crop": crop, "progress": True}
-    seen = test = train = None
+    seen = test = train = names = None
     if any(task in PAIRED for task in run.tasks):
         generation = cfg.generation if "captions" in run.tasks else None
         seen = observe(model, cfg.build("data"), tokenizer, device, images=run.images, generation=generation, **look)
     if not set(run.tasks) <= set(PAIRED):
         labelled = cfg.build("labelled")
+        if "zero_shot" in run.tasks:
+            names = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
         patches = "attentive_probe" in run.tasks
         test = features(model, labelled, device, patches=patches, **look)
         if any(task in PROBES for task in run.tasks):
@@ -94,7 +96,6 @@ def main() -> None:
     if "captions" in run.tasks:
         results["captions"] = captioning(seen, tokenizer)
     if "zero_shot" in run.tasks:
-        names = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
         scores = test.embeddings @ names.float().cpu().T  # [n, c]
         results["zero_shot"] = accuracy(scores, test.labels)
         confusions = Confusions.of(labelled.classes, scores, test.labels)

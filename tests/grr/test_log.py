@@ -26,6 +26,16 @@ def test_a_resumed_log_holds_each_step_once_whatever_a_kill_left(tmp_path_factor
     assert [line["step"] for line in read_metrics(folder)] == [s for s in kept if s <= resumed] + [resumed + 1]
 
 
+def test_the_end_of_a_run_stands_once_however_often_a_finished_run_is_started_again(tmp_path):
+    for _ in range(3):
+        log = MetricsLog(tmp_path, step=9)
+        if not read_metrics(tmp_path):
+            log.write(split="validation", step=9, loss=2.0)
+        log.write(split="final", step=9, loss=1.0)
+        log.close()
+    assert [line["split"] for line in read_metrics(tmp_path)] == ["validation", "final"]
+
+
 def test_numbers_that_json_has_no_word_for_become_null(tmp_path):
     MetricsLog(tmp_path).write(split="train", step=1, loss=float("nan"), lr=float("inf"), grad_norm=2.0)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()

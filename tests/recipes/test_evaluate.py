@@ -75,6 +75,21 @@ def test_an_evaluation_says_what_the_runs_last_validation_said(trained):
 
 
 @pytest.mark.slow
+def test_classes_of_one_name_are_refused_before_an_image_is_looked_at(trained, tmp_path):
+    for folder in ("n01", "n02"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        (tmp_path / "images" / folder / "broken.jpg").write_bytes(b"no image")  # to look at it would end otherwise
+    (tmp_path / "names.txt").write_text("n01 crane\nn02 crane\n")
+    (tmp_path / "c.yaml").write_text(f"run: {{folder: {tmp_path / 'out'}, tasks: [zero_shot]}}\n"
+                                     f"model: {{path: {trained}}}\n"
+                                     f"labelled: {{name: image_folder, path: {tmp_path / 'images'}, "
+                                     f"classes_from: {tmp_path / 'names.txt'}}}\n")  # fmt: skip
+    done = run(RECIPES / "evaluate.py", "--config", tmp_path / "c.yaml")
+    assert done.returncode != 0
+    assert "each class must have a name of its own, got 'crane' more than once" in done.stderr
+
+
+@pytest.mark.slow
 def test_all_tasks_leave_numbers_a_page_and_a_table(trained):
     found = results(trained)
     assert set(found["results"]) == {"losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"}
