@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from grr.distributed import local
 
 
 class Average:
@@ -54,7 +55,7 @@ class Average:
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.weights:
             shards = _shards(self._model)
-            yield from ((_local(mean), _local(shards[name])) for name, mean in self.weights.items())
+            yield from ((local(mean), local(shards[name])) for name, mean in self.weights.items())
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def interpolate(model: nn.Module, others: Mapping[str, Tensor], *, share: float)
     if not 0 <= share <= 1:
         raise ValueError(f"interpolate: share must be from 0 to 1, got {share=}")
     for name, weight in _shards(model).items():
-        _local(weight).lerp_(_local(others[name]), share)
+        local(weight).lerp_(local(others[name]), share)
 
 
 def _shards(model: nn.Module) -> dict[str, Tensor]:
@@ -86,7 +87,3 @@ def _shards(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

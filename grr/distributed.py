@@ -148,6 +148,11 @@ def clip_gradients(model: nn.Module, largest: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or all of a plain one."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate the rows of all processes, in their order: [b, ...] -> [world b, ...]. Equal b everywhere.
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from grr.distributed import local
+
 Bits = Literal["8bit", "4bit", "fp8"]
 BLOCK: dict[Bits, int] = {"8bit": 256, "4bit": 128, "fp8": 256}  # torchao's
 SMALLEST_BLOCK = 32  # of shorter ones, the scales would take what the codes save
@@ -62,8 +64,8 @@ class LowBitAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self.state[p] or self._begin(p)
-                shard = nn.Parameter(_local(p.detach()))  # in the same memory
-                shard.grad = _local(p.grad)
+                shard = nn.Parameter(local(p.detach()))  # in the same memory
+                shard.grad = local(p.grad)
                 if shard.numel():
                     shards[shard] = {"step": state["step"]} | {m: self._moment(m, state, shard) for m in MOMENTS}
                 else:
@@ -118,8 +120,8 @@ class LowBitAdamW(torch.optim.Optimizer):
         from torchao.optim.subclass_fp8 import OptimStateFp8
 
         if moment in state:
-            return _local(state[moment])
-        codes, scale = _local(state[f"{moment}_codes"]), _local(state[f"{moment}_scale"]).view(-1)
+            return local(state[moment])
+        codes, scale = local(state[f"{moment}_codes"]), local(state[f"{moment}_scale"]).view(-1)
         if self.bits == "fp8":
             return OptimStateFp8(codes, scale, shard.dtype)
         signed, kind = MOMENTS[moment], OptimState8bit if self.bits == "8bit" else OptimState4bit
@@ -134,15 +136,11 @@ class LowBitAdamW(torch.optim.Optimizer):
 def _zeros(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     """Zeros of a shape with p's number of rows, sharded as p is."""
     shape = torch.Size(shape)
-    zeros = torch.zeros(len(_local(p)), *shape[1:], dtype=dtype, device=p.device)
+    zeros = torch.zeros(len(local(p)), *shape[1:], dtype=dtype, device=p.device)
     if not isinstance(p, DTensor):
         return zeros
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[None]:
