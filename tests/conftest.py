@@ -1,15 +1,18 @@
 """Shared by all tests: reproducible hypothesis, exact matmuls, and where the development data lies."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 from PIL import ImageColor
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_model
+from grr.distributed import start
 from grr.loss import contrastive_loss
 from grr.packing import pack_captions
 from grr.pretrained import describe
@@ -31,6 +34,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder} (set GRR_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A process group of this one process, for the tests of a file."""
+    start()
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -2,25 +2,19 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from grr.bf16 import InBFloat16, held_in_bf16
 from grr.builders import grr_coca_tiny
 from grr.data import Batch
-from grr.distributed import checkpoint_activations, compile_blocks, materialize, shard, shard_over, start, unsharded
+from grr.distributed import checkpoint_activations, compile_blocks, materialize, shard, shard_over, unsharded
 from grr.packing import pack_captions
 from grr.step import global_batch_step
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
 
 
 def built(prepare, **options) -> nn.Module:

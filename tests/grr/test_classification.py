@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,18 +12,12 @@ from grr.builders import grr_coca_tiny
 from grr.classification import answers, classification_scores, classification_step
 from grr.data import Batch, Labelled, Pairs
 from grr.data.pairs import Texts
-from grr.distributed import start
 from grr.heads import image_classifier, image_text_classifier
 from grr.images import BadImage
 from grr.packing import IGNORE, pack_captions
 from grr.tokenizer import train_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def samples(seed: int, count: int = 8) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -18,19 +17,13 @@ from grr.distributed import (
     reset_seed,
     shard,
     shard_over,
-    start,
     unsharded,
 )
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 OPTIONS = {"vision_position": "rope_mixed", "text_position": "learned", "qk_norm": True, "pooler_norm": True,
            "learned_temperature": True}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
 
 
 def filled(*, seed: int = 0, sharded: bool = True, **options) -> nn.Module:

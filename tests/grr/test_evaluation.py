@@ -3,26 +3,19 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from evaluate_worker import SEEN, Noise, a_model, a_tokenizer, several_captions
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data import epoch_order, validation_steps
-from grr.distributed import start
 from grr.evaluate import captioning, exact, examine, examples, losses, recalls
 from grr.metrics import caption_metrics
 from grr.observe import Observation, observe
 from grr.step import evaluation_losses
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint, save_model
-from grr.distributed import materialize, shard_over, start
+from grr.distributed import materialize, shard_over
 from grr.heads import HEADS, describe_classifier, image_classifier, image_text_classifier, load_classifier, load_parts
 from grr.images import normalize
 from grr.open_clip import open_clip_coca
@@ -20,6 +19,8 @@ from grr.optim import adamw
 from grr.packing import pack, pack_captions
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.tokenizer import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 CLASSES = ["cat", "dog", "eel"]
 COCAS = {
@@ -32,13 +33,6 @@ COCAS = {
         num_queries=5, pooler_heads=2, dim=64, num_heads=2, text_layers=1, multimodal_layers=1, **more,
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(params=COCAS)

@@ -7,26 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from evaluate_worker import SEEN, Noise, a_model, a_tokenizer, colours, several_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grr.distributed import start
 from grr.generate import generate
 from grr.images import normalize
 from grr.observe import BATCH, features, observe, over_images
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 WORKER = Path(__file__).parent / "evaluate_worker.py"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
 from grr.data import Batch
-from grr.distributed import start
 from grr.loss import captioning_loss, contrastive_loss, sigmoid_loss
 from grr.packing import IGNORE, pack_captions
 from grr.step import evaluation_losses, global_batch_step
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 WORKER = Path(__file__).parent / "step_worker.py"
 TOLERANCE = 2e-5  # relative, of losses and of every parameter's gradient norm, over five steps in float32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    start()
-    yield
-    dist.destroy_process_group()
 
 
 def pairs(count: int, seed: int) -> tuple[torch.Tensor, list[list[int]]]:
