@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
@@ -477,7 +478,16 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
+        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.0 to 3.11.3 wrote members of an enum
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """The member of an enum by its name, and nothing else that getattr could find."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"builtins.getattr({kind}, {name!r})")
 
 
 class _Reader(FileSystemReader):

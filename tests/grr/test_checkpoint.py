@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from grr.average import Average
 from grr.checkpoint import (
@@ -344,6 +346,38 @@ def test_metadata_that_runs_code_is_refused(two_checkpoints: Path) -> None:
     with pytest.raises(AttributeError):
         FileSystemReader(path).read_metadata()
     assert fuse.exists()  # the bomb was live
+
+
+class OlderPickler(pickle.Pickler):
+    """Writes members of an enum as Python 3.11.0 to 3.11.3 do: by getattr."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read_and_getattr_finds_nothing_else(two_checkpoints: Path) -> None:
+    path = two_checkpoints / "step_2"
+    expected, optimizer = constant(0.0)
+    load_checkpoint(path, expected, optimizer)
+    file = path / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    with file.open("wb") as stream:
+        OlderPickler(stream).dump(metadata)
+    assert b"getattr" in file.read_bytes()
+    seal(path)
+    model, optimizer = constant(0.0)
+    load_checkpoint(path, model, optimizer)
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+    class Reach:
+        def __reduce__(self) -> Any:
+            return getattr, (Metadata, "__init__")
+
+    file.write_bytes(pickle.dumps(Reach()))
+    seal(path)
+    with pytest.raises(ValueError, match=r"asks for builtins.getattr\(.*'__init__'\), which no checkpoint needs"):
+        load_checkpoint(path, *constant(0.0))
 
 
 def test_a_value_that_runs_code_is_refused(tmp_path: Path) -> None:
