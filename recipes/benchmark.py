@@ -7,6 +7,7 @@ One process, on images and captions made up in memory, so that nothing waits for
 warm-up. "faster" and "memory" are ratios to the first row of the same kind, so compare rows of one run; "of limit" is
 the share of what this machine can do, measured in the same run: of its matrix products for training and towers, of
 reading the weights once a token for captions. All numbers are in run.folder/benchmark.json, a row as soon as measured.
+Where memory does not suffice, a row says so, and the next variant follows.
 """
 
 import contextlib
@@ -134,7 +135,7 @@ def refuse(cfg: config.Config) -> None:
 def training(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """Optimizer steps as recipes/pretrain.py takes them, of each variant, with long and with short captions."""
     for variant in run.variants:
-        yield from training_of(variant, cfg, run, device, rates)
+        yield from while_memory_lasts("training step", variant, training_of(variant, cfg, run, device, rates))
 
 
 def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.device,
@@ -174,25 +175,30 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch
     optimizer.zero_grad(set_to_none=True)
 
 
-@torch.no_grad()
 def towers(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """A forward pass of each tower and of the whole, one micro-batch of the longest captions."""
+    for word in precisions(run):
+        yield from while_memory_lasts("towers", word, towers_of(word, cfg, run, device, rates))
+
+
+@torch.no_grad()
+def towers_of(word: str, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
+    """The rows of one precision; when they are done, nothing holds its model any more."""
     (batch,) = random_batches(run, None, **sizes(cfg), count=1)
     batch = batch.to(device)
     ids, positions, b = batch.ids, batch.positions, len(batch.ids)
     cost = forward_flops(MODELS[cfg.model["name"]], **arguments(cfg))
-    for word in precisions(run):
-        model = loaded_model(word, cfg, run, device)
-        text, context = model.text_decoder(ids, positions=positions), model.image_context(batch.images)
-        for what, act, flops in (
-            ("encode_image", partial(model.encode_image, batch.images), cost.vision + cost.poolers),
-            ("encode_text", partial(model.encode_text, ids, positions=positions), cost.text),
-            ("decoder, logits", partial(decode, model.multimodal_decoder, text, context, positions),
-             cost.multimodal + cost.head),
-            ("forward, logits", partial(model, batch.images, ids, positions=positions), cost.total),
-        ):  # fmt: skip
-            yield {"what": what, "variant": word, "tokens": ids.shape[1], "samples": b,
-                   **measured(act, run, device), **limit(b * flops, "flops", rates.flops_per_second[word])}  # fmt: skip
+    model = loaded_model(word, cfg, run, device)
+    text, context = model.text_decoder(ids, positions=positions), model.image_context(batch.images)
+    for what, act, flops in (
+        ("encode_image", partial(model.encode_image, batch.images), cost.vision + cost.poolers),
+        ("encode_text", partial(model.encode_text, ids, positions=positions), cost.text),
+        ("decoder, logits", partial(decode, model.multimodal_decoder, text, context, positions),
+         cost.multimodal + cost.head),
+        ("forward, logits", partial(model, batch.images, ids, positions=positions), cost.total),
+    ):  # fmt: skip
+        yield {"what": what, "variant": word, "tokens": ids.shape[1], "samples": b,
+               **measured(act, run, device), **limit(b * flops, "flops", rates.flops_per_second[word])}  # fmt: skip
 
 
 def decode(decoder: MultimodalDecoder, text: Tensor, context: Tensor, positions: Tensor) -> Tensor:
@@ -205,7 +211,7 @@ def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -
     The first row is greedy search that reads every token again for each next one, and says whether it writes the same.
     """
     for word in precisions(run):
-        yield from captions_of(word, cfg, run, device, rates)
+        yield from while_memory_lasts("captions", word, captions_of(word, cfg, run, device, rates))
 
 
 @torch.no_grad()
@@ -254,6 +260,19 @@ def loaded_model(word: str, cfg: config.Config, run: Run, device: torch.device) 
         model: CoCa = cfg.build("model")
     materialize(model.to(DTYPES[word]), device, seed=run.seed)
     return model.eval()
+
+
+def while_memory_lasts(what: str, variant: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of one variant; where memory does not suffice for the next, one that says so ends them."""
+    try:
+        yield from rows
+        return
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):  # GPU; CPU
+            raise
+        why = str(error).splitlines()[0]
+    gc.collect()  # what the error held, the model above all, is gone before the next one is built
+    yield {"what": what, "variant": variant, "out_of_memory": why}
 
 
 # --- images and captions -------------------------------------------------------------------------------------------
@@ -421,7 +440,11 @@ def headline(result: dict[str, Any]) -> str:
 
 def add(result: dict[str, Any], row: Row) -> str:
     """Complete a row by its ratios to the first of its kind, keep it, and give it as a line of the table."""
-    first = next((earlier for earlier in result["rows"] if earlier["what"] == row["what"]), row)
+    if "out_of_memory" in row:
+        result["rows"].append(row)
+        return f"{row['what']:<17}{row['variant']}: out of memory"
+    alike = (earlier for earlier in result["rows"] if earlier["what"] == row["what"])
+    first = next((earlier for earlier in alike if "out_of_memory" not in earlier), row)
     row["samples_per_second"] = row["samples"] / row["seconds"]
     row[f"{row['unit']}_per_second"] = row["amount"] / row["seconds"]
     row["of_limit"] = row["limit_seconds"] / row["seconds"]

@@ -26,7 +26,7 @@ from grr.tokenizer import Tokenizer, train_tokenizer
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))
 sys.path.insert(0, str(RECIPES))
-from benchmark import Numbers, Run, batch_flops, random_batches, sizes, token_bytes  # noqa: E402
+from benchmark import Numbers, Run, batch_flops, random_batches, sizes, token_bytes, while_memory_lasts  # noqa: E402
 
 
 def load(file: Path, *overrides: str) -> config.Config:
@@ -194,6 +194,32 @@ def test_the_machine_is_named_and_a_line_printed_for_each_row(measured):
         assert f"{row['faster']:.2f}" in line
     again = load(folder / "config.yaml")
     assert again.run["written_tokens"] == 10
+
+
+@pytest.mark.slow
+def test_what_memory_does_not_suffice_for_is_a_row_and_the_next_variant_follows(tmp_path):
+    tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
+    huge = 10**15  # pairs or images, more than a process has addresses for
+    words = ["run.variants=[fp32, bf16]", f"run.batch_size={huge}", f"run.micro_batch_size={huge}", "run.iterations=1",
+             f"run.images=[1,{huge}]", "run.beams=[1]", "run.folder=out"]  # fmt: skip
+    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "out/benchmark.json").read_text())
+    lacking = [(row["what"], row["variant"]) for row in result["rows"] if "out_of_memory" in row]
+    assert lacking == [(what, word) for what in ("training step", "towers", "captions") for word in ("fp32", "bf16")]
+    for what, word in lacking:
+        assert f"{what:<17}{word}: out of memory\n" in done.stdout
+    measured = [row["variant"] for row in rows(result, "captions") if "seconds" in row]
+    assert measured == ["fp32 without cache", "fp32", "bf16"]
+
+
+def test_an_error_that_is_not_of_memory_ends_the_run():
+    def rows():
+        yield {"what": "captions"}
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(while_memory_lasts("captions", "fp32", rows()))
 
 
 # --- what a config may say -----------------------------------------------------------------------------------------
