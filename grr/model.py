@@ -28,7 +28,7 @@ class VisionTransformer(nn.Module):
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
     (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector for the raster index at the start.
     A class token stands before the patches, p counts it, and its index is 0; `norm` is that of what enters the blocks.
-    Raises ValueError for a class token with two axes.
+    Raises ValueError for a class token with two axes, and at images that are not floats: bytes were not normalised.
     """
 
     def __init__(self, *, patches: PatchEmbedding, blocks: Iterable[Block], positions: nn.Module | None = None,
@@ -47,6 +47,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point():
+            raise ValueError(f"VisionTransformer: images must be normalised floats, got {images.dtype}; "
+                             "grr.images.normalize makes them of bytes")  # fmt: skip
         x = self.class_token(self.patches(images))  # [b, p, d]
         raster = torch.arange(x.shape[1], device=x.device)  # [p]
         if self.positions is not None:
@@ -163,7 +166,8 @@ class CoCa(nn.Module):
     Any vision encoder that maps images to [b, p, d] and any text decoder that maps ids to [b, s, d] will do; to train
     on trimmed batches (`pack_captions`), the text decoder must take `positions=` as well. The contrastive pooler maps
     [b, n, d] to [b, 1, e]; where e is not d, `text_projection` maps the vector at CLS to it. With labels the vocabulary
-    head runs on labelled positions only, in chunks, and logits are never whole.
+    head runs on labelled positions only, in chunks, and logits are never whole. Raises ValueError where what the vision
+    encoder gives has not three axes.
     """
 
     def __init__(self, *, vision_encoder: nn.Module, generative_pooler: nn.Module, contrastive_pooler: nn.Module,
@@ -242,7 +246,11 @@ class CoCa(nn.Module):
     # The public methods above never call each other: FSDP2 wraps each of them as an entrance of its own.
 
     def _context(self, images: Tensor) -> Tensor:
-        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images))))
+        seen = self.vision_encoder(normalize(images))  # [b, p, d]
+        if seen.ndim != 3:
+            raise ValueError(f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
+                             f"{len(images)} images; flatten rows and columns into p, and put d last")  # fmt: skip
+        return self.generative_pooler(self.pooler_norm(seen))
 
     def _text(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         return self.text_decoder(ids) if positions is None else self.text_decoder(ids, positions=positions)

@@ -99,6 +99,18 @@ def test_embeddings_have_unit_length_and_uint8_images_are_normalised_inside():
     torch.testing.assert_close(model.encode_image((images / 255 - mean) / deviation), embeddings)
 
 
+def test_a_tower_by_itself_refuses_bytes_that_nobody_normalised():
+    with pytest.raises(ValueError, match=r"VisionTransformer: images must be .* got torch\.uint8; .*normalize"):
+        grr_coca_tiny().vision_encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_an_encoder_that_gives_a_map_instead_of_vectors_is_refused():
+    model = grr_coca_tiny()
+    model.vision_encoder = torch.nn.Conv2d(3, 64, kernel_size=8, stride=8)
+    with pytest.raises(ValueError, match=r"vision_encoder must map .* to \[b, p, d\], got \[2, 64, 4, 4\] of 2"):
+        model.encode_image(some_images(2).float())
+
+
 @given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_reading_with_caches_in_any_pieces_gives_the_same_next_token(model, pieces, seed):
     ids = torch.randint(3, 510, (2, sum(pieces)), generator=torch.Generator().manual_seed(seed))
