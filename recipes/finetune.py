@@ -5,8 +5,8 @@
 
 The start is validated, and then every epoch. Three epochs without improvement bring the best weights back and divide
 the learning rate by 100; the third time the run ends (GRR-CoCa, section 3.3; `grr.soft_reset`). The best so far is in
-best/, what was kept in model/. The same command, submitted again, continues where the run stopped, even amid a reset.
-Any key of the config may follow as key=value.
+best/, what was kept in model/. The same command, submitted again, continues where the run stopped, even amid a reset;
+a run that has finished is left as it is. Any key of the config may follow as key=value.
 """
 
 import gc
@@ -50,7 +50,7 @@ from grr.distributed import (
 )
 from grr.evaluate import examine
 from grr.float8 import multiply_in_float8
-from grr.log import open_log, summary
+from grr.log import open_log, read_metrics, summary
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
 from grr.report import Examples, write_report
@@ -152,6 +152,12 @@ def main() -> None:
         progress = load_checkpoint(checkpoint, model, optimizer, average.weights)
         step, control = progress["step"], SoftReset(**progress["control"])
         logging.info(f"resuming {folder} after step {step}, in learning-rate regime {control.regime}")
+    end = {"step": step, "best_step": control.best_step, "interpolate": run.interpolate}
+    if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: is_written(folder, end)):
+        logging.info(f"{folder} finished before, after step {step}: the model of step {control.best_step} is in "
+                     f"{folder / 'model'}; see {folder / 'report.html'}")  # fmt: skip
+        lock.release()
+        return
     remove_checkpoints_after(folder / "best", control.best_step)
     on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
     facts = {"parameters": sum(p.numel() for p in model.parameters()),
@@ -237,6 +243,12 @@ def main() -> None:
         logging.info(f"finished: the model of {summary(control.best_step, losses, found)}")
         logging.info(f"it is in {folder / 'model'}; see {folder / 'report.html'}")
     lock.release()
+
+
+def is_written(folder: Path, end: dict[str, Any]) -> bool:
+    """Whether a run that came to this end has left its model, and then the line that says so."""
+    said = [line for line in read_metrics(folder) if line.get("split") == "final"]
+    return (folder / "model").is_dir() and any(end.items() <= line.items() for line in said)
 
 
 def validate(model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, loader: dict[str, Any],

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def lines(folder: Path, split: str) -> list[dict]:
     ]
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """All that a run has left, but who held its lock."""
+    return {str(file.relative_to(folder)): file.read_bytes()
+            for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}  # fmt: skip
+
+
 def decided(folder: Path, decision: str) -> list[dict]:
     return [line for line in lines(folder, "validation") if line["decision"] == decision]
 
@@ -209,6 +216,29 @@ def test_a_frozen_tower_keeps_its_weights_and_the_best_is_what_is_kept(frozen, s
     assert losses == sorted(losses, reverse=True)
     (final,) = lines(frozen, "final")
     assert (final["step"], final["loss"]) == (10, losses[-1])
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_submitted_again_says_so_and_changes_no_file(frozen, start, tmp_path):
+    shutil.copytree(frozen, tmp_path / "run")
+    before = files(tmp_path / "run")
+    done = run(command(start, tmp_path / "run", *FROZEN))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{tmp_path / 'run'} finished before, after step 10: the model of step 10 is in" in done.stderr
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_asked_for_another_end_comes_to_it(frozen, start, tmp_path):
+    shutil.copytree(frozen, tmp_path / "run")
+    done = run(command(start, tmp_path / "run", *FROZEN, "run.interpolate=0.5"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (final,) = lines(tmp_path / "run", "final")
+    assert (final["step"], final["interpolate"]) == (10, 0.5)
+    begun, tuned, kept = (load_file(folder / "model.safetensors")
+                          for folder in (start, frozen / "model", tmp_path / "run/model"))  # fmt: skip
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, (begun[name] + tuned[name]) / 2)
 
 
 @pytest.mark.slow

@@ -137,6 +137,16 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
 
 
 @pytest.mark.slow
+def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_its_model(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    done = run(command(tmp_path / "run", "classification", *CLASSES))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "finished after step 104 of 104" in done.stderr
+    for file in ("metrics.jsonl", "model/model.safetensors", "report.html"):
+        assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weights(start, tmp_path):
     """Entailment, from a start of untrained weights, with dropout: once in two micro-batches, once in two processes."""
     small = [f"model.path={start}", "model.dropout=0.1", "run.batch_size=8", "run.micro_batch_size=4",

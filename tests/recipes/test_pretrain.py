@@ -111,6 +111,16 @@ def test_asked_to_stop_it_saves_leaves_and_continues(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_its_model(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    done = run(command(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "finished after step 15 of 15" in done.stderr
+    for file in ("metrics.jsonl", "model/model.safetensors", "report.html"):
+        assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_many_processes_train_as_one(whole, tmp_path, processes):
     """Dropout and all: micro-batches draw by their place in the global batch."""
