@@ -70,13 +70,13 @@ def main() -> None:
     # look: all processes share the images, and rank 0 has what came of them
     look = {"image_size": image_size, "crop": crop, "progress": True}
     seen = test = train = names = None
+    labelled = None if set(run.tasks) <= set(PAIRED) else cfg.build("labelled")
+    if "zero_shot" in run.tasks:  # names may be refused, which is to be known before hours of images
+        names = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
     if any(task in PAIRED for task in run.tasks):
         generation = cfg.generation if "captions" in run.tasks else None
         seen = observe(model, cfg.build("data"), tokenizer, device, images=run.images, generation=generation, **look)
-    if not set(run.tasks) <= set(PAIRED):
-        labelled = cfg.build("labelled")
-        if "zero_shot" in run.tasks:
-            names = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
+    if labelled is not None:
         patches = "attentive_probe" in run.tasks
         test = features(model, labelled, device, patches=patches, **look)
         if any(task in PROBES for task in run.tasks):

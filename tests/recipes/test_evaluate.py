@@ -79,9 +79,11 @@ def test_classes_of_one_name_are_refused_before_an_image_is_looked_at(trained, t
     for folder in ("n01", "n02"):
         (tmp_path / "images" / folder).mkdir(parents=True)
         (tmp_path / "images" / folder / "broken.jpg").write_bytes(b"no image")  # to look at it would end otherwise
+    (tmp_path / "images/captions.csv").write_text("image,caption\nn01/broken.jpg,a crane\n")
     (tmp_path / "names.txt").write_text("n01 crane\nn02 crane\n")
-    (tmp_path / "c.yaml").write_text(f"run: {{folder: {tmp_path / 'out'}, tasks: [zero_shot]}}\n"
+    (tmp_path / "c.yaml").write_text(f"run: {{folder: {tmp_path / 'out'}, tasks: [captions, zero_shot]}}\n"
                                      f"model: {{path: {trained}}}\n"
+                                     f"data: {{name: folder, path: {tmp_path / 'images'}}}\n"
                                      f"labelled: {{name: image_folder, path: {tmp_path / 'images'}, "
                                      f"classes_from: {tmp_path / 'names.txt'}}}\n")  # fmt: skip
     done = run(RECIPES / "evaluate.py", "--config", tmp_path / "c.yaml")
