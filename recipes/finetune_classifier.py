@@ -25,9 +25,10 @@ from grr.checkpoint import (
     StopSignal,
     latest_checkpoint,
     load_checkpoint,
-    load_model_weights,
+    load_checkpoint_weights,
     read_progress,
     refuse_another_run,
+    remove_checkpoints_after,
     save_checkpoint,
     save_model,
 )
@@ -151,6 +152,7 @@ def main() -> None:
         progress = load_checkpoint(checkpoint, model, optimizer)
         step, best, best_step = progress["step"], progress["best"], progress["best_step"]
         logging.info(f"resuming {folder} after step {step} of {last}")
+    remove_checkpoints_after(folder / "best", best_step)
     blind = blind_accuracy(pairs, held_out)
     facts = {"parameters": sum(p.numel() for p in model.parameters()),
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -194,7 +196,6 @@ def main() -> None:
                                            crop=cfg.loader["crop"])  # fmt: skip
             if scores.accuracy > best:
                 best, best_step = scores.accuracy, step
-                save_model(folder / "best", model, description, folder / "tokenizer.model")
             shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
                             crop=cfg.loader["crop"])  # fmt: skip
             if log:
@@ -209,6 +210,8 @@ def main() -> None:
         late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
         if step % run.save_every == 0 or step % validate_every == 0 or step == last or stopping or late:
             progress = {"step": step, "identity": identity, "model": description, "best": best, "best_step": best_step}
+            if best_step == step:  # it is on disk before a checkpoint names it
+                save_checkpoint(folder / "best", model, optimizer, progress, keep=max(2, run.keep))
             save_checkpoint(folder / "checkpoints", model, optimizer, progress, keep=run.keep)
             saved = time.monotonic()
 
@@ -218,7 +221,7 @@ def main() -> None:
     if stopping and step < last:
         logging.info(f"stopped; the same command continues after step {step} of {last}")
     else:
-        load_model_weights(folder / "best", model)
+        load_checkpoint_weights(folder / "best" / f"step_{best_step}", model)
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         logging.info(f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see "
                      f"{folder / 'report.html'}")  # fmt: skip

