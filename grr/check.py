@@ -135,7 +135,9 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Ite
 
 @cache
 def _module(file: Path) -> ModuleType:
-    """A recipe's file as a module, wherever it lies; what it does when it is started is not done."""
+    """A recipe's file as a module, wherever it lies, with what it imports from beside it, as if it were started; what
+    it does then is not done.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"check: there is no recipe {file}")
     name = f"grr_recipe_{file.stem}"
@@ -144,7 +146,11 @@ def _module(file: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their types up there
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(file.absolute().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,21 @@ def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):
     assert finding.said.startswith("pretrain a-0: command line: model.dimm")
     (finding,) = findings("sweep/openmoji_relation", "run.seeds=[1, 1]")
     assert "seeds: 1 stands there twice" in finding.said
+
+
+def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.py"
+    installed.copy("pretrain", recipe)
+    text = recipe.read_text()
+    recipe.write_text(text.replace("from grr.builders import MODELS", "from models_beside import MODELS"))
+    (tmp_path / "models_beside.py").write_text(
+        "from grr.builders import MODELS, grr_coca_tiny\nMODELS = MODELS | {'beside': grr_coca_tiny}\n"
+    )
+    monkeypatch.chdir("/")
+    before = list(sys.path)
+    cfg, _ = read_config(installed.find("pretrain/openmoji").path, ["model.name=beside"], recipe)
+    assert cfg.model["name"] == "beside"
+    assert sys.path == before
 
 
 def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_first(tmp_path):
