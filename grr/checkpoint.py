@@ -267,7 +267,7 @@ class RunLock:
     """Hold folder/.lock for this run until release, the end of a with statement, or the death of rank 0.
 
     patience: seconds to wait for a run that is just ending. To be made after the process group.
-    Raises RuntimeError on every rank if another run holds the folder.
+    Raises BlockingIOError, an OSError, on every rank if another run holds the folder.
     """
 
     def __init__(self, folder: Path, *, patience: float = 10.0) -> None:
@@ -300,9 +300,9 @@ class RunLock:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise RuntimeError(
+                raise BlockingIOError(
                     f"RunLock: {path.parent} is being written by {holder}; "
-                    "wait for that run, end it (kill the process), or set a new run.folder"
+                    "wait for that run, end it (kill the process), or set another folder to write to"
                 ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

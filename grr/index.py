@@ -116,7 +116,7 @@ def embed_files(trained: LoadedModel, files: Sequence[str], folder: str | Path, 
 
     It is written in parts of up to 1000 images, each whole or not at all, so that a run that was killed goes on behind
     the last of them. No file stops it; bad ones are named in left_out.json. model_path is where a search finds the
-    model. Raises ValueError if the index is damaged or of another model, RuntimeError if another process writes it.
+    model. Raises ValueError if the index is damaged or of another model, BlockingIOError if another process writes it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

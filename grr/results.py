@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from grr.checkpoint import RunLock
+
 Row = dict[str, Any]  # "file", and what came of it, or "error" and why nothing did
 
 
@@ -30,25 +32,26 @@ def write_results(output: Path, files: Sequence[str], made_with: dict[str, Any],
 
     Files that something came of before are passed over; those that nothing came of are tried again. `made_with`, JSON
     values, is kept beside it, in NAME.made_with.json. Progress is shown under a name, if there is one.
-    Raises ValueError, and changes nothing, if output was made with anything else.
+    Raises ValueError, and changes nothing, if output was made with anything else; BlockingIOError, as RunLock does, if
+    another process writes into the folder of output.
     """
     made = json.loads(json.dumps(made_with))
-    _refuse_other(output, made)
-    whole = [row for row in read_results(output) if "error" not in row]  # without errors, and without a torn line
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _replace(_beside(output), json.dumps(made, indent=2).encode())
-    _replace(output, b"".join(map(_line, whole)))
+    with RunLock(output.parent):
+        _refuse_other(output, made)
+        whole = [row for row in read_results(output) if "error" not in row]  # without errors, and without a torn line
+        _replace(_beside(output), json.dumps(made, indent=2).encode())
+        _replace(output, b"".join(map(_line, whole)))
 
-    known = {row["file"] for row in whole}
-    left = [file for file in files if file not in known]
-    done, bad = len(files) - len(left), dict[str, str]()
-    with output.open("ab") as lines, tqdm(total=len(files), initial=done, desc=progress, unit="image",
-                                          disable=progress is None) as bar:  # fmt: skip
-        for rows in work(left) if left else ():
-            lines.write(b"".join(map(_line, rows)))
-            lines.flush()
-            bad |= {row["file"]: row["error"] for row in rows if "error" in row}
-            bar.update(len(rows))
+        known = {row["file"] for row in whole}
+        left = [file for file in files if file not in known]
+        done, bad = len(files) - len(left), dict[str, str]()
+        with output.open("ab") as lines, tqdm(total=len(files), initial=done, desc=progress, unit="image",
+                                              disable=progress is None) as bar:  # fmt: skip
+            for rows in work(left) if left else ():
+                lines.write(b"".join(map(_line, rows)))
+                lines.flush()
+                bad |= {row["file"]: row["error"] for row in rows if "error" in row}
+                bar.update(len(rows))
     return Outcome(len(files) - len(bad), done, bad)
 
 

@@ -124,7 +124,7 @@ def run(folder: Path) -> None:
     def refused(act: Any) -> str:
         try:
             act()
-        except (RuntimeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             return str(error)
         return "not refused"
 

@@ -511,8 +511,8 @@ def test_weights_that_do_not_fit_are_all_named(sharded: bool, tmp_path: Path) ->
 
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     first = RunLock(tmp_path / "run", patience=0.0)
-    message = rf"{tmp_path}/run is being written by process {os.getpid()} on .*; wait for that run, end it .*run.folder"
-    with pytest.raises(RuntimeError, match=message):
+    message = rf"{tmp_path}/run is being written by process {os.getpid()} on .*; wait for that run, end it .*folder"
+    with pytest.raises(BlockingIOError, match=message):
         RunLock(tmp_path / "run", patience=0.2)
     first.release()
     with RunLock(tmp_path / "run", patience=0.0):
@@ -526,7 +526,7 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(RuntimeError, match=f"process {holder.pid} on"):
+    with pytest.raises(BlockingIOError, match=f"process {holder.pid} on"):
         RunLock(tmp_path, patience=0.0)
     holder.kill()
     RunLock(tmp_path).release()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from grr import index
 from grr.checkpoint import RunLock, save_model
+from grr.cli import main
 from grr.images import load_image
 from grr.index import Index, as_text, embed_files, look_up, open_index
 from grr.pictures import find_images
@@ -218,5 +219,14 @@ def test_a_damaged_part_is_named_with_what_to_do(trained, pictures, tmp_path, co
 
 def test_two_processes_do_not_write_one_index(trained, pictures, tmp_path, colour_run, monkeypatch):
     monkeypatch.setattr(index, "RunLock", functools.partial(RunLock, patience=0.0))
-    with RunLock(tmp_path), pytest.raises(RuntimeError, match="is being written by process"):
+    with RunLock(tmp_path), pytest.raises(BlockingIOError, match="is being written by process"):
         embed_files(trained, pictures, tmp_path, colour_run)
+
+
+def test_the_command_tells_it_in_a_line(pictures, tmp_path, colour_run, monkeypatch, capsys):
+    monkeypatch.setattr(index, "RunLock", functools.partial(RunLock, patience=0.0))
+    with RunLock(tmp_path / "index"):
+        assert main(["embed", str(colour_run), pictures[0], "--index", str(tmp_path / "index")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"grr embed: RunLock: {tmp_path / 'index'} is being written by process {os.getpid()} on")
+    assert said.count("\n") == 1

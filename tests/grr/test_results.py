@@ -1,5 +1,6 @@
 """Results of files, a line each: whatever a kill leaves, the next run makes whole."""
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grr import results
+from grr.checkpoint import RunLock
 from grr.results import Outcome, Row, printable, read_results, told, write_results
 
 NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]
@@ -107,6 +110,22 @@ def test_a_file_that_something_else_wrote_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"write_results: .*mine.jsonl is there already, and mine.made_with.json"):
         write_results(tmp_path / "mine.jsonl", NAMES, MADE, Worker())
     assert "weeks" in (tmp_path / "mine.jsonl").read_text()
+
+
+def test_a_second_writer_is_refused_while_the_first_writes_and_takes_nothing_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RunLock", functools.partial(RunLock, patience=0.0))
+    output, second = tmp_path / "out.jsonl", Worker()
+
+    def work(files):
+        for rows in Worker()(files):
+            yield rows
+            with pytest.raises(BlockingIOError, match=r"is being written by process .*set another folder to write to"):
+                write_results(output, NAMES, MADE, second)
+
+    assert write_results(output, NAMES, MADE, work) == (len(NAMES), 0, {})
+    assert [row["file"] for row in read_results(output)] == NAMES
+    assert write_results(output, NAMES, MADE, second) == (len(NAMES), len(NAMES), {})  # the first has let go
+    assert second.asked == []
 
 
 def test_what_is_told_fits_a_terminal():
