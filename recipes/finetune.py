@@ -52,6 +52,7 @@ from grr.evaluate import examine
 from grr.float8 import multiply_in_float8
 from grr.log import open_log, read_metrics, summary
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.pace import Pace
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.soft_reset import SoftReset, in_words, soft_reset
@@ -171,15 +172,12 @@ def main() -> None:
     # loop: an epoch, a validation, and a decision; first of all the start is validated
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=None if run.epochs is None else last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    saved = logged = time.monotonic()
-    waited, counted, replaced = 0.0, 0, 0  # since the last line of the log
+    pace, saved = Pace(run.batch_size), time.monotonic()
     stopping = False
     while control.decision != "stop" and control.step < last and not stopping:
         if control.step >= 0:
-            before = time.monotonic()
-            micro_batches = [batch.to(device) for batch in next(batches)]
-            waited += time.monotonic() - before
-            replaced += sum(batch.replaced for batch in micro_batches)
+            with pace.waiting():
+                micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
             set_lr(optimizer, lr)
             losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
@@ -188,32 +186,29 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update()
-            step, counted = step + 1, counted + 1
+            step += 1
+            pace.step(micro_batches)
             bar.update()
             bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-            if step % run.log_every == 0:
-                now = time.monotonic()
-                if log:
-                    log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr,
-                              grad_norm=norm, samples_per_second=counted * run.batch_size / (now - logged),
-                              data_wait=waited / counted, replaced=replaced)  # fmt: skip
-                logged, waited, counted, replaced = now, 0.0, 0, 0
+            if log and step % run.log_every == 0:
+                log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
+                          **pace.line())  # fmt: skip
 
         if step % per_epoch == 0:
-            began = time.monotonic()
-            with average.applied():
-                losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
-            control = soft_reset(control, step, losses.loss, **cfg.control)
-            if log:
-                log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
-                          decision=control.decision, regime=control.regime, best_loss=control.best_loss,
-                          best_step=control.best_step)  # fmt: skip
-                write_report(folder, title=title, examples=examples)
-                bar.write(f"{summary(step, losses, found)}; {in_words(control)}")
-            if control.decision == "reset":
-                load_checkpoint(folder / "best" / f"step_{control.best_step}", model, optimizer, average.weights)
-            logged += time.monotonic() - began
+            with pace.paused():
+                with average.applied():
+                    losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss,
+                                                       run.candidates)  # fmt: skip
+                control = soft_reset(control, step, losses.loss, **cfg.control)
+                if log:
+                    log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
+                              decision=control.decision, regime=control.regime, best_loss=control.best_loss,
+                              best_step=control.best_step)  # fmt: skip
+                    write_report(folder, title=title, examples=examples)
+                    bar.write(f"{summary(step, losses, found)}; {in_words(control)}")
+                if control.decision == "reset":
+                    load_checkpoint(folder / "best" / f"step_{control.best_step}", model, optimizer, average.weights)
 
         stopping = stop.requested()
         late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0

@@ -55,6 +55,7 @@ from grr.heads import HEADS, describe_classifier, load_parts
 from grr.log import open_log
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.pace import Pace
 from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.step import refuse_non_finite
@@ -163,14 +164,11 @@ def main() -> None:
     # loop: the best model so far is kept
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    saved = logged = time.monotonic()
-    waited, counted, replaced = 0.0, 0, 0  # since the last line of the log
+    pace, saved = Pace(run.batch_size), time.monotonic()
     stopping = False
     while step < last and not stopping and (run.patience is None or step - best_step < run.patience * validate_every):
-        before = time.monotonic()
-        micro_batches = [batch.to(device) for batch in next(batches)]
-        waited += time.monotonic() - before
-        replaced += sum(batch.replaced for batch in micro_batches)
+        with pace.waiting():
+            micro_batches = [batch.to(device) for batch in next(batches)]
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
         scores = classification_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
@@ -178,33 +176,29 @@ def main() -> None:
         refuse_non_finite(scores, norm, step, micro_batches, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, counted = step + 1, counted + 1
+        step += 1
+        pace.step(micro_batches)
         bar.update()
         bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-        if step % run.log_every == 0 or step == last:
-            now = time.monotonic()
-            if log:
-                log.write(split="train", step=step, epoch=step / per_epoch, **scores._asdict(), lr=lr, grad_norm=norm,
-                          samples_per_second=counted * run.batch_size / (now - logged), data_wait=waited / counted,
-                          replaced=replaced)  # fmt: skip
-            logged, waited, counted, replaced = now, 0.0, 0, 0
+        if log and (step % run.log_every == 0 or step == last):
+            log.write(split="train", step=step, epoch=step / per_epoch, **scores._asdict(), lr=lr, grad_norm=norm,
+                      **pace.line())  # fmt: skip
 
         if step % validate_every == 0 or step == last:
-            began = time.monotonic()
-            scores = classification_scores(model, held_out, tokenizer, device, image_size=arguments["image_size"],
-                                           crop=cfg.loader["crop"])  # fmt: skip
-            if scores.accuracy > best:
-                best, best_step = scores.accuracy, step
-            shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
-                            crop=cfg.loader["crop"])  # fmt: skip
-            if log:
-                log.write(split="validation", step=step, epoch=step / per_epoch, **scores._asdict(),
-                          blind_accuracy=blind, best_accuracy=best, best_step=best_step)  # fmt: skip
-                write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
-                bar.write(f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                          f"{best:.1%} at step {best_step}; {blind:.1%} without a look at the images")  # fmt: skip
-            logged += time.monotonic() - began
+            with pace.paused():
+                scores = classification_scores(model, held_out, tokenizer, device, image_size=arguments["image_size"],
+                                               crop=cfg.loader["crop"])  # fmt: skip
+                if scores.accuracy > best:
+                    best, best_step = scores.accuracy, step
+                shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
+                                crop=cfg.loader["crop"])  # fmt: skip
+                if log:
+                    log.write(split="validation", step=step, epoch=step / per_epoch, **scores._asdict(),
+                              blind_accuracy=blind, best_accuracy=best, best_step=best_step)  # fmt: skip
+                    write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
+                    bar.write(f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
+                              f"{best:.1%} at step {best_step}; {blind:.1%} without a look at the images")  # fmt: skip
 
         stopping = stop.requested()
         late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0

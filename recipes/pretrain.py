@@ -44,6 +44,7 @@ from grr.evaluate import examine
 from grr.float8 import multiply_in_float8
 from grr.log import open_log, summary
 from grr.optim import adamw, set_lr, warmup_cosine
+from grr.pace import Pace
 from grr.pretrained import describe
 from grr.report import write_report
 from grr.step import evaluation_losses, global_batch_step, refuse_non_finite
@@ -134,13 +135,10 @@ def main() -> None:
     # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    saved = logged = time.monotonic()
-    waited, counted, replaced = 0.0, 0, 0  # since the last line of the log
+    pace, saved = Pace(run.batch_size), time.monotonic()
     while step < last:
-        before = time.monotonic()
-        micro_batches = [batch.to(device) for batch in next(batches)]
-        waited += time.monotonic() - before
-        replaced += sum(batch.replaced for batch in micro_batches)
+        with pace.waiting():
+            micro_batches = [batch.to(device) for batch in next(batches)]
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
         losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
@@ -148,29 +146,25 @@ def main() -> None:
         refuse_non_finite(losses, norm, step, micro_batches, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, counted = step + 1, counted + 1
+        step += 1
+        pace.step(micro_batches)
         bar.update()
         bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-        if step % run.log_every == 0 or step == last:
-            now = time.monotonic()
-            if log:
-                log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
-                          samples_per_second=counted * run.batch_size / (now - logged), data_wait=waited / counted,
-                          replaced=replaced)  # fmt: skip
-            logged, waited, counted, replaced = now, 0.0, 0, 0
+        if log and (step % run.log_every == 0 or step == last):
+            log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
+                      **pace.line())  # fmt: skip
 
         if step % validate_every == 0 or step == last:
-            began = time.monotonic()
-            batches_of = validation_steps(held_out, tokenizer, **loader)
-            losses = evaluation_losses(model, ([b.to(device) for b in batch] for batch in batches_of), **cfg.loss)
-            found, examples = examine(model, held_out, tokenizer, device, candidates=run.candidates,
-                                      image_size=image_size, crop=crop)  # fmt: skip
-            if log:
-                log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found)
-                write_report(folder, title=f"{cfg.model['name']} on {cfg.data['name']}", examples=examples)
-                bar.write(summary(step, losses, found))
-            logged += time.monotonic() - began
+            with pace.paused():
+                batches_of = validation_steps(held_out, tokenizer, **loader)
+                losses = evaluation_losses(model, ([b.to(device) for b in batch] for batch in batches_of), **cfg.loss)
+                found, examples = examine(model, held_out, tokenizer, device, candidates=run.candidates,
+                                          image_size=image_size, crop=crop)  # fmt: skip
+                if log:
+                    log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found)
+                    write_report(folder, title=f"{cfg.model['name']} on {cfg.data['name']}", examples=examples)
+                    bar.write(summary(step, losses, found))
 
         stopping = stop.requested()
         late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
