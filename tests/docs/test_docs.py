@@ -1,20 +1,23 @@
 """Every example of docs/ runs as it stands: what a reader pastes, in the order of the page, in an empty folder.
 
 Of a page, ```python and ```sh blocks are run, one after the other; a block whose first line is a comment with the name
-of a file (# mine.py) is saved under that name instead. A ```text block is what the block before it prints, line by
-line, where "..." stands for anything, and whole lines may be left out. Comments above a block steer it:
-<!-- test: run.max_steps=4 --> shortens its last command, <!-- fails --> says that it ends with an error, as the page
-does, <!-- not run: why --> leaves it out.
+of a file (# mine.py) is saved under that name instead. A ```text block stands directly behind another and is what that
+one prints: its lines are whole lines of the output, in their order, where "..." stands for anything, and lines of the
+output may be left out. Comments above a block steer it: <!-- test: run.max_steps=4 --> shortens its last command,
+<!-- fails --> says that it ends with an error, as the page does, <!-- not run: why --> leaves it out.
 """
 
 import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from grr import installed
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
@@ -27,6 +30,7 @@ class Example(NamedTuple):
 
     language: str
     text: str
+    comments: str  # the lines above it
     arguments: str  # that shorten its last command
     fails: bool
     reason: str  # why it is not run
@@ -34,15 +38,23 @@ class Example(NamedTuple):
     @property
     def file(self) -> str | None:
         """The name it is to be saved under."""
-        named = re.match(r"# ([\w./]+\.(?:py|yaml|sbatch))\n", self.text)
+        named = re.match(r"# ([\w./]+\.(?:py|yaml))\n", self.text)
         return named[1] if named else None
+
+    @property
+    def runs(self) -> bool:
+        return self.language in ("python", "sh") and not self.file and not self.reason
+
+
+def read(page: str) -> str:
+    return (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 def examples(page: str) -> list[Example]:
     found = []
-    for comments, language, text in FENCE.findall((ROOT / "docs" / page).read_text()):
+    for comments, language, text in FENCE.findall(read(page)):
         test, reason = (re.search(rf"<!-- {word}: (.*) -->", comments) for word in ("test", "not run"))
-        found.append(Example(language, text, test[1] if test else "", "<!-- fails -->" in comments,
+        found.append(Example(language, text, comments, test[1] if test else "", "<!-- fails -->" in comments,
                              reason[1] if reason else ""))  # fmt: skip
     return found
 
@@ -54,8 +66,8 @@ def run(example: Example, folder: Path) -> str:
         command = [sys.executable, "-c", text]
     else:
         command = ["bash", "-e", "-o", "pipefail", "-c", f"{text} {example.arguments}"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # readers have none
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=300, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert (done.returncode != 0) == example.fails, f"{text}\n--- ended with {done.returncode}\n{done.stdout[-4000:]}"
@@ -63,23 +75,60 @@ def run(example: Example, folder: Path) -> str:
 
 
 def assert_printed(expected: str, output: str) -> None:
-    """Every line of expected stands in the output, in this order."""
-    rest = output
+    """Every line of expected is a line of the output, in this order."""
+    printed = iter(output.splitlines())  # a progress bar's carriage return ends a line, too
     for line in expected.splitlines():
-        pattern = ".*".join(re.escape(part.strip()) for part in line.strip().split("..."))
-        seen = re.search(pattern, rest)
+        pattern = re.compile(".*".join(re.escape(part) for part in line.strip().split("...")))
+        seen = any(pattern.fullmatch(candidate.strip()) for candidate in printed)
         assert seen, f"the page promises {line!r}, which is not in the rest of\n{output[-4000:]}"
-        rest = rest[seen.end() :]
 
 
-def test_pages_are_listed_and_none_has_a_block_that_nobody_reads():
-    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text())
+@pytest.mark.parametrize("promised", ["60 images", "600 images", "... images", "step ... of 4\n600 images in index"])
+def test_what_a_page_promises_is_looked_for_in_whole_lines_and_in_their_order(promised):
+    output = "  600 images in index\nstep 4\rstep 4 of 4\n"
+    assert_printed("600 ... in index\nstep ... of 4", output)
+    with pytest.raises(AssertionError, match="the page promises"):
+        assert_printed(promised, output)
+
+
+def test_a_block_that_ends_otherwise_than_its_page_says_is_noticed(tmp_path):
+    good, bad = (
+        Example("sh", "echo fine", "", "", False, ""),
+        Example("python", "raise SystemExit(3)", "", "", False, ""),
+    )
+    assert run(good, tmp_path) == "fine\n"
+    with pytest.raises(AssertionError, match="ended with 0"):
+        run(good._replace(fails=True), tmp_path)
+    with pytest.raises(AssertionError, match="ended with 3"):
+        run(bad, tmp_path)
+
+
+def test_the_list_names_every_page():
+    listed = re.findall(r"\]\((\w+\.md)\)", read("README.md"))
     assert sorted(listed) == [page for page in PAGES if page != "README.md"]
-    for page in listed:
-        known = {example.language for example in examples(page)} <= {"python", "sh", "text", "yaml"}
-        assert known, page
-        assert any(not example.reason for example in examples(page) if example.language in ("python", "sh")), page
-        assert {example.reason for example in examples(page)} <= {"", *REASONS}, page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_of_a_page_escapes_the_test(page):
+    found = examples(page)
+    assert len(re.findall(r"^\s*(?:```|~~~)", read(page), re.MULTILINE)) == 2 * len(found), "a fence of another kind"
+    assert read(page).count("<!--") == sum(e.comments.count("<!--") for e in found), "a comment above no block"
+    for comment in "".join(e.comments for e in found).splitlines():
+        assert re.fullmatch(r"<!-- (fails|test: [^\n]*|not run: [^\n]*) -->", comment), comment
+    for example in found:
+        assert example.language in ("python", "sh", "text") or (example.language == "yaml" and example.file), example
+        assert example.reason in ("", *REASONS)
+    for before, after in pairwise(found):
+        assert after.language != "text" or before.runs, f"nothing prints {after.text!r}"
+    assert page == "README.md" or any(example.runs for example in found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_configs_that_a_page_names_exist(page):
+    for link in re.findall(r"\]\(([\w./-]+)\)", read(page)):
+        assert (ROOT / "docs" / link).exists(), link
+    for name in re.findall(r"grr (?:run|cp|check)(?: --nproc \d+)? ([a-z_]+(?:/[a-z_0-9]+)?)(?![\w./])", read(page)):
+        assert installed.find(name)
 
 
 @pytest.mark.slow
@@ -87,11 +136,9 @@ def test_pages_are_listed_and_none_has_a_block_that_nobody_reads():
 def test_a_page_does_what_it_says(page, tmp_path):
     output = ""
     for example in examples(page):
-        if example.reason:
-            continue
         if example.language == "text":
             assert_printed(example.text, output)
         elif example.file:
             (tmp_path / example.file).write_text(example.text)
-        elif example.language in ("python", "sh"):
+        elif example.runs:
             output = run(example, tmp_path)
