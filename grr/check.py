@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from grr import config, installed
-from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps
+from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.look import (
     CAPTIONS,
     Data,
@@ -69,11 +69,14 @@ def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[con
     return cfg, sections
 
 
-def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Iterator[Finding]:
+def check(cfg: config.Config, sections: Sections, *, every: bool = False, processes: int = 1) -> Iterator[Finding]:
     """Open all that a config names, and look at a sample of its images and captions, or at `every` one.
 
-    Nothing is written but the index of tar shards. What cannot be opened is a finding, too.
+    processes: of the run, over all machines, which its batches must fit. Nothing is written but the index of tar
+    shards. What cannot be opened is a finding, too. Raises ValueError if there is no process.
     """
+    if processes < 1:
+        raise ValueError(f"check: a run has at least one process, got {processes=}")
     for section, function in sections.items():
         if inspect.isclass(function):  # the knobs of a recipe, which may refuse each other
             try:
@@ -130,7 +133,8 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False) -> Ite
             yield from shared(opened[held_out], opened[train], equal, every=every)
             yield from _other_classes(opened[train].pairs, opened[held_out].pairs, held_out)
     if "data" in opened and tokenizer is not None:
-        yield from _steps(cfg, sections, opened["data"].pairs, tokenizer, size)
+        pairs = {section: data.pairs for section, data in opened.items()}
+        yield from _steps(cfg, sections, pairs, tokenizer, size, processes)
 
 
 @cache
@@ -256,23 +260,31 @@ def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("runs", f"{len(jobs):,}, in {len(sweep['stages'])} stages; their configs hold no mistake")
 
 
-def _steps(cfg: config.Config, sections: Sections, pairs: Pairs, tokenizer: Tokenizer,
-           size: int) -> Iterator[Finding]:  # fmt: skip
-    """The optimizer steps of a training run; what its batches, in one process, and its schedule do not allow."""
+def _steps(cfg: config.Config, sections: Sections, opened: Mapping[str, Pairs], tokenizer: Tokenizer, size: int,
+           processes: int) -> Iterator[Finding]:  # fmt: skip
+    """The optimizer steps of a training run; what its batches, in so many processes, and its schedule do not allow."""
     run, loader = _section(cfg, "run"), _section(cfg, "loader")
     if not loader or not {"batch_size", "micro_batch_size"} <= run.keys():
         return
     try:
-        training_steps(pairs, tokenizer, 0, 1, 0, 0, run["batch_size"], run["micro_batch_size"], size, False, **loader)
-        per_epoch = steps_per_epoch(pairs, run["batch_size"])
+        batches = {"rank": 0, "world": processes, "batch_size": run["batch_size"], "image_size": size,
+                   "micro_batch_size": run["micro_batch_size"], "pin_memory": False, **loader}  # fmt: skip
+        training_steps(opened["data"], tokenizer, seed=0, start_step=0, **batches)
+        if "validation" in opened:
+            validation_steps(opened["validation"], tokenizer, **batches)
+        per_epoch = steps_per_epoch(opened["data"], run["batch_size"])
         if sections.get("schedule") is warmup_cosine:
             warmup_cosine(0, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
     except ValueError as error:
         yield _refused("steps", error)
         return
+    if processes % run.get("replicas", 1):
+        said = f"processes must be a multiple of run.replicas={run['replicas']}, got {processes}; tell --nproc N"
+        yield Finding("replicas", said, wrong=True)
     ends = [n for n in ((run.get("epochs") or 0) * per_epoch, run.get("max_steps") or 0) if n]
     total = f", {min(ends):,} in all" if ends else ""
-    yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}")
+    held = f"in {processes:,} processes" if processes > 1 else "in one process"
+    yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}, {held}")
     warmup = _section(cfg, "schedule").get("warmup_steps", 0)
     if ends and warmup >= min(ends):
         said = f"warmup takes {warmup:,} steps, and the whole run {min(ends):,}; lower schedule.warmup_steps"

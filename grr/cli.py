@@ -135,6 +135,7 @@ def _parser() -> _Parser:
           grr check pretrain/openmoji
           grr check mine.yaml --recipe pretrain data.path=my_photos validation.path=my_photos
           grr check recipes/configs/pretrain/photos.yaml --all
+          grr check --nproc 4 pretrain/cc12m_grr data.shards='/data/*.tar' validation.shards='/data/*.tar'
 
         Next: grr run pretrain --config mine.yaml
         """)  # fmt: skip
@@ -142,6 +143,8 @@ def _parser() -> _Parser:
     one.add_argument("overrides", metavar="section.key=value", nargs="*", help="instead of what the file says")
     one.add_argument("--recipe", metavar="NAME|FILE",
                      help="whose config it is; default: by its folder, configs/<recipe>/")  # fmt: skip
+    one.add_argument("--nproc", type=int, metavar="N", default=1,
+                     help="processes of the run, on all machines, which batches must fit; default: 1")  # fmt: skip
     one.add_argument("--all", action="store_true", help="look at every image and caption, not at a sample")
 
     about = "Get T5's vocabulary, or train one."

@@ -70,19 +70,20 @@ def check(options: argparse.Namespace) -> int:
     cfg, sections = read_config(file, options.overrides, script)
     wrong = 0
     print(f"  {'config':<16}{file}, of {script}: no mistake")
-    for finding in check(cfg, sections, every=options.all):
+    for finding in check(cfg, sections, every=options.all, processes=options.nproc):
         wrong += finding.wrong
         print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{finding.said}", flush=True)
         for line in finding.shown:
             print(f"  {'':<16}{line}")
     words = " ".join(quote(word) for word in (options.config, *options.overrides))
+    nproc = f" --nproc {options.nproc}" if options.nproc > 1 else ""
     if wrong:
         named = f" --recipe {quote(options.recipe)}" if options.recipe else ""
         lines = "line" if wrong == 1 else "lines"
-        print(f"\n{wrong} {lines} marked ! want your attention; then, grr check{named} {words}")
+        print(f"\n{wrong} {lines} marked ! want your attention; then, grr check{named}{nproc} {words}")
         return 1
     own = Path(options.config).is_file()
-    print(f"\nnothing is wrong; next: grr run {f'{quote(_name_of(script))} --config {words}' if own else words}")
+    print(f"\nnothing is wrong; next: grr run{nproc} {f'{quote(_name_of(script))} --config {words}' if own else words}")
     return 0
 
 

