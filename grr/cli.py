@@ -153,7 +153,7 @@ def _parser() -> _Parser:
     kinds = tokenizer.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     one = command(commands.fetch, "fetch", "Get T5's vocabulary, the paper's, and verify its checksum.", """
         spiece.model of google-t5/t5-base, from a file that you have, or from the Hugging Face hub
-        (pip install huggingface_hub).
+        (pip install "grr-coca[hub]").
 
           grr tokenizer fetch
           grr tokenizer fetch downloads/spiece.model --output data/spiece.model

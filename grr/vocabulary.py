@@ -14,7 +14,7 @@ def fetch_t5(source: str | Path | None, output: Path) -> Path:
     """Copy T5's vocabulary to output, from a file or from the Hugging Face hub, if it is the very one.
 
     Raises FileNotFoundError if there is no such file, ImportError if the hub is wanted and huggingface_hub not
-    installed, ValueError if the sha256 is another, or if output is another file.
+    installed, OSError if the hub does not give it, ValueError if the sha256 is another, or if output is another file.
     """
     if output.is_file() and _sha256(output.read_bytes()) == T5_SHA256:
         return output
@@ -66,14 +66,14 @@ def _from_hub() -> Path:
     except ImportError:
         raise ImportError(
             f"fetch_t5: without a file, {FILE} of {REPOSITORY} is fetched from the Hugging Face hub, which takes "
-            "huggingface_hub; pip install huggingface_hub, or download the file and name it"
+            'huggingface_hub; pip install "grr-coca[hub]", or download the file and name it: grr tokenizer fetch FILE'
         ) from None
     try:
         return Path(hf_hub_download(REPOSITORY, FILE))
     except Exception as error:  # of the network, of the hub, of its cache
         raise OSError(
             f"fetch_t5: the Hugging Face hub does not give {FILE} of {REPOSITORY} ({' '.join(str(error).split())}); "
-            "download it elsewhere, and name the file"
+            "download it elsewhere, and name the file: grr tokenizer fetch FILE"
         ) from error
 
 

@@ -1,9 +1,13 @@
 """T5's vocabulary is whole or not taken; one's own is that of the captions, wherever they stand."""
 
+import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from grr.cli import main
 from grr.tokenizer import Tokenizer, train_tokenizer
 from grr.vocabulary import fetch_t5, train_vocabulary
 
@@ -34,8 +38,53 @@ def test_another_file_is_not_overwritten_and_a_missing_one_is_named(tmp_path):
 
 def test_without_a_file_and_without_the_hub_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"takes huggingface_hub; pip install huggingface_hub, or download the file"):
+    with pytest.raises(ImportError, match=r'pip install "grr-coca\[hub\]", or download .*: grr tokenizer fetch FILE'):
         fetch_t5(None, tmp_path / "spiece.model")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that gives what lies in a folder, and has no network for what does not; it keeps what it was asked."""
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if not (tmp_path / "hub" / file).is_file():
+            raise ConnectionError("no route to host\nNameResolutionError")
+        return str(tmp_path / "hub" / file)
+
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
+    return asked
+
+
+def test_the_hubs_file_is_verified_as_ones_own_is(shared_data, tmp_path, hub):
+    whole = (shared_data / "t5/spiece.model").read_bytes()
+    for data, taken in ((whole[:-1], False), (whole, True)):
+        (tmp_path / "hub/spiece.model").write_bytes(data)
+        assert main(["tokenizer", "fetch", "--output", str(tmp_path / "mine.model")]) == (0 if taken else 1)
+        assert (tmp_path / "mine.model").exists() == taken
+    assert (tmp_path / "mine.model").read_bytes() == whole
+    assert hub == [("google-t5/t5-base", "spiece.model")] * 2
+
+
+def test_without_network_it_says_so_in_a_line_and_what_to_do(tmp_path, hub, capsys):
+    assert main(["tokenizer", "fetch", "--output", str(tmp_path / "mine.model")]) == 1
+    assert capsys.readouterr().err == (
+        "grr tokenizer fetch: fetch_t5: the Hugging Face hub does not give spiece.model of google-t5/t5-base (no route "
+        "to host NameResolutionError); download it elsewhere, and name the file: grr tokenizer fetch FILE\n"
+    )
+    assert not (tmp_path / "mine.model").exists()
+
+
+def test_the_real_hub_without_network_is_told_the_same(tmp_path):
+    pytest.importorskip("huggingface_hub", reason='pip install "grr-coca[hub]"')
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-m", "grr.cli", "tokenizer", "fetch"], cwd=tmp_path, env=offline,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 1
+    assert "fetch_t5: the Hugging Face hub does not give spiece.model of google-t5/t5-base (" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_text_files_are_captions_a_line(tmp_path):
