@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from grr import __version__, commands
+from grr.installed import recipes
 
 Command = Callable[[argparse.Namespace], int]
 HELP = """\
@@ -23,7 +24,8 @@ Train contrastive captioners and use them. From nothing to a model that writes a
   grr embed runs/openmoji photos --index index      look at a folder of images
   grr search index "a fox and a key"                find images by a sentence
 
-With pictures of your own: grr cp pretrain/photos, edit it, grr check it, grr run it."""
+The built-in pictures are installed by pip install "grr-coca[openmoji]". With pictures of your own: grr cp
+pretrain/photos, edit it, grr check it, grr run it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +57,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(args)
         if self.commands and words and not words[0].startswith("-") and words[0] not in self.commands:
-            self.error(f"there is no command {words[0]!r}{_did_you_mean(words[0], self.commands)}")
+            is_recipe = words[0].partition("/")[0] in [item.name for item in recipes()]
+            hint = f"; it is a recipe: grr run {words[0]} ..." if is_recipe else _did_you_mean(words[0], self.commands)
+            self.error(f"there is no command {words[0]!r}{hint}")
         options, unknown = super().parse_known_args(words, namespace)
         if "overrides" in options:  # argparse misses those that stand behind an option
             options.overrides += [word for word in unknown if not word.startswith("-")]

@@ -80,6 +80,8 @@ def test_without_a_word_it_says_what_it_can_do(capsys):
     ("words", "said"),
     [
         ("rnu", "grr: there is no command 'rnu' (did you mean run?); see grr --help"),
+        ("sizes", "grr: there is no command 'sizes'; it is a recipe: grr run sizes ...; see grr --help"),
+        ("pretrain/openmoji run.epochs=2", "it is a recipe: grr run pretrain/openmoji ..."),
         ("tokenizer trian", "grr tokenizer: there is no command 'trian' (did you mean train?)"),
         ("check pretrain/openmoji --al", "grr check: it takes no '--al' (did you mean --all?); see grr check --help"),
         ("classify m i --clases=a", "--classes"),
