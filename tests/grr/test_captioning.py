@@ -2,29 +2,14 @@
 
 import pytest
 import torch
-from PIL import Image
 
 from grr.captioning import caption_files, caption_images
 from grr.generate import generate
 from grr.images import load_image
-from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 from grr.results import read_results
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
-
-
-@pytest.fixture(scope="module")
-def trained(colour_run):
-    return load_pretrained(colour_run)
-
-
-@pytest.fixture
-def files(tmp_path) -> list[str]:
-    for name in COLOURS:
-        Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
-    (tmp_path / "empty.png").touch()
-    return find_images(tmp_path)
 
 
 @pytest.mark.parametrize("generation", [None, {"beams": 2, "max_tokens": 3}])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from evaluate_worker import SEEN, Noise, a_model, a_tokenizer, several_captions
+from evaluate_worker import SEEN, Noise, a_model, several_captions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,11 +16,6 @@ from grr.step import evaluation_losses
 pytestmark = pytest.mark.usefixtures("process_group")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return a_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ from grr.pretrained import find_pretrained, fingerprint, load_pretrained
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 
-@pytest.fixture(scope="module")
-def trained(colour_run):
-    return load_pretrained(colour_run)
-
-
 @pytest.fixture
 def pictures(tmp_path) -> list[str]:
     """Each colour twice, and a file that is no image."""

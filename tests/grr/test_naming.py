@@ -4,29 +4,13 @@ import math
 
 import pytest
 import torch
-from PIL import Image
 
 from grr.images import load_image
 from grr.naming import classify_files, classify_images, read_classes
-from grr.pictures import find_images
-from grr.pretrained import load_pretrained
 from grr.zero_shot import class_embeddings
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 TEMPLATES = ("a {} picture",)
-
-
-@pytest.fixture(scope="module")
-def trained(colour_run):
-    return load_pretrained(colour_run)
-
-
-@pytest.fixture
-def files(tmp_path) -> list[str]:
-    for name in COLOURS:
-        Image.new("RGB", (40, 30), name).save(tmp_path / f"{name}.png")
-    (tmp_path / "empty.png").touch()
-    return find_images(tmp_path)
 
 
 def test_probabilities_are_the_formula_in_float64(trained, files):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_worker import SEEN, Noise, a_model, a_tokenizer, colours, several_captions
+from evaluate_worker import SEEN, Noise, a_model, colours, several_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,11 +20,6 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 WORKER = Path(__file__).parent / "evaluate_worker.py"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return a_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
