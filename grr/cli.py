@@ -11,8 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from grr import __version__, commands
-from grr.installed import recipes
+from grr import __version__, commands, installed
 
 Command = Callable[[argparse.Namespace], int]
 HELP = """\
@@ -57,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(args)
         if self.commands and words and not words[0].startswith("-") and words[0] not in self.commands:
-            is_recipe = words[0].partition("/")[0] in [item.name for item in recipes()]
+            is_recipe = words[0].partition("/")[0] in [item.name for item in installed.recipes()]
             hint = f"; it is a recipe: grr run {words[0]} ..." if is_recipe else _did_you_mean(words[0], self.commands)
             self.error(f"there is no command {words[0]!r}{hint}")
         options, unknown = super().parse_known_args(words, namespace)
