@@ -12,7 +12,8 @@ class AttentionPooler(nn.Module):
 
     x: [b, t, d] -> [b, n, d] for n = num_queries. The queries are used as they are, without a projection of their own;
     key, value and output projections have biases: n d + 3 (d^2 + d) parameters. The order of x makes no difference.
-    Source: CoCa, section 3.2 (attentional pooling). Raises ValueError if dim is not a multiple of num_heads.
+    Source: CoCa, section 3.2 (attentional pooling). Raises ValueError if dim is not a multiple of num_heads, and at an
+    x of another width.
     """
 
     def __init__(self, dim: int, num_queries: int, num_heads: int) -> None:
@@ -30,6 +31,9 @@ class AttentionPooler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
+        if d != self.queries.shape[1]:
+            raise ValueError(f"AttentionPooler: x must be [b, t, {self.queries.shape[1]}], got {list(x.shape)}; give "
+                             "the pooler the width of what it reads, or project that to the pooler's")  # fmt: skip
         q = self.queries.to(x.dtype).view(1, -1, self.num_heads, d // self.num_heads).transpose(1, 2)  # [1, h, n, k]
         k, v = self.kv(x).view(b, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, t, k] each
         y = F.scaled_dot_product_attention(q.expand(b, -1, -1, -1), k, v)

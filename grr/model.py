@@ -15,6 +15,7 @@ from grr.components import (
     ClassToken,
     CrossAttention,
     KeyValueCache,
+    LearnedPositions,
     PatchEmbedding,
 )
 from grr.images import normalize
@@ -28,7 +29,8 @@ class VisionTransformer(nn.Module):
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
     (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector for the raster index at the start.
     A class token stands before the patches, p counts it, and its index is 0; `norm` is that of what enters the blocks.
-    Raises ValueError for a class token with two axes, and at images that are not floats: bytes were not normalised.
+    Raises ValueError for a class token with two axes, at images that are not floats (bytes were not normalised), and at
+    images of more patches than positions were learned for.
     """
 
     def __init__(self, *, patches: PatchEmbedding, blocks: Iterable[Block], positions: nn.Module | None = None,
@@ -52,6 +54,10 @@ class VisionTransformer(nn.Module):
                              "grr.images.normalize makes them of bytes")  # fmt: skip
         x = self.class_token(self.patches(images))  # [b, p, d]
         raster = torch.arange(x.shape[1], device=x.device)  # [p]
+        if isinstance(self.positions, LearnedPositions) and len(raster) > len(self.positions.weight):
+            raise ValueError(f"VisionTransformer: images of {images.shape[-2]} x {images.shape[-1]} make {len(raster)} "
+                             f"places, but only {len(self.positions.weight)} positions were learned; resize the images "
+                             "or build it with sinusoidal or rotary positions")  # fmt: skip
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
         x = self.dropout(self.norm(x))

@@ -79,3 +79,8 @@ def test_with_a_projection_of_the_queries_it_is_torchs_attention_on_normalised_q
     expected, _ = theirs(queries.expand(b, -1, -1), read, read, need_weights=False)
     torch.testing.assert_close(pooler(x), expected)
     assert pooler(x).shape == (b, n, 8)
+
+
+def test_vectors_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"AttentionPooler: x must be \[b, t, 8\], got \[2, 5, 12\]; give the pooler"):
+        AttentionPooler(8, 1, 2)(torch.zeros(2, 5, 12))

@@ -151,6 +151,13 @@ def test_a_class_token_leads_the_patches_and_what_enters_the_blocks_is_normalise
     torch.testing.assert_close(vision(images), expected)
 
 
+def test_an_image_with_more_patches_than_places_were_learned_for_is_refused():
+    vision = VisionTransformer(patches=PatchEmbedding(8, 4), positions=LearnedPositions(8, 4), blocks=[])
+    assert vision(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 8)
+    with pytest.raises(ValueError, match=r"images of 8 x 12 make 6 places, but only 4 positions were learned; resize"):
+        vision(torch.zeros(2, 3, 8, 12))
+
+
 def test_a_class_token_has_no_place_on_two_axes():
     with pytest.raises(ValueError, match=r"VisionTransformer: a class token has neither row nor column, got .* axes=2"):
         VisionTransformer(patches=PatchEmbedding(8, 4), blocks=[], class_token=ClassToken(8), axes=2)
