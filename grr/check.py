@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grr import config, installed
+from grr import config
 from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.look import (
     CAPTIONS,
@@ -36,25 +36,6 @@ from grr.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
 SIZE = 224  # of images, where neither a config nor a model says it
 Sections = Mapping[str, config.Section]
-
-
-def recipe_of(file: Path, recipe: str | None = None) -> Path:
-    """The recipe that a config is for: the one named, or that of the folder configs/<recipe>/ that holds the config.
-
-    A recipe's file beside that folder, which may be a changed copy, goes before the installed one. Raises ValueError if
-    there is neither.
-    """
-    if recipe is not None:
-        return Path(recipe) if recipe.endswith(".py") else installed.find(recipe).path
-    folder = file.absolute().parent
-    beside = folder.parent.parent / f"{folder.name}.py"
-    if folder.parent.name == "configs" and beside.is_file():
-        return beside
-    names = [item.name for item in installed.recipes()]
-    if folder.name not in names:
-        raise ValueError(f"check: {file} lies in no folder configs/<recipe>/, so its recipe must be named: --recipe "
-                         f"one of {', '.join(names)}, or a file")  # fmt: skip
-    return installed.find(folder.name).path
 
 
 def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[config.Config, Sections]:

@@ -27,7 +27,7 @@ from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -240,16 +240,19 @@ def save_model_state(folder: Path, state: dict[str, Any], config: dict[str, Any]
 def load_model_weights(folder: Path, model: nn.Module) -> None:
     """Fill model, plain or sharded, from folder/model.safetensors; values are cast to the dtypes of the model.
 
-    Raises FileNotFoundError if there is no such file, ValueError naming every parameter that is missing, unexpected or
-    of another shape.
+    Raises FileNotFoundError if there is no such file, ValueError if it is damaged, and naming every parameter that is
+    missing, unexpected or of another shape.
     """
     file = folder / "model.safetensors"
 
     def shapes() -> dict[str, str]:
         if not file.is_file():
             raise FileNotFoundError(f"load_model_weights: there is no {file}; give the model folder of a finished run")
-        with safe_open(file, framework="pt") as tensors:
-            return {name: str(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return {name: str(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"load_model_weights: {file} is damaged ({error}); copy the folder again") from error
 
     saved = on_rank_0(shapes)
     wanted = {name: str(list(value.shape)) for name, value in get_model_state_dict(model).items()}  # type: ignore[union-attr]

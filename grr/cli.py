@@ -127,7 +127,8 @@ def _parser() -> _Parser:
         Next: grr caption runs/openmoji photo.png
         """)  # fmt: skip
     one.add_argument("--nproc", type=int, metavar="N", help="processes on this machine, one a GPU, by torchrun")
-    one.add_argument("name", metavar="NAME", help="RECIPE, RECIPE/CONFIG, or a recipe's file")
+    one.add_argument("name", metavar="NAME", help="RECIPE, RECIPE/CONFIG, or a file of one's own: a recipe, or a "
+                     "config in a folder configs/RECIPE")  # fmt: skip
     one.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="--config FILE, section.key=value ...")
 
     one = command(commands.check, "check", "Find what is wrong with a config and its data before hours are spent.", """

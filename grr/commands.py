@@ -46,15 +46,14 @@ def cp(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Start a recipe in place of this program, so that its signals and its exit status are the recipe's."""
-    item = _recipe_or_config(options.name)
     words = list(options.words)
     if misplaced := [word for word in words if word.split("=")[0] == "--nproc"]:
         raise ValueError(f"{misplaced[0]} must stand before the name: grr run --nproc 2 {options.name} ...")
+    item = _recipe_or_config(options.name)
     if item.is_recipe:
         recipe, words = item.path, _with_config(item, words)
     else:
-        recipe = installed.find(item.name.partition("/")[0]).path
-        words = ["--config", str(item.path), *words]
+        recipe, words = installed.recipe_of(item.path), ["--config", str(item.path), *words]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
     command = [sys.executable, *(launcher if options.nproc is not None else []), str(recipe), *words]
     sys.stdout.flush()
@@ -63,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Tell all that is wrong with a config, and what its data look like."""
-    from grr.check import check, read_config, recipe_of
+    from grr.check import check, read_config
 
     file = _config_file(options.config)
-    script = recipe_of(file, options.recipe)
+    script = installed.recipe_of(file, options.recipe)
     cfg, sections = read_config(file, options.overrides, script)
     wrong = 0
     print(f"  {'config':<16}{file}, of {script}: no mistake")
@@ -203,8 +202,9 @@ def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any
 
 
 def _recipe_or_config(name: str) -> installed.Item:
-    """What is installed under a name, or a recipe's file of one's own."""
-    return installed.Item(name, Path(name)) if name.endswith(".py") and Path(name).is_file() else installed.find(name)
+    """What is installed under a name, or a file of one's own."""
+    own = name.endswith((".py", ".yaml", ".yml")) and Path(name).is_file()
+    return installed.Item(name, Path(name)) if own else installed.find(name)
 
 
 def _config_file(name: str) -> Path:

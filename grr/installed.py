@@ -48,6 +48,26 @@ def find(name: str) -> Item:
     raise ValueError(f"there is no recipe or config {name!r}{hint} (grr ls lists them)")
 
 
+def recipe_of(file: Path, recipe: str | None = None) -> Path:
+    """The recipe that a config is for: the one named, or that of the folder configs/<recipe>/ that holds the config.
+
+    A recipe's file beside that folder, which may be a changed copy, goes before the installed one. Raises ValueError if
+    there is neither.
+    """
+    if recipe is not None:
+        return Path(recipe) if recipe.endswith(".py") else find(recipe).path
+    folder = file.absolute().parent
+    beside = folder.parent.parent / f"{folder.name}.py"
+    if folder.parent.name == "configs" and beside.is_file():
+        return beside
+    names = [item.name for item in recipes()]
+    if folder.name not in names:
+        raise ValueError(f"{file} lies in no folder configs/<recipe>/, so its recipe must be named: grr run RECIPE "
+                         f"--config {file}, or grr check --recipe RECIPE {file}, for one of {', '.join(names)}, or a "
+                         "file")  # fmt: skip
+    return find(folder.name).path
+
+
 def about(item: Item) -> str:
     """What a recipe or a config says of itself, its first sentence: of a config, behind the command that starts it."""
     text = item.path.read_text(encoding="utf-8")

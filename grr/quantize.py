@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -82,12 +83,17 @@ def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch
     """Fill a model without memory, on the meta device, with the quantised weights of a folder; scales and what was not
     quantised are cast to what the model's own dtype asks for.
 
-    Raises ValueError naming every tensor that is missing, unexpected or of another shape, and as `quantize` does.
+    Raises ValueError if the file is damaged, and naming every tensor that is missing, unexpected or of another shape,
+    and as `quantize` does.
     """
     check_scheme(scheme, device, next(model.parameters()).dtype)
     quantize(model, scheme)  # nothing is computed: it gives the form that the numbers below are put into
     form = quantized_state(model)
-    saved = load_file(folder / "model.safetensors", device=str(device))
+    try:
+        saved = load_file(folder / "model.safetensors", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"load_quantized: {folder / 'model.safetensors'} is damaged ({error}); copy the folder "
+                         "again") from error  # fmt: skip
     wrong = [name for name in sorted(form.keys() | saved.keys())
              if name not in form or name not in saved or form[name].shape != saved[name].shape]  # fmt: skip
     if wrong:

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grr.check import read_config, recipe_of
+from grr import installed
+from grr.check import read_config
 from grr.tokenizer import T5_SHA256, Tokenizer, train_tokenizer
 
 REPOSITORY, FILE = "google-t5/t5-base", "spiece.model"  # on the Hugging Face hub
@@ -49,7 +50,7 @@ def train_vocabulary(sources: Sequence[Path], overrides: Sequence[str], output: 
 
 def _captions(source: Path, overrides: Sequence[str]) -> Iterator[str]:
     if source.suffix in (".yaml", ".yml"):
-        cfg, sections = read_config(source, overrides, recipe_of(source))
+        cfg, sections = read_config(source, overrides, installed.recipe_of(source))
         if "data" not in sections:
             raise ValueError(f"train_vocabulary: {source} has no section data, so it has no captions")
         yield from cfg.build("data").captions

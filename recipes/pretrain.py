@@ -179,7 +179,8 @@ def main() -> None:
     if step == last:
         save_model(folder / "model", model, description, folder / "tokenizer.model")
     end = "finished" if step == last else "stopped; the same command continues"
-    logging.info(f"{end} after step {step} of {last}; see {folder / 'report.html'}")
+    report = folder / "report.html"
+    logging.info(f"{end} after step {step} of {last}" + (f"; see {report}" if report.is_file() else ""))
     lock.release()
 
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from grr import config, installed
-from grr.check import _module, check, read_config, recipe_of
+from grr.check import _module, check, read_config
 from grr.config import ConfigError
 
 CONFIGS = [item for recipe in installed.recipes() for item in installed.configs(recipe.name)]
@@ -39,7 +39,7 @@ SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "m
 
 def findings(name: str, *overrides: str, every: bool = True, processes: int = 1):
     path = installed.find(name).path
-    return list(check(*read_config(path, overrides, recipe_of(path)), every=every, processes=processes))
+    return list(check(*read_config(path, overrides, installed.recipe_of(path)), every=every, processes=processes))
 
 
 def wrong(*overrides: str, processes: int = 1) -> dict[str, str]:
@@ -122,7 +122,7 @@ def test_captions_longer_than_the_context_are_counted(photos):
 
 @pytest.mark.parametrize("item", CONFIGS, ids=lambda item: item.name)
 def test_the_config_of_every_recipe_is_read_as_its_recipe_reads_it(item):
-    recipe, given = recipe_of(item.path), []
+    recipe, given = installed.recipe_of(item.path), []
     try:
         config.load(["--config", str(item.path)], **config.sections_of(_module(recipe).main))
     except ConfigError as error:  # what only its user can say
@@ -136,7 +136,7 @@ def test_the_config_of_every_recipe_is_read_as_its_recipe_reads_it(item):
 def test_every_mistake_is_told_at_once(tmp_path):
     path = installed.find("finetune_classifier/vqa").path
     with pytest.raises(ConfigError) as caught:
-        read_config(path, ["optimizer.lrr=1", "run.epochs=ten", "data.name=vqa"], recipe_of(path))
+        read_config(path, ["optimizer.lrr=1", "run.epochs=ten", "data.name=vqa"], installed.recipe_of(path))
     for part in ("optimizer.lrr", "did you mean lr?", "run.epochs", "data.name", "vqa_v2"):
         assert part in str(caught.value)
 
@@ -144,7 +144,7 @@ def test_every_mistake_is_told_at_once(tmp_path):
 def test_what_a_recipe_refuses_of_a_whole_config_is_refused():
     path = installed.find("evaluate/coco").path
     with pytest.raises(ValueError, match=r"the task zero_shot needs the section labelled, and there is none"):
-        read_config(path, ["run.tasks=[zero_shot]"], recipe_of(path))
+        read_config(path, ["run.tasks=[zero_shot]"], installed.recipe_of(path))
 
 
 def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path):
@@ -195,18 +195,20 @@ def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypat
 def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_first(tmp_path):
     installed.copy("pretrain", tmp_path / "mine")
     file = tmp_path / "mine/configs/pretrain/photos.yaml"
-    assert recipe_of(file) == tmp_path / "mine/pretrain.py"
+    assert installed.recipe_of(file) == tmp_path / "mine/pretrain.py"
     changed = (
         (tmp_path / "mine/pretrain.py").read_text().replace("    seed: int = 0", "    mood: int = 0\n    seed: int = 0")
     )
     (tmp_path / "mine/pretrain.py").write_text(changed)
-    assert read_config(file, ["run.mood=3"], recipe_of(file))[0].run["mood"] == 3
+    assert read_config(file, ["run.mood=3"], installed.recipe_of(file))[0].run["mood"] == 3
     (tmp_path / "mine/pretrain.py").unlink()
-    assert recipe_of(file) == installed.find("pretrain").path
+    assert installed.recipe_of(file) == installed.find("pretrain").path
     stray = tmp_path / "stray.yaml"
-    assert recipe_of(stray, "pretrain") == installed.find("pretrain").path
-    with pytest.raises(ValueError, match=r"its recipe must be named: --recipe one of benchmark"):
-        recipe_of(stray)
+    assert installed.recipe_of(stray, "pretrain") == installed.find("pretrain").path
+    with pytest.raises(
+        ValueError, match=r"its recipe must be named: grr run RECIPE --config .*stray.yaml, .* for one of benchmark"
+    ):
+        installed.recipe_of(stray)
 
 
 def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(tmp_path):

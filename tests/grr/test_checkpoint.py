@@ -506,6 +506,15 @@ def test_weights_that_do_not_fit_are_all_named(sharded: bool, tmp_path: Path) ->
         load_model_weights(tmp_path / "nothing", model)
 
 
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_weights_of_which_a_part_is_missing_are_refused(left: int, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", Toy(0), {}, None)
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"load_model_weights: .*safetensors is damaged .*; copy the folder again"):
+        load_model_weights(tmp_path / "model", Toy(0))
+
+
 # ---- one run at a time, and its end
 
 

@@ -153,6 +153,16 @@ def test_run_gives_its_words_to_the_recipe_and_leaves_as_it_does(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_run_takes_a_config_of_ones_own_where_its_folder_tells_the_recipe(tmp_path):
+    installed.copy("pretrain/photos", tmp_path / "recipes")
+    config = "recipes/configs/pretrain/photos.yaml"
+    done = grr("run", config, "run.epoch=3", cwd=tmp_path)
+    assert (done.returncode, "run.epoch: Run takes no such argument" in done.stderr) == (2, True), done.stderr
+    (tmp_path / "mine.yaml").write_text((tmp_path / config).read_text())
+    done = grr("run", "mine.yaml", cwd=tmp_path)
+    assert (done.returncode, "grr run RECIPE --config mine.yaml" in done.stderr) == (1, True), done.stderr
+
+
 def test_torchrun_may_start_an_installed_recipe_as_a_module(tmp_path):
     done = grr("--help", cwd=tmp_path, program=(sys.executable, "-m", "grr.recipes.pretrain"))
     assert done.returncode == 0

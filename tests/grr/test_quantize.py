@@ -191,6 +191,9 @@ def test_weights_that_do_not_fit_are_named(vocabulary, tmp_path):
         ValueError, match=r"load_quantized: .* does not fit the model in multimodal_decoder.head.weight"
     ):
         load_pretrained(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"load_quantized: .*model.safetensors is damaged .*; copy the folder again"):
+        load_pretrained(folder)
 
 
 def test_without_torchao_the_remedy_is_told(vocabulary, tmp_path, monkeypatch):
