@@ -75,6 +75,8 @@ def _captions_file(path: Path) -> Path:
 
 def _root(who: str, folders: list[Path], names: list[str]) -> Path:
     """The first folder that holds one of the images."""
+    if not names:
+        raise ValueError(f"{who}: the table in {folders[0]} names no image; add a row for each caption")
     for root in folders:
         if any((root / name).is_file() for name in names):
             return root
