@@ -43,7 +43,8 @@ def write_hits(path: Path, found: Sequence[Found], *facts: str) -> Path:
     for one in found:
         asked = f"<blockquote>{escape(one.query)}</blockquote>"
         if one.is_image:
-            asked = f"<div class=asked>{_picture(shown[one.query], one.query)}{_name(one.query)}</div>"
+            image = _picture(shown[one.query], one.query)
+            asked = f"<div class=asked><span>like this image</span>{image}{_name(one.query)}</div>"
         hits = [(_picture(shown[hit.file], f"found in place {place}"), f"{hit.score:.3f}".replace("-", "−"), hit.file)
                 for place, hit in enumerate(one.hits, 1)]  # fmt: skip
         listed = "".join(f"<li>{image}<span>{score}</span>{_name(file)}</li>" for image, score, file in hits)

@@ -47,7 +47,7 @@ HEAD = """<!doctype html>
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue",
   Arial, sans-serif; font-variant-numeric: tabular-nums lining-nums; max-width: 1120px; margin: auto;
   padding: 40px 24px 64px; overflow-wrap: anywhere; -webkit-text-size-adjust: 100% }
-h1, h2, blockquote, .written { font-family: var(--serif) }
+h1, h2, blockquote, .asked span, .written { font-family: var(--serif) }
 h1 { font-size: 32px; font-weight: 500; line-height: 1.2; letter-spacing: -.01em; text-wrap: balance }
 h2 { font-size: 21px; font-weight: 500; line-height: 1.3; text-wrap: balance }
 header p, section > p { color: var(--soft); margin-top: 4px }
@@ -112,9 +112,10 @@ article p { font-size: 13px; color: var(--soft); margin-top: 4px }
 .captions ul { padding-left: 16px }
 summary { cursor: pointer }
 .hits { display: grid; gap: 36px; margin-top: 24px }
-.hits ol { grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); gap: 16px 12px }
+.hits ol { grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: 20px 16px }
 .hits li .name { text-align: center }
-.asked { width: 160px; margin-bottom: 16px }
+.asked { width: 168px; margin-bottom: 16px }
+.asked span { display: block; font-size: 17px; line-height: 1.35; margin-bottom: 12px }
 .name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; font-size: 12px;
   line-height: 1.35; color: var(--soft) }
 .captions .name, .asked .name { margin-top: 6px }

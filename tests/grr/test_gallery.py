@@ -93,5 +93,6 @@ def test_hits_stand_in_order_below_what_was_looked_for(tmp_path):
     found = [Found("<what>", False, [Hit(blue, 0.5), Hit(red, -0.25)]), Found(red, True, [Hit(red, 1.0)])]
     page = Page(write_hits(tmp_path / "page.html", found, "among 2 images"))
     assert [colour(image) for image, _ in page.images] == [(0, 0, 1), (1, 0, 0), (1, 0, 0), (1, 0, 0)]
-    assert re.search(r"<what>\s*0\.500\s*blue.png\s*−0\.250\s*red.png\s*red.png\s*1\.000\s*red.png", page.text)
+    assert re.search(r"<what>\s*0\.500\s*blue.png\s*−0\.250\s*red.png\s*like this image", page.text)
+    assert re.search(r"like this image\s*red.png\s*1\.000\s*red.png", page.text)
     assert "what" not in page.tags
