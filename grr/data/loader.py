@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -109,8 +110,10 @@ def _steps(pairs: Pairs, tokenizer: Tokenizer, seed: int, numbers: Iterable[int]
            crop: Crop, max_bad_fraction: float) -> Iterator[list[Batch]]:  # fmt: skip
     """Check the arguments, lay the pipeline, and have it stopped when the program ends."""
     if batch_size <= 0 or micro_batch_size <= 0 or batch_size % (world * micro_batch_size):
+        share = gcd(batch_size // world, micro_batch_size) if batch_size > 0 and batch_size % world == 0 else 0
+        remedy = f"run.micro_batch_size={share} fits" if share > 0 else "change either size"
         raise ValueError(f"data: batch_size must be a multiple of processes * micro_batch_size, got {batch_size=}, "
-                         f"{world=}, {micro_batch_size=}; change either size")  # fmt: skip
+                         f"{world=}, {micro_batch_size=}; {remedy}")  # fmt: skip
     if workers < 0 or prefetch < 1 or not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"data: it takes workers >= 0, prefetch >= 1 and max_bad_fraction from 0 to 1, "
                          f"got {workers=}, {prefetch=}, {max_bad_fraction=}")  # fmt: skip
