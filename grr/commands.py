@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         recipe, words = item.path, _with_config(item, words)
     else:
         recipe, words = installed.recipe_of(item.path), ["--config", str(item.path), *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
+    launcher = ["-m", "grr.launch", f"--nproc_per_node={options.nproc}"]
     command = [sys.executable, *(launcher if options.nproc is not None else []), str(recipe), *words]
     sys.stdout.flush()
     os.execv(sys.executable, command)

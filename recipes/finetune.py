@@ -9,7 +9,6 @@ best/, what was kept in model/. The same command, submitted again, continues whe
 a run that has finished is left as it is. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 import math
 import time
@@ -51,6 +50,7 @@ from grr.distributed import (
 from grr.evaluate import examine
 from grr.float8 import multiply_in_float8
 from grr.log import open_log, read_metrics, summary
+from grr.main import run_main
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
@@ -257,6 +257,4 @@ def validate(model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, device: torch
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

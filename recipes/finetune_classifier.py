@@ -7,7 +7,6 @@ The model comes from a pre-trained run, or is new. The best so far is in best/, 
 The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 import time
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ from grr.distributed import (
 from grr.float8 import multiply_in_float8
 from grr.heads import HEADS, describe_classifier, load_parts
 from grr.log import open_log
+from grr.main import run_main
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
@@ -223,6 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

@@ -6,7 +6,6 @@
 The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from grr.distributed import (
 from grr.evaluate import examine
 from grr.float8 import multiply_in_float8
 from grr.log import open_log, summary
+from grr.main import run_main
 from grr.optim import adamw, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.pretrained import describe
@@ -185,6 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

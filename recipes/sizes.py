@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from grr.builders import MODELS, T5_VOCABULARY
 from grr.charts import number
 from grr.flops import Towers, forward_flops, parameters, training_flops
+from grr.main import run_main
 from grr.sweep import plan
 from grr.table import aligned
 from grr.tokenizer import open_tokenizer
@@ -71,4 +72,4 @@ def model_of(words: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grr import config
+from grr.main import run_main
 from grr.sweep import Job, plan
 
 LOG = "log.txt"  # in a run's folder: what it said
@@ -43,13 +44,10 @@ class Run:
 def main() -> None:
     cfg = config.load(run=Run)
     run = Run(**cfg.run)
-    try:
-        if run.jobs < 1:
-            raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
-        jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
-        refuse_missing_files(jobs)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    if run.jobs < 1:
+        raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
+    jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
+    refuse_missing_files(jobs)
     waiting = [job for job in jobs if not is_finished(job)]
     warn_of_other_commands([job for job in jobs if is_finished(job)])
 
@@ -177,4 +175,4 @@ def last_lines(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
