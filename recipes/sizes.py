@@ -59,7 +59,7 @@ def of_sweep(file: str) -> dict[str, dict[str, Any]]:
     """The model of each variant: the section `model` of the first stage's config, and what is said instead of it."""
     run = OmegaConf.load(file).run
     jobs = plan(Path(run.folder), list(run.stages), list(run.variants), [0])
-    return {job.variant: model_of(job.words) for job in jobs if job.after is None}
+    return {job.variant: model_of(job.command()) for job in jobs if job.after is None}
 
 
 def model_of(words: list[str]) -> dict[str, Any]:
