@@ -6,6 +6,7 @@
     optimizer = adamw(model, **cfg.optimizer)
 
 A section that is a dict of functions is chosen from by its key `name`; it may be left out where `none` is one of them.
+Another name on the command line drops the file's arguments that the new function does not take: data.name=folder.
 What stands before the `*` of a signature is handed over by code; what stands behind it, and every field of a dataclass,
 may be set from YAML or as section.key=value on the command line. Nothing in a config can run code or read the
 environment.
@@ -153,7 +154,9 @@ def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
     mistakes = _Mistakes()
     given: dict[str, Given] = {section: {} for section in sections}
     _gather(options.config, _read(options.config), given, mistakes)
-    _gather(COMMAND_LINE, _parse(options.overrides, mistakes), given, mistakes)
+    overrides = _parse(options.overrides, mistakes)
+    _drop_arguments_of_other_names(overrides, given, sections)
+    _gather(COMMAND_LINE, overrides, given, mistakes)
     _interpolate(given, mistakes)
     checked = {name: _check(name, sections[name], given[name], options.config, mistakes) for name in sections}
     mistakes.refuse()
@@ -192,6 +195,18 @@ def _gather(place: str, source: Any, given: dict[str, Given], mistakes: _Mistake
             mistakes.add(place, section, f"must be a section of `key: value`, got {values!r}")
         else:
             given[section] |= {str(key): (value, place) for key, value in (values or {}).items()}
+
+
+def _drop_arguments_of_other_names(overrides: dict[Any, Any], given: dict[str, Given],
+                                   sections: Mapping[str, Section]) -> None:  # fmt: skip
+    """Where the command line names another function than the file did, drop what only the file's function takes."""
+    for section, values in overrides.items():
+        functions, name = sections.get(section), values.get("name") if isinstance(values, dict) else None
+        before, _ = given.get(section, {}).get("name", (None, ""))
+        if isinstance(functions, Mapping) and all(isinstance(x, str) and x in functions for x in (name, before)):
+            only_before = _arguments(functions[before])[0].keys() - _arguments(functions[str(name)])[0].keys()
+            for key in only_before & given[section].keys():
+                del given[section][key]
 
 
 def _interpolate(given: dict[str, Given], mistakes: _Mistakes) -> None:

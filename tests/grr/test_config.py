@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from grr import config
 from grr.builders import MODELS
 from grr.config import ConfigError
+from grr.data import DATASETS
 from grr.optim import adamw, warmup_cosine
 
 
@@ -175,7 +176,7 @@ def test_the_name_of_a_chosen_function_is_needed(tmp_path):
 
 def test_another_name_brings_other_arguments(tmp_path):
     assert refusal(tmp_path, GOOD, "data.name=shards") == (
-        "tiny.yaml:\n  data.path: shards takes no such argument\n  data.pattern: shards needs this argument, str"
+        "tiny.yaml:\n  data.pattern: shards needs this argument, str"
     )
 
 
@@ -239,6 +240,35 @@ def test_a_section_builds_what_it_names_with_what_code_adds(tmp_path):
 def test_a_function_without_a_name_is_called_by_its_section(tmp_path):
     with pytest.raises(ConfigError, match=r"schedule\.x: schedule takes no such argument"):
         load(tmp_path, "schedule: {x: 1}", schedule=functools.partial(warmup_cosine, min_lr=0.0))
+
+
+# --- another function on the command line --------------------------------------------------------------------------
+
+NAMED = "data: {name: karpathy, annotations: a.json, images: b, split: train}"
+
+
+def named(tmp_path: Path, *overrides: str, text: str = NAMED) -> dict[str, object]:
+    (tmp_path / "named.yaml").write_text(text)
+    return config.load(["--config", str(tmp_path / "named.yaml"), *overrides], data=DATASETS | config.NONE).data
+
+
+def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
+    assert named(tmp_path, "data.path=photos", "data.name=folder") == {
+        "name": "folder", "path": "photos", "split": "train", "validation_fraction": 0.05}  # fmt: skip
+    assert named(tmp_path, "data.name=none") == {"name": "none"}
+    assert named(tmp_path, "data.name=karpathy")["annotations"] == "a.json"
+
+
+@pytest.mark.parametrize(("overrides", "text", "said"), [
+    (["data.name=folder"], NAMED, r"data\.path: folder needs this argument"),
+    (["data.name=folder", "data.path=x"], NAMED.replace("images", "imges"), r"data\.imges: folder takes no such"),
+    (["data.name=folder", "data.path=x", "data.images=b"], NAMED, r"line:\n  data\.images: folder takes no such"),
+    (["data.name=foldr"], NAMED, r"data\.name: must be one of .* got 'foldr' \(did you mean folder\?\)"),
+    (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
+])  # fmt: skip
+def test_another_name_hides_no_mistake(tmp_path, overrides, text, said):
+    with pytest.raises(ConfigError, match=said):
+        named(tmp_path, *overrides, text=text)
 
 
 # --- as a user meets it --------------------------------------------------------------------------------------------
