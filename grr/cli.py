@@ -78,14 +78,16 @@ def _parser() -> _Parser:
         made.set_defaults(command=act, prog=f"{prog} {name}")
         return made
 
-    command(commands.ls, "ls", "List the recipes and configs that are installed.", """
-        Each with its first sentence. A config is called RECIPE/CONFIG.
+    one = command(commands.ls, "ls", "List the recipes and configs that are installed.", """
+        Each with its title. A config is called RECIPE/CONFIG.
 
           grr ls
+          grr ls pretrain evaluate
           grr ls | grep photograph
 
         Next: grr run pretrain/openmoji
         """)  # fmt: skip
+    one.add_argument("names", metavar="NAME", nargs="*", help="recipes or configs; default: all")
 
     one = command(commands.cp, "cp", "Copy a recipe with its configs, or one config, to change it.", """
         Files are laid out as in the package, so that the commands in their headers work as they stand. Nothing is ever
@@ -187,6 +189,7 @@ def _parser() -> _Parser:
 
     one = command(commands.classify, "classify", "Name what images show, by the names of classes alone.", """
           grr classify runs/openmoji photo.png --classes fox,owl,key
+          grr classify runs/openmoji photo.png --classes '"crane, a bird", "crane, a machine"'
           grr classify runs/openmoji photos --classes classes.txt --top 1
 
         With a page, and going on after a kill:
@@ -197,7 +200,8 @@ def _parser() -> _Parser:
         """)  # fmt: skip
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("images", metavar="IMAGES", nargs="+", help=images)
-    one.add_argument("--classes", metavar="A,B,C|FILE", required=True, help="names, or a text file of them, one a line")
+    one.add_argument("--classes", metavar="A,B,C|FILE", required=True,
+                     help='names, those with a comma in double quotes, or a text file of them, one a line')  # fmt: skip
     one.add_argument("--top", type=int, metavar="N", default=5, help="classes of each image; default: 5")
 
     one = command(commands.embed, "embed", "Look at images with a trained model, and keep what it saw in an index.", """

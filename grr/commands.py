@@ -6,9 +6,7 @@ raises, as ValueError, OSError or ImportError.
 
 import argparse
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from shlex import quote
@@ -21,12 +19,12 @@ from grr import installed
 
 def ls(options: argparse.Namespace) -> int:
     """List the recipes and configs that are installed."""
-    every = [item for recipe in installed.recipes() for item in (recipe, *installed.configs(recipe.name))]
+    wanted = [installed.find(name) for name in options.names] or installed.recipes()
+    every = [item for one in wanted for item in (one, *(installed.configs(one.name) if one.is_recipe else []))]
     names = [item.name if item.is_recipe else f"  {item.name}" for item in every]
     width = max(map(len, names)) + 2
-    room = max(40, shutil.get_terminal_size((120, 24)).columns - width)
     for name, item in zip(names, every, strict=True):
-        print(f"{name:<{width}}{textwrap.shorten(installed.about(item), room, placeholder=' ...')}")
+        print(f"{name:<{width}}{installed.about(item)}")
     return 0
 
 
@@ -123,11 +121,9 @@ def caption(options: argparse.Namespace) -> int:
 
 def classify(options: argparse.Namespace) -> int:
     """Print the likeliest classes of each image, as they come."""
-    from grr.naming import classify_images, read_classes
+    from grr.naming import classify_images, read_classes, split_classes
 
-    names = options.classes
-    file = Path(names)
-    classes = read_classes(file) if file.is_file() else [name.strip() for name in names.split(",") if name.strip()]
+    classes = read_classes(options.classes) if Path(options.classes).is_file() else split_classes(options.classes)
     files = _images(options.images)
     rows = classify_images(_opened(options.model), files, classes, top=options.top)
     return _told(rows, lambda row: ", ".join(

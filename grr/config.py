@@ -17,18 +17,23 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import re
 import sys
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
+
+from grr.keys import MEANINGS
 
 Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 
@@ -140,10 +145,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
+    asked = {"-h", "--help"} & set(argv)
     parser = _Parser(
         usage="%(prog)s --config FILE [section.key=value ...]",
         description=sys.modules["__main__"].__doc__,
-        epilog=_reference(sections),
+        epilog=_reference(sections, _given_beside_help(argv, sections)) if asked else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -152,15 +158,33 @@ def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
     options = parser.parse_intermixed_args(argv)
 
     mistakes = _Mistakes()
-    given: dict[str, Given] = {section: {} for section in sections}
-    _gather(options.config, _read(options.config), given, mistakes)
-    overrides = _parse(options.overrides, mistakes)
-    _drop_arguments_of_other_names(overrides, given, sections)
-    _gather(COMMAND_LINE, overrides, given, mistakes)
-    _interpolate(given, mistakes)
+    given = _collect(options.config, options.overrides, sections, mistakes)
     checked = {name: _check(name, sections[name], given[name], options.config, mistakes) for name in sections}
     mistakes.refuse()
     return Config(sections, checked)
+
+
+def _collect(file: str, words: list[str], sections: Mapping[str, Section], mistakes: _Mistakes) -> dict[str, Given]:
+    """What a file and the command line say, of each section."""
+    given: dict[str, Given] = {section: {} for section in sections}
+    _gather(file, _read(file), given, mistakes)
+    overrides = _parse(words, mistakes)
+    _drop_arguments_of_other_names(overrides, given, sections)
+    _gather(COMMAND_LINE, overrides, given, mistakes)
+    _interpolate(given, mistakes)
+    return given
+
+
+def _given_beside_help(argv: list[str], sections: Mapping[str, Section]) -> dict[str, Given]:
+    """What stands on the command line beside --help, as far as it can be read."""
+    words = [word for word in argv if word not in ("-h", "--help")]
+    if "--config" not in words[:-1]:
+        return {}
+    file = words[words.index("--config") + 1]
+    try:
+        return _collect(file, [word for word in words if OVERRIDE.match(word)], sections, _Mistakes())
+    except ConfigError:
+        return {}
 
 
 def _read(file: str) -> Any:
@@ -289,12 +313,18 @@ def _arguments(function: Callable[..., Any]) -> tuple[dict[str, _Argument], set[
                 if field.init}, set()  # fmt: skip
     arguments, by_code = {}, set()
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and _fits_yaml(parameter.annotation):
+        kind = _bare(parameter.annotation)
+        if parameter.kind is parameter.KEYWORD_ONLY and _fits_yaml(kind):
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
-            arguments[name] = _Argument(parameter.annotation, default)
+            arguments[name] = _Argument(kind, default)
         elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             by_code.add(name)
     return arguments, by_code
+
+
+def _bare(kind: Any) -> Any:
+    """An annotation without the meaning that Annotated adds."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -320,6 +350,8 @@ def _fitted(value: Any, kind: Any) -> Any:
         for part in parts:
             if type(value) is type(part) and value == part:  # True is not 1
                 return value
+    elif origin is list and parts[0] is str and isinstance(value, str):
+        return [value]  # run.texts="a man, standing", which is one text; in brackets YAML splits it at the comma
     elif origin in (list, tuple) and isinstance(value, list):
         if origin is list or parts[-1] is ...:
             return origin(_fitted(item, parts[0]) for item in value)
@@ -370,29 +402,67 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _reference(sections: Mapping[str, Section]) -> str:
-    """Every section with its function, arguments, defaults and types, as YAML; of a choice, what the first has not."""
+def _reference(sections: Mapping[str, Section], given: Mapping[str, Given]) -> str:
+    """Every section with its function, and of each key the value, type and meaning, as YAML.
+
+    The value is what is given, or else the default. Of a choice, all keys of the chosen function, or of the first, and
+    of the others those that it has not.
+    """
     lines = []
     for section, function in sections.items():
+        values = {key: value for key, (value, _) in given.get(section, {}).items()}
         if isinstance(function, Mapping):
-            lines.append(f"\n{section}:  # one of these functions, by name; arguments are those of the first, but")
-            first: dict[str, _Argument] = {}
-            for name, choice in function.items():
-                arguments = _arguments(choice)[0]
-                lines.append(f"  name: {name}  # {_first_line(choice)}")
-                lines += ["  " + _line(key, arguments[key]) for key in arguments if arguments[key] != first.get(key)]
-                first = first or arguments
+            name = values.get("name")
+            chosen = str(name) if isinstance(name, str) and name in function else next(iter(function))
+            lines.append(f"\n{section}:  # one of these functions, by name; another name keeps the keys that both take")
+            lines.append(f"  name: {chosen}  # {_first_line(function[chosen])}")
+            lines += _shown(section, function[chosen], values)
+            same = _shown(section, function[chosen], {})
+            for other in (name for name in function if name != chosen):
+                lines.append(f"  name: {other}  # {_first_line(function[other])}")
+                lines += [f"  {line}" for line in _shown(section, function[other], {}) if line not in same]
         else:
             lines.append(f"\n{section}:  # {getattr(function, '__name__', section)}: {_first_line(function)}")
-            lines += [_line(key, argument) for key, argument in _arguments(function)[0].items()]
+            lines += _shown(section, function, values)
     return "\n".join(lines)
+
+
+def _shown(section: str, function: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """A line for each key of a function: `key: value  # type, default if other: meaning`."""
+    meanings, lines = _meanings(function), []
+    for key, (kind, default) in _arguments(function)[0].items():
+        about = _spelled(kind)
+        shown = values.get(key, default)
+        if default is REQUIRED:
+            about += ", required"
+        elif _plain(shown) != _plain(default):
+            about += f", default {json.dumps(_plain(default))}"
+        value = "" if shown is REQUIRED else f" {json.dumps(_plain(shown), ensure_ascii=False)}"
+        meaning = meanings.get(key) or MEANINGS.get(f"{section}.{key}") or MEANINGS.get(key)
+        lines.append(f"  {key}:{value}  # {about}" + (f": {meaning}" if meaning else ""))
+    return lines
+
+
+def _meanings(function: Callable[..., Any]) -> dict[str, str]:
+    """What is written of a function's keys where they stand: Annotated[type, "meaning"], or a comment in its line."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError, TypeError):  # there is no source
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        annotated, before = [], ""
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type in (tokenize.NL, tokenize.NEWLINE):
+                annotated = []
+            elif token.string == ":" and before.isidentifier():
+                annotated.append(before)
+            elif token.type == tokenize.COMMENT and len(annotated) == 1 and not token.string.startswith("# fmt:"):
+                found[annotated[0]] = token.string.lstrip("# ")
+            before = token.string
+    with contextlib.suppress(TypeError):
+        for key, kind in get_type_hints(function, include_extras=True).items():
+            if texts := [text for text in getattr(kind, "__metadata__", ()) if isinstance(text, str)]:
+                found[key] = texts[0]
+    return found
 
 
 def _first_line(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
-
-
-def _line(key: str, argument: _Argument) -> str:
-    if argument.default is REQUIRED:
-        return f"  {key}:  # {_spelled(argument.kind)}, required"
-    return f"  {key}: {json.dumps(_plain(argument.default))}  # {_spelled(argument.kind)}"

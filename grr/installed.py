@@ -2,13 +2,11 @@
 
 import ast
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 RECIPES = Path(__file__).parent / "recipes"
-COMMAND = re.compile(r"#\s+(python|torchrun|grr)\s")  # in a config's header
 
 
 class Item(NamedTuple):
@@ -118,19 +116,10 @@ def recipe_place(command: Sequence[str]) -> int:
 
 
 def about(item: Item) -> str:
-    """What a recipe or a config says of itself, its first sentence: of a config, behind the command that starts it."""
+    """The title of a recipe or a config: the first line of the docstring, or of the file."""
     text = item.path.read_text(encoding="utf-8")
-    if item.is_recipe:
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    said, in_command = [], False
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        in_command = in_command or COMMAND.match(line) is not None
-        if not in_command:
-            said.append(line.lstrip("# "))
-        in_command = in_command and line.endswith("\\")
-    return re.split(r"(?<=[.?!])(?<!et al\.)\s", " ".join(said), maxsplit=1)[0]
+    said = ast.get_docstring(ast.parse(text)) if item.is_recipe else text.lstrip("# ")
+    return (said or "").partition("\n")[0]
 
 
 def copy(name: str, destination: Path) -> list[Path]:

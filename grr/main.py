@@ -4,6 +4,7 @@ import contextlib
 import dis
 import gc
 import json
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 
 from grr.config import ConfigError
 
+# Loggers that warn of optional parts that were not installed, and of calls that these libraries make of themselves.
+NOISY = ("torchao", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give to a program that Ctrl-C ended
 
 
@@ -41,6 +44,9 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
     and the status is 1; a config's mistakes are printed a line each, and the status is 2. Of the processes of a run,
     the one that fails first prints. Other errors are bugs and keep their traceback, and with GRR_DEBUG=1 all do.
     """
+    if os.environ.get("GRR_DEBUG") != "1":
+        for logger in NOISY:
+            logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         return act() or 0
     except BrokenPipeError:  # `grr ls | head`: what reads the output has ended
@@ -90,10 +96,11 @@ def _worded(error: Exception, name: str) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     said = re.sub(r"\s*\n(?!  )\s*", " ", said.strip())  # the lines of a list are indented by two spaces
-    prefixes = (f"{name}: ", f"{name.split()[-1]}: ")
-    for prefix in prefixes:
-        said = said.removeprefix(prefix)
-    return f"{name}: {said}"
+    for prefix in (name, name.split()[-1]):
+        if said.startswith((f"{prefix}: ", f"{prefix}:\n")):
+            said = said[len(prefix) + 1 :].removeprefix(" ")
+    gap = "" if said.startswith("\n") else " "
+    return f"{name}:{gap}{said}"
 
 
 # --- many processes ------------------------------------------------------------------------------------------------

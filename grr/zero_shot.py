@@ -72,7 +72,7 @@ def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:
     if twice:
         raise ValueError(
             f"class_embeddings: each class must have a name of its own, got {', '.join(twice[:5])} more than once; say "
-            "which is meant, as in 'crane, a bird' and 'crane, a machine'"
+            'which is meant, as in "crane, a bird", "crane, a machine", with the quotes, or in a file, one a line'
         )
     wrong = [templates] if isinstance(templates, str) else [t for t in templates if t.count("{}") != 1]
     if wrong or not templates:

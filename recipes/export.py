@@ -10,6 +10,7 @@ other numbers of images and tokens than it was traced with, and compared with th
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -54,10 +55,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = [["file", "MB", "largest difference"]]
     for name, graph in parts.items():
+        print(f"tracing {name}", file=sys.stderr, flush=True)
         program = export_program(graph)
         inputs = graph.example(batch=3, tokens=4)
         for suffix in run.formats:
             file = folder / f"{name}.{suffix}"
+            print(f"writing {file} and comparing it with the model", file=sys.stderr, flush=True)
             if suffix == "onnx":
                 save_onnx(graph, program, file)
                 outputs = onnx_outputs(file, inputs)

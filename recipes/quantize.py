@@ -88,6 +88,7 @@ def main() -> None:
     # size and quality: each variant is written, opened again and judged
     rows: list[dict[str, Any]] = []
     for variant in run.variants:
+        logging.info(f"{variant}: writing, opening and judging it")
         write(source, variant, dtype_of(variant, run), folder / variant, device)
         size = (folder / variant / "model.safetensors").stat().st_size
         dtype = str(dtype_of(variant, run)).removeprefix("torch.")

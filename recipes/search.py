@@ -26,7 +26,7 @@ class Run:
     """The recipe's own knobs."""
 
     index: str = "index"  # the folder that recipes/embed.py wrote
-    texts: list[str] = field(default_factory=list)  # what to look for
+    texts: list[str] = field(default_factory=list)  # what to look for; without brackets, one text
     images: str | None = None  # images to look for others like them: a file, a folder, or a glob in quotes
     top: int = 10  # images for each query
     page: str | None = None  # where the page is written; null: hits.html in the folder of the index

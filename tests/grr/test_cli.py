@@ -109,6 +109,16 @@ def test_ls_names_every_recipe_and_config_with_a_sentence(capsys):
     assert len({re.match(r"\s*\S+\s+", line).end() for line in lines}) == 1  # aligned
 
 
+def test_ls_takes_names_and_shows_titles_whole_however_narrow_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["ls", "export", "pretrain/photos"]) == 0
+    named = [installed.find(name) for name in ("export", "export/openmoji", "pretrain/photos")]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [[item.name, installed.about(item)] for item in named]
+    assert main(["ls", "pretrian"]) == 1
+    assert "did you mean pretrain?" in capsys.readouterr().err
+
+
 def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, capsys):
     assert main(["cp", "pretrain"]) == 0
     assert (here / "recipes/configs/pretrain/photos.yaml").is_file()

@@ -1,20 +1,22 @@
 """A config is the keyword arguments of functions: it survives being saved, and every mistake is told with its place."""
 
 import functools
+import re
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import config
+from grr import config, installed
 from grr.builders import MODELS
+from grr.check import _module
 from grr.config import ConfigError
 from grr.data import DATASETS
 from grr.optim import adamw, warmup_cosine
@@ -329,3 +331,51 @@ def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path
     assert "name: baseline_coca  # Baseline CoCa" in text
     assert "image_size: 288  # int" in text
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
+
+
+def test_help_shows_the_values_of_the_config_it_stands_beside(tmp_path):
+    text = recipe(tmp_path, "--config", "tiny.yaml", "run.note=hello", "--help").stdout
+    assert '  steps: 3  # int, required\n  note: "hello"  # str | null, default null\n' in text
+    assert "model:  # one of these functions, by name; another name keeps the keys that both take\n  name: g" in text
+    assert "usage" in recipe(tmp_path, "--config", "gone.yaml", "--help").stdout
+
+
+@dataclass
+class Meant:
+    """Keys with their meanings."""
+
+    folder: str  # where it writes
+    steps: Annotated[int, "how many"] = 3
+    names: list[str] = field(default_factory=list)  # what: "a" or b
+
+
+def meant(image: int, *, share: float = 0.5,  # of it
+          mode: Annotated[Literal["a", "b"], "which"] = "a", dim: int = 3, size: int = 4) -> None:  # fmt: skip
+    """A function."""
+
+
+def test_a_meaning_stands_in_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
+    text = config._reference({"run": Meant, "other": meant}, {})
+    assert "  folder:  # str, required: where it writes\n  steps: 3  # int: how many\n" in text
+    assert '  names: []  # list[str]: what: "a" or b\n' in text
+    assert "  mode: \"a\"  # 'a' | 'b': which\n" in text
+    assert "  dim: 3  # int: width of the residual stream and of the embeddings\n  size: 4  # int" in text
+    (tmp_path / "c.yaml").write_text("{run: {folder: x, steps: 4}, other: {mode: b}}")
+    cfg = config.load(["--config", str(tmp_path / "c.yaml")], run=Meant, other=meant)
+    assert (cfg.run["steps"], cfg.other["mode"]) == (4, "b")
+
+
+@pytest.mark.parametrize("item", [r for r in installed.recipes() if r.name != "sizes"], ids=lambda item: item.name)
+def test_every_key_of_every_recipe_has_a_meaning(item):
+    text = config._reference(config.sections_of(_module(item.path).main), {})
+    keys = [line for line in text.splitlines() if line.startswith("  ") and not line.lstrip().startswith("name: ")]
+    without = [line.strip() for line in keys if not re.search(r"  # [^:]+: \S", line)]
+    assert without == []
+
+
+def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("run: {folder: x}")
+    for word, names in {"A man, standing": ["A man, standing"], "[A man, standing]": ["A man", "standing"],
+                        '["A man, standing"]': ["A man, standing"]}.items():  # fmt: skip
+        cfg = config.load(["--config", str(tmp_path / "c.yaml"), f"run.names={word}"], run=Meant)
+        assert cfg.run["names"] == names

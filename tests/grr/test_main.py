@@ -99,6 +99,7 @@ def test_a_full_disk_is_told_in_the_systems_words(capsys):
     ("pretrain", "data: no file", "pretrain: data: no file"),
     ("pretrain", "data: it says\nbad\n\n", "pretrain: data: it says bad"),
     ("compare", "compare: these differ:\n  a\n  b", "compare: these differ:\n  a\n  b"),
+        ("sweep", "sweep:\n  a\n  b", "sweep:\n  a\n  b"),
     ("pretrain", "", "pretrain: ValueError"),
 ])  # fmt: skip
 def test_a_line_begins_with_the_programs_name_once(name, said, line, capsys, monkeypatch):
