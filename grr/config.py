@@ -448,7 +448,8 @@ def _meanings(function: Callable[..., Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     with contextlib.suppress(OSError, TypeError):  # there is no source
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-        annotated, before = [], ""
+        annotated: list[str] = []
+        before = ""
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type in (tokenize.NL, tokenize.NEWLINE):
                 annotated = []
