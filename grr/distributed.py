@@ -172,6 +172,15 @@ def all_sum(*numbers: float) -> list[float]:
     return total.tolist()
 
 
+def all_max(*numbers: int) -> int:
+    """The largest of some integers of all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return max(numbers)
+    largest = torch.tensor(max(numbers), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
 def on_rank_0(act: Callable[[], T]) -> T:
     """Run act on rank 0 alone; when it is done, every rank has its result, or raises its error."""
     if not dist.is_initialized():

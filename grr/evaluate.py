@@ -58,9 +58,8 @@ def losses(seen: Observation, *, contrastive_batch: int = 768, contrastive_weigh
             contrasts.append(contrastive_loss(*batch, 1 / seen.scale))
     contrast = torch.stack(contrasts).mean().item()
     caption = (seen.token_losses.sum() / seen.tokens.sum()).item()
-    whole = Losses(contrastive_weight * contrast + captioning_weight * caption, contrast, caption)
-    return {**whole.numbers(), "contrastive_batch": size, "contrastive_weight": contrastive_weight,
-            "captioning_weight": captioning_weight}  # fmt: skip
+    loss = contrastive_weight * contrast + captioning_weight * caption
+    return Losses(loss, contrast, caption, size, contrastive_weight, captioning_weight).numbers()
 
 
 def recalls(seen: Observation) -> dict[str, float]:

@@ -23,11 +23,14 @@ from grr.packing import IGNORE
 
 
 class Losses(NamedTuple):
-    """The losses of a global batch, or of many."""
+    """The losses of a global batch, or of many, and what they depend on."""
 
-    loss: float
+    loss: float  # contrastive_weight * contrastive_loss + captioning_weight * captioning_loss
     contrastive_loss: float
     captioning_loss: float
+    contrastive_batch: int  # pairs that are contrasted with each other; 2 ln of it is the loss of guessing
+    contrastive_weight: float
+    captioning_weight: float
 
     @property
     def perplexity(self) -> float:
@@ -61,7 +64,8 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
             (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
             captioning.append(_sum(output).detach())
         total = torch.stack([c.detach() for c in contrasts]).sum().item()
-        return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives)
+        return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives,
+                       batches)  # fmt: skip
 
     leaves = []
     with torch.no_grad():
@@ -77,49 +81,63 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
                    if x.requires_grad and x_leaf.grad is not None]  # fmt: skip
         (share * _sum(output) + sum(carried)).backward()
         captioning.append(_sum(output).detach())
-    return _losses(contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives)
+    return _losses(contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives,
+                   batches)  # fmt: skip
 
 
 @torch.no_grad()
 def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, contrastive_weight: float = 2.0,
                       captioning_weight: float = 1.0, contrastive: Literal["softmax", "sigmoid"] = "softmax",
                       negatives: Literal["global", "local"] = "global") -> Losses:  # fmt: skip
-    """The same losses without gradients and without dropout, over many global batches.
+    """The same losses without gradients and without dropout, over many global batches, as `validation_steps` cuts them.
 
-    The captioning loss is the mean over all tokens of all batches, the contrastive loss the mean over batches.
+    The captioning loss is the mean over all tokens of all batches. The contrastive loss is the mean over the batches
+    that are to be contrasted; with local negatives over their full micro-batches.
     """
+    contrasts, captioning, tokens, size = [0.0], 0.0, 0, 0
+    count = 0
     was_training = model.training
     model.eval()
-    contrasts, captioning, tokens = [], 0.0, 0
     for batches in steps:
         outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
-        if negatives == "global":
-            contrasts.append(_contrast(outputs, contrastive, negatives).item())
-        else:
-            contrasts.append(sum(_contrast([o], contrastive, negatives).item() for o in outputs) / len(outputs))
         captioning += sum(_sum(o).item() for o in outputs)
-        tokens += _count_tokens(batches)
+        tokens += sum(int((b.labels != IGNORE).sum()) for b in batches)
+        if not batches[0].contrast:
+            continue
+        whole = [o for o, b in zip(outputs, batches, strict=True) if len(b.names) == len(b.images)]
+        if negatives == "local":
+            contrasts += [_contrast([o], contrastive, negatives).item() for o in whole]
+            count, size = count + len(whole), len(batches[0].images)
+        else:
+            contrasts.append(_contrast(outputs, contrastive, negatives, kept=_named_rows(batches)).item())
+            count, size = count + 1, int(all_sum(sum(len(b.names) for b in batches))[0])
     model.train(was_training)
-    mean = sum(contrasts) / max(1, len(contrasts))
-    return _losses(mean, captioning / max(1, tokens), contrastive_weight, captioning_weight, negatives)
+    contrast, counted, captioning, tokens_of_all = all_sum(sum(contrasts), count, captioning, tokens)
+    contrast, captioning = contrast / max(1.0, counted), captioning / max(1.0, tokens_of_all)
+    loss = contrastive_weight * contrast + captioning_weight * captioning
+    return Losses(loss, contrast, captioning, size, contrastive_weight, captioning_weight)
 
 
-def refuse_non_finite(losses: Losses, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
+def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
     """Stop all processes before an update that would ruin the weights, and name the pairs that led to it.
 
-    norm: of the gradient. Raises FloatingPointError if a loss or the norm is not finite.
+    losses: with a field `loss`; norm: of the gradient. Writes folder/non_finite_step_N.json, in which a number that is
+    not finite is null. Raises FloatingPointError if the loss or the norm is not finite.
     """
-    if math.isfinite(losses.loss) and math.isfinite(norm):
+    if math.isfinite(losses.loss) and math.isfinite(norm):  # type: ignore[attr-defined]
         return
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, [batch.names for batch in batches])
     file = folder / f"non_finite_step_{step}.json"
     if dist.get_rank() == 0:
-        file.write_text(json.dumps({"step": step, "losses": losses._asdict(), "grad_norm": norm, "names": names}))
+        numbers = {key: x if math.isfinite(x) else None for key, x in (losses._asdict() | {"grad_norm": norm}).items()}
+        file.write_text(json.dumps({"step": step, **numbers, "names": names}, allow_nan=False))
     raise FloatingPointError(
-        f"refuse_non_finite: {losses} with a gradient of norm {norm} at step {step}, in the batch of {names[0][0][0]} "
-        f"(all its names are in {file}); the weights were not updated. Look at those pairs, lower optimizer.lr or "
-        "raise schedule.warmup_steps, then submit the same command to continue from the last checkpoint"
+        f"check_finite: the loss and its gradient must be finite, got {losses} and a norm of {norm} at step {step}, in "
+        f"the batch of {names[0][0][0]} (all its names are in {file}); the weights were not updated, and not saved. Look "
+        "at those pairs, or lower optimizer.lr or raise schedule.warmup_steps, then submit the same command to continue "
+        "from the last checkpoint (which names the option that accepts the change). If this is the first step since a "
+        f"resume, delete the newest folder in {folder / 'checkpoints'} to continue from the one before"
     )
 
 
@@ -134,14 +152,25 @@ def _seed_micro_batch(seed: int, index: int) -> None:
     torch.manual_seed(reset_seed(seed, index * dist.get_world_size() + dist.get_rank()))
 
 
-def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str) -> Tensor:
-    """The contrastive loss of some micro-batches taken together, and of all processes if the negatives are global."""
+def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept: Tensor | None = None) -> Tensor:
+    """The contrastive loss of some micro-batches taken together, and of all processes if the negatives are global.
+
+    kept: bool [b], the rows that count; None: all.
+    """
     image, text = (torch.cat([o[i] for o in outputs]) for i in (0, 1))  # type: ignore[misc]
     if negatives == "global":
         image, text = gather(image), gather(text)
+    if kept is not None:
+        kept = gather(kept.byte()).bool() if negatives == "global" else kept  # gloo gathers no bool
+        image, text = image[kept], text[kept]
     if kind == "sigmoid":
         return sigmoid_loss(image, text, 1 / outputs[0].scale, outputs[0].bias)
     return contrastive_loss(image, text, 1 / outputs[0].scale)
+
+
+def _named_rows(batches: Sequence[Batch]) -> Tensor:
+    """The rows of some micro-batches that are samples and do not only fill a batch: bool [b]."""
+    return torch.cat([torch.arange(len(b.images), device=b.images.device) < len(b.names) for b in batches])
 
 
 def _sum(output: CoCaOutput) -> Tensor:
@@ -157,10 +186,13 @@ def _count_tokens(batches: Sequence[Batch]) -> int:
     return int(all_sum(sum(int((b.labels != IGNORE).sum()) for b in batches))[0])
 
 
-def _losses(contrast: float, captioning: float, contrastive_weight: float, captioning_weight: float,
-            negatives: str) -> Losses:  # fmt: skip
+def _losses(contrast: float, captioning: float, contrastive_weight: float, captioning_weight: float, negatives: str,
+            batches: Sequence[Batch]) -> Losses:  # fmt: skip
     """Make one process's parts whole: captioning is its share of the global mean."""
     world = dist.get_world_size()
     all_contrast, captioning = all_sum(contrast, captioning)
-    contrast = all_contrast / world if negatives == "local" else contrast
-    return Losses(contrastive_weight * contrast + captioning_weight * captioning, contrast, captioning)
+    local = negatives == "local"
+    contrast = all_contrast / world if local else contrast
+    size = len(batches[0].names) if local else world * sum(len(b.names) for b in batches)
+    loss = contrastive_weight * contrast + captioning_weight * captioning
+    return Losses(loss, contrast, captioning, size, contrastive_weight, captioning_weight)
