@@ -33,20 +33,17 @@ from grr import config
 from grr.builders import MODELS
 from grr.data import Batch
 from grr.distributed import (
-    checkpoint_activations,
     clip_gradients,
-    compile_blocks,
     materialize,
     reset_seed,
-    shard,
     start,
 )
-from grr.float8 import multiply_in_float8
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
 from grr.model import CoCa, MultimodalDecoder
 from grr.optim import adamw
 from grr.packing import IGNORE, pack_captions
+from grr.parallelize import parallelize
 from grr.step import global_batch_step
 from grr.tokenizer import EOS, PAD, UNK
 
@@ -156,13 +153,8 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
     torch.compiler.reset()  # else blocks of an earlier variant count against the limit of compiled versions
     with torch.device("meta"):
         model = cfg.build("model")
-    if "float8" in variant:
-        multiply_in_float8(model, device)
-    if "compile" in variant:
-        compile_blocks(model)
-    shard(model, device, bf16="bf16" in variant)
-    if "checkpoint" in variant:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16="bf16" in variant, float8="float8" in variant, compile="compile" in variant,
+                checkpoint_activations="checkpoint" in variant)  # fmt: skip
     materialize(model, device, seed=run.seed)
     return model
 

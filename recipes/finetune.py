@@ -39,20 +39,17 @@ from grr.checkpoint import (
 from grr.data import DATASETS, InMemory, Pairs, steps_per_epoch, training_steps, validation_steps
 from grr.distributed import (
     all_sum,
-    checkpoint_activations,
     clip_gradients,
-    compile_blocks,
     materialize,
     on_rank_0,
     reset_seed,
-    shard,
     start,
 )
 from grr.evaluate import examine
-from grr.float8 import multiply_in_float8
 from grr.log import open_log, read_metrics, summary
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
+from grr.parallelize import parallelize
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.soft_reset import SoftReset, in_words, soft_reset
@@ -130,13 +127,8 @@ def main() -> None:
     with torch.device("meta"):
         model = build_pretrained(source, dropout=cfg.model["dropout"])
     freeze(model, run.freeze)
-    if run.float8:
-        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.compile:
-        compile_blocks(model)
-    shard(model, device, bf16=run.bf16, replicas=run.replicas)
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
+                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
     materialize(model, device, seed=run.seed)
     load_weights(source, model)
     optimizer = adamw(model, **cfg.optimizer)

@@ -42,20 +42,17 @@ from grr.data import (
 )
 from grr.distributed import (
     all_sum,
-    checkpoint_activations,
     clip_gradients,
-    compile_blocks,
     materialize,
     reset_seed,
-    shard,
     start,
 )
-from grr.float8 import multiply_in_float8
 from grr.heads import HEADS, describe_classifier, load_parts
 from grr.log import open_log
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
+from grr.parallelize import parallelize
 from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.step import refuse_non_finite
@@ -128,13 +125,8 @@ def main() -> None:
     with torch.device("meta"):
         model = cfg.build("head", cfg.build("model"), len(pairs.classes))
     freeze(model, run.freeze)
-    if run.float8:
-        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.compile:
-        compile_blocks(model)
-    shard(model, device, bf16=run.bf16, replicas=run.replicas)
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
+                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
     materialize(model, device, seed=run.seed)
     if source is not None:
         load_parts(source, model)

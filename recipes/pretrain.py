@@ -32,19 +32,16 @@ from grr.checkpoint import (
 from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps, validation_steps
 from grr.distributed import (
     all_sum,
-    checkpoint_activations,
     clip_gradients,
-    compile_blocks,
     materialize,
     reset_seed,
-    shard,
     start,
 )
 from grr.evaluate import examine
-from grr.float8 import multiply_in_float8
 from grr.log import open_log, summary
 from grr.optim import adamw, set_lr, warmup_cosine
 from grr.pace import Pace
+from grr.parallelize import parallelize
 from grr.pretrained import describe
 from grr.report import write_report
 from grr.step import evaluation_losses, global_batch_step, refuse_non_finite
@@ -107,13 +104,8 @@ def main() -> None:
     description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, crop)
     with torch.device("meta"):
         model = cfg.build("model")
-    if run.float8:
-        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.compile:
-        compile_blocks(model)
-    shard(model, device, bf16=run.bf16, replicas=run.replicas)
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
+                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
     materialize(model, device, seed=run.seed)
     optimizer = adamw(model, **cfg.optimizer)
 
