@@ -98,12 +98,12 @@ class Saver:
         """The folder of the best weights, those of a step."""
         return self._folder / "best" / f"step_{step}"
 
-    def poll(self, step: int) -> None:
-        """Ask all ranks, after an optimizer step, whether to save and whether to stop."""
+    def poll(self, step: int, *, due: bool = False) -> None:
+        """Ask all ranks, after an optimizer step, whether to save and whether to stop; due: save in any case."""
         late = time.monotonic() - self._saved > 60 * self._minutes
         status = all_max(2 * self._stop.status + late)
         self.stopping = status // 2
-        self.due = self.due or status > 0 or step % self._every == 0
+        self.due = self.due or due or status > 0 or step % self._every == 0
 
     def save(self, step: int, **progress: Any) -> None:
         """Write checkpoints/step_N with the progress of the run, JSON values by name."""
