@@ -108,7 +108,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
             fault = _fault(path)
             if fault is None:
                 for fault in faults:
-                    logger.warning("latest_checkpoint: %s; %s is used instead (remedy: restore the file)", fault, path)
+                    logger.warning(
+                        "latest_checkpoint: %s; %s is used instead (restore the file, or delete the folder)",
+                        fault,
+                        path,
+                    )
                 return path
             if path.suffix not in (".tmp", ".old"):
                 faults.append(fault)

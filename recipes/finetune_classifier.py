@@ -189,7 +189,7 @@ def main() -> int:
                     write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
                     bar.write(
                         f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                        f"{best['best']:.1%} at step {best['best_step']}; {blind:.1%} without the images"
+                        f"{best['best']:.1%} at step {best['best_step']}; {blind:.1%} without a look at the images"
                     )
         saver.poll(step, due=step % validate_every == 0 or step == last)
     bar.close()

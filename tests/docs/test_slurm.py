@@ -18,7 +18,9 @@ TINY = ["run.candidates=4", "run.batch_size=32", "run.micro_batch_size=16", "dat
 # What Slurm does for the script: one task a node, and signals to the tasks of a step.
 SRUN = """#!/bin/bash
 for node in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> "$TASKS"; done
-wait
+status=0
+for task in $(cat "$TASKS"); do wait "$task" || status=$?; done
+exit "$status"
 """
 SCANCEL = """#!/bin/bash
 for task in $(cat "$TASKS"); do kill -TERM "$task"; done
@@ -69,5 +71,6 @@ def test_the_slurm_script_trains_saves_before_the_time_is_up_and_goes_on(tmp_pat
     again = submit(folder, cluster | {"SLURM_RESTART_COUNT": "1"}, f"run.max_steps={step + 2}")
     output = again.communicate(timeout=120)[0]
     assert again.returncode == 0, output[-3000:]
-    assert f"resuming {folder} after step {step} of {step + 2}" in output
+    assert f"resuming {folder} after step {step}" in output
+    assert f"finished after step {step + 2} of {step + 2}" in output
     assert '"world_size": 2' in (folder / "manifest.json").read_text()
