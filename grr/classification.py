@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grr.data import Batch, Labelled
 from grr.distributed import all_sum, on_rank_0, reset_seed, unsharded
 from grr.images import BadImage, Crop
+from grr.model import evaluating
 from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
 from grr.report import Answer
@@ -71,11 +72,8 @@ def classification_scores(model: nn.Module, pairs: Labelled, tokenizer: Tokenize
         labelled = int((classes != IGNORE).sum())
         return _cross_entropy(logits, classes, 0.0).item(), _count_right(logits, classes), labelled, len(members)
 
-    was_training = model.training
-    model.eval()
-    with unsharded(model):
+    with evaluating(model), unsharded(model):
         parts, left_out = over_images(pairs, list(range(len(pairs))), work, device, image_size=image_size, crop=crop)
-    model.train(was_training)
 
     def judge() -> Scores:
         some = "; ".join(f"{name}: {cause}" for name, cause in list(left_out.items())[:3])
@@ -103,10 +101,8 @@ def answers(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: tor
     if not images:
         return []
     ids, positions, _ = pack_captions([tokenizer.encode(pairs.captions[i]) for i in images], pad_id=tokenizer.pad_id)
-    was_training = model.training
-    model.eval()
-    logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
     right = [None if pairs.labels[i] == IGNORE else pairs.classes[pairs.labels[i]] for i in images]
     return [Answer(image, pairs.captions[i], own, true)

@@ -1,7 +1,8 @@
 """A contrastive captioner: three towers and two poolers, wired as in CoCa (Yu et al. 2022, figure 2)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -287,3 +288,15 @@ class CoCa(nn.Module):
         cls = place.argmax(dim=1)  # [b]
         read = text[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
         return F.normalize(self.text_projection(read).float(), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards, also after an error, each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grr.data import Batch
 from grr.distributed import all_sum, gather, reset_seed
 from grr.loss import contrastive_loss, sigmoid_loss
-from grr.model import CoCaOutput
+from grr.model import CoCaOutput, evaluating
 from grr.packing import IGNORE
 
 
@@ -88,18 +88,16 @@ def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, con
 
     The captioning loss is the mean over all tokens of all batches, the contrastive loss the mean over batches.
     """
-    was_training = model.training
-    model.eval()
     contrasts, captioning, tokens = [], 0.0, 0
-    for batches in steps:
-        outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
-        if negatives == "global":
-            contrasts.append(_contrast(outputs, contrastive, negatives).item())
-        else:
-            contrasts.append(sum(_contrast([o], contrastive, negatives).item() for o in outputs) / len(outputs))
-        captioning += sum(_sum(o).item() for o in outputs)
-        tokens += _count_tokens(batches)
-    model.train(was_training)
+    with evaluating(model):
+        for batches in steps:
+            outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
+            if negatives == "global":
+                contrasts.append(_contrast(outputs, contrastive, negatives).item())
+            else:
+                contrasts.append(sum(_contrast([o], contrastive, negatives).item() for o in outputs) / len(outputs))
+            captioning += sum(_sum(o).item() for o in outputs)
+            tokens += _count_tokens(batches)
     mean = sum(contrasts) / max(1, len(contrasts))
     return _losses(mean, captioning / max(1, tokens), contrastive_weight, captioning_weight, negatives)
 
