@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grr.data import Batch, Labelled
-from grr.distributed import all_sum, on_rank_0, reset_seed, unsharded
+from grr.distributed import all_sum, on_rank_0, unsharded
 from grr.images import BadImage, Crop
 from grr.model import evaluating
 from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
 from grr.report import Answer
+from grr.step import seed_dropout
 from grr.tokenizer import Tokenizer
 
 SHOWN = 24  # answers of the report
@@ -37,16 +38,16 @@ def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *
     """Add the gradients of one optimizer step to the model, and give its scores.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout, of each micro-batch by its place in the global batch. The loss is the mean over the global batch;
-    label_smoothing is the part of each target that is spread evenly over all classes (Szegedy et al. 2016).
+    dropout (`grr.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
+    target that is spread evenly over all classes (Szegedy et al. 2016).
     Raises ValueError if the data have no classes.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     labelled = int(all_sum(sum(int((_classes(batch) != IGNORE).sum()) for batch in batches))[0])
     loss, right = 0.0, 0
     for i, batch in enumerate(batches):
-        torch.manual_seed(reset_seed(seed, i * world + rank))
-        logits = model(batch.images, batch.ids, positions=batch.positions)  # [b, c]
+        keys = seed_dropout(batch, seed, i)
+        logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
         total = _cross_entropy(logits, _classes(batch), label_smoothing)
         (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
         loss += total.item()
