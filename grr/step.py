@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grr.components import fold_in
 from grr.data import Batch
 from grr.distributed import all_sum, gather, reset_seed
 from grr.loss import contrastive_loss, sigmoid_loss
-from grr.model import CoCaOutput
+from grr.model import CoCaOutput, evaluating
 from grr.packing import IGNORE
 
 
@@ -48,9 +49,9 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
     """Add the gradients of one optimizer step to the model, and give its losses.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout, of each micro-batch by its place in the global batch. The captioning loss is the mean over all tokens of
-    the global batch. With local negatives, each micro-batch of each process is contrasted in itself, and the losses
-    are averaged: a smaller, easier task, whose numbers may not be compared with those of the global batch.
+    dropout (`seed_dropout`). The captioning loss is the mean over all tokens of the global batch. With local
+    negatives, each micro-batch of each process is contrasted in itself, and the losses are averaged: a smaller, easier
+    task, whose numbers may not be compared with those of the global batch.
     """
     tokens = _count_tokens(batches)
     share = captioning_weight * dist.get_world_size() / tokens  # FSDP takes the mean over processes
@@ -70,8 +71,9 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
     leaves = []
     with torch.no_grad():
         for i, batch in enumerate(batches):
-            _seed_micro_batch(seed, i)
-            leaves.append(model.embed(batch.images, batch.ids, positions=batch.positions))  # type: ignore[operator]
+            keys = seed_dropout(batch, seed, i)
+            embed: Any = model.embed
+            leaves.append(embed(batch.images, batch.ids, positions=batch.positions, sample_keys=keys))
     leaves = [CoCaOutput(*(x.detach().requires_grad_() for x in leaf[:4])) for leaf in leaves]
     contrast = _contrast(leaves, contrastive, negatives)
     (contrastive_weight * contrast).backward()
@@ -94,28 +96,38 @@ def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, con
     The captioning loss is the mean over all tokens of all batches. The contrastive loss is the mean over the batches
     that are to be contrasted; with local negatives over their full micro-batches.
     """
-    contrasts, captioning, tokens, size = [0.0], 0.0, 0, 0
-    count = 0
-    was_training = model.training
-    model.eval()
-    for batches in steps:
-        outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
-        captioning += sum(_sum(o).item() for o in outputs)
-        tokens += sum(int((b.labels != IGNORE).sum()) for b in batches)
-        if not batches[0].contrast:
-            continue
-        whole = [o for o, b in zip(outputs, batches, strict=True) if len(b.names) == len(b.images)]
-        if negatives == "local":
-            contrasts += [_contrast([o], contrastive, negatives).item() for o in whole]
-            count, size = count + len(whole), len(batches[0].images)
-        else:
-            contrasts.append(_contrast(outputs, contrastive, negatives, kept=_named_rows(batches)).item())
-            count, size = count + 1, int(all_sum(sum(len(b.names) for b in batches))[0])
-    model.train(was_training)
-    contrast, counted, captioning, tokens_of_all = all_sum(sum(contrasts), count, captioning, tokens)
-    contrast, captioning = contrast / max(1.0, counted), captioning / max(1.0, tokens_of_all)
+    contrasts, count, size, captioning, tokens = [0.0], 0, 0, 0.0, 0
+    with evaluating(model):
+        for batches in steps:
+            outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
+            captioning += sum(_sum(o).item() for o in outputs)
+            tokens += sum(int((b.labels != IGNORE).sum()) for b in batches)
+            if not batches[0].contrast:
+                continue
+            if negatives == "local":
+                whole = [o for o, b in zip(outputs, batches, strict=True) if len(b.names) == len(b.images)]
+                contrasts += [_contrast([o], contrastive, negatives).item() for o in whole]
+                count, size = count + len(whole), len(batches[0].images)
+            else:
+                contrasts.append(_contrast(outputs, contrastive, negatives, kept=_named_rows(batches)).item())
+                count, size = count + 1, int(all_sum(sum(len(b.names) for b in batches))[0])
+    contrast, counted, captioning, all_tokens = all_sum(sum(contrasts), count, captioning, tokens)
+    contrast, captioning = contrast / max(1.0, counted), captioning / max(1.0, all_tokens)
     loss = contrastive_weight * contrast + captioning_weight * captioning
     return Losses(loss, contrast, captioning, size, contrastive_weight, captioning_weight)
+
+
+def seed_dropout(batch: Batch, seed: int, index: int) -> Tensor:
+    """Seed the dropout of micro-batch `index` of this process, and return the keys of its samples, int64 [b].
+
+    A key depends on the seed and on the sample's place in the global batch, which `grr.data.training_steps` cuts into
+    micro-batches: any number of processes and micro-batches draws the same dropout. What draws from torch's generator
+    instead, such as nn.Dropout in a user's own encoder, draws by the micro-batch's place in the global batch, so there
+    a micro-batch of another size draws another dropout.
+    """
+    place, b = index * dist.get_world_size() + dist.get_rank(), len(batch.ids)
+    torch.manual_seed(reset_seed(seed, place))
+    return fold_in(reset_seed(seed), torch.arange(place * b, (place + 1) * b, device=batch.ids.device))
 
 
 def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
@@ -142,14 +154,10 @@ def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[B
 
 
 def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutput:
-    _seed_micro_batch(seed, index)
-    output: CoCaOutput = model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+    keys = seed_dropout(batch, seed, index)
+    output: CoCaOutput = model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels,
+                               sample_keys=keys)  # fmt: skip
     return output
-
-
-def _seed_micro_batch(seed: int, index: int) -> None:
-    """Dropout depends on a micro-batch's place in the global batch, so 4 processes draw as 1 with 4 micro-batches."""
-    torch.manual_seed(reset_seed(seed, index * dist.get_world_size() + dist.get_rank()))
 
 
 def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from grr.components import (
     ClassToken,
     CrossAttention,
     CrossAttentionPooler,
+    Dropout,
     FeedForward,
     LayerNorm,
     LearnedPositions,
@@ -73,6 +74,7 @@ PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "CrossAttention": (lambda: CrossAttention(16, 2), lambda m, x: m(x, x.flip(1))),
     "AttentionPooler": (lambda: AttentionPooler(16, 4, 2), lambda m, x: m(x)),
     "CrossAttentionPooler": (a_cross_attention_pooler, lambda m, x: m(x)),
+    "Dropout": (lambda: Dropout(0.5).eval(), lambda m, x: m(x)),
     "ClassToken": (lambda: ClassToken(16), lambda m, x: m(x)),
     "Block": (a_block, lambda m, x: m(x, positions=GRID, context=x.flip(1))),
 }
