@@ -269,7 +269,7 @@ def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.Compl
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "tiny.yaml").write_text("run: {steps: 3}\nmodel: {name: grr_coca_tiny}")
     return subprocess.run([sys.executable, "recipe.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          env={"RANK": rank, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+                          env={"RANK": rank, "OMP_NUM_THREADS": "1"}, check=False, timeout=120)  # fmt: skip
 
 
 def test_a_recipe_with_a_bad_config_says_what_is_wrong_and_leaves_with_2(tmp_path):
