@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from grr import config
 from grr.builders import MODELS
 from grr.data import Batch
 from grr.distributed import (
+    blocks,
     clip_gradients,
     materialize,
     reset_seed,
@@ -45,7 +46,7 @@ from grr.optim import adamw
 from grr.packing import IGNORE, pack_captions
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
-from grr.tokenizer import EOS, PAD, UNK
+from grr.tokenizer import EOS, PAD, UNK, Tokenizer
 
 Part = Literal["training", "towers", "captions"]
 Variant = Literal["fp32", "fp32 compile", "fp32 checkpoint", "fp32 compile checkpoint",
@@ -210,7 +211,7 @@ def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -
 def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """The rows of one precision; when they are done, nothing holds its model any more."""
     size, n = cfg.model["image_size"], run.written_tokens
-    tokenizer = Numbers(cfg.model["vocab_size"], cfg.model["context"])
+    tokenizer = cast(Tokenizer, Numbers(cfg.model["vocab_size"], cfg.model["context"]))
     model = loaded_model(word, cfg, run, device)
 
     def row(act: Callable[[], object], variant: str, count: int, beams: int) -> Row:
@@ -227,7 +228,7 @@ def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, r
         yield row(cached, word, count, beams)
 
 
-def without_cache(model: CoCa, images: Tensor, tokenizer: "Numbers", tokens: int) -> list[str]:
+def without_cache(model: CoCa, images: Tensor, tokenizer: Tokenizer, tokens: int) -> list[str]:
     """Greedy search as it is without keys and values to remember; the image is encoded once."""
     context = model.image_context(images)
     ids = torch.full((len(images), 1), tokenizer.bos_id, device=images.device)
@@ -242,7 +243,8 @@ def without_cache(model: CoCa, images: Tensor, tokenizer: "Numbers", tokens: int
 
 def token_bytes(model: CoCa) -> int:
     """The weights that each token of a caption needs: both decoders, without what reads the image, and the head."""
-    weights = (*model.text_decoder.blocks.named_parameters(), *model.multimodal_decoder.named_parameters())
+    layers = [*blocks(model.text_decoder), model.multimodal_decoder]
+    weights = [named for layer in layers for named in layer.named_parameters()]
     return sum(weight.nbytes for name, weight in weights if ".cross_attention.kv." not in f".{name}")
 
 

@@ -165,6 +165,8 @@ def test_everything_public_has_a_docstring():
 
 def test_the_folder_refuses_to_be_imported_by_its_bare_name():
     root = Path(grr.components.__file__).resolve().parents[1]
-    outcome = subprocess.run([sys.executable, "-c", "import components"], cwd=root, capture_output=True, text=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", "import components"], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert outcome.returncode == 1
     assert "ImportError: import grr.components, not components: the folder is part of the package grr" in outcome.stderr

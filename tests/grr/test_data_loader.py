@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from waiting import wait_until
 
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import epoch_order
@@ -295,9 +296,9 @@ def test_arguments_out_of_range_are_refused_before_anything_is_read(arguments, m
 
 def test_threads_read_the_samples_of_one_micro_batch_together():
     """Every load waits until four are under way."""
-    pairs, together = painted(), threading.Barrier(4, timeout=20)
+    pairs, together = painted(), threading.Barrier(4)
     load = pairs.load
-    pairs.load = lambda i, **how: (together.wait(), load(i, **how))[1]
+    pairs.load = lambda i, **how: (together.wait(timeout=20), load(i, **how))[1]
     next(training(pairs, micro_batch_size=4, workers=4))
 
 
@@ -331,6 +332,7 @@ def test_a_program_that_stops_in_the_middle_ends(ending, code):
     """Threads of it are reading large images all the while."""
     program = f"""
 import sys
+sys.path.append("..")
 from test_data_loader import painted, training
 pairs = painted(200, 1, seconds=0.02)
 steps = training(pairs, image_size=2000, workers=4)
@@ -341,11 +343,3 @@ next(steps)
     run = subprocess.run([sys.executable, "-c", program], cwd=where, timeout=60, capture_output=True, text=True)
     assert run.returncode == code, run.stderr
     assert run.stderr.splitlines()[-1:] == (["RuntimeError: enough"] if code == 1 else [])
-
-
-def wait_until(condition, seconds: float = 20) -> None:
-    """Return as soon as it holds; fail if it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from waiting import started, wait_until
 
 from grr import config
 from grr.builders import MODELS
@@ -80,12 +80,9 @@ def test_a_run_leaves_all_that_is_promised_and_its_loss_falls(whole):
 @pytest.mark.slow
 def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while process.poll() is None and len([1 for x in read_metrics(folder) if x["split"] == "train"]) < 7:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        wait_until(lambda: len(training(folder)) >= 7, process)
     assert 7 <= len(training(folder)) < 15
     done = run(command(folder))
     assert "after step 4" in done.stderr or "after step 8" in done.stderr, done.stderr[-3000:]
@@ -97,12 +94,13 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
 @pytest.mark.slow
 def test_asked_to_stop_it_saves_leaves_and_continues(whole, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while process.poll() is None and not training(folder):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(
+        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        wait_until(lambda: training(folder), process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "stopped; the same command continues after step" in said
     done = run(command(folder))
