@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grr import config
+from grr import config, installed
 from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.look import (
     CAPTIONS,
@@ -225,15 +225,15 @@ def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
         return
     said: dict[str, None] = {}  # what is wrong with several is told once
     for job in (job for job in jobs if job.seed == seeds[0]):
-        recipe = next((Path(word) for word in job.words if word.endswith(".py")), None)
-        if recipe is None or "--config" not in job.words[:-1]:
-            continue  # a command of one's own
-        file = Path(job.words[job.words.index("--config") + 1])
         try:
-            read_config(file, [word for word in job.words if config.OVERRIDE.match(word)], recipe)
-        except FileNotFoundError as error:
-            said[f"{error}; `grr cp {recipe.stem}` puts the installed one there"] = None
-        except config.ConfigError as error:
+            command = job.command()
+            recipe = Path(command[installed.recipe_place(command)])
+            if not installed.is_own(recipe):
+                said[f"{recipe}: a recipe that only a config names is not imported by a check"] = None
+            elif "--config" in command:
+                file = Path(command[command.index("--config") + 1])
+                read_config(file, [word for word in command if config.OVERRIDE.match(word)], recipe)
+        except ValueError as error:
             said[f"{job.name}: {' '.join(str(error).split())}"] = None
     for line in said:
         yield Finding("runs", line, wrong=True)

@@ -5,13 +5,13 @@ Here are its words and its help; what each command does is in grr/commands.py.
 
 import argparse
 import difflib
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from grr import __version__, commands, installed
+from grr.main import attempt
 
 Command = Callable[[argparse.Namespace], int]
 HELP = """\
@@ -31,16 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Gives the exit status: 0 if it did what was asked, 1 if not, 2 if it was asked wrongly."""
     options = _parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     command: Command = options.command
-    try:
-        return command(options)
-    except BrokenPipeError:  # `grr ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{options.prog}: {error}", file=sys.stderr)
-        return 1
+    return attempt(lambda: command(options), options.prog)
 
 
 # --- words and help ----------------------------------------------------------------------------------------------
@@ -134,7 +125,7 @@ def _parser() -> _Parser:
     one = command(commands.check, "check", "Find what is wrong with a config and its data before hours are spent.", """
         Every mistake in the config at once; then the data: how much there is, the first samples, images that cannot be
         read, captions that are cut, duplicates, images without captions, and what training and validation share.
-        The exit status is 1 if a line is marked with !.
+        The exit status is 1 if a line is marked with !, and 2 if the config itself holds a mistake.
 
           grr check pretrain/openmoji
           grr check mine.yaml --recipe pretrain data.path=my_photos validation.path=my_photos

@@ -18,7 +18,6 @@ import difflib
 import inspect
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,19 +70,12 @@ class Config(SimpleNamespace):
 def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
     """Read `--config FILE section.key=value ...` and check it against the signatures of the sections' functions.
 
-    Raises ConfigError with all mistakes at once, each with its place. Without argv, which is a recipe reading its own
-    command line, the message is printed instead, by rank 0 of torchrun only, and the program leaves with status 2.
+    Raises ConfigError with all mistakes at once, each with its place; in a recipe, `grr.main.run_main` prints them.
+    Without argv, the program's own command line is read.
     """
     if _asked.get():
         raise _Asked(sections)
-    if argv is not None:
-        return _load(argv, sections)
-    try:
-        return _load(sys.argv[1:], sections)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    return _load(sys.argv[1:] if argv is None else argv, sections)
 
 
 def sections_of(main: Callable[[], object]) -> dict[str, Section]:

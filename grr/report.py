@@ -215,8 +215,8 @@ def _curves(rows: list[Row], config: DictConfig) -> str:
     if not any(charts):
         return ""
     return ("<section><h2>How it learned</h2><p>Over optimizer steps. A faint point is one line of the training log; "
-            "the line through them is their running mean; a vertical line marks the weights that are kept. Perplexity and "
-            "gradient norm have logarithmic axes.</p>"
+            "the line through them is their running mean; a vertical line marks the weights that are kept. Perplexity "
+            "and gradient norm have logarithmic axes.</p>"
             f"<div class=charts>{''.join(charts)}</div></section>")  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grr import config
@@ -41,6 +40,7 @@ from grr.distributed import (
 )
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
+from grr.main import run_main
 from grr.model import CoCa, MultimodalDecoder
 from grr.optim import adamw
 from grr.packing import IGNORE, pack_captions
@@ -458,6 +458,4 @@ def _text(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

@@ -17,6 +17,7 @@ from grr import config
 from grr.checkpoint import save_model
 from grr.clip_tokenizer import ClipTokenizer, installed_merges
 from grr.convert import convert_open_clip, read_open_clip
+from grr.main import run_main
 from grr.open_clip import OPEN_CLIP_MODELS
 from grr.pretrained import describe
 
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ from grr.distributed import start
 from grr.evaluate import captioning, examples, losses, recalls
 from grr.evaluation_page import Confusions, as_text, write_evaluation
 from grr.generate import generate
+from grr.main import run_main
 from grr.observe import features, observe
 from grr.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.probe import attentive_probe, linear_probe
@@ -149,5 +150,4 @@ def step_of(source: Pretrained) -> int | None:
 
 
 if __name__ == "__main__":
-    main()
-    dist.destroy_process_group()
+    run_main(main)

@@ -18,6 +18,7 @@ import torch
 
 from grr import config
 from grr.export import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.main import run_main
 from grr.pretrained import find_pretrained, load_pretrained
 from grr.table import aligned
 
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,7 +9,6 @@ best/, what was kept in model/. The same command, submitted again, continues whe
 a run that has finished is left as it is. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 import math
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, 
 from grr.evaluate import validate
 from grr.identity import run_identity
 from grr.log import has_ended, open_log, summary
+from grr.main import run_main
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.parallelize import parallelize
@@ -215,6 +215,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

@@ -7,7 +7,6 @@ The model comes from a pre-trained run, or is new. The best so far is in best/, 
 The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from grr.distributed import clip_gradients, materialize, reset_seed, start
 from grr.heads import HEADS, describe_classifier, load_parts
 from grr.identity import run_identity
 from grr.log import open_log
+from grr.main import run_main
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
@@ -206,6 +206,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

@@ -6,7 +6,6 @@
 The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, 
 from grr.evaluate import validate
 from grr.identity import run_identity
 from grr.log import has_ended, open_log, summary
+from grr.main import run_main
 from grr.optim import adamw, describe_end, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.parallelize import parallelize
@@ -185,13 +185,11 @@ def main() -> int:
         log.write(split="final", step=last, epoch=last / per_epoch, **losses.numbers(), **found, model_step=kept,
                   keep_model=run.keep_model)  # fmt: skip
         write_report(folder, title=title, examples=examples)
-    logging.info(f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}; see "
-                 f"{report}")  # fmt: skip
+    logging.info(f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}; "
+                 f"see {report}")  # fmt: skip
     lock.release()
     return 0
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

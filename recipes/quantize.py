@@ -35,6 +35,7 @@ from grr.distributed import materialize, start
 from grr.evaluate import captioning, recalls
 from grr.generate import generate
 from grr.images import BadImage
+from grr.main import run_main
 from grr.model import CoCa
 from grr.observe import observe
 from grr.pretrained import (
@@ -228,5 +229,4 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
-    dist.destroy_process_group()
+    run_main(main)

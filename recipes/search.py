@@ -15,6 +15,7 @@ import torch
 from grr import config
 from grr.gallery import write_hits
 from grr.index import as_text, look_up, open_index
+from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 from grr.results import printable
@@ -69,4 +70,4 @@ def refuse(cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

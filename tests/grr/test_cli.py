@@ -204,7 +204,7 @@ def test_check_leaves_with_1_and_marks_what_is_wrong(here, capsys):
     assert [line.split()[1] for line in marked] == ["data", "validation"]
     assert "there is no folder photos" in marked[0]
     assert "2 lines marked !" in out
-    assert main(["check", "pretrain/photos", "optimizer.lrr=1", "run.epochs=ten"]) == 1
+    assert main(["check", "pretrain/photos", "optimizer.lrr=1", "run.epochs=ten"]) == 2
     error = capsys.readouterr().err
     assert "optimizer.lrr" in error
     assert "run.epochs" in error

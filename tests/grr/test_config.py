@@ -250,6 +250,7 @@ from dataclasses import dataclass
 
 from grr import config
 from grr.builders import MODELS
+from grr.main import run_main
 
 
 @dataclass
@@ -260,8 +261,12 @@ class Run:
     note: str | None = None
 
 
-cfg = config.load(run=Run, model=MODELS)
-print(cfg.run)
+def main() -> None:
+    cfg = config.load(run=Run, model=MODELS)
+    print(cfg.run)
+
+
+run_main(main)
 '''
 
 

@@ -165,7 +165,8 @@ def test_asked_twice_it_kills_runs_that_do_not_listen(grid):
 def test_what_is_missing_is_named_before_anything_starts(grid):
     done = run(grid, "run.stages=['first: recipe.py --config none.yaml do=train', 'second: nowhere.py']")
     assert done.returncode == 1
-    assert "sweep: there is no file none.yaml, nowhere.py below" in done.stderr
+    assert "  first: there is no file none.yaml (" in done.stderr
+    assert "  second: there is no recipe or config 'nowhere.py'" in done.stderr
     done = run(grid, "run.seeds=[0, 0]")
     assert done.returncode == 1
     assert "seeds: 0 stands there twice" in done.stderr
@@ -216,9 +217,9 @@ def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
     assert f"python recipes/sweep.py --config recipes/configs/sweep/{file.name}\n" in file.read_text()
     jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds, grid.overrides)
     for job in jobs:
-        assert (ROOT / job.words[0]).is_file()
-        words = [str(ROOT / word) if word.startswith("recipes/configs/") else word for word in job.words[1:]]
-        if job.words[0] == "recipes/pretrain.py":
+        recipe, *words = job.command()
+        assert Path(recipe).is_file()
+        if Path(recipe).name == "pretrain.py":
             cfg = config.load(
                 words, run=pretrain.Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS,
                 loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
