@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grr.images import SUFFIXES, BadImage, Crop, load_image, thumbnail
+from grr.threads import in_thread
 
 T = TypeVar("T", bound=Hashable)
 SIDE = 224  # pixels of a picture shown on a page, at most
@@ -57,10 +58,10 @@ def read_images(files: Iterable[str], *, image_size: int, crop: Crop, batch_size
 
 def thumbnails(files: Iterable[str], *, side: int = SIDE) -> Iterator[tuple[str, Tensor | str]]:
     """Read image files to be shown, whole and small: uint8 [3, h, w], or why a file cannot be read."""
+    shown = in_thread(lambda file: _tried(lambda f: thumbnail(_regular(f), side=side), file))
     with ThreadPoolExecutor() as pool:
         for some in batches(list(files), 64):
-            yield from zip(some, pool.map(lambda file: _tried(lambda f: thumbnail(_regular(f), side=side), file), some),
-                           strict=True)  # fmt: skip
+            yield from zip(some, pool.map(shown, some), strict=True)
 
 
 def read_batches(read: Callable[[T], Tensor], of: Iterable[list[T]]) -> Iterator[Batch[T]]:
@@ -68,7 +69,7 @@ def read_batches(read: Callable[[T], Tensor], of: Iterable[list[T]]) -> Iterator
     waiting: deque[tuple[list[T], Iterator[Tensor | str]]] = deque()
     with ThreadPoolExecutor() as pool:
         for items in of:
-            waiting.append((items, pool.map(lambda item: _tried(read, item), items)))
+            waiting.append((items, pool.map(in_thread(lambda item: _tried(read, item)), items)))
             if len(waiting) > 1:
                 yield _batch(*waiting.popleft())
         for items, content in waiting:

@@ -27,6 +27,7 @@ from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
 from grr.images import BadImage, Crop
 from grr.packing import pack_captions
+from grr.threads import in_thread
 from grr.tokenizer import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops
@@ -122,7 +123,7 @@ def _steps(pairs: Pairs, tokenizer: Tokenizer, seed: int, numbers: Iterable[int]
     stop = threading.Event()
     epoch_steps = steps_per_epoch(pairs, batch_size)
     places = _places(pairs.image_of, seed, numbers, epoch_steps, batch_size, columns, stop)
-    read = partial(_read, pairs=pairs, tokenizer=tokenizer, image_size=image_size, crop=crop)
+    read = in_thread(partial(_read, pairs=pairs, tokenizer=tokenizer, image_size=image_size, crop=crop))
     node = ParallelMapper(IterableWrapper(places), read, workers, method="thread", snapshot_frequency=0)
     node = Batcher(node, micro_batch_size)
     node = ParallelMapper(node, partial(_collate, pad_id=tokenizer.pad_id), num_workers=0)

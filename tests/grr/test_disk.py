@@ -36,5 +36,5 @@ def test_a_write_that_fails_under_safetensors_is_an_os_error_with_its_number(tmp
 
 
 def test_other_errors_pass_unchanged():
-    with pytest.raises(ValueError, match="^a rule$"), disk_errors(Path("a")):
+    with pytest.raises(ValueError, match="a rule"), disk_errors(Path("a")):
         raise ValueError("a rule")

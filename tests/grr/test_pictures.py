@@ -41,6 +41,15 @@ def test_every_item_is_read_once_in_its_batch_or_named(count, size, bad):
         assert batch.bad == {i: f"no. {i}" for i in sorted([*batch.good, *batch.bad]) if i in bad}
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration()], ids=repr)
+def test_what_is_not_an_exception_ends_the_reading_with_an_error(error):
+    def read(i: int) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(RuntimeError, match="a thread that reads data must not raise"):
+        list(read_batches(read, [[0, 1], [2]]))
+
+
 def test_the_next_batch_is_read_while_one_is_worked_on_and_no_more():
     read = threading.Semaphore(0)
     seen = []
