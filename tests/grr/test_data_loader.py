@@ -258,6 +258,12 @@ def test_what_is_not_an_exception_ends_the_run_with_an_error(workers, error):
     assert f"a thread that reads data must not raise {error!r}" in str(raised[0])
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_without_threads_an_interrupt_stays_an_interrupt(error):
+    with pytest.raises(type(error)):
+        names(training(painted(errors={3: error}), workers=0), 5)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_goes_once_over_an_order_that_never_changes(workers):
     pairs = painted()
