@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from grr.disk import disk_errors
 from grr.distributed import all_max, on_rank_0
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
     on_rank_0(begin)
     with _as_wished():  # one thread: torch loses the errors of its other writing threads
         state = _training_state(model, optimizer) | ({"average": dict(average)} if average else {})
-        save(state, storage_writer=FileSystemWriter(aside, thread_count=1))
+        save(state, storage_writer=_Writer(aside, thread_count=1))
     files = _digests_of_all_ranks(aside)
 
     def finish() -> None:
@@ -251,7 +252,8 @@ def save_model_state(folder: Path, state: dict[str, Any], config: dict[str, Any]
     def write() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(_unshared(state), aside / "model.safetensors", metadata={"format": "pt"})
+        with disk_errors(aside / "model.safetensors"):
+            save_file(_unshared(state), aside / "model.safetensors", metadata={"format": "pt"})
         _fsync(aside / "model.safetensors")
         _write(aside / "config.json", json.dumps(config, indent=2))
         if tokenizer_path is not None:
@@ -532,6 +534,14 @@ def _member(kind: Any, name: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(f"builtins.getattr({kind}, {name!r})")
+
+
+class _Writer(FileSystemWriter):
+    """Reports a write that failed as OSError, on the rank where it failed: the cause is lost between processes."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        with disk_errors(Path(self.path)):
+            return super().write_data(*args, **kwargs)
 
 
 class _Reader(FileSystemReader):

@@ -28,6 +28,7 @@ from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
 from grr.images import BadImage, Crop
 from grr.packing import IGNORE, pack_captions
+from grr.threads import in_thread
 from grr.tokenizer import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops
@@ -135,7 +136,7 @@ def _steps(rows: Iterable["_Row"], pairs: Pairs, tokenizer: Tokenizer, micro_bat
         raise ValueError(f"data: it takes workers >= 0, prefetch >= 1 and max_bad_fraction from 0 to 1, "
                          f"got {workers=}, {prefetch=}, {max_bad_fraction=}")  # fmt: skip
     stop = threading.Event()
-    read = partial(_read, pairs=pairs, tokenizer=tokenizer, image_size=image_size, crop=crop)
+    read = in_thread(partial(_read, pairs=pairs, tokenizer=tokenizer, image_size=image_size, crop=crop))
     node = ParallelMapper(IterableWrapper(_places(rows, stop)), read, workers, method="thread", snapshot_frequency=0)
     node = Batcher(node, micro_batch_size)
     node = ParallelMapper(node, partial(_collate, pad_id=tokenizer.pad_id), num_workers=0)

@@ -31,7 +31,7 @@ class Painted:
 
     captions: list[str]
     image_of: np.ndarray
-    errors: dict[int, Exception] = field(default_factory=dict)  # by sample
+    errors: dict[int, BaseException] = field(default_factory=dict)  # by sample
     seconds: float = 0.0
     loaded: list[int] = field(default_factory=list)
 
@@ -238,6 +238,31 @@ def test_an_error_that_is_no_bad_sample_reaches_the_main_thread(workers):
     pairs = painted(errors={3: RuntimeError("the decoder has a bug")})
     with pytest.raises(RuntimeError, match="the decoder has a bug"):
         names(training(pairs, workers=workers), 5)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration(), GeneratorExit()], ids=repr)
+def test_what_is_not_an_exception_ends_the_run_with_an_error(workers, error):
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            names(training(painted(errors={3: error}), workers=workers), 5)
+        except BaseException as other:
+            raised.append(other)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert type(raised[0]) is RuntimeError
+    assert f"a thread that reads data must not raise {error!r}" in str(raised[0])
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_without_threads_an_interrupt_stays_an_interrupt(error):
+    with pytest.raises(type(error)):
+        names(training(painted(errors={3: error}), workers=0), 5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
