@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
     parts = [
         _header(title, rows, _last_step(folder, rows)),
         _key_numbers([row for row in rows if row.get("split") in ("validation", "final")]),
-        _curves(rows, _config(folder)),
+        _curves(rows, softmax=_options(folder, "loss").get("contrastive") != "sigmoid"),
         show_retrievals(examples.retrievals) if examples else "",
         show_captions(examples.captions) if examples else "",
         show_answers(examples.answers) if examples else "",
@@ -92,21 +92,20 @@ def _header(title: str, rows: list[Row], last: int | None) -> str:
 
 def _last_step(folder: Path, rows: list[Row]) -> int | None:
     """The step at which the run will end, if its config and its numbers tell."""
-    config = _config(folder)
-    epochs, max_steps = (OmegaConf.select(config, f"run.{key}") for key in ("epochs", "max_steps"))
+    epochs, max_steps = (_options(folder, "run").get(key) for key in ("epochs", "max_steps"))
     ends = [max_steps] if isinstance(max_steps, int) else []
     if isinstance(epochs, int) and rows and rows[-1].get("epoch"):
         ends.append(round(epochs * rows[-1]["step"] / rows[-1]["epoch"]))
     return min(ends, default=None)
 
 
-def _config(folder: Path) -> DictConfig:
-    """The config of the run; empty where its file is missing or damaged, which may not end a training run."""
+def _options(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the run's config; empty where the file is missing or damaged, which may not end a training run."""
     try:
-        config = OmegaConf.load(folder / "config.yaml")
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+        return dict(config[section])
     except Exception:
-        return OmegaConf.create()
-    return config if isinstance(config, DictConfig) else OmegaConf.create()
+        return {}
 
 
 def _key_numbers(validations: list[Row]) -> str:
@@ -186,7 +185,7 @@ def _chances(train: list[Row], held_out: list[Row]) -> list[Level]:
             for n in dict.fromkeys(sizes)]  # fmt: skip
 
 
-def _curves(rows: list[Row], config: DictConfig) -> str:
+def _curves(rows: list[Row], *, softmax: bool) -> str:
     train, held_out = ([row for row in rows if row.get("split") == split] for split in ("train", "validation"))
 
     def both(key: str, factor: float = 1) -> list[Series]:
@@ -200,7 +199,6 @@ def _curves(rows: list[Row], config: DictConfig) -> str:
                series(held_out, "image_to_text_r1", "image to sentence", "d", factor=100)]  # fmt: skip
     kept = _kept_step(rows[-1]) if rows and rows[-1].get("split") == "final" else None
     kept = kept if kept is not None else next((_kept_step(row) for row in reversed(held_out)), None)
-    softmax = OmegaConf.select(config, "loss.contrastive") != "sigmoid"
     chances = _chances(train, held_out) if softmax else []
     charts = [
         chart(_loss_title((train + held_out or [{}])[-1]), both("loss"), wide=True, best_step=kept),

@@ -180,7 +180,8 @@ def test_one_flipped_bit_anywhere_is_noticed(
     content[int(place * len(content))] ^= 1 << bit
     good = file.read_bytes()
     file.write_bytes(content)
-    assert latest_checkpoint(folder) is None
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: .*step_1.* to begin again at step 0"):
+        latest_checkpoint(folder)
     file.write_bytes(good)
     assert latest_checkpoint(folder) == folder / "step_1"
 
