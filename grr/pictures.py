@@ -57,6 +57,7 @@ def read_images(files: Iterable[str], *, image_size: int, crop: Crop, batch_size
 
 def thumbnails(files: Iterable[str], *, side: int = SIDE) -> Iterator[tuple[str, Tensor | str]]:
     """Read image files to be shown, whole and small: uint8 [3, h, w], or why a file cannot be read."""
+
     def show(file: str) -> Tensor | str:
         return _tried(lambda f: thumbnail(f, side=side), file)
 

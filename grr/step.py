@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grr.components import fold_in
 from grr.data import Batch
+from grr.data.order import check_negatives
 from grr.distributed import all_sum, gather, reset_seed
 from grr.loss import contrastive_loss, sigmoid_loss
 from grr.model import CoCaOutput, evaluating
@@ -53,8 +54,10 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
     negatives, each micro-batch of each process is contrasted in itself, and the losses are averaged: a smaller, easier
     task, whose numbers may not be compared with those of the global batch.
     """
+    world, micro = dist.get_world_size(), len(batches[0].images)
+    check_negatives(world * micro * len(batches), micro, negatives)
     tokens = _count_tokens(batches)
-    share = captioning_weight * dist.get_world_size() / tokens  # FSDP takes the mean over processes
+    share = captioning_weight * world / tokens  # FSDP takes the mean over processes
     captioning = []  # of each micro-batch; read at the end, for reading a number waits for the device
 
     if negatives == "local" or len(batches) == 1:
@@ -108,11 +111,15 @@ def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, con
                 whole = [o for o, b in zip(outputs, batches, strict=True) if len(b.names) == len(b.images)]
                 contrasts += [_contrast([o], contrastive, negatives).item() for o in whole]
                 count, size = count + len(whole), len(batches[0].images)
-            else:
-                contrasts.append(_contrast(outputs, contrastive, negatives, kept=_named_rows(batches)).item())
-                count, size = count + 1, int(all_sum(sum(len(b.names) for b in batches))[0])
+            elif (pairs := int(all_sum(sum(len(b.names) for b in batches))[0])) > 1:
+                contrasts.append(_contrast(outputs, contrastive, negatives, kept=_kept(batches)).item())
+                count, size = count + 1, max(size, pairs)
     contrast, counted, captioning, all_tokens = all_sum(sum(contrasts), count, captioning, tokens)
-    contrast, captioning = contrast / max(1.0, counted), captioning / max(1.0, all_tokens)
+    if not counted or not all_tokens:
+        raise ValueError(
+            "evaluation_losses: no two pairs of the validation data could be read; the log names the bad ones"
+        )
+    contrast, captioning = contrast / counted, captioning / all_tokens
     loss = contrastive_weight * contrast + captioning_weight * captioning
     return Losses(loss, contrast, captioning, size, contrastive_weight, captioning_weight)
 
@@ -176,9 +183,11 @@ def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept:
     return contrastive_loss(image, text, 1 / outputs[0].scale)
 
 
-def _named_rows(batches: Sequence[Batch]) -> Tensor:
-    """The rows of some micro-batches that are samples and do not only fill a batch: bool [b]."""
-    return torch.cat([torch.arange(len(b.images), device=b.images.device) < len(b.names) for b in batches])
+def _kept(batches: Sequence[Batch]) -> Tensor | None:
+    """The rows of some micro-batches that are samples, bool [b]; None if all are."""
+    if batches[0].kept is None:
+        return None
+    return torch.cat([batch.kept for batch in batches if batch.kept is not None])
 
 
 def _sum(output: CoCaOutput) -> Tensor:

@@ -45,10 +45,11 @@ class Batch:
     ids: Tensor  # int64 [b, t], as `pack_captions` gives them
     positions: Tensor  # int64 [b, t]
     labels: Tensor  # int64 [b, t - 2]
-    names: list[str]  # of the samples in their data; rows behind them only fill the batch
-    replaced: int  # bad samples that others stand in for
+    names: list[str]  # of the samples in their data
+    replaced: int  # bad samples that others stand in for, or that a validation leaves out
     classes: Tensor | None = None  # int64 [b], of labelled data
     contrast: bool = True  # False: pairs of a validation that fill no contrastive batch
+    kept: Tensor | None = None  # bool [b], the rows that are samples: others only fill the batch; None: all
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device; from pinned memory, without waiting until they are there."""
@@ -61,7 +62,8 @@ class Batch:
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
         classes = None if self.classes is None else f(self.classes)
         tensors = (f(self.images), f(self.ids), f(self.positions), f(self.labels))
-        return Batch(*tensors, self.names, self.replaced, classes, self.contrast)
+        kept = None if self.kept is None else f(self.kept)
+        return Batch(*tensors, self.names, self.replaced, classes, self.contrast, kept)
 
 
 def steps_per_epoch(pairs: Pairs, batch_size: int) -> int:
@@ -102,10 +104,8 @@ def validation_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, 
     First come the contrastive batches, of min(batch_size, number of images) pairs each, no two of one image: the first
     epoch of seed 0. The pairs that fill no such batch follow with `contrast` false. A batch is cut into micro-batches
     of at most micro_batch_size that are equally many and equally large in every process; rows that only fill one have
-    no name and no label.
-
-    A bad sample is replaced as in training, and the label of what stands in for it is ignored, because it is counted
-    at its own place. Raises ValueError as training does, and if there are fewer than two images.
+    no name and no label. So has the row of a bad sample, which is logged and left out. Raises ValueError as training
+    does, and if there are fewer than two images.
     """
     _check_batches(batch_size, micro_batch_size, world)
     images = len(np.unique(pairs.image_of))
@@ -175,7 +175,7 @@ class _Bad(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """What was read for a place: no ids where all that was tried is bad."""
+    """What was read for a place: no ids where all that was tried is bad, no name where it only fills a batch."""
 
     name: str
     image: Tensor
@@ -183,16 +183,6 @@ class _Sample(NamedTuple):
     bad: list[_Bad]
     place: _Place
     label: int | None = None
-
-    @property
-    def fills(self) -> bool:
-        """Whether it only fills a micro-batch."""
-        return self.place.column >= len(self.place.row.samples)
-
-    @property
-    def counted(self) -> bool:
-        """Whether its caption is learned or judged: not if it stands in for a pair of a validation."""
-        return not self.fills and not (self.bad and self.place.row.validation)
 
 
 def _training_rows(groups: NDArray[np.int64], seed: int, start_step: int, per_epoch: int, batch_size: int,
@@ -231,11 +221,8 @@ def _places(rows: Iterable[_Row], stop: threading.Event) -> Iterator[_Place]:
 
 def _read(place: _Place, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop) -> _Sample:
     """Read the sample of a place, or else the first good substitute."""
-    if place.column >= len(place.row.samples):
-        blank = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
-        return _Sample("", blank, tokenizer.encode(""), [], place, IGNORE if isinstance(pairs, Labelled) else None)
     bad: list[_Bad] = []
-    for i in islice(_candidates(place, pairs.image_of), TRIES):
+    for i in islice(_candidates(place, pairs.image_of), 1 if place.row.validation else TRIES):
         name, caption = pairs.ids[i], pairs.captions[i]
         try:
             if not caption.strip():
@@ -245,7 +232,10 @@ def _read(place: _Place, pairs: Pairs, tokenizer: Tokenizer, image_size: int, cr
             return _Sample(name, image, tokenizer.encode(caption), bad, place, label)
         except (BadImage, OSError) as error:
             bad.append(_Bad(name, str(error) or type(error).__name__))
-    return _Sample("", torch.empty(0), [], bad, place)
+    if not place.row.validation:
+        return _Sample("", torch.empty(0), [], bad, place)
+    blank = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
+    return _Sample("", blank, tokenizer.encode(""), bad, place, IGNORE if isinstance(pairs, Labelled) else None)
 
 
 def _candidates(place: _Place, groups: NDArray[np.int64]) -> Iterator[int]:
@@ -254,6 +244,8 @@ def _candidates(place: _Place, groups: NDArray[np.int64]) -> Iterator[int]:
     All places of a row see the same list of them. Each takes what no other place does, while there is such.
     """
     row, column = place.row, place.column
+    if column >= len(row.samples):
+        return
     yield int(row.samples[column])
     b = len(row.samples)
     rng = np.random.Generator(np.random.PCG64(reset_seed(row.seed, row.epoch, row.k)))
@@ -272,11 +264,14 @@ def _collate(samples: list[_Sample], pad_id: int) -> tuple[Batch | None, list[_B
     if not all(sample.ids for sample in samples):
         return None, bad, place.last
     ids, positions, labels = pack_captions([sample.ids for sample in samples], pad_id=pad_id)
-    labels[torch.tensor([not sample.counted for sample in samples])] = IGNORE
+    kept = None
+    if place.row.validation:
+        kept = torch.tensor([sample.name != "" for sample in samples])
+        labels[~kept] = IGNORE
     images = torch.stack([sample.image for sample in samples])  # [b, 3, h, w]
     classes = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])  # [b]
-    names = [sample.name for sample in samples if not sample.fills]
-    batch = Batch(images, ids, positions, labels, names, len(bad), classes, place.row.contrast)
+    names = [sample.name for sample in samples if sample.name]
+    batch = Batch(images, ids, positions, labels, names, len(bad), classes, place.row.contrast, kept)
     return batch, bad, place.last
 
 
@@ -289,7 +284,8 @@ def _consume(node: BaseNode[tuple[Batch | None, list[_Bad], bool]], max_bad_frac
     try:
         for batch, bad, last in node:
             for name, cause in bad:
-                logger.warning("bad sample %s, replaced: %s", name, cause)
+                done = "replaced" if batch is None or batch.kept is None else "left out"
+                logger.warning("bad sample %s, %s: %s", name, done, cause)
             all_bad += bad
             if batch is None:
                 raise ValueError(f"data: no readable sample was found for a place in a batch, among those tried: "

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr.charts import Level, Series, chart
+from grr.charts import Level, Series
+from grr.charts import chart as draw
 from grr.report import Answer, Caption, Examples, Retrieval, write_report
 
 VOID = {"meta", "img"}
@@ -208,8 +209,7 @@ def test_a_loss_says_its_weights_and_each_contrastive_curve_its_chance_level(tmp
     rows = [train(10) | told | {"contrastive_batch": 768}, validation(10) | told | {"contrastive_batch": 500}]
     page = report(tmp_path, rows)
     assert "Loss = 2 × contrastive + 1 × captioning" in page
-    charts = Page(page).text("figure")
-    (contrastive,) = (text for text in charts if text.startswith("Contrastive loss"))
+    contrastive = chart(page, "Contrastive loss")
     assert "chance among 768 pairs, 2 ln 768" in contrastive
     assert "chance among 500 pairs, 2 ln 500" in contrastive
     (tmp_path / "config.yaml").write_text("loss: {contrastive: sigmoid}")
@@ -219,7 +219,7 @@ def test_a_loss_says_its_weights_and_each_contrastive_curve_its_chance_level(tmp
 @given(low=st.floats(0.1, 3.0), size=st.integers(2, 10_000))
 def test_a_chance_level_lies_where_its_value_is_on_the_axis(low, size):
     curve = Series("train", "a", np.array([1.0, 9.0]), np.array([low, low + 1]))
-    figure = chart("Contrastive loss", [curve], levels=[Level("chance", 2 * math.log(size), "a")])
+    figure = draw("Contrastive loss", [curve], levels=[Level("chance", 2 * math.log(size), "a")])
     (height,) = re.findall(r'class="level a"><path d="M40 ([\d.]+)H', figure)
     scale = json.loads(re.search(r"data-scale='(.*?)'", figure)[1])["y"]
     value = scale[0] + (scale[2] - float(height)) / (scale[2] - scale[3]) * (scale[1] - scale[0])
