@@ -72,6 +72,12 @@ def has_ended(folder: Path, **end: Any) -> bool:
     return (folder / "model").is_dir() and any(end.items() <= line.items() for line in finals)
 
 
+def kept_step(row: dict[str, Any]) -> int | None:
+    """The step of the weights that a run keeps, by a line of its log: the final one, or a validation."""
+    step = row.get("model_step", row.get("best_step", -1))
+    return step if isinstance(step, int) and step >= 0 else None
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of folder/metrics.jsonl, without one that is torn; none if there is no file."""
     file = folder / "metrics.jsonl"

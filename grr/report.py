@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from grr.charts import Level, Row, Series, chart, is_number, number, percent, series
-from grr.log import read_metrics
+from grr.log import kept_step, read_metrics
 from grr.page import header, write_page
 
 SIDE = 224  # pixels of a shown image, at most
@@ -140,15 +140,9 @@ def _key_numbers(validations: list[Row]) -> str:
         for label, value, notes in tiles
     )
     among = f", among {candidates:,} candidates" if candidates else ""
-    when = f"The model in model/, of step {_kept_step(now):,}" if final else f"Validation at step {now['step']:,}"
+    when = f"The model in model/, of step {kept_step(now):,}" if final else f"Validation at step {now['step']:,}"
     overfits = _overfitting(validations)
     return f"<section><h2>What it can do</h2><p>{when}{among}.{overfits}</p><dl>{items}</dl></section>"
-
-
-def _kept_step(row: Row) -> int | None:
-    """The step of the weights that a run keeps, by a line of its log: the final one, or a validation."""
-    step = row.get("model_step", row.get("best_step", -1))
-    return step if isinstance(step, int) and step >= 0 else None
 
 
 def _overfitting(validations: list[Row]) -> str:
@@ -197,8 +191,8 @@ def _curves(rows: list[Row], *, softmax: bool) -> str:
 
     recalls = [series(held_out, "text_to_image_r1", "sentence to image", "c", factor=100),
                series(held_out, "image_to_text_r1", "image to sentence", "d", factor=100)]  # fmt: skip
-    kept = _kept_step(rows[-1]) if rows and rows[-1].get("split") == "final" else None
-    kept = kept if kept is not None else next((_kept_step(row) for row in reversed(held_out)), None)
+    kept = kept_step(rows[-1]) if rows and rows[-1].get("split") == "final" else None
+    kept = kept if kept is not None else next((kept_step(row) for row in reversed(held_out)), None)
     chances = _chances(train, held_out) if softmax else []
     charts = [
         chart(_loss_title((train + held_out or [{}])[-1]), both("loss"), wide=True, best_step=kept),

@@ -11,6 +11,8 @@ import logging
 import runpy
 import sys
 
+import torch.distributed as dist
+
 ends = []
 for words in json.loads(sys.stdin.read()):
     sys.argv = words
@@ -23,5 +25,7 @@ for words in json.loads(sys.stdin.read()):
         except SystemExit as end:
             status = end.code
     gc.collect()
+    if dist.is_initialized():  # a run that failed leaves it to the end of its process
+        dist.destroy_process_group()
     ends.append({"status": status, "stderr": said.getvalue()})
 print("ENDS " + json.dumps(ends))
