@@ -19,6 +19,7 @@ import difflib
 import inspect
 import io
 import json
+import math
 import re
 import sys
 import textwrap
@@ -302,6 +303,11 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
             result.setdefault(key, argument.default)
         elif key not in given and subject not in mistakes.subjects:
             mistakes.add(file, subject, f"{who} needs this argument, {_spelled(argument.kind)}")
+    if dataclasses.is_dataclass(function) and not any(s.startswith(f"{section}.") for s in mistakes.subjects):
+        try:
+            function(**result)
+        except ValueError as error:
+            mistakes.add(file, section, str(error))
     return {key: result[key] for key in ("name", *arguments) if key in result}
 
 
@@ -356,8 +362,9 @@ def _fitted(value: Any, kind: Any) -> Any:
         if origin is list or parts[-1] is ...:
             return origin(_fitted(item, parts[0]) for item in value)
         return tuple(_fitted(item, part) for item, part in zip(value, parts, strict=True))
-    elif kind is float and type(value) is int:
-        return float(value)
+    elif kind is float and type(value) in (int, float):
+        if not math.isnan(value):
+            return float(value)
     elif kind is Path and type(value) is str:
         return Path(value)
     elif type(value) is kind or (value is None and kind in (None, NoneType)):

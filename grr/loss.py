@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from grr.packing import IGNORE
@@ -47,16 +48,19 @@ def captioning_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int = CHUNK) -> Tensor:
     """Cross-entropy of each token, without ever holding the logits of more than `chunk` of them.
 
-    hidden: [n, d], targets: [n] -> float32 [n]. Logits are computed again for the gradient.
+    hidden: [n, d], targets: [n] -> float32 [n]. Logits are computed again for the gradient, with the weights that the
+    head has now: in the backward pass it may hold others (`grr.bf16` puts copies there for the forward pass alone).
     """
+    weights: dict[str, Tensor] = dict(head.named_parameters())
 
-    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    def of_chunk(hidden: Tensor, targets: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        logits = functional_call(head, weights, (hidden,))
+        return F.cross_entropy(logits.float(), targets, reduction="none")
 
     if len(hidden) <= chunk:
-        return of_chunk(hidden, targets)
+        return of_chunk(hidden, targets, weights)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([checkpoint(of_chunk, h, t, weights, use_reentrant=False) for h, t in pieces])
 
 
 def _check_pairs(who: str, image_embeddings: Tensor, text_embeddings: Tensor) -> None:

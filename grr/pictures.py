@@ -1,7 +1,6 @@
 """Image files of one's own: finding them, and reading them in batches, whatever they turn out to be."""
 
 import os
-import stat
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grr.images import SUFFIXES, BadImage, Crop, load_image, thumbnail
+from grr.threads import in_thread
 
 T = TypeVar("T", bound=Hashable)
 SIDE = 224  # pixels of a picture shown on a page, at most
@@ -51,16 +51,20 @@ def find_images(images: str | Path) -> list[str]:
 
 def read_images(files: Iterable[str], *, image_size: int, crop: Crop, batch_size: int) -> Iterator[Batch[str]]:
     """Read image files as a model wants them, in batches, ahead of whoever takes them. No file stops it."""
-    return read_batches(lambda file: load_image(_regular(file), size=image_size, crop=crop),
+    return read_batches(lambda file: load_image(file, size=image_size, crop=crop),
                         batches(list(files), batch_size))  # fmt: skip
 
 
 def thumbnails(files: Iterable[str], *, side: int = SIDE) -> Iterator[tuple[str, Tensor | str]]:
     """Read image files to be shown, whole and small: uint8 [3, h, w], or why a file cannot be read."""
+
+    def show(file: str) -> Tensor | str:
+        return _tried(lambda f: thumbnail(f, side=side), file)
+
+    shown = in_thread(show)
     with ThreadPoolExecutor() as pool:
         for some in batches(list(files), 64):
-            yield from zip(some, pool.map(lambda file: _tried(lambda f: thumbnail(_regular(f), side=side), file), some),
-                           strict=True)  # fmt: skip
+            yield from zip(some, pool.map(shown, some), strict=True)
 
 
 def read_batches(read: Callable[[T], Tensor], of: Iterable[list[T]]) -> Iterator[Batch[T]]:
@@ -68,7 +72,7 @@ def read_batches(read: Callable[[T], Tensor], of: Iterable[list[T]]) -> Iterator
     waiting: deque[tuple[list[T], Iterator[Tensor | str]]] = deque()
     with ThreadPoolExecutor() as pool:
         for items in of:
-            waiting.append((items, pool.map(lambda item: _tried(read, item), items)))
+            waiting.append((items, pool.map(in_thread(lambda item: _tried(read, item)), items)))
             if len(waiting) > 1:
                 yield _batch(*waiting.popleft())
         for items, content in waiting:
@@ -94,14 +98,6 @@ def _tried(read: Callable[[T], Tensor], item: T) -> Tensor | str:
         return error.strerror or str(error) or type(error).__name__  # the name of the file is known already
     except (BadImage, MemoryError, RecursionError) as error:
         return str(error) or type(error).__name__
-
-
-def _regular(file: str) -> str:
-    """The file, if it is one: reading a pipe would wait, and reading a device would never end."""
-    mode = os.stat(file).st_mode
-    if not stat.S_ISREG(mode):
-        raise BadImage("a folder, not a file" if stat.S_ISDIR(mode) else "not a file but a pipe, socket or device")
-    return file
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -16,6 +16,8 @@ from onnxruntime import InferenceSession
 from PIL import Image, ImageOps
 from sentencepiece import SentencePieceProcessor
 
+Image.init()
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # others may start a program
 Arrays = dict[str, Any]  # numpy arrays by their names
 
 
@@ -37,7 +39,9 @@ class Captioner:
     def read_image(self, path: str | Path) -> Any:
         """An image file as pixels [3, h, w], of the dtype that image.onnx takes."""
         size, crop = self.config["image_size"], self.config["crop"]
-        image = ImageOps.exif_transpose(Image.open(path))
+        if not Path(path).is_file():
+            raise ValueError(f"Captioner: {path} must be an image file; a pipe or a device is not opened")
+        image = ImageOps.exif_transpose(Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from grr.charts import Row, is_number
-from grr.log import read_metrics, read_starts
+from grr.log import kept_step, read_metrics, read_starts
 
 # What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.
 FREE_SECTIONS = ("model", "data", "validation")
@@ -46,8 +46,8 @@ class RunRecord:
     @property
     def best_step(self) -> int:
         """The step whose weights those are."""
-        row = self.best
-        return int(row["best_step"] if "best_step" in row else row["step"])
+        step = kept_step(self.best)
+        return int(self.best["step"]) if step is None else step
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -52,7 +52,8 @@ def main() -> None:
 
 def of_words(name: str, *overrides: str) -> dict[str, Any]:
     """A name and key=value ..., the values read as YAML."""
-    return {"name": name, **OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))}
+    arguments: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    return {"name": name, **arguments}
 
 
 def of_sweep(file: str) -> dict[str, dict[str, Any]]:
@@ -68,7 +69,8 @@ def model_of(words: list[str]) -> dict[str, Any]:
     config.merge_with_dotlist([word for word in words if word.startswith(("model.", "tokenizer."))])
     told = {key: p.default for key, p in inspect.signature(open_tokenizer).parameters.items()} | dict(config.tokenizer)
     vocab_size = T5_VOCABULARY if told["path"] else told["vocab_size"]
-    return {**OmegaConf.to_container(config.model), "vocab_size": vocab_size, "context": told["context"]}
+    arguments: Any = OmegaConf.to_container(config.model)
+    return {**arguments, "vocab_size": vocab_size, "context": told["context"]}
 
 
 if __name__ == "__main__":

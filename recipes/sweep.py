@@ -68,10 +68,11 @@ def main() -> None:
                 failed[job.name] = f"ended with status {status}" if status else "ended without leaving a model"
                 bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
             bar.update(0 if signals else 1)
-        for job in [job for job in waiting if job.after and job.after.name in failed]:
-            waiting.remove(job)
-            failed[job.name] = f"was not started, since {job.after.name} failed"
-            bar.update()
+        for job in list(waiting):
+            if job.after and job.after.name in failed:
+                waiting.remove(job)
+                failed[job.name] = f"was not started, since {job.after.name} failed"
+                bar.update()
         while len(running) < run.jobs and not signals and (ready := [job for job in waiting if is_ready(job)]):
             waiting.remove(ready[0])
             place = min(set(range(run.jobs)) - running.keys())
@@ -97,7 +98,8 @@ def main() -> None:
 
 def refuse_unknown_recipes(jobs: Iterable[Job]) -> None:
     """Recipes and configs are looked for before the first run starts, and named."""
-    faults, recipes = {}, {}
+    faults: dict[str, None] = {}
+    recipes: dict[str, None] = {}
     for job in jobs:
         try:
             command = job.command()

@@ -22,6 +22,7 @@ from grr.components import (
     ClassToken,
     CrossAttention,
     CrossAttentionPooler,
+    Dropout,
     FeedForward,
     LayerNorm,
     LearnedPositions,
@@ -73,6 +74,7 @@ PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "CrossAttention": (lambda: CrossAttention(16, 2), lambda m, x: m(x, x.flip(1))),
     "AttentionPooler": (lambda: AttentionPooler(16, 4, 2), lambda m, x: m(x)),
     "CrossAttentionPooler": (a_cross_attention_pooler, lambda m, x: m(x)),
+    "Dropout": (lambda: Dropout(0.5).eval(), lambda m, x: m(x)),
     "ClassToken": (lambda: ClassToken(16), lambda m, x: m(x)),
     "Block": (a_block, lambda m, x: m(x, positions=GRID, context=x.flip(1))),
 }
@@ -163,6 +165,8 @@ def test_everything_public_has_a_docstring():
 
 def test_the_folder_refuses_to_be_imported_by_its_bare_name():
     root = Path(grr.components.__file__).resolve().parents[1]
-    outcome = subprocess.run([sys.executable, "-c", "import components"], cwd=root, capture_output=True, text=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", "import components"], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert outcome.returncode == 1
     assert "ImportError: import grr.components, not components: the folder is part of the package grr" in outcome.stderr

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import pydoc
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from grr.builders import (
     MODELS,
     baseline_coca,
     baseline_vit,
+    coca,
     grr_coca,
     grr_coca_2b,
     grr_coca_tiny,
     grr_vit,
     original_coca,
+    preset,
     text_decoder,
     vision_transformer,
 )
@@ -98,6 +101,20 @@ def test_every_named_model_shows_its_arguments_and_says_what_it_is(name):
     assert builder.__doc__
     assert builder.__name__ == name
     assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(builder).parameters.values())
+
+
+def test_help_shows_what_a_preset_takes_and_its_own_defaults():
+    text = pydoc.plain(pydoc.render_doc(grr_coca_tiny))
+    assert "function grr_coca_tiny in module grr.builders" in text
+    for part in ("vision_norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'", "dim: int = 64", "-> grr.model.CoCa",
+                 "trains on a laptop CPU"):  # fmt: skip
+        assert part in text
+    assert inspect.signature(grr_coca_2b).parameters.keys() == inspect.signature(coca).parameters.keys()
+
+
+def test_a_preset_of_an_argument_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="dims=32"):
+        preset(coca, "mine", "Mine.", dims=32)
 
 
 def test_a_model_prints_what_it_is_made_of():

@@ -236,9 +236,9 @@ def wheel(tmp_path_factory) -> dict[str, object]:
     """What runs the command of a wheel that was built and installed into a folder: a program, and its environment."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", str(ROOT), "-w", str(folder)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", str(ROOT), "-w", str(folder)], check=True, timeout=300)
     (file,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(file)], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(file)], check=True, timeout=300)
     return {"program": (str(folder / "site/bin/grr"),), "PYTHONPATH": str(folder / "site")}
 
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from waiting import wait_until
 
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import epoch_order
@@ -30,7 +31,7 @@ class Painted:
 
     captions: list[str]
     image_of: np.ndarray
-    errors: dict[int, Exception] = field(default_factory=dict)  # by sample
+    errors: dict[int, BaseException] = field(default_factory=dict)  # by sample
     seconds: float = 0.0
     loaded: list[int] = field(default_factory=list)
 
@@ -188,7 +189,7 @@ def test_each_bad_sample_is_logged_and_counted(caplog):
         steps = list(validation(pairs))
     causes = {5: "its caption is empty", 9: "cut off", 30: "[Errno 2] no such file: '30.png'"}
     logged = [record.getMessage() for record in caplog.records]
-    expected = {f"bad sample {i}.png#{i}, replaced: {cause}" for i, cause in causes.items()}
+    expected = {f"bad sample {i}.png#{i}, left out: {cause}" for i, cause in causes.items()}
     assert set(logged) == expected
     assert sum(batch.replaced for step in steps for batch in step) == len(logged) >= 3
 
@@ -214,7 +215,7 @@ def test_a_run_stops_where_too_many_samples_are_bad(workers):
 
 def test_few_samples_are_no_reason_to_stop():
     """6 of 30 are bad, but fewer than 100 have been read."""
-    assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 3
+    assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -239,31 +240,75 @@ def test_an_error_that_is_no_bad_sample_reaches_the_main_thread(workers):
         names(training(pairs, workers=workers), 5)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration(), GeneratorExit()], ids=repr)
+def test_what_is_not_an_exception_ends_the_run_with_an_error(workers, error):
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            names(training(painted(errors={3: error}), workers=workers), 5)
+        except BaseException as other:
+            raised.append(other)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert type(raised[0]) is RuntimeError
+    assert f"a thread that reads data must not raise {error!r}" in str(raised[0])
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_without_threads_an_interrupt_stays_an_interrupt(error):
+    with pytest.raises(type(error)):
+        names(training(painted(errors={3: error}), workers=0), 5)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_validation_goes_once_over_an_order_that_never_changes(workers):
+def test_validation_reads_batches_that_never_change(workers):
     pairs = painted()
     once = names(validation(pairs, workers=workers))
-    assert once == names(validation(pairs, workers=workers)) == names(training(pairs, seed=0), len(once))
-    assert len(once) == steps_per_epoch(pairs, 8) == 36 // 8
+    whole = steps_per_epoch(pairs, 8)
+    assert once == names(validation(pairs, workers=workers))
+    assert once[:whole] == names(training(pairs, seed=0), whole)
 
 
-@given(images=st.integers(1, 40), world=st.integers(1, 4), micro_batch_size=st.integers(1, 5), rounds=st.integers(1, 3))
-def test_validation_needs_no_more_than_an_image_for_each_process(images, world, micro_batch_size, rounds):
-    pairs = painted(images, 2)
-    sizes = {"batch_size": world * micro_batch_size * rounds, "micro_batch_size": micro_batch_size, "workers": 0}
-    if images < world:
-        with pytest.raises(ValueError, match=rf"got {images} images for world={world} processes; add images or use"):
-            validation(pairs, 0, world, **sizes)
-        return
-    ranks = [names(validation(pairs, rank, world, **sizes)) for rank in range(world)]
-    assert len({str([[len(b) for b in step] for step in steps]) for steps in ranks}) == 1
-    step = [name for rank in ranks for batch in rank[0] for name in batch]
-    assert len({name.split("#")[0] for name in step}) == len(step)
-    if images < sizes["batch_size"]:
-        unit = world * min(micro_batch_size, images // world)
-        assert images - unit < len(step) <= images
-    else:
-        assert len(step) == sizes["batch_size"]
+@given(images=st.integers(2, 40), captions=st.integers(1, 3), world=st.integers(1, 4), micro=st.integers(1, 5),
+       rounds=st.integers(1, 3))  # fmt: skip
+def test_validation_holds_every_pair_once_and_contrasts_batches_of_one_size(images, captions, world, micro, rounds):
+    """For any number of processes; every process makes the same number of calls of the same shapes."""
+    pairs = painted(images, captions)
+    sizes = {"batch_size": world * micro * rounds, "micro_batch_size": micro, "workers": 0}
+    ranks = [list(validation(pairs, rank, world, **sizes)) for rank in range(world)]
+    assert len({str([[(*b.images.shape, b.contrast) for b in step] for step in steps]) for steps in ranks}) == 1
+    read = [[name for rank in ranks for batch in rank[k] for name in batch.names] for k in range(len(ranks[0]))]
+    assert sorted(itertools.chain(*read)) == sorted(pairs.ids)
+    size = min(sizes["batch_size"], images)
+    for step, held in zip(ranks[0], read, strict=True):
+        assert all(len(batch.images) <= micro for batch in step)
+        if step[0].contrast:
+            assert len({name.split("#")[0] for name in held}) == len(held) == size
+    assert sum(step[0].contrast for step in ranks[0]) == steps_per_epoch(pairs, size)
+    for batch in itertools.chain(*itertools.chain(*ranks)):
+        assert (batch.labels[~batch.kept] == IGNORE).all()
+        assert (batch.labels[batch.kept] != IGNORE).any(1).all()
+        assert batch.kept.sum() == len(batch.names)
+
+
+@given(bad=st.sets(st.integers(0, 19), max_size=18), batch_size=st.sampled_from([8, 64]))
+def test_a_validation_leaves_bad_samples_out_and_judges_every_other_pair_once(bad, batch_size):
+    """Also where all images are in one batch, so that none is left to stand in for another."""
+    pairs = painted(20, 1, errors={i: BadImage("cut off") for i in bad})
+    steps = list(validation(pairs, batch_size=batch_size, max_bad_fraction=1))
+    read = [name for step in steps for batch in step for name in batch.names]
+    assert sorted(read) == sorted(name for i, name in enumerate(pairs.ids) if i not in bad)
+    assert sum(batch.replaced for step in steps for batch in step) == len(bad)
+
+
+def test_a_validation_of_one_image_is_refused_because_nothing_is_contrasted():
+    with pytest.raises(ValueError, match="needs two images or more, to contrast one with another, got 1"):
+        validation(painted(1, 5))
 
 
 def test_twenty_pairs_are_one_batch_of_validation():
@@ -295,9 +340,9 @@ def test_arguments_out_of_range_are_refused_before_anything_is_read(arguments, m
 
 def test_threads_read_the_samples_of_one_micro_batch_together():
     """Every load waits until four are under way."""
-    pairs, together = painted(), threading.Barrier(4, timeout=20)
+    pairs, together = painted(), threading.Barrier(4)
     load = pairs.load
-    pairs.load = lambda i, **how: (together.wait(), load(i, **how))[1]
+    pairs.load = lambda i, **how: (together.wait(timeout=20), load(i, **how))[1]
     next(training(pairs, micro_batch_size=4, workers=4))
 
 
@@ -331,6 +376,7 @@ def test_a_program_that_stops_in_the_middle_ends(ending, code):
     """Threads of it are reading large images all the while."""
     program = f"""
 import sys
+sys.path.append("..")
 from test_data_loader import painted, training
 pairs = painted(200, 1, seconds=0.02)
 steps = training(pairs, image_size=2000, workers=4)
@@ -341,11 +387,3 @@ next(steps)
     run = subprocess.run([sys.executable, "-c", program], cwd=where, timeout=60, capture_output=True, text=True)
     assert run.returncode == code, run.stderr
     assert run.stderr.splitlines()[-1:] == (["RuntimeError: enough"] if code == 1 else [])
-
-
-def wait_until(condition, seconds: float = 20) -> None:
-    """Return as soon as it holds; fail if it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

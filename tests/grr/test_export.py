@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -10,20 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from grr.builders import coca, grr_coca_tiny
 from grr.checkpoint import save_model
 from grr.export import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.generate import generate
-from grr.images import load_image, normalize
+from grr.images import FORMATS, load_image, normalize
 from grr.open_clip import open_clip_coca
 from grr.pretrained import describe, find_pretrained
 from grr.tokenizer import Tokenizer, train_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')
-from grr.run_onnx import Captioner  # noqa: E402  # it imports onnxruntime
+from grr import run_onnx  # noqa: E402  # it imports onnxruntime
+from grr.run_onnx import Captioner  # noqa: E402
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
 CONTEXT = 16
@@ -223,3 +225,14 @@ def test_without_onnx_the_remedy_is_told(exported, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"ONNX is not installed; pip install \"grr-coca\[export\]\""):
         save_onnx(exported[2]["text"], None, tmp_path / "text.onnx")
+
+
+def test_the_exported_example_opens_the_formats_of_the_library_and_regular_files_alone(exported, tmp_path):
+    assert run_onnx.FORMATS == FORMATS
+    captioner = Captioner(exported[-1])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"pipe.jpg must be an image file"):
+        captioner.read_image(tmp_path / "pipe.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n")
+    with pytest.raises(UnidentifiedImageError):
+        captioner.read_image(tmp_path / "a.jpg")

@@ -134,6 +134,9 @@ def test_clip_resizes_the_whole_and_then_cuts_out_the_middle(width, height, size
 def test_an_image_too_narrow_to_be_resized_is_bad():
     with pytest.raises(BadImage, match="1 x 40000 pixels are too narrow: a side of 224 would take 224 x 8960000"):
         to_tensor(Image.new("RGB", (1, 40_000)), size=224, crop="clip")
+    with pytest.raises(BadImage, match="a side of 224 would take 224 x 89600"):  # 80 MB for 400 pixels
+        to_tensor(Image.new("RGB", (1, 400)), size=224, crop="clip")
+    assert to_tensor(Image.new("RGB", (1, 100)), size=224, crop="clip").shape == (3, 224, 224)
 
 
 def test_center_keeps_the_shape_and_cuts_the_longer_side():

@@ -9,6 +9,7 @@ from grr.builders import grr_coca_tiny
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
 from grr.model import CoCa, VisionTransformer
 from grr.packing import IGNORE, pack, pack_captions
+from grr.parallelize import parallelize
 
 PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16
 captions = st.lists(st.lists(st.integers(3, 509), max_size=CONTEXT - 3), min_size=1, max_size=4)
@@ -127,14 +128,11 @@ def test_reading_with_caches_in_any_pieces_gives_the_same_next_token(model, piec
 
 
 def test_a_checkpointed_model_has_the_same_gradients_with_dropout_drawn_again():
-    from grr.distributed import checkpoint_activations
-
     gradients = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model = grr_coca_tiny(dropout=0.3)
-        if checkpointed:
-            checkpoint_activations(model)
+        parallelize(model, torch.device("cpu"), checkpoint_activations=checkpointed)
         torch.manual_seed(1)
         model(torch.ones(2, 3, 32, 32), rows([[5], [6]])[:, :-1]).logits.square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

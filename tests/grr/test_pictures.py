@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr.images import BadImage, load_image
+from grr.images import BadImage, _formats, load_image
 from grr.pictures import batches, find_images, read_batches, read_images, thumbnails
 
 
@@ -39,6 +39,15 @@ def test_every_item_is_read_once_in_its_batch_or_named(count, size, bad):
         assert (batch.pixels is None) == (not batch.good)
         assert batch.pixels is None or batch.pixels.flatten().tolist() == batch.good
         assert batch.bad == {i: f"no. {i}" for i in sorted([*batch.good, *batch.bad]) if i in bad}
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration()], ids=repr)
+def test_what_is_not_an_exception_ends_the_reading_with_an_error(error):
+    def read(i: int) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(RuntimeError, match="a thread that reads data must not raise"):
+        list(read_batches(read, [[0, 1], [2]]))
 
 
 def test_the_next_batch_is_read_while_one_is_worked_on_and_no_more():
@@ -112,7 +121,8 @@ def test_neither_a_pipe_nor_a_device_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("/dev/zero")
     (batch,) = read_images(find_images(tmp_path), image_size=16, crop="squash", batch_size=3)
-    assert set(batch.bad.values()) == {"not a file but a pipe, socket or device"}
+    reasons = [f"not a readable image: must be a regular file, but is a {kind}" for kind in ("pipe", "device")]
+    assert list(batch.bad.values()) == reasons
 
 
 def test_a_thumbnail_is_whole_and_small_and_keeps_its_shape(tmp_path):
@@ -122,5 +132,5 @@ def test_a_thumbnail_is_whole_and_small_and_keeps_its_shape(tmp_path):
     (tmp_path / "d.png").write_bytes(b"no")
     seen = dict(thumbnails(find_images(tmp_path), side=100))
     shapes = [list(x.shape) if isinstance(x, torch.Tensor) else x for x in seen.values()]
-    assert shapes == [[3, 40, 100], [3, 40, 10], [3, 1, 100], "not a readable image: its content has no format that is "
-                      "known"]  # fmt: skip
+    assert shapes == [[3, 40, 100], [3, 40, 10], [3, 1, 100], "not a readable image: its content is none of "
+                      + ", ".join(_formats())]  # fmt: skip

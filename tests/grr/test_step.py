@@ -58,7 +58,7 @@ def test_any_split_gives_the_losses_and_gradients_of_the_formula_on_the_whole_ba
     model.zero_grad(set_to_none=True)
 
     losses = global_batch_step(model, split(images, rows, pieces), 0, contrastive=contrastive)
-    assert losses == pytest.approx((loss.item(), contrast.item(), caption.item()), rel=1e-5)
+    assert losses == pytest.approx((loss.item(), contrast.item(), caption.item(), 8, 2.0, 1.0), rel=1e-5)
     for name, p in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
