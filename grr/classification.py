@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grr.data import Batch, Labelled
 from grr.distributed import all_sum, on_rank_0, unsharded
 from grr.images import BadImage, Crop
+from grr.loss import at_least_float32
 from grr.model import evaluating
 from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
@@ -118,7 +119,7 @@ def _classes(batch: Batch) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum",
+    return F.cross_entropy(at_least_float32(logits), classes, ignore_index=IGNORE, reduction="sum",
                            label_smoothing=label_smoothing)  # fmt: skip
 
 
