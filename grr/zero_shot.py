@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grr.finite import check_finite_outputs
 from grr.model import CoCa
 from grr.packing import pack_captions
 from grr.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], 
 
 @torch.no_grad()
 def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
-    """Embed n texts, one at least: float32 [n, e], unit length."""
+    """Embed n texts, one at least: float32 [n, e], unit length. Raises ValueError if the model computes NaN."""
     was_training = model.training
     model.eval()
     embeddings = []
@@ -42,7 +43,9 @@ def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device:
         ids, positions, _ = pack_captions(rows, pad_id=tokenizer.pad_id)
         embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
     model.train(was_training)
-    return torch.cat(embeddings)
+    whole = torch.cat(embeddings)
+    check_finite_outputs("embed_texts", whole, texts)
+    return whole
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
