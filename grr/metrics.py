@@ -56,8 +56,8 @@ def cider(references: list[list[str]], hypotheses: list[str]) -> float:
     """CIDEr-D: cosine similarity of n-grams with each reference, those of few images weighing most.
 
     Arguments and errors as in `caption_metrics`. How rare an n-gram is comes from the references given, so the number
-    depends on the whole set of images, and is 0 for a single one. Between 0 and 10. Source: Vedantam et al. 2015; in its variant D counts
-    are clipped and differences in length penalised.
+    depends on the whole set of images, and is 0 for a single one. Between 0 and 10. Source: Vedantam et al. 2015; in
+    its variant D counts are clipped and differences in length penalised.
     """
     return _cider(*_words("cider", references, hypotheses))
 
@@ -68,9 +68,9 @@ TREEBANK = TreebankWordTokenizer()
 PUNCTUATION = {"", "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what COCO leaves out
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}  # COCO keeps these
 WHOLE = re.compile(  # what Stanford's tokenizer keeps in one piece, which Treebank's rules would split
-    r"""(<(?:[!?][a-z-][^>]*|/?[a-z][\w:.-]*(?:\s+(?:[a-z][\w:.-]*(?:\s*=\s*["'][^"']*["'])?))*\s*/?)>"""  # <unk>
+    r"""(<(?:[!?][a-z-][^>]{0,99}|/?[a-z][\w:.-]*(?:\s+(?:[a-z][\w:.-]*(?:\s*=\s*["'][^"']*["'])?))*\s*/?)>"""  # <unk>
     r"|https?://[^\s<>]*[^\s<>.,;:!?)\"']"
-    r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)*|(?<!\S)[@#][a-z][a-z0-9]*"  # addresses, names, hash tags
+    r"|(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*|(?<!\S)[@#][a-z][a-z0-9]*"  # addresses, names, hash tags
     r"|[?!]{2,}"  # a single one is punctuation, two are a word
     r"|(?-i:\b[A-Z]{1,4}(?:&[A-Z]{1,4})+\b))",  # AT&T
     re.IGNORECASE,
