@@ -17,6 +17,7 @@ from grr.builders import MODELS
 from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights, read_progress
 from grr.components import PAIRING
 from grr.distributed import on_rank_0
+from grr.finite import check_finite_weights
 from grr.images import Crop
 from grr.model import CoCa
 from grr.open_clip import OPEN_CLIP_MODELS
@@ -56,8 +57,8 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
         image = load_image("photo.jpg", size=image_size, crop=crop)
 
-    A quantised model computes in `dtype` as well. Raises as `find_pretrained` and `load_weights` do, and for a
-    quantised model as `load_quantized` does.
+    A quantised model computes in `dtype` as well. Raises as `find_pretrained` and `load_weights` do, for a quantised
+    model as `load_quantized` does, and ValueError if weights are too large for `dtype`.
     """
     source = find_pretrained(path)
     with torch.device("meta"):
@@ -68,6 +69,8 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model.to_empty(device=device)
         load_weights(source, model)
         model.to(dtype)  # checkpoints are read in the precision they were saved in
+        if dtype == torch.float16:
+            check_finite_weights("load_pretrained", model.state_dict(), f"{source.path} in {dtype}")
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 
@@ -131,8 +134,8 @@ def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
 def load_weights(source: Pretrained, model: nn.Module) -> None:
     """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike.
 
-    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on; and if
-    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa.
+    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on; if they
+    are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; and if one is not finite.
     """
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
@@ -146,6 +149,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
         load_checkpoint_weights(source.path, model)
     else:
         load_model_weights(source.path, model)
+    check_finite_weights("load_weights", model.state_dict(), str(source.path))
 
 
 def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
