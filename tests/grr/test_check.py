@@ -33,7 +33,8 @@ def photos(tmp_path, monkeypatch) -> Path:
     return tmp_path / "photos"
 
 
-SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8",
+SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8", "model.dim=32",
+         "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1", "model.multimodal_layers=1",
          "tokenizer.vocab_size=64", "schedule.warmup_steps=5"]  # fmt: skip
 
 
@@ -64,8 +65,9 @@ def test_each_fault_of_the_data_is_told(photos):
     lines[6] = "5.png,,train"
     table.write_text("\n".join(lines))
     told = wrong()
-    assert set(told) == {"empty", "unreadable", "shared"}
-    assert "1 of 32 captions" in told["empty"]
+    assert set(told) == {"skipped", "unreadable", "shared"}
+    assert "1 of 40 records: empty caption" in told["skipped"]
+    assert "photos/captions.csv line 7" in told["skipped"]
     assert "3.png#0: not a readable image" in told["unreadable"]
     assert told["shared"].startswith("1 images of validation in data, too, by their pixels")
 

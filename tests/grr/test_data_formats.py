@@ -181,7 +181,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch, name, arguments, mess
 
 @pytest.mark.parametrize(("text", "message"), [
     ("picture,words\na.png,x\n", r"must name the columns image and caption, got \['picture', 'words'\]"),
-    ("image,caption\na.png,x, y\n", "has 3 columns, the header 2; put captions with commas between quotation marks"),
+    ("image,caption\na.png,x, y\n", r"line 2 has 3 fields and the header 2 \(separator: comma\); put captions"),
     ("image,caption\n", "the table in .* names no image; add a row for each caption"),
     ("image,caption,split\na.png,x,some\n", "split must be train, validation or test, got 'some'"),
 ])  # fmt: skip
