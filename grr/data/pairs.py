@@ -180,7 +180,7 @@ def image_path(root: Path, name: str) -> Path:
 def split_name(who: str, split: str) -> str:
     """train, validation or test, by any of the names that data sets have for them. Raises ValueError for others."""
     if split not in SPLITS:
-        raise ValueError(f"{who}: split must be train, validation or test, got {split!r}")
+        raise ValueError(f"{who}: split must be train, validation or test, got {split!r}; write one of these")
     return SPLITS[split]
 
 

@@ -317,14 +317,13 @@ def _open_quote(who: str, file: Path, number: int, error: str) -> ValueError:
 
 
 def _wrong_number(who: str, file: Path, number: int, fields: list[str], table: Table) -> ValueError:
-    name = SEPARATORS[table.separator]
+    name, found = SEPARATORS[table.separator], f"{len(fields)} field{'s' * (len(fields) != 1)}"
     if table.separator in QUOTED:
         remedy = f"put captions with a {name} between quotation marks"
     else:
         remedy = f"take the {name} out of the caption" if len(fields) > len(table.header) else "mend the line"
     return ValueError(
-        f"{who}: {file} line {number} has {len(fields)} fields and the header {len(table.header)} (separator: {name}); "
-        + remedy
+        f"{who}: {file} line {number} has {found} and the header {len(table.header)} (separator: {name}); " + remedy
     )
 
 
