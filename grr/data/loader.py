@@ -27,6 +27,7 @@ from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
 from grr.images import BadImage, Crop
 from grr.packing import pack_captions
+from grr.printable import printable
 from grr.threads import in_thread
 from grr.tokenizer import Tokenizer
 
@@ -226,7 +227,7 @@ def _consume(node: BaseNode[tuple[Batch | None, list[_Bad]]], micro_batches: int
     try:
         for batch, bad in node:
             for name, cause in bad:
-                logger.warning("bad sample %s, replaced: %s", name, cause)
+                logger.warning("bad sample %s, replaced: %s", printable(name), printable(cause))
             all_bad += bad
             if batch is None:
                 raise ValueError(f"data: no readable sample was found for a place in a batch, among those tried: "
@@ -246,7 +247,7 @@ def _consume(node: BaseNode[tuple[Batch | None, list[_Bad]]], micro_batches: int
 
 
 def _some(bad: list[_Bad]) -> str:
-    return "; ".join(f"{name}: {cause}" for name, cause in bad[:3])
+    return "; ".join(f"{printable(name)}: {printable(cause)}" for name, cause in bad[:3])
 
 
 _running: weakref.WeakSet[Generator[list[Batch], None, None]] = weakref.WeakSet()
