@@ -6,6 +6,7 @@ if __name__ == "components":
 from .attention import CrossAttention, KeyValueCache, SelfAttention
 from .block import Block, BlockCache
 from .class_token import ClassToken
+from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
 from .feed_forward import GEGLU, FeedForward
 from .norms import LayerNorm, RMSNorm
 from .patches import PatchEmbedding
@@ -23,6 +24,8 @@ __all__ = [
     "ClassToken",
     "CrossAttention",
     "CrossAttentionPooler",
+    "Dropout",
+    "DropoutKeys",
     "FeedForward",
     "KeyValueCache",
     "LayerNorm",
@@ -33,5 +36,7 @@ __all__ = [
     "RotaryEmbedding",
     "SelfAttention",
     "SinusoidalPositions",
+    "dropout_keys",
+    "fold_in",
     "rotate",
 ]

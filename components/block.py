@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .attention import KeyValueCache
+from .dropout import Dropout, DropoutKeys
 
 
 class BlockCache(NamedTuple):
@@ -18,7 +19,8 @@ class Block(nn.Module):
     """Attention, attention to a context, or one after the other; then a feed-forward network; each on normalised input.
 
     x: [b, s, d], positions and mask: as the attention takes them, context: [b, t, c] -> [b, s, d]. Every branch is
-    added to the residual stream through dropout, and nothing else is dropped. The parts may be any modules of these
+    added to the residual stream through dropout, and nothing else is dropped; dropout_keys, of rows [3, b, s], key the
+    masks of the three branches in this order. The parts may be any modules of these
     signatures: attention(x, positions=, cache=), and mask= where the block is called with one,
     cross_attention(x, context, cache=), feed_forward(x), norms(x). Raises ValueError if an attention is given without
     its norm, a norm without its attention, or no attention at all.
@@ -39,16 +41,20 @@ class Block(nn.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.cross_attention_norm, self.cross_attention = cross_attention_norm, cross_attention
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None,
-                context: Tensor | None = None, cache: BlockCache | None = None) -> Tensor:  # fmt: skip
+                context: Tensor | None = None, cache: BlockCache | None = None,
+                dropout_keys: DropoutKeys | None = None) -> Tensor:  # fmt: skip
+        keys: list[DropoutKeys | None] = [None] * 3
+        if dropout_keys is not None:
+            keys = [DropoutKeys(rows, dropout_keys.columns) for rows in dropout_keys.rows.unbind()]
         if self.attention is not None and self.attention_norm is not None:
             inputs = {"positions": positions, "cache": cache.tokens if cache else None}
             if mask is not None:
                 inputs["mask"] = mask
-            x = x + self.dropout(self.attention(self.attention_norm(x), **inputs))
+            x = x + self.dropout(self.attention(self.attention_norm(x), **inputs), keys[0])
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             seen = cache.context if cache else None
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), context, cache=seen))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), context, cache=seen), keys[1])
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), keys[2])

@@ -32,8 +32,8 @@ def compute_in_bf16(model: nn.Module, entrances: Sequence[str]) -> None:
     """Make the forward pass and the entrances of a model compute in bfloat16, and give float32.
 
     Parameters, and so gradients, optimizer and checkpoints, stay what they are. Each block casts its own parameters, so
-    that a block whose activations are computed again casts them again. After `compile_blocks`, so that what is
-    compiled reads bfloat16; before `checkpoint_activations`.
+    that a block whose activations are computed again casts them again. `parallelize` calls it, after compiling, so that
+    what is compiled reads bfloat16.
     """
     inside: set[nn.Module] = set()
     for block in (module for module in model.modules() if isinstance(module, Block)):

@@ -5,8 +5,9 @@ function with other defaults, so each of them takes all of its arguments.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -172,76 +173,160 @@ def coca(*, vision_norm: Norm = "rmsnorm", vision_feed_forward: FeedForwardKind 
     )
 
 
+P = ParamSpec("P")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def preset(builder: Callable[..., Model], name: str, doc: str, **defaults: Any) -> Callable[..., Model]:
-    """The same builder under another name, with other defaults; its signature shows them."""
-    function = functools.partial(builder, **defaults)
-    vars(function).update(__name__=name, __doc__=doc)
+def preset(
+    builder: Callable[P, Model], name: str, doc: str, /, *args: P.args, **defaults: P.kwargs
+) -> Callable[P, Model]:
+    """Returns a builder under another name with other defaults, which takes the arguments of `builder`.
+
+    Type checkers and editors read the arguments from `builder`; help() and configs read the new defaults too.
+    Raises ValueError if a default is not an argument of `builder`.
+    """
+    with_defaults: Callable[..., Model] = functools.partial(builder, *args, **defaults)
+
+    @functools.wraps(builder)
+    def function(*args: P.args, **arguments: P.kwargs) -> Model:
+        return with_defaults(*args, **arguments)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc
+    vars(function)["__signature__"] = inspect.signature(with_defaults)
     return function
 
 
 # --- the three models, at the paper's size -------------------------------------------------------------------------
 
-GRR: dict[str, Any] = {"norm": "rmsnorm", "feed_forward": "geglu", "position": "rope"}
-CLASSIC: dict[str, Any] = {"norm": "layernorm", "feed_forward": "mlp", "position": "sinusoidal"}
-
-
-def _of(part: str, choices: dict[str, Any]) -> dict[str, Any]:
-    return {f"{part}_{key}": value for key, value in choices.items()}
-
-
-grr_vit = preset(vision_transformer, "grr_vit",
+grr_vit = preset(
+    vision_transformer,
+    "grr_vit",
     """The GRR vision encoder: RMSNorm, GEGLU and rotary positions in every block. 86,487,384 parameters.
 
-    Source: GRR-CoCa, section 3.1 and figure 1.""", **GRR)  # fmt: skip
+    Source: GRR-CoCa, section 3.1 and figure 1.""",
+    norm="rmsnorm",
+    feed_forward="geglu",
+    position="rope",
+)
 
-baseline_vit = preset(vision_transformer, "baseline_vit",
+baseline_vit = preset(
+    vision_transformer,
+    "baseline_vit",
     """The classic ViT: LayerNorm, GELU MLP, absolute positions. 85,801,728 parameters.
 
-    Source: GRR-CoCa, figure 1; Dosovitskiy et al. 2020.""", **CLASSIC)  # fmt: skip
+    Source: GRR-CoCa, figure 1; Dosovitskiy et al. 2020.""",
+    norm="layernorm",
+    feed_forward="mlp",
+    position="sinusoidal",
+)
 
-grr_coca = preset(coca, "grr_coca",
+grr_coca = preset(
+    coca,
+    "grr_coca",
     """GRR-CoCa: RMSNorm, GEGLU and rotary positions in all three towers. 394,548,926 parameters.
 
-    Source: GRR-CoCa, section 3.1 and table 1.""", **_of("vision", GRR), **_of("text", GRR))  # fmt: skip
+    Source: GRR-CoCa, section 3.1 and table 1.""",
+    vision_norm="rmsnorm",
+    vision_feed_forward="geglu",
+    vision_position="rope",
+    text_norm="rmsnorm",
+    text_feed_forward="geglu",
+    text_position="rope",
+)
 
-baseline_coca = preset(coca, "baseline_coca",
+baseline_coca = preset(
+    coca,
+    "baseline_coca",
     """Baseline CoCa: GRR-CoCa's text decoders with the classic ViT. 393,863,270 parameters.
 
-    Source: GRR-CoCa, section 3.1 and table 1.""", **_of("vision", CLASSIC), **_of("text", GRR))  # fmt: skip
+    Source: GRR-CoCa, section 3.1 and table 1.""",
+    vision_norm="layernorm",
+    vision_feed_forward="mlp",
+    vision_position="sinusoidal",
+    text_norm="rmsnorm",
+    text_feed_forward="geglu",
+    text_position="rope",
+)
 
-original_coca = preset(coca, "original_coca",
+original_coca = preset(
+    coca,
+    "original_coca",
     """The CoCa of Yu et al. 2022: LayerNorm, GELU MLP and absolute positions in all three towers.""",
-    **_of("vision", CLASSIC), **_of("text", CLASSIC))  # fmt: skip
+    vision_norm="layernorm",
+    vision_feed_forward="mlp",
+    vision_position="sinusoidal",
+    text_norm="layernorm",
+    text_feed_forward="mlp",
+    text_position="sinusoidal",
+)
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
-grr_coca_tiny = preset(grr_coca, "grr_coca_tiny",
+grr_coca_tiny = preset(
+    grr_coca,
+    "grr_coca_tiny",
     """A model that trains on a laptop CPU in seconds; the tests use it.""",
-    vocab_size=512, context=16, image_size=32, patch_size=8, dim=64, num_heads=2, vision_layers=2, text_layers=2,
-    multimodal_layers=2)  # fmt: skip
+    vocab_size=512,
+    context=16,
+    image_size=32,
+    patch_size=8,
+    dim=64,
+    num_heads=2,
+    vision_layers=2,
+    text_layers=2,
+    multimodal_layers=2,
+)
 
-grr_coca_small = preset(grr_coca, "grr_coca_small",
+grr_coca_small = preset(
+    grr_coca,
+    "grr_coca_small",
     """A model for one GPU and a few hours: half the width and half the depth of the paper's.""",
-    image_size=144, dim=384, num_heads=6, vision_layers=6, text_layers=6, multimodal_layers=6)  # fmt: skip
+    image_size=144,
+    dim=384,
+    num_heads=6,
+    vision_layers=6,
+    text_layers=6,
+    multimodal_layers=6,
+)
 
-grr_coca_large = preset(grr_coca, "grr_coca_large",
+grr_coca_large = preset(
+    grr_coca,
+    "grr_coca_large",
     """The shape of CoCa-Large (Yu et al. 2022, table 1).""",
-    dim=1024, num_heads=16, vision_layers=24)  # fmt: skip
+    dim=1024,
+    num_heads=16,
+    vision_layers=24,
+)
 
-grr_coca_2b = preset(grr_coca, "grr_coca_2b",
+grr_coca_2b = preset(
+    grr_coca,
+    "grr_coca_2b",
     """The shape of the largest CoCa (Yu et al. 2022, table 1): 40 + 18 + 18 blocks, width 1,408, MLP width 6,144.
 
     Hidden widths are a multiple of the model's: 6144 / 1408 for an MLP, 2.7 / 4 of that for the ViT's GEGLU.""",
-    dim=1408, num_heads=16, vision_layers=40, text_layers=18, multimodal_layers=18,
-    vision_ffn_multiplier=2.7 / 4 * 6144 / 1408, text_ffn_multiplier=2.7 / 4 * 6144 / 1408)  # fmt: skip
+    dim=1408,
+    num_heads=16,
+    vision_layers=40,
+    text_layers=18,
+    multimodal_layers=18,
+    vision_ffn_multiplier=2.7 / 4 * 6144 / 1408,
+    text_ffn_multiplier=2.7 / 4 * 6144 / 1408,
+)
 
-original_coca_2b = preset(original_coca, "original_coca_2b",
+original_coca_2b = preset(
+    original_coca,
+    "original_coca_2b",
     """The largest CoCa of Yu et al. 2022, table 1, as it was: its 2.1 B parameters with their vocabulary of 64,000.""",
-    vocab_size=64_000, dim=1408, num_heads=16, vision_layers=40, text_layers=18, multimodal_layers=18,
-    vision_ffn_multiplier=6144 / 1408, text_ffn_multiplier=6144 / 1408)  # fmt: skip
+    vocab_size=64_000,
+    dim=1408,
+    num_heads=16,
+    vision_layers=40,
+    text_layers=18,
+    multimodal_layers=18,
+    vision_ffn_multiplier=6144 / 1408,
+    text_ffn_multiplier=6144 / 1408,
+)
 
 MODELS: dict[str, Callable[..., CoCa]] = {
     "grr_coca": grr_coca,

@@ -38,15 +38,28 @@ def series(rows: Sequence[Row], key: str, label: str, color: str, *, factor: flo
     return Series(label, color, steps, values, style)
 
 
+@dataclass
+class Level:
+    """A value to compare a curve with, drawn as a dashed line across the chart."""
+
+    label: str
+    value: float
+    color: str  # one of COLORS
+
+
 def chart(title: str, curves: Sequence[Series], *, wide: bool = False, log: bool = False, low: float | None = None,
-          high: float | None = None) -> str:  # fmt: skip
-    """A figure of curves over steps, or nothing if there is no number to draw. Ends of the axis may be given."""
+          high: float | None = None, levels: Sequence[Level] = (), best_step: int | None = None) -> str:  # fmt: skip
+    """A figure of curves over steps, or nothing if there is no number to draw. Ends of the axis may be given.
+
+    levels: values to compare the curves with; best_step: of the weights that the run keeps, a vertical line.
+    """
     if log:
         curves = [replace(s, steps=s.steps[s.values > 0], values=s.values[s.values > 0]) for s in curves]
     curves = [s for s in curves if len(s.values)]
     if not curves:
         return ""
-    y_low, y_high = _range(np.concatenate([s.values for s in curves]), log=log, low=low, high=high)
+    values = [s.values for s in curves] + [np.array([level.value]) for level in levels]
+    y_low, y_high = _range(np.concatenate(values), log=log, low=low, high=high)
     x_high = max(s.steps.max() for s in curves)
 
     def x(step: float) -> float:
@@ -63,6 +76,13 @@ def chart(title: str, curves: Sequence[Series], *, wide: bool = False, log: bool
     for tick in _ticks(0, x_high):
         if tick == int(tick):
             axes += f"<text class=step x={x(tick):.2f} y={BOTTOM + 17}>{_tick(tick)}</text>"
+    for level in levels:
+        axes += f'<g class="level {level.color}"><path d="M{LEFT} {y(level.value):.2f}H{RIGHT}"/>'
+        axes += f'<text x={RIGHT} y={y(level.value):.2f} dy="-.4em">{escape(level.label)}</text></g>'
+    if best_step is not None and best_step <= x_high:
+        axes += (
+            f'<path class=best d="M{x(best_step):.2f} {TOP}V{BOTTOM}"><title>step {best_step:,}, kept</title></path>'
+        )
     lines = "".join(_curve(s, x, y) for s in curves)
     named = [(escape(s.label), s) for s in curves if s.style != "thin"]
     legend = "".join(f"<span class={s.color}>{n} <output>{number(_mean(s)[-1])}</output></span>" for n, s in named)

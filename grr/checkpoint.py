@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from grr.disk import disk_errors
-from grr.distributed import on_rank_0
+from grr.distributed import all_max, on_rank_0
 from grr.weight_files import damage
 
 logger = logging.getLogger(__name__)
@@ -97,25 +97,63 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the whole checkpoint of the highest step in folder; None if there is none. Nothing is changed on disk.
+    """Find the whole checkpoint of the highest step in folder; None if none was ever whole. Nothing is changed on disk.
 
     Whole means that every file has the size and sha256 of manifest.json. A damaged one is logged and passed over.
+    Raises ValueError naming the faults if there are checkpoints and every one is damaged, so that a run never begins
+    again at step 0 over its own log. A `.tmp` that a killed run left unfinished is not damage.
     """
 
     def find() -> Path | None:
+        faults: list[str] = []
         for path in sorted(_checkpoints(folder), key=_rank_of_name, reverse=True):
             fault = _fault(path)
             if fault is None:
+                for fault in faults:
+                    logger.warning(
+                        "latest_checkpoint: %s; %s is used instead (restore the file, or delete the folder)",
+                        fault,
+                        path,
+                    )
                 return path
-            if path.suffix not in (".tmp", ".old"):  # those are what a killed run leaves, not damage
-                logger.warning(
-                    "latest_checkpoint: %s; the checkpoint before it is used (remedy: restore the file or delete %s)",
-                    fault,
-                    path,
-                )
+            if path.suffix not in (".tmp", ".old"):
+                faults.append(fault)
+        if faults:
+            raise ValueError(
+                f"latest_checkpoint: every checkpoint in {folder} is damaged: {'; '.join(faults)}; restore these "
+                f"files, set run.folder to a new folder, or delete {folder} to begin again at step 0"
+            )
         return None
 
     return on_rank_0(find)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise ValueError naming the fault and its remedy if a checkpoint is missing or damaged."""
+    if fault := on_rank_0(lambda: _fault(path)):
+        raise ValueError(
+            f"check_checkpoint: {fault}; restore the file from a copy, or fine-tune one of the checkpoints in "
+            f"{path.parent.parent / 'checkpoints'} (model.path) in a new run.folder"
+        )
+
+
+def adopt_checkpoint(path: Path) -> Path:
+    """Give a whole checkpoint its own name, where a kill left it as step_N.tmp or step_N.old; returns its path.
+
+    A damaged folder of that name gives way.
+    """
+    if not path.suffix:
+        return path
+    named = path.with_suffix("")
+
+    def rename() -> None:
+        if named.exists():
+            shutil.rmtree(named)
+        path.rename(named)
+        _fsync(named.parent)
+
+    on_rank_0(rename)
+    return named
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer,
@@ -196,18 +234,6 @@ def remove_checkpoints_after(folder: Path, step: int) -> None:
                 shutil.rmtree(path)
 
     on_rank_0(remove)
-
-
-def refuse_another_run(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A checkpoint continues the run that wrote it, on the same data in the same order: raises ValueError for another.
-
-    saved, wanted: the run's identity as its progress has it and as the config has it.
-    """
-    changed = [f"{key}: {saved.get(key)} there, {value} here" for key, value in wanted.items()
-               if saved.get(key) != value]  # fmt: skip
-    if changed:
-        raise ValueError(f"refuse_another_run: {folder} holds the checkpoints of another run ({'; '.join(changed)}); "
-                         "set another run.folder, or go back to the config saved in that folder")  # fmt: skip
 
 
 def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer_path: Path | None) -> None:
@@ -317,27 +343,34 @@ class RunLock:
 
 
 class StopSignal:
-    """Note SIGTERM, and SIGINT once, so that a loop can save and leave; a second SIGINT raises KeyboardInterrupt.
+    """Note a request to stop, so that a loop can save and leave: SIGTERM, the first SIGINT, or the death of torchrun.
 
-    To be made in the main thread of every rank.
+    A second SIGINT raises KeyboardInterrupt. To be made in the main thread of every rank.
     """
 
     def __init__(self) -> None:
-        self._seen = False
+        self._status = 0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
 
+    @property
+    def status(self) -> int:
+        """What this process was asked for: 0, or the exit status of an interrupted run.
+
+        130 after SIGINT, 143 after SIGTERM, and 143 for a worker that outlived its torchrun: no one would stop it.
+        """
+        if not self._status and self._launcher is not None and os.getppid() != self._launcher:
+            self._status = 128 + signal.SIGTERM
+        return self._status
+
     def requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks call it together and get the same answer."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            seen = torch.tensor([self._seen], dtype=torch.uint8, device=device)
-            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-            self._seen = bool(seen.item())
-        return self._seen
+        self._status = all_max(self.status)
+        return self._status > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._seen = True
+        self._status = 128 + number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -441,17 +474,25 @@ def _fault(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, naming the first at fault; None if it is whole."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = [(path / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+        files = [(path / name, int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
     except FileNotFoundError:
         return f"{path / 'manifest.json'} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{path / 'manifest.json'} is damaged"
+    if not {"progress.json", ".metadata"} <= {file.name for file, _, _ in files}:
+        return f"{path / 'manifest.json'} does not name every file of a checkpoint"
+    if outside := next((file for file, _, _ in files if file.parent != path), None):
+        return f"{path / 'manifest.json'} names {outside}, which is outside of the checkpoint"
     for file, size, _ in files:
         if not file.is_file():
             return f"{file} is missing"
         if (found := file.stat().st_size) != size:
             return f"{file} has {found} bytes where manifest.json says {size}"
-    for (file, _, saved), digest in zip(files, _sha256(file for file, _, _ in files), strict=True):
+    try:
+        digests = _sha256(file for file, _, _ in files)
+    except OSError as error:
+        return f"{error.filename or path} cannot be read ({error.strerror})"
+    for (file, _, saved), digest in zip(files, digests, strict=True):
         if digest != saved:
             return f"{file} does not have the sha256 of manifest.json"
     return None

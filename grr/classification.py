@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grr.data import Batch, Labelled
-from grr.distributed import all_sum, on_rank_0, reset_seed, unsharded
+from grr.distributed import all_sum, on_rank_0, unsharded
 from grr.images import BadImage, Crop
+from grr.loss import at_least_float32
+from grr.model import evaluating
 from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
 from grr.report import Answer
+from grr.step import seed_dropout
 from grr.tokenizer import Tokenizer
 
 SHOWN = 24  # answers of the report
@@ -36,16 +39,16 @@ def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *
     """Add the gradients of one optimizer step to the model, and give its scores.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout, of each micro-batch by its place in the global batch. The loss is the mean over the global batch;
-    label_smoothing is the part of each target that is spread evenly over all classes (Szegedy et al. 2016).
+    dropout (`grr.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
+    target that is spread evenly over all classes (Szegedy et al. 2016).
     Raises ValueError if the data have no classes.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     labelled = int(all_sum(sum(int((_classes(batch) != IGNORE).sum()) for batch in batches))[0])
     loss, right = 0.0, 0
     for i, batch in enumerate(batches):
-        torch.manual_seed(reset_seed(seed, i * world + rank))
-        logits = model(batch.images, batch.ids, positions=batch.positions)  # [b, c]
+        keys = seed_dropout(batch, seed, i)
+        logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
         total = _cross_entropy(logits, _classes(batch), label_smoothing)
         (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
         loss += total.item()
@@ -71,11 +74,8 @@ def classification_scores(model: nn.Module, pairs: Labelled, tokenizer: Tokenize
         labelled = int((classes != IGNORE).sum())
         return _cross_entropy(logits, classes, 0.0).item(), _count_right(logits, classes), labelled, len(members)
 
-    was_training = model.training
-    model.eval()
-    with unsharded(model):
+    with evaluating(model), unsharded(model):
         parts, left_out = over_images(pairs, list(range(len(pairs))), work, device, image_size=image_size, crop=crop)
-    model.train(was_training)
 
     def judge() -> Scores:
         some = "; ".join(f"{name}: {cause}" for name, cause in list(left_out.items())[:3])
@@ -103,10 +103,8 @@ def answers(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: tor
     if not images:
         return []
     ids, positions, _ = pack_captions([tokenizer.encode(pairs.captions[i]) for i in images], pad_id=tokenizer.pad_id)
-    was_training = model.training
-    model.eval()
-    logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
     right = [None if pairs.labels[i] == IGNORE else pairs.classes[pairs.labels[i]] for i in images]
     return [Answer(image, pairs.captions[i], own, true)
@@ -121,7 +119,7 @@ def _classes(batch: Batch) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum",
+    return F.cross_entropy(at_least_float32(logits), classes, ignore_index=IGNORE, reduction="sum",
                            label_smoothing=label_smoothing)  # fmt: skip
 
 

@@ -5,13 +5,13 @@ Here are its words and its help; what each command does is in grr/commands.py.
 
 import argparse
 import difflib
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from grr import __version__, commands, installed
+from grr.main import attempt
 
 Command = Callable[[argparse.Namespace], int]
 HELP = """\
@@ -31,16 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Gives the exit status: 0 if it did what was asked, 1 if not, 2 if it was asked wrongly."""
     options = _parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     command: Command = options.command
-    try:
-        return command(options)
-    except BrokenPipeError:  # `grr ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{options.prog}: {error}", file=sys.stderr)
-        return 1
+    return attempt(lambda: command(options), options.prog)
 
 
 # --- words and help ----------------------------------------------------------------------------------------------
@@ -87,14 +78,16 @@ def _parser() -> _Parser:
         made.set_defaults(command=act, prog=f"{prog} {name}")
         return made
 
-    command(commands.ls, "ls", "List the recipes and configs that are installed.", """
-        Each with its first sentence. A config is called RECIPE/CONFIG.
+    one = command(commands.ls, "ls", "List the recipes and configs that are installed.", """
+        Each with its title. A config is called RECIPE/CONFIG.
 
           grr ls
+          grr ls pretrain evaluate
           grr ls | grep photograph
 
         Next: grr run pretrain/openmoji
         """)  # fmt: skip
+    one.add_argument("names", metavar="NAME", nargs="*", help="recipes or configs; default: all")
 
     one = command(commands.cp, "cp", "Copy a recipe with its configs, or one config, to change it.", """
         Files are laid out as in the package, so that the commands in their headers work as they stand. Nothing is ever
@@ -134,7 +127,7 @@ def _parser() -> _Parser:
     one = command(commands.check, "check", "Find what is wrong with a config and its data before hours are spent.", """
         Every mistake in the config at once; then the data: how much there is, the first samples, images that cannot be
         read, captions that are cut, duplicates, images without captions, and what training and validation share.
-        The exit status is 1 if a line is marked with !.
+        The exit status is 1 if a line is marked with !, and 2 if the config itself holds a mistake.
 
           grr check pretrain/openmoji
           grr check mine.yaml --recipe pretrain data.path=my_photos validation.path=my_photos
@@ -196,6 +189,7 @@ def _parser() -> _Parser:
 
     one = command(commands.classify, "classify", "Name what images show, by the names of classes alone.", """
           grr classify runs/openmoji photo.png --classes fox,owl,key
+          grr classify runs/openmoji photo.png --classes '"crane, a bird", "crane, a machine"'
           grr classify runs/openmoji photos --classes classes.txt --top 1
 
         With a page, and going on after a kill:
@@ -206,7 +200,8 @@ def _parser() -> _Parser:
         """)  # fmt: skip
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("images", metavar="IMAGES", nargs="+", help=images)
-    one.add_argument("--classes", metavar="A,B,C|FILE", required=True, help="names, or a text file of them, one a line")
+    one.add_argument("--classes", metavar="A,B,C|FILE", required=True,
+                     help='names, those with a comma in double quotes, or a text file of them, one a line')  # fmt: skip
     one.add_argument("--top", type=int, metavar="N", default=5, help="classes of each image; default: 5")
 
     one = command(commands.embed, "embed", "Look at images with a trained model, and keep what it saw in an index.", """

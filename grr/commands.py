@@ -6,9 +6,7 @@ raises, as ValueError, OSError or ImportError.
 
 import argparse
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from shlex import quote
@@ -21,12 +19,12 @@ from grr import installed
 
 def ls(options: argparse.Namespace) -> int:
     """List the recipes and configs that are installed."""
-    every = [item for recipe in installed.recipes() for item in (recipe, *installed.configs(recipe.name))]
+    wanted = [installed.find(name) for name in options.names] or installed.recipes()
+    every = [item for one in wanted for item in (one, *(installed.configs(one.name) if one.is_recipe else []))]
     names = [item.name if item.is_recipe else f"  {item.name}" for item in every]
     width = max(map(len, names)) + 2
-    room = max(40, shutil.get_terminal_size((120, 24)).columns - width)
     for name, item in zip(names, every, strict=True):
-        print(f"{name:<{width}}{textwrap.shorten(installed.about(item), room, placeholder=' ...')}")
+        print(f"{name:<{width}}{installed.about(item)}")
     return 0
 
 
@@ -49,23 +47,21 @@ def run(options: argparse.Namespace) -> int:
     words = list(options.words)
     if misplaced := [word for word in words if word.split("=")[0] == "--nproc"]:
         raise ValueError(f"{misplaced[0]} must stand before the name: grr run --nproc 2 {options.name} ...")
-    item = _recipe_or_config(options.name)
-    if item.is_recipe:
-        recipe, words = item.path, _with_config(item, words)
-    else:
-        recipe, words = installed.recipe_of(item.path), ["--config", str(item.path), *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"]
-    command = [sys.executable, *(launcher if options.nproc is not None else []), str(recipe), *words]
+    nproc = [] if options.nproc is None else ["--nproc", str(options.nproc)]
+    command = installed.command([*nproc, options.name, *words])
+    recipe = Path(command[installed.recipe_place(command)])
+    _say_which(recipe, Path(command[command.index("--config") + 1]) if "--config" in command[:-1] else None)
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 def check(options: argparse.Namespace) -> int:
     """Tell all that is wrong with a config, and what its data look like."""
     from grr.check import check, read_config
 
-    file = _config_file(options.config)
+    file = installed.config_file(options.config)
     script = installed.recipe_of(file, options.recipe)
+    _say_which(script, file)
     cfg, sections = read_config(file, options.overrides, script)
     wrong = 0
     print(f"  {'config':<16}{file}, of {script}: no mistake")
@@ -105,7 +101,7 @@ def train(options: argparse.Namespace) -> int:
 
     overrides = [word for word in options.captions if OVERRIDE.match(word)]
     sources = [word for word in options.captions if word not in overrides]
-    tokenizer = train_vocabulary([_config_file(s) if _is_config(s) else Path(s) for s in sources], overrides,
+    tokenizer = train_vocabulary([installed.config_file(s) if _is_config(s) else Path(s) for s in sources], overrides,
                                  Path(options.output), vocab_size=options.vocab_size)  # fmt: skip
     print(f"{options.output}: {tokenizer.vocab_size:,} ids")
     print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
@@ -125,11 +121,9 @@ def caption(options: argparse.Namespace) -> int:
 
 def classify(options: argparse.Namespace) -> int:
     """Print the likeliest classes of each image, as they come."""
-    from grr.naming import classify_images, read_classes
+    from grr.naming import classify_images, read_classes, split_classes
 
-    names = options.classes
-    file = Path(names)
-    classes = read_classes(file) if file.is_file() else [name.strip() for name in names.split(",") if name.strip()]
+    classes = read_classes(options.classes) if Path(options.classes).is_file() else split_classes(options.classes)
     files = _images(options.images)
     rows = classify_images(_opened(options.model), files, classes, top=options.top)
     return _told(rows, lambda row: ", ".join(
@@ -201,40 +195,17 @@ def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
-def _recipe_or_config(name: str) -> installed.Item:
-    """What is installed under a name, or a file of one's own."""
-    own = name.endswith((".py", ".yaml", ".yml")) and Path(name).is_file()
-    return installed.Item(name, Path(name)) if own else installed.find(name)
-
-
-def _config_file(name: str) -> Path:
-    """A config's file, one's own or the installed one of that name. Raises ValueError if there is neither."""
-    if Path(name).is_file():
-        return Path(name)
-    if name.endswith((".yaml", ".yml")):
-        raise ValueError(f"there is no file {name} (grr cp copies a config to begin with, grr ls lists them)")
-    item = installed.find(name)
-    if item.is_recipe:
-        known = ", ".join(config.name for config in installed.configs(name)) or "none is installed"
-        raise ValueError(f"{name} is a recipe, a config is wanted: {known}, or a file of your own")
-    return item.path
-
-
 def _is_config(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and "/" in name and "." not in name)
 
 
-def _with_config(recipe: installed.Item, words: list[str]) -> list[str]:
-    """The words of a recipe's command line, --config NAME as the file of that name."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" in words[:-1]:
-        place = words.index("--config") + 1
-        return [*words[:place], str(_config_file(words[place])), *words[place + 1 :]]
-    known = [config.name for config in installed.configs(recipe.path.stem)]
-    if known and not {"-h", "--help"} & set(words):
-        raise ValueError(f"{recipe.name} needs a config: grr run {recipe.name} --config FILE, or an installed one, "
-                         f"grr run {' or '.join(known)}")  # fmt: skip
-    return words
+def _say_which(recipe: Path, config: Path | None) -> None:
+    """Name a recipe that is not the installed one before it is imported, and one that might be expected and is not."""
+    if recipe.absolute().parent != installed.RECIPES:
+        print(f"recipe: {recipe}", file=sys.stderr)
+    if config is not None and (other := installed.left_out(config, recipe)) is not None:
+        print(f"recipe: the installed {recipe.stem}, not {other}, which grr run {quote(str(other))} and grr check "
+              f"--recipe {quote(str(other))} take", file=sys.stderr)  # fmt: skip
 
 
 def _name_of(recipe: Path) -> str:

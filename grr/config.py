@@ -6,6 +6,7 @@
     optimizer = adamw(model, **cfg.optimizer)
 
 A section that is a dict of functions is chosen from by its key `name`; it may be left out where `none` is one of them.
+Another name on the command line drops the file's arguments that the new function does not take: data.name=folder.
 What stands before the `*` of a signature is handed over by code; what stands behind it, and every field of a dataclass,
 may be set from YAML or as section.key=value on the command line. Nothing in a config can run code or read the
 environment.
@@ -16,19 +17,24 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import json
-import os
+import math
 import re
 import sys
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
+
+from grr.keys import MEANINGS
 
 Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 
@@ -70,19 +76,12 @@ class Config(SimpleNamespace):
 def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
     """Read `--config FILE section.key=value ...` and check it against the signatures of the sections' functions.
 
-    Raises ConfigError with all mistakes at once, each with its place. Without argv, which is a recipe reading its own
-    command line, the message is printed instead, by rank 0 of torchrun only, and the program leaves with status 2.
+    Raises ConfigError with all mistakes at once, each with its place; in a recipe, `grr.main.run_main` prints them.
+    Without argv, the program's own command line is read.
     """
     if _asked.get():
         raise _Asked(sections)
-    if argv is not None:
-        return _load(argv, sections)
-    try:
-        return _load(sys.argv[1:], sections)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    return _load(sys.argv[1:] if argv is None else argv, sections)
 
 
 def sections_of(main: Callable[[], object]) -> dict[str, Section]:
@@ -147,10 +146,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
+    asked = {"-h", "--help"} & set(argv)
     parser = _Parser(
         usage="%(prog)s --config FILE [section.key=value ...]",
         description=sys.modules["__main__"].__doc__,
-        epilog=_reference(sections),
+        epilog=_reference(sections, _given_beside_help(argv, sections)) if asked else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -159,13 +159,33 @@ def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
     options = parser.parse_intermixed_args(argv)
 
     mistakes = _Mistakes()
-    given: dict[str, Given] = {section: {} for section in sections}
-    _gather(options.config, _read(options.config), given, mistakes)
-    _gather(COMMAND_LINE, _parse(options.overrides, mistakes), given, mistakes)
-    _interpolate(given, mistakes)
+    given = _collect(options.config, options.overrides, sections, mistakes)
     checked = {name: _check(name, sections[name], given[name], options.config, mistakes) for name in sections}
     mistakes.refuse()
     return Config(sections, checked)
+
+
+def _collect(file: str, words: list[str], sections: Mapping[str, Section], mistakes: _Mistakes) -> dict[str, Given]:
+    """What a file and the command line say, of each section."""
+    given: dict[str, Given] = {section: {} for section in sections}
+    _gather(file, _read(file), given, mistakes)
+    overrides = _parse(words, mistakes)
+    _drop_arguments_of_other_names(overrides, given, sections)
+    _gather(COMMAND_LINE, overrides, given, mistakes)
+    _interpolate(given, mistakes)
+    return given
+
+
+def _given_beside_help(argv: list[str], sections: Mapping[str, Section]) -> dict[str, Given]:
+    """What stands on the command line beside --help, as far as it can be read."""
+    words = [word for word in argv if word not in ("-h", "--help")]
+    if "--config" not in words[:-1]:
+        return {}
+    file = words[words.index("--config") + 1]
+    try:
+        return _collect(file, [word for word in words if OVERRIDE.match(word)], sections, _Mistakes())
+    except ConfigError:
+        return {}
 
 
 def _read(file: str) -> Any:
@@ -200,6 +220,18 @@ def _gather(place: str, source: Any, given: dict[str, Given], mistakes: _Mistake
             mistakes.add(place, section, f"must be a section of `key: value`, got {values!r}")
         else:
             given[section] |= {str(key): (value, place) for key, value in (values or {}).items()}
+
+
+def _drop_arguments_of_other_names(overrides: dict[Any, Any], given: dict[str, Given],
+                                   sections: Mapping[str, Section]) -> None:  # fmt: skip
+    """Where the command line names another function than the file did, drop what only the file's function takes."""
+    for section, values in overrides.items():
+        functions, name = sections.get(section), values.get("name") if isinstance(values, dict) else None
+        before, _ = given.get(section, {}).get("name", (None, ""))
+        if isinstance(functions, Mapping) and all(isinstance(x, str) and x in functions for x in (name, before)):
+            only_before = _arguments(functions[before])[0].keys() - _arguments(functions[str(name)])[0].keys()
+            for key in only_before & given[section].keys():
+                del given[section][key]
 
 
 def _interpolate(given: dict[str, Given], mistakes: _Mistakes) -> None:
@@ -271,6 +303,11 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
             result.setdefault(key, argument.default)
         elif key not in given and subject not in mistakes.subjects:
             mistakes.add(file, subject, f"{who} needs this argument, {_spelled(argument.kind)}")
+    if dataclasses.is_dataclass(function) and not any(s.startswith(f"{section}.") for s in mistakes.subjects):
+        try:
+            function(**result)
+        except ValueError as error:
+            mistakes.add(file, section, str(error))
     return {key: result[key] for key in ("name", *arguments) if key in result}
 
 
@@ -282,12 +319,18 @@ def _arguments(function: Callable[..., Any]) -> tuple[dict[str, _Argument], set[
                 if field.init}, set()  # fmt: skip
     arguments, by_code = {}, set()
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and _fits_yaml(parameter.annotation):
+        kind = _bare(parameter.annotation)
+        if parameter.kind is parameter.KEYWORD_ONLY and _fits_yaml(kind):
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
-            arguments[name] = _Argument(parameter.annotation, default)
+            arguments[name] = _Argument(kind, default)
         elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             by_code.add(name)
     return arguments, by_code
+
+
+def _bare(kind: Any) -> Any:
+    """An annotation without the meaning that Annotated adds."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -313,12 +356,15 @@ def _fitted(value: Any, kind: Any) -> Any:
         for part in parts:
             if type(value) is type(part) and value == part:  # True is not 1
                 return value
+    elif origin is list and parts[0] is str and isinstance(value, str):
+        return [value]  # run.texts="a man, standing", which is one text; in brackets YAML splits it at the comma
     elif origin in (list, tuple) and isinstance(value, list):
         if origin is list or parts[-1] is ...:
             return origin(_fitted(item, parts[0]) for item in value)
         return tuple(_fitted(item, part) for item, part in zip(value, parts, strict=True))
-    elif kind is float and type(value) is int:
-        return float(value)
+    elif kind is float and type(value) in (int, float):
+        if not math.isnan(value):
+            return float(value)
     elif kind is Path and type(value) is str:
         return Path(value)
     elif type(value) is kind or (value is None and kind in (None, NoneType)):
@@ -363,29 +409,68 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _reference(sections: Mapping[str, Section]) -> str:
-    """Every section with its function, arguments, defaults and types, as YAML; of a choice, what the first has not."""
+def _reference(sections: Mapping[str, Section], given: Mapping[str, Given]) -> str:
+    """Every section with its function, and of each key the value, type and meaning, as YAML.
+
+    The value is what is given, or else the default. Of a choice, all keys of the chosen function, or of the first, and
+    of the others those that it has not.
+    """
     lines = []
     for section, function in sections.items():
+        values = {key: value for key, (value, _) in given.get(section, {}).items()}
         if isinstance(function, Mapping):
-            lines.append(f"\n{section}:  # one of these functions, by name; arguments are those of the first, but")
-            first: dict[str, _Argument] = {}
-            for name, choice in function.items():
-                arguments = _arguments(choice)[0]
-                lines.append(f"  name: {name}  # {_first_line(choice)}")
-                lines += ["  " + _line(key, arguments[key]) for key in arguments if arguments[key] != first.get(key)]
-                first = first or arguments
+            name = values.get("name")
+            chosen = str(name) if isinstance(name, str) and name in function else next(iter(function))
+            lines.append(f"\n{section}:  # one of these functions, by name; another name keeps the keys that both take")
+            lines.append(f"  name: {chosen}  # {_first_line(function[chosen])}")
+            lines += _shown(section, function[chosen], values)
+            same = _shown(section, function[chosen], {})
+            for other in (name for name in function if name != chosen):
+                lines.append(f"  name: {other}  # {_first_line(function[other])}")
+                lines += [f"  {line}" for line in _shown(section, function[other], {}) if line not in same]
         else:
             lines.append(f"\n{section}:  # {getattr(function, '__name__', section)}: {_first_line(function)}")
-            lines += [_line(key, argument) for key, argument in _arguments(function)[0].items()]
+            lines += _shown(section, function, values)
     return "\n".join(lines)
+
+
+def _shown(section: str, function: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """A line for each key of a function: `key: value  # type, default if other: meaning`."""
+    meanings, lines = _meanings(function), []
+    for key, (kind, default) in _arguments(function)[0].items():
+        about = _spelled(kind)
+        shown = values.get(key, default)
+        if default is REQUIRED:
+            about += ", required"
+        elif _plain(shown) != _plain(default):
+            about += f", default {json.dumps(_plain(default))}"
+        value = "" if shown is REQUIRED else f" {json.dumps(_plain(shown), ensure_ascii=False)}"
+        meaning = meanings.get(key) or MEANINGS.get(f"{section}.{key}") or MEANINGS.get(key)
+        lines.append(f"  {key}:{value}  # {about}" + (f": {meaning}" if meaning else ""))
+    return lines
+
+
+def _meanings(function: Callable[..., Any]) -> dict[str, str]:
+    """What is written of a function's keys where they stand: Annotated[type, "meaning"], or a comment in its line."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError, TypeError):  # there is no source
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        annotated: list[str] = []
+        before = ""
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type in (tokenize.NL, tokenize.NEWLINE):
+                annotated = []
+            elif token.string == ":" and before.isidentifier():
+                annotated.append(before)
+            elif token.type == tokenize.COMMENT and len(annotated) == 1 and not token.string.startswith("# fmt:"):
+                found[annotated[0]] = token.string.lstrip("# ")
+            before = token.string
+    with contextlib.suppress(TypeError):
+        for key, kind in get_type_hints(function, include_extras=True).items():
+            if texts := [text for text in getattr(kind, "__metadata__", ()) if isinstance(text, str)]:
+                found[key] = texts[0]
+    return found
 
 
 def _first_line(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
-
-
-def _line(key: str, argument: _Argument) -> str:
-    if argument.default is REQUIRED:
-        return f"  {key}:  # {_spelled(argument.kind)}, required"
-    return f"  {key}: {json.dumps(_plain(argument.default))}  # {_spelled(argument.kind)}"

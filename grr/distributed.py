@@ -1,6 +1,5 @@
 """One process or many: starting them, sharding a model over them, filling it, and gathering what they computed."""
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -10,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.checkpoint import checkpoint
 
-from grr.bf16 import compute_in_bf16, held_in_bf16
+from grr.bf16 import InBFloat16, held_in_bf16
 from grr.components import Block
 
 T = TypeVar("T")
+ORDER = "build the model anew and call parallelize once: float8, compile, FSDP2 or bfloat16, activation checkpointing"
 METHODS = ("embed", "encode_image", "encode_text", "image_context", "from_context", "next_token_logits")  # of a CoCa
 
 
@@ -40,29 +39,14 @@ def start() -> torch.device:
     return device
 
 
-def shard(model: nn.Module, device: torch.device, *, bf16: bool = False, replicas: int = 1) -> None:
-    """Shard every block, then the rest, over all processes with FSDP2; bf16 computes in bfloat16, reduces in float32.
-
-    With replicas > 1 the processes form that many groups which each hold a whole model (HSDP): best one a machine.
-    A process alone has nothing to gather, and keeps plain parameters: the same function, and far fewer calls.
-    Raises ValueError if the number of processes is not a multiple of replicas.
-    """
-    world = dist.get_world_size()
-    if world % replicas:
-        raise ValueError(f"shard: the number of processes must be a multiple of replicas, got {world=}, {replicas=}")
-    if world == 1:
-        if bf16:
-            compute_in_bf16(model, METHODS)
-        return
-    if replicas > 1:
-        mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    shard_over(model, mesh, bf16=bf16)
-
-
 def shard_over(model: nn.Module, mesh: DeviceMesh, *, bf16: bool = False) -> None:
-    """Shard every block, then the rest, over the last dimension of a mesh, even if that is one process."""
+    """Shard every block, then the rest, over the last dimension of a mesh, even if that is one process.
+
+    `parallelize` calls it. Raises ValueError if the model is sharded, or computes in bfloat16 without being sharded.
+    """
+    if isinstance(model.forward, InBFloat16) or any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(f"shard_over: a model is sharded once, got one that is {' and '.join(preparations(model))}; "
+                         f"{ORDER}")  # fmt: skip
     compute, exact = (torch.bfloat16, torch.float32) if bf16 else (None, None)
     for block in blocks(model) if mesh.size(-1) > 1 else ():  # what is not sharded need not be gathered bit by bit
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact))
@@ -109,21 +93,16 @@ def blocks(model: nn.Module) -> Iterator[Block]:
     return (module for module in model.modules() if isinstance(module, Block))
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only what enters each block, and compute the rest again for its gradient. After compiling and `shard`."""
-    for block in blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block; blocks of one shape share the compiled code. Before `shard`.
-
-    There are about 20 versions of it: of three kinds of block, of one length and of any, in training, without
-    gradients, in evaluation, and writing. Past torch's limit of 8, the others would run uncompiled with one warning.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    for block in blocks(model):
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+def preparations(model: nn.Module) -> list[str]:
+    """What `parallelize` did to a model, in words; empty for one that it left as it was built."""
+    modules = [model, *blocks(model)]
+    replaced = any("forward" in module.__dict__ or module._compiled_call_impl is not None for module in modules)
+    done = {
+        "converted to float8": any(type(module).__name__ == "Float8Linear" for module in model.modules()),
+        "compiled, cast to bfloat16 or checkpointed": replaced,
+        "sharded": any(isinstance(module, FSDPModule) for module in model.modules()),
+    }
+    return [what for what, is_so in done.items() if is_so]
 
 
 @contextmanager
@@ -170,6 +149,15 @@ def all_sum(*numbers: float) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def all_max(*numbers: int) -> int:
+    """The largest of some integers of all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return max(numbers)
+    largest = torch.tensor(max(numbers), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def on_rank_0(act: Callable[[], T]) -> T:

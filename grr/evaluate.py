@@ -1,10 +1,10 @@
 """What a model can do with pairs it never saw: find the image of a sentence, and say what an image shows."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from grr.data import Pairs, epoch_order
+from grr.data import Pairs, epoch_order, validation_steps
 from grr.distributed import on_rank_0, unsharded
 from grr.images import Crop
 from grr.loss import contrastive_loss, sigmoid_loss
@@ -13,7 +13,7 @@ from grr.model import CoCa
 from grr.observe import Observation, observe
 from grr.report import Caption, Examples, Retrieval
 from grr.retrieval import retrieval
-from grr.step import Losses
+from grr.step import Losses, evaluation_losses
 from grr.tokenizer import Tokenizer
 
 SHOWN = 8  # sentences of a report; twice as many images
@@ -37,6 +37,19 @@ def examine(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.devic
     return on_rank_0(judge)
 
 
+def validate(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, loader: dict[str, Any],
+             loss: dict[str, Any], candidates: int) -> tuple[Losses, dict[str, float], Examples]:  # fmt: skip
+    """The losses of a training run over all validation pairs, and `examine` of the first images.
+
+    loader: arguments of `validation_steps`; loss: those of `evaluation_losses`. Called by all processes alike.
+    """
+    steps = validation_steps(pairs, tokenizer, **loader)
+    losses = evaluation_losses(model, ([batch.to(device) for batch in step] for step in steps), **loss)
+    found, examples = examine(model, pairs, tokenizer, device, candidates=candidates, image_size=loader["image_size"],
+                              crop=loader["crop"])  # fmt: skip
+    return losses, found, examples
+
+
 def losses(seen: Observation, *, contrastive_batch: int = 768, contrastive_weight: float = 2.0,
            captioning_weight: float = 1.0,
            contrastive: Literal["softmax", "sigmoid"] = "softmax") -> dict[str, float]:  # fmt: skip
@@ -48,6 +61,9 @@ def losses(seen: Observation, *, contrastive_batch: int = 768, contrastive_weigh
     """
     owners = seen.pairs.image_of[seen.texts]
     size = min(contrastive_batch, len(seen.images))
+    if size < 2:
+        raise ValueError("losses: a contrastive loss needs two images or more in a batch, got "
+                         f"{contrastive_batch=} and {len(seen.images)} images")  # fmt: skip
     image, text = seen.image_embeddings.double(), seen.text_embeddings.double()
     contrasts = []
     for row in torch.from_numpy(epoch_order(owners, seed=0, epoch=0, batch_size=size)):
@@ -58,9 +74,8 @@ def losses(seen: Observation, *, contrastive_batch: int = 768, contrastive_weigh
             contrasts.append(contrastive_loss(*batch, 1 / seen.scale))
     contrast = torch.stack(contrasts).mean().item()
     caption = (seen.token_losses.sum() / seen.tokens.sum()).item()
-    whole = Losses(contrastive_weight * contrast + captioning_weight * caption, contrast, caption)
-    return {**whole.numbers(), "contrastive_batch": size, "contrastive_weight": contrastive_weight,
-            "captioning_weight": captioning_weight}  # fmt: skip
+    loss = contrastive_weight * contrast + captioning_weight * caption
+    return Losses(loss, contrast, caption, size, contrastive_weight, captioning_weight).numbers()
 
 
 def recalls(seen: Observation) -> dict[str, float]:

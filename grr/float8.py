@@ -3,15 +3,14 @@
 import torch
 from torch import nn
 
-from grr.distributed import blocks
+from grr.distributed import ORDER, blocks, preparations
 
 SIDES = 16  # of which the sides of a matrix must be multiples for a GPU's float8 kernels
 CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell
 
 
 def multiply_in_float8(model: nn.Module, device: torch.device, *, emulated: bool = False) -> None:
-    """Let the linear layers of the blocks multiply in float8, forward and backward, in place. Before checkpointing
-    activations, compiling, and `shard`.
+    """Let the linear layers of the blocks multiply in float8, forward and backward, in place. `parallelize` calls it.
 
     What is read, weights and gradients are rounded at each product, each tensor scaled by its largest number: e4m3
     forward, e5m2 for the gradient that comes back. Sums, biases and all that is between the products keep the model's
@@ -22,8 +21,11 @@ def multiply_in_float8(model: nn.Module, device: torch.device, *, emulated: bool
     the rounding does.
 
     Source: Micikevicius et al. 2022, FP8 formats for deep learning. It is fast where blocks are compiled as well.
-    Raises ImportError without torchao, ValueError if the device cannot do it, or if no layer has such sides.
+    Raises ImportError without torchao, ValueError if the device cannot do it, if no layer has such sides, or if the
+    model was prepared before.
     """
+    if done := preparations(model):
+        raise ValueError(f"multiply_in_float8: comes first, got a model that is {' and '.join(done)}; {ORDER}")
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:

@@ -1,15 +1,14 @@
 """Write captions: the most likely tokens one after the other, the best of several beginnings, or draws of the dice."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grr.beam import beam_search
 from grr.drafts import Drafts
-from grr.model import CoCa
+from grr.model import CoCa, evaluating
 from grr.onednn import onednn_linears
 from grr.tokenizer import Tokenizer
 
@@ -38,7 +37,7 @@ def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: i
     _check(images, model.multimodal_decoder.head.out_features, tokenizer, max_tokens=max_tokens,
            min_tokens=min_tokens, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p,
            repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
-    with _evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
+    with evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
         drafts = Drafts(model, images, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
                         repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
         if beams > 1:
@@ -129,15 +128,3 @@ def _check(images: Tensor, ids: int, tokenizer: Tokenizer, *, max_tokens: int, m
     broken = [message for holds, message in rules if not holds]
     if broken:
         raise ValueError("generate: " + "; ".join(broken))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

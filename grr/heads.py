@@ -2,6 +2,7 @@
 
 A head keeps the parts of a CoCa by reference and under the names that they have there, so that a trained model fills
 them; what it adds is its own, and new. All heads are called alike: head(images, ids, positions=positions) -> logits.
+In training, sample_keys= key their dropout as they do in `CoCa`.
 """
 
 import json
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from grr.checkpoint import read_progress
-from grr.components import AttentionPooler, RMSNorm
+from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
 from grr.images import Crop, normalize
-from grr.model import CoCa, MultimodalDecoder
+from grr.model import CLASSIFIER, MULTIMODAL, TEXT, VISION, CoCa, MultimodalDecoder, tower_keys
 from grr.packing import pack
 from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.tokenizer import Tokenizer, load_tokenizer
@@ -30,11 +31,20 @@ class Head(nn.Module):
         self.vision_encoder = coca.vision_encoder
         self.pooler_norm = coca.pooler_norm
         self.generative_pooler = coca.generative_pooler
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = classifier
 
-    def _context(self, images: Tensor) -> Tensor:
-        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images))))  # [b, n, d]
+    def _context(self, images: Tensor, sample_keys: Tensor | None) -> Tensor:
+        keys = tower_keys(self.vision_encoder, sample_keys, VISION)
+        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images), **keys)))  # [b, n, d]
+
+    def _classify(self, read: Tensor, sample_keys: Tensor | None) -> Tensor:
+        """The vectors that are classified [b, d] -> logits [b, c]."""
+        if sample_keys is None:
+            return self.classifier(self.dropout(read))
+        own = fold_in(sample_keys, torch.full_like(sample_keys, CLASSIFIER))
+        rows, columns = dropout_keys(own, own.new_zeros(1), 1, read.shape[-1])  # [1, b, 1], [d]
+        return self.classifier(self.dropout(read, DropoutKeys(rows[0, :, 0], columns)))
 
 
 class ImageClassifier(Head):
@@ -50,9 +60,10 @@ class ImageClassifier(Head):
         self.task_pooler = task_pooler
         self.norm = norm
 
-    def forward(self, images: Tensor, ids: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
-        read = self.norm(self.task_pooler(self._context(images))[:, 0])  # [b, d]
-        return self.classifier(self.dropout(read))  # [b, c]
+    def forward(self, images: Tensor, ids: Tensor | None = None, *, positions: Tensor | None = None,
+                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
+        read = self.norm(self.task_pooler(self._context(images, sample_keys))[:, 0])  # [b, d]
+        return self._classify(read, sample_keys)  # [b, c]
 
 
 class ImageTextClassifier(Head):
@@ -74,14 +85,18 @@ class ImageTextClassifier(Head):
             head=nn.Identity(),  # type: ignore[arg-type]  # classes are scored instead of words
         )
 
-    def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
+                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
         if positions is None:
             ids, positions = pack(ids, pad_id=self.pad_id)
-        text = self.text_decoder(ids, positions=positions)  # [b, s, d]
-        hidden = self.multimodal_decoder(text, self._context(images), positions=positions)  # [b, s, d]
+        keys = tower_keys(self.text_decoder, sample_keys, TEXT)
+        text = self.text_decoder(ids, positions=positions, **keys)  # [b, s, d]
+        keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
+        context = self._context(images, sample_keys)
+        hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
         cls = (ids != self.pad_id).sum(dim=1) - 1  # [b]: padding stands behind it
         read = hidden[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
-        return self.classifier(self.dropout(read))  # [b, c]
+        return self._classify(read, sample_keys)  # [b, c]
 
 
 def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageClassifier:

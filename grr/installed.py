@@ -2,12 +2,11 @@
 
 import ast
 import difflib
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 RECIPES = Path(__file__).parent / "recipes"
-COMMAND = re.compile(r"#\s+(python|torchrun|grr)\s")  # in a config's header
 
 
 class Item(NamedTuple):
@@ -51,15 +50,16 @@ def find(name: str) -> Item:
 def recipe_of(file: Path, recipe: str | None = None) -> Path:
     """The recipe that a config is for: the one named, or that of the folder configs/<recipe>/ that holds the config.
 
-    A recipe's file beside that folder, which may be a changed copy, goes before the installed one. Raises ValueError if
-    there is neither.
+    Of a config below the current folder's recipes/, where `grr cp` copies to, it is recipes/<recipe>.py, which may be a
+    changed copy; of other configs the installed recipe, because a config that someone sent must not bring a program
+    with it. Raises ValueError if there is neither.
     """
     if recipe is not None:
         return Path(recipe) if recipe.endswith(".py") else find(recipe).path
     folder = file.absolute().parent
-    beside = folder.parent.parent / f"{folder.name}.py"
-    if folder.parent.name == "configs" and beside.is_file():
-        return beside
+    copied = Path("recipes", f"{folder.name}.py")
+    if folder.parent == Path("recipes/configs").absolute() and copied.is_file():
+        return copied
     names = [item.name for item in recipes()]
     if folder.name not in names:
         raise ValueError(f"{file} lies in no folder configs/<recipe>/, so its recipe must be named: grr run RECIPE "
@@ -68,20 +68,58 @@ def recipe_of(file: Path, recipe: str | None = None) -> Path:
     return find(folder.name).path
 
 
-def about(item: Item) -> str:
-    """What a recipe or a config says of itself, its first sentence: of a config, behind the command that starts it."""
-    text = item.path.read_text(encoding="utf-8")
+def left_out(file: Path, recipe: Path) -> Path | None:
+    """A file beside a config's configs/ that is named as its recipe, where it is another than the recipe to start."""
+    beside = file.absolute().parent.parent.parent / f"{recipe.stem}.py"
+    ours = beside.is_file() and beside.resolve() != recipe.resolve()
+    return beside if ours and file.absolute().parent.parent.name == "configs" else None
+
+
+def is_own(recipe: Path) -> bool:
+    """Whether a recipe is installed, or lies in the current folder's recipes/, where `grr cp` copies to."""
+    return recipe.absolute().parent in (RECIPES.absolute(), RECIPES.resolve(), Path("recipes").absolute())
+
+
+def config_file(name: str) -> Path:
+    """A config's file, one's own or the installed one of that name. Raises ValueError if there is neither."""
+    if Path(name).is_file():
+        return Path(name)
+    if name.endswith((".yaml", ".yml")):
+        raise ValueError(f"there is no file {name} (grr cp copies a config to begin with, grr ls lists them)")
+    item = find(name)
     if item.is_recipe:
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    said, in_command = [], False
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        in_command = in_command or COMMAND.match(line) is not None
-        if not in_command:
-            said.append(line.lstrip("# "))
-        in_command = in_command and line.endswith("\\")
-    return re.split(r"(?<=[.?!])(?<!et al\.)\s", " ".join(said), maxsplit=1)[0]
+        known = ", ".join(config.name for config in configs(name)) or "none is installed"
+        raise ValueError(f"{name} is a recipe, a config is wanted: {known}, or a file of your own")
+    return item.path
+
+
+def command(words: Sequence[str]) -> list[str]:
+    """The arguments of python that start a recipe: its file, and of a config's name the file.
+
+    words: RECIPE, RECIPE/CONFIG or a file of one's own, with the recipe's arguments behind it, and --nproc N before it
+    for N processes. Raises ValueError if something of them is not there.
+    """
+    launcher: list[str] = []
+    if words[:1] == ["--nproc"] and len(words) > 2:
+        launcher, words = ["-m", "grr.launch", f"--nproc_per_node={words[1]}"], words[2:]
+    name, *rest = words
+    own = name.endswith((".py", ".yaml", ".yml")) and Path(name).is_file()
+    item = Item(name, Path(name)) if own else find(name)
+    if item.is_recipe:
+        return [*launcher, str(item.path), *_with_config(item, rest)]
+    return [*launcher, str(recipe_of(item.path)), "--config", str(item.path), *rest]
+
+
+def recipe_place(command: Sequence[str]) -> int:
+    """Where the recipe stands in the arguments of python that start it."""
+    return next(i for i, word in enumerate(command) if word.endswith(".py"))
+
+
+def about(item: Item) -> str:
+    """The title of a recipe or a config: the first line of the docstring, or of the file."""
+    text = item.path.read_text(encoding="utf-8")
+    said = ast.get_docstring(ast.parse(text)) if item.is_recipe else text.lstrip("# ")
+    return (said or "").partition("\n")[0]
 
 
 def copy(name: str, destination: Path) -> list[Path]:
@@ -109,6 +147,19 @@ def copy(name: str, destination: Path) -> list[Path]:
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(path.read_bytes())
     return list(sources)
+
+
+def _with_config(recipe: Item, words: list[str]) -> list[str]:
+    """The words of a recipe's command line, --config NAME as the file of that name."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words[:-1]:
+        place = words.index("--config") + 1
+        return [*words[:place], str(config_file(words[place])), *words[place + 1 :]]
+    known = [config.name for config in configs(recipe.path.stem)]
+    if known and not {"-h", "--help"} & set(words):
+        raise ValueError(f"{recipe.name} needs a config: grr run {recipe.name} --config FILE, or an installed one, "
+                         f"grr run {' or '.join(known)}")  # fmt: skip
+    return words
 
 
 def _same(one: Path, other: Path) -> bool:

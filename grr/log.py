@@ -59,10 +59,23 @@ def open_log(folder: Path, cfg: config.Config, facts: dict[str, Any], *, step: i
 def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
     """A validation in one sentence."""
     return (
-        f"step {step}: validation loss {losses.loss:.4f}, perplexity {losses.perplexity:.4f}, contrastive loss "
-        f"{losses.contrastive_loss:.4f}; R@1 {found['image_to_text_r1']:.1%} image to text, "
-        f"{found['text_to_image_r1']:.1%} text to image; {found['caption_exact']:.1%} of captions exact"
+        f"step {step}: validation loss {losses.loss:.4f} ({losses.contrastive_weight:g} x contrastive + "
+        f"{losses.captioning_weight:g} x captioning), perplexity {losses.perplexity:.4f}, contrastive loss "
+        f"{losses.contrastive_loss:.4f} among {losses.contrastive_batch} pairs; R@1 {found['image_to_text_r1']:.1%} "
+        f"image to text, {found['text_to_image_r1']:.1%} text to image; {found['caption_exact']:.1%} of captions exact"
     )
+
+
+def has_ended(folder: Path, **end: Any) -> bool:
+    """Whether a run has left its model, and then the line "final" that says so, with these values."""
+    finals = [line for line in read_metrics(folder) if line.get("split") == "final"]
+    return (folder / "model").is_dir() and any(end.items() <= line.items() for line in finals)
+
+
+def kept_step(row: dict[str, Any]) -> int | None:
+    """The step of the weights that a run keeps, by a line of its log: the final one, or a validation."""
+    step = row.get("model_step", row.get("best_step", -1))
+    return step if isinstance(step, int) and step >= 0 else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

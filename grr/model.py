@@ -1,8 +1,11 @@
 """A contrastive captioner: three towers and two poolers, wired as in CoCa (Yu et al. 2022, figure 2)."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,19 @@ from grr.components import (
     BlockCache,
     ClassToken,
     CrossAttention,
+    Dropout,
+    DropoutKeys,
     KeyValueCache,
     LearnedPositions,
     PatchEmbedding,
+    dropout_keys,
+    fold_in,
 )
 from grr.images import normalize
-from grr.loss import token_losses
+from grr.loss import at_least_float32, token_losses
 from grr.packing import IGNORE, pack, unpack
+
+VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # what the keys of one sample differ by: the places of its dropout
 
 
 class VisionTransformer(nn.Module):
@@ -29,6 +38,7 @@ class VisionTransformer(nn.Module):
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
     (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector for the raster index at the start.
     A class token stands before the patches, p counts it, and its index is 0; `norm` is that of what enters the blocks.
+    sample_keys: int64 [b], the images' keys for dropout, without which it is drawn from torch's generator.
     Raises ValueError for a class token with two axes, at images that are not floats (bytes were not normalised), and at
     images of more patches than positions were learned for.
     """
@@ -45,10 +55,10 @@ class VisionTransformer(nn.Module):
         self.class_token = class_token or nn.Identity()
         self.positions = positions
         self.norm = norm or nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, sample_keys: Tensor | None = None) -> Tensor:
         if not images.is_floating_point():
             raise ValueError(f"VisionTransformer: images must be normalised floats, got {images.dtype}; "
                              "grr.images.normalize makes them of bytes")  # fmt: skip
@@ -60,11 +70,12 @@ class VisionTransformer(nn.Module):
                              "or build it with sinusoidal or rotary positions")  # fmt: skip
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
-        x = self.dropout(self.norm(x))
+        entry_keys, block_keys = split_keys(sample_keys, raster, self.blocks, x)
+        x = self.dropout(self.norm(x), entry_keys)
         columns = images.shape[-1] // self.patches.patch_size
         places = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
-        for block in self.blocks:
-            x = block(x, positions=places)
+        for block, keys in zip(self.blocks, block_keys, strict=True):
+            x = block(x, positions=places, **keys)
         return x
 
 
@@ -73,6 +84,7 @@ class TextDecoder(nn.Module):
 
     ids: [b, s] -> [b, s, d]. Without positions, ids are as the tokenizer lays them out, and padding is hidden from
     every token behind it. With positions [s] or [b, s], ids are packed: padding, if any, stands at the end of a row.
+    sample_keys: int64 [b], the texts' keys for dropout, without which it is drawn from torch's generator.
     """
 
     def __init__(self, *, embedding: nn.Embedding, blocks: Iterable[Block], positions: nn.Module | None = None,
@@ -81,20 +93,22 @@ class TextDecoder(nn.Module):
         self.pad_id = pad_id
         self.embedding = embedding
         self.positions = positions
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None,
-                caches: Sequence[BlockCache | None] | None = None) -> Tensor:  # fmt: skip
+                caches: Sequence[BlockCache | None] | None = None,
+                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
         if positions is None:
             ids, positions = pack(ids, pad_id=self.pad_id)
-            return unpack(self(ids, positions=positions), positions)
+            return unpack(self(ids, positions=positions, sample_keys=sample_keys), positions)
         x = self.embedding(ids)  # [b, s, d]
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
-        x = self.dropout(x)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, positions=positions, cache=cache)
+        entry_keys, block_keys = split_keys(sample_keys, positions, self.blocks, x)
+        x = self.dropout(x, entry_keys)
+        for block, cache, keys in zip(self.blocks, caches or [None] * len(self.blocks), block_keys, strict=True):
+            x = block(x, positions=positions, cache=cache, **keys)
         return x
 
 
@@ -102,6 +116,7 @@ class MultimodalDecoder(nn.Module):
     """Text vectors through causal blocks that also attend to the image, a final norm, and the vocabulary head.
 
     text: [b, s, d], context: [b, n, d], positions: [s] or [b, s] -> [b, s, d], to be read by `head` -> [b, s, v].
+    sample_keys: int64 [b], the samples' keys for dropout, without which it is drawn from torch's generator.
     Padding must not stand before a token that matters: there is no mask but causality.
     """
 
@@ -112,12 +127,14 @@ class MultimodalDecoder(nn.Module):
         self.head = head
 
     def forward(self, text: Tensor, context: Tensor, *, positions: Tensor | None = None,
-                caches: Sequence[BlockCache | None] | None = None) -> Tensor:  # fmt: skip
+                caches: Sequence[BlockCache | None] | None = None,
+                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
         if positions is None:
             positions = torch.arange(text.shape[1], device=text.device)
         x = text
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, positions=positions, context=context, cache=cache)
+        _, block_keys = split_keys(sample_keys, positions, self.blocks, x)
+        for block, cache, keys in zip(self.blocks, caches or [None] * len(self.blocks), block_keys, strict=True):
+            x = block(x, positions=positions, context=context, cache=cache, **keys)
         return self.norm(x)
 
 
@@ -145,7 +162,7 @@ class LogitScale(nn.Module):
 
     def forward(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.learned:
-            return self.log_scale.float().exp().clamp(max=100.0), self.bias.float()
+            return at_least_float32(self.log_scale).exp().clamp(max=100.0), at_least_float32(self.bias)
         return torch.full((1,), 1 / self.temperature, device=device), torch.full((1,), self.initial_bias, device=device)
 
     def extra_repr(self) -> str:
@@ -172,8 +189,9 @@ class CoCa(nn.Module):
     Any vision encoder that maps images to [b, p, d] and any text decoder that maps ids to [b, s, d] will do; to train
     on trimmed batches (`pack_captions`), the text decoder must take `positions=` as well. The contrastive pooler maps
     [b, n, d] to [b, 1, e]; where e is not d, `text_projection` maps the vector at CLS to it. With labels the vocabulary
-    head runs on labelled positions only, in chunks, and logits are never whole. Raises ValueError where what the vision
-    encoder gives has not three axes.
+    head runs on labelled positions only, in chunks, and logits are never whole. sample_keys: int64 [b], a key for each
+    sample, from which its dropout is drawn, whatever the batch; a tower whose forward has no argument sample_keys draws
+    its own from torch's generator. Raises ValueError where what the vision encoder gives has not three axes.
     """
 
     def __init__(self, *, vision_encoder: nn.Module, generative_pooler: nn.Module, contrastive_pooler: nn.Module,
@@ -203,15 +221,16 @@ class CoCa(nn.Module):
         return next(part.num_heads for part in self.generative_pooler.modules() if isinstance(part, poolers))
 
     def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
-                labels: Tensor | None = None) -> CoCaOutput:  # fmt: skip
-        return self._read(self._context(images), ids, positions, labels)
+                labels: Tensor | None = None, sample_keys: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+        return self._read(self._context(images, sample_keys), ids, positions, labels, sample_keys)
 
-    def embed(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None) -> CoCaOutput:
+    def embed(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
+              sample_keys: Tensor | None = None) -> CoCaOutput:  # fmt: skip
         """The embeddings of a forward pass, without what only captions need: same arguments, neither logits nor losses.
 
         It draws the same dropout as `forward` does, so that a forward pass can follow with the same embeddings.
         """
-        return self._output(self._context(images), self._text(ids, positions), ids)
+        return self._output(self._context(images, sample_keys), self._text(ids, positions, sample_keys), ids)
 
     def image_context(self, images: Tensor) -> Tensor:
         """images -> what the multimodal decoder attends to, [b, n, d]."""
@@ -251,25 +270,30 @@ class CoCa(nn.Module):
 
     # The public methods above never call each other: FSDP2 wraps each of them as an entrance of its own.
 
-    def _context(self, images: Tensor) -> Tensor:
-        seen = self.vision_encoder(normalize(images))  # [b, p, d]
+    def _context(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        keys = tower_keys(self.vision_encoder, sample_keys, VISION)
+        seen = self.vision_encoder(normalize(images), **keys)  # [b, p, d]
         if seen.ndim != 3:
             raise ValueError(f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
                              f"{len(images)} images; flatten rows and columns into p, and put d last")  # fmt: skip
         return self.generative_pooler(self.pooler_norm(seen))
 
-    def _text(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        return self.text_decoder(ids) if positions is None else self.text_decoder(ids, positions=positions)
+    def _text(self, ids: Tensor, positions: Tensor | None, sample_keys: Tensor | None = None) -> Tensor:
+        keys = tower_keys(self.text_decoder, sample_keys, TEXT)
+        packed = {} if positions is None else {"positions": positions}
+        return self.text_decoder(ids, **packed, **keys)
 
-    def _read(self, context: Tensor, ids: Tensor, positions: Tensor | None, labels: Tensor | None) -> CoCaOutput:
-        text = self._text(ids, positions)  # [b, s, d]
+    def _read(self, context: Tensor, ids: Tensor, positions: Tensor | None, labels: Tensor | None,
+              sample_keys: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+        text = self._text(ids, positions, sample_keys)  # [b, s, d]
+        keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
         output = self._output(context, text, ids)
         if labels is None:
-            hidden = self.multimodal_decoder(text, context, positions=positions)  # [b, s, d]
+            hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
             return output._replace(logits=self.multimodal_decoder.head(hidden))  # [b, s, v]
         s = labels.shape[1]  # no label, no need of a hidden vector
         positions = None if positions is None else positions[..., :s]
-        hidden = self.multimodal_decoder(text[:, :s], context, positions=positions)  # [b, s, d]
+        hidden = self.multimodal_decoder(text[:, :s], context, positions=positions, **keys)  # [b, s, d]
         labelled = labels != IGNORE
         losses = token_losses(hidden[labelled], labels[labelled], self.multimodal_decoder.head)
         return output._replace(token_losses=losses)
@@ -279,11 +303,47 @@ class CoCa(nn.Module):
         return CoCaOutput(*embeddings, *self.logit_scale(ids.device))
 
     def _image_embeddings(self, context: Tensor) -> Tensor:
-        return F.normalize(self.contrastive_pooler(context)[:, 0].float(), dim=-1)
+        return F.normalize(at_least_float32(self.contrastive_pooler(context)[:, 0]), dim=-1)
 
     def _text_embeddings(self, text: Tensor, ids: Tensor) -> Tensor:
         """The vector at CLS, which is the last token that is not PAD, in the tokenizer's layout and in packed rows."""
         place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
         cls = place.argmax(dim=1)  # [b]
         read = text[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
-        return F.normalize(self.text_projection(read).float(), dim=-1)
+        return F.normalize(at_least_float32(self.text_projection(read)), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards, also after an error, each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dict[str, Tensor]:
+    """The argument sample_keys of a tower, other ones for each number; none if it does not take any."""
+    if sample_keys is None or not _takes(type(tower).forward, "sample_keys"):
+        return {}
+    return {"sample_keys": fold_in(sample_keys, torch.full_like(sample_keys, number))}
+
+
+def split_keys(sample_keys: Tensor | None, positions: Tensor, blocks: Iterable[nn.Module],
+                x: Tensor) -> tuple[DropoutKeys | None, list[dict[str, Any]]]:  # fmt: skip
+    """The keys of what enters the blocks, x [b, s, d], and the argument dropout_keys of each block that takes it."""
+    forwards = [type(block).forward for block in blocks]
+    if sample_keys is None:
+        return None, [{} for _ in forwards]
+    rows, columns = dropout_keys(sample_keys, positions, 1 + 3 * len(forwards), x.shape[-1])
+    arguments = [{"dropout_keys": DropoutKeys(own, columns)} if _takes(forward, "dropout_keys") else {}
+                 for forward, own in zip(forwards, rows[1:].split(3), strict=True)]  # fmt: skip
+    return DropoutKeys(rows[0], columns), arguments
+
+
+@functools.cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(forward).parameters

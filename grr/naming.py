@@ -1,5 +1,6 @@
 """Name what image files show, with a trained model that knows the classes by nothing but their names."""
 
+import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def classify_images(trained: LoadedModel, files: Iterable[str], classes: Sequenc
             for file, ids, likely in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
                 rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": likely})
         yield rows + [{"file": file, "error": why} for file, why in bad.items()]
+
+
+def split_classes(text: str) -> list[str]:
+    """The names of classes in a text, separated by commas; a name that holds a comma stands in double quotes.
+
+    Raises ValueError if a quote is not closed.
+    """
+    try:
+        names = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error:
+        raise ValueError(
+            f"split_classes: a name begins and ends with a double quote or has none, got {text!r}"
+        ) from None
+    return [name for part in names if (name := " ".join(part.split()))]
 
 
 def read_classes(file: str | Path) -> list[str]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from grr.data import Labelled, Pairs
 from grr.generate import generate
 from grr.images import Crop, normalize
-from grr.model import CoCa
+from grr.model import CoCa, evaluating
 from grr.packing import IGNORE, pack_captions
 from grr.pictures import batches, read_batches
 from grr.tokenizer import Tokenizer
@@ -104,11 +104,9 @@ def observe(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.devic
         written = [] if generation is None else generate(model, pixels, tokenizer, **generation)
         return _Part(members, torch.stack([image_embeddings[row] for row in range(len(members))]), heard, written)
 
-    was_training = model.training
-    model.eval()
-    parts, unread = over_images(pairs, list(texts_of), work, device, image_size=image_size, crop=crop,
-                                progress="pairs" if progress else None)  # fmt: skip
-    model.train(was_training)
+    with evaluating(model):
+        parts, unread = over_images(pairs, list(texts_of), work, device, image_size=image_size, crop=crop,
+                                    progress="pairs" if progress else None)  # fmt: skip
     if dist.get_rank() > 0:
         return None
     left_out |= unread
@@ -148,12 +146,10 @@ def features(model: CoCa, labelled: Labelled, device: torch.device, *, image_siz
         seen = model.pooler_norm(model.vision_encoder(normalize(pixels))).cpu() if patches else torch.empty(0)
         return model.encode_image(pixels).cpu(), seen, torch.from_numpy(labelled.labels[members])
 
-    was_training = model.training
-    model.eval()
     items = np.flatnonzero(labelled.labels != IGNORE).tolist()
-    parts, left_out = over_images(labelled, items, work, device, image_size=image_size, crop=crop,
-                                  progress="labelled images" if progress else None)  # fmt: skip
-    model.train(was_training)
+    with evaluating(model):
+        parts, left_out = over_images(labelled, items, work, device, image_size=image_size, crop=crop,
+                                      progress="labelled images" if progress else None)  # fmt: skip
     if dist.get_rank() > 0:
         return None
     if not parts:

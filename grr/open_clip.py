@@ -25,7 +25,7 @@ from grr.components import (
     PatchEmbedding,
     SelfAttention,
 )
-from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
 
 
 def open_clip_coca(*, vocab_size: int = 49_409, context: int = 77, image_size: int = 224, patch_size: int = 32,
@@ -105,20 +105,23 @@ class PaddedTextDecoder(TextDecoder):
     """
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None,
-                caches: Sequence[BlockCache | None] | None = None) -> Tensor:  # fmt: skip
+                caches: Sequence[BlockCache | None] | None = None,
+                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
         if caches is not None:  # a caption that is being written has neither PAD nor CLS
             return super().forward(ids, positions=positions, caches=caches)
         assert isinstance(self.positions, LearnedPositions)
         if positions is not None:
             positions = positions.expand_as(ids)
             rows = ids.new_full((len(ids), len(self.positions.weight)), self.pad_id).scatter(1, positions, ids)
-            x = self(rows)  # [b, context, d]
+            x = self(rows, sample_keys=sample_keys)  # [b, context, d]
             return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         x = self.embedding(ids)  # [b, s, d]
-        x = self.dropout(x + self.positions(torch.arange(ids.shape[1], device=ids.device)).to(x.dtype))
+        places = torch.arange(ids.shape[1], device=ids.device)  # [s]
+        entry_keys, block_keys = split_keys(sample_keys, places, self.blocks, x)
+        x = self.dropout(x + self.positions(places).to(x.dtype), entry_keys)
         seen = F.pad(ids[:, :-1] != self.pad_id, (1, 0), value=True)  # [b, s]
-        for block in self.blocks:
-            x = block(x, mask=seen[:, None, None])
+        for block, keys in zip(self.blocks, block_keys, strict=True):
+            x = block(x, mask=seen[:, None, None], **keys)
         return x
 
 

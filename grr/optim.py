@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,10 +25,13 @@ def adamw(model: nn.Module, *, lr: float = 1e-4, betas: tuple[float, float] = (0
     than a third or a quarter of their memory for the paper's model (`grr.low_bit`): for GPUs, where torchao compiles
     the step, which on a CPU takes minutes where the fused one takes a second. Those of token embeddings stay whole:
     where a token is absent for long, a second moment that was rounded to 0 makes a step dozens of times too long.
-    Raises ValueError unless layer_decay is in (0, 1], ImportError if moments of few bits are asked for without torchao.
+    Raises ValueError if a number is out of its range, ImportError if moments of few bits are asked for without torchao.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}")
+    if not (0 < lr < math.inf and 0 <= weight_decay < math.inf and 0 <= eps < math.inf):
+        raise ValueError(f"adamw: lr must be above 0, weight_decay and eps at least 0, all of them finite, got {lr=}, "
+                         f"{weight_decay=}, {eps=}")  # fmt: skip
     above = _layers_above(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in model.parameters():
@@ -65,8 +68,10 @@ def warmup_cosine(step: int, steps_per_epoch: int, peak: float, *, min_lr: float
     """The learning rate of an optimizer step, counted from 0: linear warm-up, then cosine with warm restarts.
 
     It rises over warmup_steps to `peak`, then falls along half a cosine to min_lr, and starts again at `peak` every
-    cycle_epochs epochs (Loshchilov and Hutter 2016, equation 5). Nothing is remembered between steps, so a resumed run
-    needs no state. Raises ValueError if min_lr is above peak, or a length is negative.
+    cycle_epochs epochs (Loshchilov and Hutter 2016, equation 5). Cycles are counted from step 0, so each ends with an
+    epoch: the cycle in which the warm-up ends has its cosine in the steps that are left of it. The rate is a function
+    of the step alone, so a resumed run needs no state. Raises ValueError if min_lr is above peak, or a length is
+    negative.
     """
     if min_lr > peak:
         raise ValueError(f"warmup_cosine: min_lr must not be above the optimizer's lr, got {min_lr=}, lr={peak}")
@@ -76,8 +81,20 @@ def warmup_cosine(step: int, steps_per_epoch: int, peak: float, *, min_lr: float
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     cycle = max(1, round(cycle_epochs * steps_per_epoch))
-    done = (step - warmup_steps) % cycle / cycle
-    return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    end = (step // cycle + 1) * cycle
+    start = max(end - cycle, warmup_steps)
+    return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * (step - start) / (end - start))) / 2
+
+
+def describe_end(last: int, steps_per_epoch: int, peak: float, *, cycle_epochs: float = 1.0, **schedule: Any) -> str:
+    """Returns where a run of `last` steps ends, and whether a cosine of `warmup_cosine` ends there, as a sentence."""
+    cycle = max(1, round(cycle_epochs * steps_per_epoch))
+    rate = warmup_cosine(last - 1, steps_per_epoch, peak, cycle_epochs=cycle_epochs, **schedule)
+    place = f"the last step is {last:,}, after {last / steps_per_epoch:g} epochs of {steps_per_epoch:,} steps"
+    if last % cycle == 0:
+        return f"{place}, where a cosine of the learning rate ends, at {rate:.1e}"
+    whole = (last // cycle + 1) * cycle
+    return f"{place}, within a cosine of the learning rate, at {rate:.1e}; the cosine ends at step {whole:,}"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

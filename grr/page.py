@@ -91,6 +91,9 @@ path { fill: none; stroke-linecap: round; stroke-linejoin: round; vector-effect:
 .line, .points, .faint, .thin { stroke: var(--color) }
 .line { stroke-width: 1.75 } .points { stroke-width: 5 } .faint { stroke-width: 3; opacity: .3 }
 .thin { stroke-width: .75; opacity: .6 }
+.level path { stroke: var(--color); stroke-width: 1; stroke-dasharray: 6 4 }
+.level text { fill: var(--color); text-anchor: end; font-size: 9px }
+.best { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 6 4 }
 .rule { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3 }
 img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; background: var(--line);
   border-radius: 4px }

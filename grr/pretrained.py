@@ -17,6 +17,7 @@ from torch import nn
 from grr.builders import MODELS
 from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
+from grr.distributed import on_rank_0
 from grr.files import read_regular_file
 from grr.finite import check_finite_weights
 from grr.images import Crop
@@ -100,6 +101,18 @@ def fingerprint(trained: LoadedModel) -> str:
         digest.update(f"{name} {list(value.shape)}".encode())
         digest.update(value.bfloat16().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def weights_digest(source: Pretrained) -> str:
+    """A hash of the files that hold a model's weights, and of how it is built. Called by all processes alike."""
+
+    def digest() -> str:
+        checkpoint = (source.path / "progress.json").is_file()  # whose manifest holds the hashes of its other files
+        with (source.path / ("manifest.json" if checkpoint else "model.safetensors")).open("rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(repr((source.builder, sorted(source.arguments.items()), weights)).encode()).hexdigest()
+
+    return on_rank_0(digest)
 
 
 def find_pretrained(path: str | Path) -> Pretrained:

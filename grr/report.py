@@ -2,17 +2,18 @@
 
 import base64
 import io
+import math
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from grr.charts import Row, Series, chart, is_number, number, percent, series
-from grr.log import read_metrics
+from grr.charts import Level, Row, Series, chart, is_number, number, percent, series
+from grr.log import kept_step, read_metrics
 from grr.page import header, write_page
 
 SIDE = 224  # pixels of a shown image, at most
@@ -63,7 +64,7 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
     parts = [
         _header(title, rows, _last_step(folder, rows)),
         _key_numbers([row for row in rows if row.get("split") in ("validation", "final")]),
-        _curves(rows),
+        _curves(rows, softmax=_options(folder, "loss").get("contrastive") != "sigmoid"),
         show_retrievals(examples.retrievals) if examples else "",
         show_captions(examples.captions) if examples else "",
         show_answers(examples.answers) if examples else "",
@@ -91,21 +92,26 @@ def _header(title: str, rows: list[Row], last: int | None) -> str:
 
 def _last_step(folder: Path, rows: list[Row]) -> int | None:
     """The step at which the run will end, if its config and its numbers tell."""
-    try:
-        config = OmegaConf.load(folder / "config.yaml")
-        epochs, max_steps = (OmegaConf.select(config, f"run.{key}") for key in ("epochs", "max_steps"))
-    except Exception:  # whatever is the matter with that file, it may not end a training run
-        return None
+    epochs, max_steps = (_options(folder, "run").get(key) for key in ("epochs", "max_steps"))
     ends = [max_steps] if isinstance(max_steps, int) else []
     if isinstance(epochs, int) and rows and rows[-1].get("epoch"):
         ends.append(round(epochs * rows[-1]["step"] / rows[-1]["epoch"]))
     return min(ends, default=None)
 
 
+def _options(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the run's config; empty where the file is missing or damaged, which may not end a training run."""
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+        return dict(config[section])
+    except Exception:
+        return {}
+
+
 def _key_numbers(validations: list[Row]) -> str:
     """The last validation in large figures, each beside what it means or what it was before.
 
-    The model that a fine-tuning keeps has a line of its own at the end, "final": it stands beside the start.
+    The model that a run leaves has a line of its own at the end, "final": it is shown beside the first validation.
     """
     if not validations:
         return ""
@@ -134,8 +140,20 @@ def _key_numbers(validations: list[Row]) -> str:
         for label, value, notes in tiles
     )
     among = f", among {candidates:,} candidates" if candidates else ""
-    when = f"The model that was kept, of step {now['best_step']:,}" if final else f"Validation at step {now['step']:,}"
-    return f"<section><h2>What it can do</h2><p>{when}{among}.</p><dl>{items}</dl></section>"
+    when = f"The model in model/, of step {kept_step(now):,}" if final else f"Validation at step {now['step']:,}"
+    overfits = _overfitting(validations)
+    return f"<section><h2>What it can do</h2><p>{when}{among}.{overfits}</p><dl>{items}</dl></section>"
+
+
+def _overfitting(validations: list[Row]) -> str:
+    """From which step on the validation loss only rose, as a sentence; nothing while the last is the lowest."""
+    losses = [(row["loss"], row["step"]) for row in validations
+              if row.get("split") == "validation" and is_number(row.get("loss"))]  # fmt: skip
+    if not losses or min(losses)[1] == losses[-1][1]:
+        return ""
+    low, step = min(losses)
+    return (f" The lowest validation loss, {number(low)}, was at step {step:,}; it was {number(losses[-1][0])} at step "
+            f"{losses[-1][1]:,}: from step {step:,} on the run overfits.")  # fmt: skip
 
 
 def _was(before: Row | None, key: str) -> list[str]:
@@ -145,7 +163,23 @@ def _was(before: Row | None, key: str) -> list[str]:
     return [f"{value} at step {before['step']:,}"]
 
 
-def _curves(rows: list[Row]) -> str:
+def _loss_title(row: Row) -> str:
+    """What a line of the log says of its loss: losses of different weights cannot be compared."""
+    if not is_number(row.get("contrastive_weight")):
+        return "Loss"
+    return f"Loss = {row['contrastive_weight']:g} × contrastive + {row['captioning_weight']:g} × captioning"
+
+
+def _chances(train: list[Row], held_out: list[Row]) -> list[Level]:
+    """The contrastive loss of guessing among as many pairs as each curve contrasts: 2 ln N, for two directions."""
+    sizes = [
+        row["contrastive_batch"] for rows in (train, held_out) for row in rows[-1:] if row.get("contrastive_batch")
+    ]
+    return [Level(f"chance among {n:,} pairs, 2 ln {n:,}", 2 * math.log(n), "ab"[len(sizes) > 1 and n == sizes[-1]])
+            for n in dict.fromkeys(sizes)]  # fmt: skip
+
+
+def _curves(rows: list[Row], *, softmax: bool) -> str:
     train, held_out = ([row for row in rows if row.get("split") == split] for split in ("train", "validation"))
 
     def both(key: str, factor: float = 1) -> list[Series]:
@@ -157,12 +191,15 @@ def _curves(rows: list[Row]) -> str:
 
     recalls = [series(held_out, "text_to_image_r1", "sentence to image", "c", factor=100),
                series(held_out, "image_to_text_r1", "image to sentence", "d", factor=100)]  # fmt: skip
+    kept = kept_step(rows[-1]) if rows and rows[-1].get("split") == "final" else None
+    kept = kept if kept is not None else next((kept_step(row) for row in reversed(held_out)), None)
+    chances = _chances(train, held_out) if softmax else []
     charts = [
-        chart("Loss", both("loss"), wide=True),
+        chart(_loss_title((train + held_out or [{}])[-1]), both("loss"), wide=True, best_step=kept),
         chart("R@1 in %", recalls, wide=True, low=0, high=100),
         chart("Right answers in %", both("accuracy", 100), wide=True, low=0, high=100),
-        chart("Contrastive loss", both("contrastive_loss"), wide=True),
-        chart("Perplexity", both("perplexity"), wide=True, log=True),
+        chart("Contrastive loss", both("contrastive_loss"), wide=True, levels=chances, best_step=kept),
+        chart("Perplexity", both("perplexity"), wide=True, log=True, best_step=kept),
         chart("Learning rate", alone("lr"), low=0),
         chart("Gradient norm", alone("grad_norm", "noisy"), log=True),
         chart("Samples a second", alone("samples_per_second", "noisy"), low=0),
@@ -170,7 +207,8 @@ def _curves(rows: list[Row]) -> str:
     if not any(charts):
         return ""
     return ("<section><h2>How it learned</h2><p>Over optimizer steps. A faint point is one line of the training log; "
-            "the line through them is their running mean. Perplexity and gradient norm have logarithmic axes.</p>"
+            "the line through them is their running mean; a vertical line marks the weights that are kept. Perplexity "
+            "and gradient norm have logarithmic axes.</p>"
             f"<div class=charts>{''.join(charts)}</div></section>")  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grr import installed
+
 NAME = re.compile(r"\w+")  # no hyphen: a folder is <variant>-<seed>, and baseline-* must not match another variant
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -18,12 +20,25 @@ class Job:
     variant: str
     seed: int
     folder: Path
-    words: list[str]  # a recipe and its arguments, or a program that starts one
+    words: list[str]  # a recipe and its arguments, as behind `grr run`
     after: "Job | None"
 
     @property
     def name(self) -> str:
         return f"{self.stage} {self.variant}-{self.seed}"
+
+    def command(self) -> list[str]:
+        """The arguments of python that start the run.
+
+        Raises ValueError if its recipe is not an installed one, by its name, or a file below the current folder: a
+        config cannot start a program.
+        """
+        command = installed.command(self.words)
+        recipe = Path(command[installed.recipe_place(command)])
+        below = recipe.resolve().is_relative_to(Path.cwd().resolve())
+        if not below and recipe.absolute().parent != installed.RECIPES:
+            raise ValueError(f"sweep: a stage starts an installed recipe, or one below {Path.cwd()}, got {recipe}")
+        return command
 
 
 def plan(folder: Path, stages: Sequence[str], variants: Sequence[str], seeds: Sequence[int],

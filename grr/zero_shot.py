@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grr.finite import check_finite_outputs
-from grr.model import CoCa
+from grr.model import CoCa, evaluating
 from grr.packing import pack_captions
 from grr.tokenizer import Tokenizer
 
@@ -35,14 +35,12 @@ def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], 
 @torch.no_grad()
 def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
     """Embed n texts, one at least: float32 [n, e], unit length. Raises ValueError if the model computes NaN."""
-    was_training = model.training
-    model.eval()
     embeddings = []
-    for start in range(0, len(texts), BATCH):
-        rows = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
-        ids, positions, _ = pack_captions(rows, pad_id=tokenizer.pad_id)
-        embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(texts), BATCH):
+            rows = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
+            ids, positions, _ = pack_captions(rows, pad_id=tokenizer.pad_id)
+            embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
     whole = torch.cat(embeddings)
     check_finite_outputs("embed_texts", whole, texts)
     return whole
@@ -75,7 +73,7 @@ def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:
     if twice:
         raise ValueError(
             f"class_embeddings: each class must have a name of its own, got {', '.join(twice[:5])} more than once; say "
-            "which is meant, as in 'crane, a bird' and 'crane, a machine'"
+            'which is meant, as in "crane, a bird", "crane, a machine", with the quotes, or in a file, one a line'
         )
     wrong = [templates] if isinstance(templates, str) else [t for t in templates if t.count("{}") != 1]
     if wrong or not templates:

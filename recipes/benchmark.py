@@ -23,32 +23,30 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grr import config
 from grr.builders import MODELS
 from grr.data import Batch
 from grr.distributed import (
-    checkpoint_activations,
+    blocks,
     clip_gradients,
-    compile_blocks,
     materialize,
     reset_seed,
-    shard,
     start,
 )
-from grr.float8 import multiply_in_float8
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
+from grr.main import run_main
 from grr.model import CoCa, MultimodalDecoder
 from grr.optim import adamw
 from grr.packing import IGNORE, pack_captions
+from grr.parallelize import parallelize
 from grr.step import global_batch_step
-from grr.tokenizer import EOS, PAD, UNK
+from grr.tokenizer import EOS, PAD, UNK, Tokenizer
 
 Part = Literal["training", "towers", "captions"]
 Variant = Literal["fp32", "fp32 compile", "fp32 checkpoint", "fp32 compile checkpoint",
@@ -156,13 +154,8 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
     torch.compiler.reset()  # else blocks of an earlier variant count against the limit of compiled versions
     with torch.device("meta"):
         model = cfg.build("model")
-    if "float8" in variant:
-        multiply_in_float8(model, device)
-    if "compile" in variant:
-        compile_blocks(model)
-    shard(model, device, bf16="bf16" in variant)
-    if "checkpoint" in variant:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16="bf16" in variant, float8="float8" in variant, compile="compile" in variant,
+                checkpoint_activations="checkpoint" in variant)  # fmt: skip
     materialize(model, device, seed=run.seed)
     return model
 
@@ -218,7 +211,7 @@ def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -
 def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """The rows of one precision; when they are done, nothing holds its model any more."""
     size, n = cfg.model["image_size"], run.written_tokens
-    tokenizer = Numbers(cfg.model["vocab_size"], cfg.model["context"])
+    tokenizer = cast(Tokenizer, Numbers(cfg.model["vocab_size"], cfg.model["context"]))
     model = loaded_model(word, cfg, run, device)
 
     def row(act: Callable[[], object], variant: str, count: int, beams: int) -> Row:
@@ -235,7 +228,7 @@ def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, r
         yield row(cached, word, count, beams)
 
 
-def without_cache(model: CoCa, images: Tensor, tokenizer: "Numbers", tokens: int) -> list[str]:
+def without_cache(model: CoCa, images: Tensor, tokenizer: Tokenizer, tokens: int) -> list[str]:
     """Greedy search as it is without keys and values to remember; the image is encoded once."""
     context = model.image_context(images)
     ids = torch.full((len(images), 1), tokenizer.bos_id, device=images.device)
@@ -250,7 +243,8 @@ def without_cache(model: CoCa, images: Tensor, tokenizer: "Numbers", tokens: int
 
 def token_bytes(model: CoCa) -> int:
     """The weights that each token of a caption needs: both decoders, without what reads the image, and the head."""
-    weights = (*model.text_decoder.blocks.named_parameters(), *model.multimodal_decoder.named_parameters())
+    layers = [*blocks(model.text_decoder), model.multimodal_decoder]
+    weights = [named for layer in layers for named in layer.named_parameters()]
     return sum(weight.nbytes for name, weight in weights if ".cross_attention.kv." not in f".{name}")
 
 
@@ -464,6 +458,4 @@ def _text(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

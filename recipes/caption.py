@@ -16,6 +16,7 @@ from grr import config
 from grr.captioning import caption_files
 from grr.gallery import write_captions
 from grr.generate import generate
+from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 from grr.printable import printable
@@ -68,4 +69,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

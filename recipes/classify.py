@@ -15,6 +15,7 @@ import torch
 
 from grr import config
 from grr.gallery import write_classes
+from grr.main import run_main
 from grr.naming import classify_files, read_classes
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
@@ -84,4 +85,4 @@ def refuse(cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

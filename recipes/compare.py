@@ -13,6 +13,7 @@ from pathlib import Path
 from grr import config
 from grr.compare import DataSet, compare
 from grr.comparison_page import as_text, write_comparison
+from grr.main import run_main
 from grr.runs import read_models
 
 
@@ -29,14 +30,11 @@ class Run:
 def main() -> None:
     cfg = config.load(run=Run)
     run = Run(**cfg.run)
-    try:
-        models = read_models(run.models)
-        comparison = compare(models, published=run.published, allow_differences=run.allow_differences)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    models = read_models(run.models)
+    comparison = compare(models, published=run.published, allow_differences=run.allow_differences)
     print(as_text(comparison))
     print(f"see {write_comparison(Path(run.folder), comparison)}, and comparison.md beside it")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

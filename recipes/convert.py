@@ -8,6 +8,7 @@ Nothing is downloaded: checkpoint and vocabulary are files that you have. Afterw
     model, tokenizer, image_size, crop = load_pretrained("models/open_clip_coca_vit_b_32")
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from grr import config
 from grr.checkpoint import save_model
 from grr.clip_tokenizer import ClipTokenizer, installed_merges
 from grr.convert import convert_open_clip, read_open_clip
+from grr.main import run_main
 from grr.open_clip import OPEN_CLIP_MODELS
 from grr.pretrained import describe
 
@@ -33,6 +35,7 @@ class Run:
 def main() -> None:
     cfg = config.load(run=Run, model=OPEN_CLIP_MODELS)
     run = Run(**cfg.run)
+    refuse_missing(run)
 
     # vocabulary
     merges = Path(run.merges) if run.merges else installed_merges()
@@ -42,15 +45,36 @@ def main() -> None:
                          f"{cfg.model['vocab_size']}; give the merges that the model was trained with")  # fmt: skip
 
     # weights: the model is built without memory, and takes those that were read
+    print(f"reading {run.checkpoint}", flush=True)
     with torch.device("meta"):
         model = cfg.build("model")
     model.load_state_dict(convert_open_clip(read_open_clip(run.checkpoint), model), assign=True)
 
+    print(f"writing {run.folder}", flush=True)
     description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, "clip")
     save_model(Path(run.folder), model, description, merges)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{run.folder}: {cfg.model['name']}, {parameters:,} parameters")
 
 
+def refuse_missing(run: Run) -> None:
+    """Raises ValueError naming every file and package that is not there, before anything is read."""
+    faults = []
+    if not Path(run.checkpoint).is_file():
+        faults.append(f"there is no file {run.checkpoint}; run.checkpoint is open_clip_pytorch_model.bin or "
+                      "open_clip_model.safetensors of a CoCa of open_clip's")  # fmt: skip
+    if run.merges is None:
+        try:
+            installed_merges()
+        except FileNotFoundError as error:
+            faults.append(f"{error} as run.merges")
+    elif not Path(run.merges).is_file():
+        faults.append(f"there is no file {run.merges}; run.merges is bpe_simple_vocab_16e6.txt.gz or merges.txt")
+    if importlib.util.find_spec("ftfy") is None:
+        faults.append('ftfy, which the tokenizer of the model needs, is not installed; pip install "grr-coca[clip]"')
+    if faults:
+        raise ValueError("\n  ".join(["convert:", *faults]) if len(faults) > 1 else f"convert: {faults[0]}")
+
+
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,6 +13,7 @@ import torch
 
 from grr import config
 from grr.index import embed_files
+from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 from grr.results import told
@@ -48,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -17,19 +17,20 @@ import torch.distributed as dist
 
 from grr import config
 from grr.checkpoint import read_progress
-from grr.data import DATASETS, LABELLED, refuse_other_classes
+from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
 from grr.distributed import start
 from grr.evaluate import captioning, examples, losses, recalls
 from grr.evaluation_page import Confusions, as_text, write_evaluation
 from grr.generate import generate
+from grr.main import run_main
 from grr.observe import features, observe
 from grr.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.probe import attentive_probe, linear_probe
 from grr.zero_shot import accuracy, class_embeddings
 
-PAIRED = ("losses", "retrieval", "captions")  # tasks that need images with captions
-PROBES = ("linear_probe", "attentive_probe")  # that need labelled images to train on, and others to judge by
 Task = Literal["losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"]
+PAIRED: tuple[Task, ...] = ("losses", "retrieval", "captions")  # tasks that need images with captions
+PROBES: tuple[Task, ...] = ("linear_probe", "attentive_probe")  # that need labelled images to train on, others to judge
 
 
 @dataclass
@@ -68,10 +69,10 @@ def main() -> None:
     logging.info(f"judging {source.path} by {', '.join(run.tasks)}")
 
     # look: all processes share the images, and rank 0 has what came of them
-    look = {"image_size": image_size, "crop": crop, "progress": True}
+    look: dict[str, Any] = {"image_size": image_size, "crop": crop, "progress": True}
     seen = test = train = names = None
-    labelled = None if set(run.tasks) <= set(PAIRED) else cfg.build("labelled")
-    if "zero_shot" in run.tasks:  # names may be refused, which is to be known before hours of images
+    labelled: Labelled | None = None if set(run.tasks) <= set(PAIRED) else cfg.build("labelled")
+    if labelled is not None and "zero_shot" in run.tasks:  # names may be refused: known before hours of images
         names = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
     if any(task in PAIRED for task in run.tasks):
         generation = cfg.generation if "captions" in run.tasks else None
@@ -89,23 +90,26 @@ def main() -> None:
     # judge: plain arithmetic, in one process
     results: dict[str, Any] = {}
     confusions = None
-    if "losses" in run.tasks:
+    if seen is not None and "losses" in run.tasks:
         results["losses"] = losses(seen, **cfg.losses)
-    if "retrieval" in run.tasks:
+    if seen is not None and "retrieval" in run.tasks:
         results["retrieval"] = recalls(seen)
-    if "captions" in run.tasks:
+    if seen is not None and "captions" in run.tasks:
         results["captions"] = captioning(seen, tokenizer)
-    if "zero_shot" in run.tasks:
+    if test is not None and names is not None:
         scores = test.embeddings @ names.float().cpu().T  # [n, c]
         results["zero_shot"] = accuracy(scores, test.labels)
-        confusions = Confusions.of(labelled.classes, scores, test.labels)
-    if "linear_probe" in run.tasks:
-        sides = [x.to(device) for x in (train.embeddings, train.labels, test.embeddings, test.labels)]
-        results["linear_probe"] = linear_probe(*sides, len(labelled.classes), **cfg.linear_probe)
-    if "attentive_probe" in run.tasks:
-        sides = [train.patches, train.labels, test.patches, test.labels]
-        results["attentive_probe"] = attentive_probe(*sides, len(labelled.classes), model.pooler_heads,
-                                                     device, **cfg.attentive_probe)  # fmt: skip
+        confusions = Confusions.of(test.labelled.classes, scores, test.labels)
+    if test is not None and train is not None:
+        classes = len(test.labelled.classes)
+        if "linear_probe" in run.tasks:
+            a, b, c, d = (x.to(device) for x in (train.embeddings, train.labels, test.embeddings, test.labels))
+            results["linear_probe"] = linear_probe(a, b, c, d, classes, **cfg.linear_probe)
+        if "attentive_probe" in run.tasks:
+            results["attentive_probe"] = attentive_probe(
+                train.patches, train.labels, test.patches, test.labels, classes, model.pooler_heads, device,
+                **cfg.attentive_probe,
+            )  # fmt: skip
 
     # write
     evaluation = {
@@ -146,5 +150,4 @@ def step_of(source: Pretrained) -> int | None:
 
 
 if __name__ == "__main__":
-    main()
-    dist.destroy_process_group()
+    run_main(main)

@@ -10,6 +10,7 @@ other numbers of images and tokens than it was traced with, and compared with th
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ import torch
 
 from grr import config
 from grr.export import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.main import run_main
 from grr.pretrained import find_pretrained, load_pretrained
 from grr.table import aligned
 
@@ -53,10 +55,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = [["file", "MB", "largest difference"]]
     for name, graph in parts.items():
+        print(f"tracing {name}", file=sys.stderr, flush=True)
         program = export_program(graph)
         inputs = graph.example(batch=3, tokens=4)
         for suffix in run.formats:
             file = folder / f"{name}.{suffix}"
+            print(f"writing {file} and comparing it with the model", file=sys.stderr, flush=True)
             if suffix == "onnx":
                 save_onnx(graph, program, file)
                 outputs = onnx_outputs(file, inputs)
@@ -79,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

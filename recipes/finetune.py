@@ -9,55 +9,35 @@ best/, what was kept in model/. The same command, submitted again, continues whe
 a run that has finished is left as it is. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from tqdm import tqdm
 
 from grr import config
 from grr.average import Average, interpolate, weights_of
-from grr.checkpoint import (
-    RunLock,
-    StopSignal,
-    latest_checkpoint,
-    load_checkpoint,
-    load_checkpoint_weights,
-    read_progress,
-    refuse_another_run,
-    remove_checkpoints_after,
-    save_checkpoint,
-    save_model,
-)
-from grr.data import DATASETS, InMemory, Pairs, steps_per_epoch, training_steps, validation_steps
-from grr.distributed import (
-    all_sum,
-    checkpoint_activations,
-    clip_gradients,
-    compile_blocks,
-    materialize,
-    on_rank_0,
-    reset_seed,
-    shard,
-    start,
-)
-from grr.evaluate import examine
-from grr.float8 import multiply_in_float8
-from grr.log import open_log, read_metrics, summary
+from grr.checkpoint import RunLock, load_checkpoint, load_checkpoint_weights, save_model
+from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps
+from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, start
+from grr.evaluate import validate
+from grr.identity import run_identity
+from grr.log import has_ended, open_log, summary
+from grr.main import run_main
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop
-from grr.report import Examples, write_report
+from grr.parallelize import parallelize
+from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop, weights_digest
+from grr.ranges import check_ranges
+from grr.report import write_report
+from grr.saver import Saver
 from grr.soft_reset import SoftReset, in_words, soft_reset
-from grr.step import Losses, evaluation_losses, global_batch_step, refuse_non_finite
-from grr.tokenizer import Tokenizer, load_tokenizer
+from grr.step import check_finite, global_batch_step
+from grr.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -84,11 +64,11 @@ class Run:
     save_every: int = 1000  # optimizer steps; each validation saves as well
     save_minutes: float = 30.0
     keep: int = 2  # checkpoints, beside the best
+    accept_changes: list[str] = field(default_factory=list)  # keys of the config that a resumed run may change
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.interpolate <= 1:
-            raise ValueError(f"Run: interpolate must be from 0 to 1, got {self.interpolate}")
+        check_ranges(self)
 
 
 @dataclass
@@ -99,7 +79,7 @@ class Start:
     dropout: float = 0.1
 
 
-def main() -> None:
+def main() -> int:
     cfg = config.load(
         run=Run, model=Start, data=DATASETS, validation=DATASETS, loader=training_steps, loss=global_batch_step,
         optimizer=adamw, schedule=warmup_cosine, control=soft_reset,
@@ -110,7 +90,6 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
     source = find_pretrained(cfg.model["path"])
-    stop = StopSignal()
     lock = RunLock(folder)
 
     # data: an order that is a pure function of the seed and the step, in the words of the pre-trained model
@@ -130,51 +109,45 @@ def main() -> None:
     with torch.device("meta"):
         model = build_pretrained(source, dropout=cfg.model["dropout"])
     freeze(model, run.freeze)
-    if run.float8:
-        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.compile:
-        compile_blocks(model)
-    shard(model, device, bf16=run.bf16, replicas=run.replicas)
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
+                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
     materialize(model, device, seed=run.seed)
     load_weights(source, model)
     optimizer = adamw(model, **cfg.optimizer)
     average = Average(model, decay=run.average)
 
     # resume, if there is something to resume
-    step, control = 0, SoftReset()
-    identity = {"start": str(source.path), "data": pairs.fingerprint, "validation": held_out.fingerprint,
-                "tokenizer": tokenizer.fingerprint, "loss": cfg.loss, "seed": run.seed,
-                "batch_size": run.batch_size}  # fmt: skip
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is not None:
-        refuse_another_run(folder, read_progress(checkpoint)["identity"], identity)
-        progress = load_checkpoint(checkpoint, model, optimizer, average.weights)
-        step, control = progress["step"], SoftReset(**progress["control"])
-        logging.info(f"resuming {folder} after step {step}, in learning-rate regime {control.regime}")
+    fingerprints = {"start": weights_digest(source), "data": pairs.fingerprint, "validation": held_out.fingerprint,
+                    "tokenizer": tokenizer.fingerprint}  # fmt: skip
+    saver = Saver(
+        folder, model, optimizer, run_identity(cfg, **fingerprints), description=description, average=average.weights,
+        save_every=run.save_every, save_minutes=run.save_minutes, keep=run.keep,
+    )  # fmt: skip
+    progress = saver.resume(accepted=run.accept_changes)
+    step, control = (progress["step"], SoftReset(**progress["control"])) if progress else (0, SoftReset())
     end = {"step": step, "best_step": control.best_step, "interpolate": run.interpolate}
-    if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: is_written(folder, end)):
+    if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: has_ended(folder, **end)):
         logging.info(f"{folder} finished before, after step {step}: the model of step {control.best_step} is in "
                      f"{folder / 'model'}; see {folder / 'report.html'}")  # fmt: skip
         lock.release()
-        return
-    remove_checkpoints_after(folder / "best", control.best_step)
+        return 0
+    saver.resume_best(control.best_step)
     on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
     facts = {"parameters": sum(p.numel() for p in model.parameters()),
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
              "training_pairs": len(pairs), "validation_pairs": len(held_out), "steps_per_epoch": per_epoch,
-             "world_size": world, **identity}  # fmt: skip
-    known = step if checkpoint else -1  # lines up to here are kept; that of step 0, too, is only true once it is saved
+             "world_size": world, "batch_size": run.batch_size, **fingerprints}  # fmt: skip
+    known = step if progress else -1  # lines up to here are kept; that of step 0, too, is only true once it is saved
     log = open_log(folder, cfg, facts, step=known, tensorboard=run.tensorboard) if rank == 0 else None
+    if log and saver.changes:
+        log.write(split="change", step=step, changes=saver.changes)
     title = f"{source.builder} on {cfg.data['name']}"
 
     # loop: an epoch, a validation, and a decision; first of all the start is validated
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=None if run.epochs is None else last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    pace, saved = Pace(run.batch_size), time.monotonic()
-    stopping = False
-    while control.decision != "stop" and control.step < last and not stopping:
+    pace = Pace(run.batch_size)
+    while control.decision != "stop" and control.step < last:
         if control.step >= 0:
             with pace.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
@@ -182,7 +155,14 @@ def main() -> None:
             set_lr(optimizer, lr)
             losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
             norm = clip_gradients(model, run.clip)
-            refuse_non_finite(losses, norm, step, micro_batches, folder)
+            check_finite(losses, norm, step, micro_batches, folder)
+            if saver.due:  # these gradients have shown that the weights are sound
+                saver.save(step, control=control._asdict())
+            if saver.stopping:
+                bar.close()
+                logging.info(f"stopped after step {step}; the same command continues")
+                lock.release()
+                return saver.stopping
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update()
@@ -207,56 +187,32 @@ def main() -> None:
                               best_step=control.best_step)  # fmt: skip
                     write_report(folder, title=title, examples=examples)
                     bar.write(f"{summary(step, losses, found)}; {in_words(control)}")
+                if control.decision == "improved":  # on disk before a checkpoint names it
+                    saver.save_best(step, control=control._asdict())
                 if control.decision == "reset":
-                    load_checkpoint(folder / "best" / f"step_{control.best_step}", model, optimizer, average.weights)
-
-        stopping = stop.requested()
-        late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
-        if step % per_epoch == 0 or step % run.save_every == 0 or stopping or late:
-            progress = {"step": step, "identity": identity, "model": description, "control": control._asdict()}
-            if control.best_step == step:  # it is on disk before a checkpoint names it
-                save_checkpoint(folder / "best", model, optimizer, progress, average.weights, keep=max(2, run.keep))
-            save_checkpoint(folder / "checkpoints", model, optimizer, progress, average.weights, keep=run.keep)
-            saved = time.monotonic()
+                    load_checkpoint(saver.best(control.best_step), model, optimizer, average.weights)
+        saver.poll(step, due=step % per_epoch == 0)
     bar.close()
 
     # the end: the best weights, perhaps moved back toward the start, are the model
-    if stopping:
-        logging.info(f"stopped; the same command continues after step {step}")
-    else:
-        load_checkpoint_weights(folder / "best" / f"step_{control.best_step}", model)
-        if run.interpolate < 1:
-            tuned = weights_of(model)
-            load_weights(source, model)
-            interpolate(model, tuned, share=run.interpolate)
-        losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
-        save_model(folder / "model", model, description, folder / "tokenizer.model")
-        if log:
-            log.write(split="final", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
-                      best_step=control.best_step, interpolate=run.interpolate)  # fmt: skip
-            write_report(folder, title=title, examples=examples)
-        logging.info(f"finished: the model of {summary(control.best_step, losses, found)}")
-        logging.info(f"it is in {folder / 'model'}; see {folder / 'report.html'}")
+    if saver.due:
+        saver.save(step, control=control._asdict())
+    load_checkpoint_weights(saver.best(control.best_step), model)
+    if run.interpolate < 1:
+        tuned = weights_of(model)
+        load_weights(source, model)
+        interpolate(model, tuned, share=run.interpolate)
+    losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+    save_model(folder / "model", model, description, folder / "tokenizer.model")
+    if log:
+        log.write(split="final", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
+                  best_step=control.best_step, interpolate=run.interpolate)  # fmt: skip
+        write_report(folder, title=title, examples=examples)
+    logging.info(f"finished: the model of {summary(control.best_step, losses, found)}")
+    logging.info(f"it is in {folder / 'model'}; see {folder / 'report.html'}")
     lock.release()
-
-
-def is_written(folder: Path, end: dict[str, Any]) -> bool:
-    """Whether a run that came to this end has left its model, and then the line that says so."""
-    said = [line for line in read_metrics(folder) if line.get("split") == "final"]
-    return (folder / "model").is_dir() and any(end.items() <= line.items() for line in said)
-
-
-def validate(model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, loader: dict[str, Any],
-             loss: dict[str, Any], candidates: int) -> tuple[Losses, dict[str, float], Examples]:  # fmt: skip
-    """The losses over all pairs, what the model finds and says of the first images, and what a report shows of it."""
-    batches = validation_steps(pairs, tokenizer, **loader)
-    losses = evaluation_losses(model, ([batch.to(device) for batch in step] for step in batches), **loss)
-    found, examples = examine(model, pairs, tokenizer, device, candidates=candidates, image_size=loader["image_size"],
-                              crop=loader["crop"])  # fmt: skip
-    return losses, found, examples
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

@@ -7,9 +7,7 @@ The model comes from a pre-trained run, or is new. The best so far is in best/, 
 The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,18 +18,7 @@ from tqdm import tqdm
 
 from grr import config
 from grr.builders import MODELS
-from grr.checkpoint import (
-    RunLock,
-    StopSignal,
-    latest_checkpoint,
-    load_checkpoint,
-    load_checkpoint_weights,
-    read_progress,
-    refuse_another_run,
-    remove_checkpoints_after,
-    save_checkpoint,
-    save_model,
-)
+from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
 from grr.classification import answers, classification_scores, classification_step
 from grr.data import (
     LABELLED,
@@ -40,25 +27,20 @@ from grr.data import (
     steps_per_epoch,
     training_steps,
 )
-from grr.distributed import (
-    all_sum,
-    checkpoint_activations,
-    clip_gradients,
-    compile_blocks,
-    materialize,
-    reset_seed,
-    shard,
-    start,
-)
-from grr.float8 import multiply_in_float8
+from grr.distributed import clip_gradients, materialize, reset_seed, start
 from grr.heads import HEADS, describe_classifier, load_parts
+from grr.identity import run_identity
 from grr.log import open_log
+from grr.main import run_main
 from grr.model import CoCa
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
-from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop
+from grr.parallelize import parallelize
+from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
+from grr.ranges import check_ranges
 from grr.report import Examples, write_report
-from grr.step import refuse_non_finite
+from grr.saver import Saver
+from grr.step import check_finite
 from grr.tokenizer import open_tokenizer
 
 
@@ -85,7 +67,11 @@ class Run:
     save_every: int = 1000  # optimizer steps
     save_minutes: float = 30.0
     keep: int = 2  # checkpoints
+    accept_changes: list[str] = field(default_factory=list)  # keys of the config that a resumed run may change
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
@@ -93,7 +79,7 @@ def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
     return build_pretrained(find_pretrained(path), dropout=dropout)
 
 
-def main() -> None:
+def main() -> int:
     cfg = config.load(
         run=Run, model={"pretrained": pretrained, **MODELS}, head=HEADS, tokenizer=open_tokenizer, data=LABELLED,
         validation=LABELLED, loader=training_steps, loss=classification_step, optimizer=adamw, schedule=warmup_cosine,
@@ -104,7 +90,6 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
-    stop = StopSignal()
     lock = RunLock(folder)
 
     # data: labelled, and read in the words of the pre-trained model if there is one
@@ -128,13 +113,8 @@ def main() -> None:
     with torch.device("meta"):
         model = cfg.build("head", cfg.build("model"), len(pairs.classes))
     freeze(model, run.freeze)
-    if run.float8:
-        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.compile:
-        compile_blocks(model)
-    shard(model, device, bf16=run.bf16, replicas=run.replicas)
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
+                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
     materialize(model, device, seed=run.seed)
     if source is not None:
         load_parts(source, model)
@@ -143,37 +123,44 @@ def main() -> None:
               "image_size": arguments["image_size"], "pin_memory": device.type == "cuda", **cfg.loader}  # fmt: skip
 
     # resume, if there is something to resume
-    step, best, best_step = 0, -1.0, 0
-    identity = {"start": str(source.path) if source else None, "data": pairs.fingerprint,
-                "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint, "loss": cfg.loss,
-                "seed": run.seed, "batch_size": run.batch_size}  # fmt: skip
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is not None:
-        refuse_another_run(folder, read_progress(checkpoint)["identity"], identity)
-        progress = load_checkpoint(checkpoint, model, optimizer)
-        step, best, best_step = progress["step"], progress["best"], progress["best_step"]
-        logging.info(f"resuming {folder} after step {step} of {last}")
-    remove_checkpoints_after(folder / "best", best_step)
+    fingerprints = {"start": weights_digest(source) if source else None, "data": pairs.fingerprint,
+                    "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint}  # fmt: skip
+    saver = Saver(
+        folder, model, optimizer, run_identity(cfg, **fingerprints), description=description,
+        save_every=run.save_every, save_minutes=run.save_minutes, keep=run.keep,
+    )  # fmt: skip
+    progress = saver.resume(accepted=run.accept_changes) or {"step": 0, "best": -1.0, "best_step": -1}
+    step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
+    saver.resume_best(best["best_step"])
     blind = blind_accuracy(pairs, held_out)
     facts = {"parameters": sum(p.numel() for p in model.parameters()),
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
              "classes": len(pairs.classes), "training_pairs": len(pairs), "validation_pairs": len(held_out),
-             "blind_accuracy": blind, "steps_per_epoch": per_epoch, "world_size": world, **identity}  # fmt: skip
+             "blind_accuracy": blind, "steps_per_epoch": per_epoch, "world_size": world, "batch_size": run.batch_size,
+             **fingerprints}  # fmt: skip
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
+    if log and saver.changes:
+        log.write(split="change", step=step, changes=saver.changes)
 
     # loop: the best model so far is kept
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    pace, saved = Pace(run.batch_size), time.monotonic()
-    stopping = False
-    while step < last and not stopping and (run.patience is None or step - best_step < run.patience * validate_every):
+    pace = Pace(run.batch_size)
+    while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):
         with pace.waiting():
             micro_batches = [batch.to(device) for batch in next(batches)]
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
         scores = classification_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
         norm = clip_gradients(model, run.clip)
-        refuse_non_finite(scores, norm, step, micro_batches, folder)
+        check_finite(scores, norm, step, micro_batches, folder)
+        if saver.due:  # these gradients have shown that the weights are sound
+            saver.save(step, **best)
+        if saver.stopping:
+            bar.close()
+            logging.info(f"stopped after step {step} of {last}; the same command continues")
+            lock.release()
+            return saver.stopping
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -189,40 +176,34 @@ def main() -> None:
             with pace.paused():
                 scores = classification_scores(model, held_out, tokenizer, device, image_size=arguments["image_size"],
                                                crop=cfg.loader["crop"])  # fmt: skip
-                if scores.accuracy > best:
-                    best, best_step = scores.accuracy, step
+                if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
+                    best = {"best": scores.accuracy, "best_step": step}
+                    saver.save_best(step, **best)
                 shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
                                 crop=cfg.loader["crop"])  # fmt: skip
                 if log:
-                    log.write(split="validation", step=step, epoch=step / per_epoch, **scores._asdict(),
-                              blind_accuracy=blind, best_accuracy=best, best_step=best_step)  # fmt: skip
+                    log.write(
+                        split="validation", step=step, epoch=step / per_epoch, **scores._asdict(), blind_accuracy=blind,
+                        best_accuracy=best["best"], best_step=best["best_step"],
+                    )  # fmt: skip
                     write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
-                    bar.write(f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                              f"{best:.1%} at step {best_step}; {blind:.1%} without a look at the images")  # fmt: skip
-
-        stopping = stop.requested()
-        late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
-        if step % run.save_every == 0 or step % validate_every == 0 or step == last or stopping or late:
-            progress = {"step": step, "identity": identity, "model": description, "best": best, "best_step": best_step}
-            if best_step == step:  # it is on disk before a checkpoint names it
-                save_checkpoint(folder / "best", model, optimizer, progress, keep=max(2, run.keep))
-            save_checkpoint(folder / "checkpoints", model, optimizer, progress, keep=run.keep)
-            saved = time.monotonic()
-
+                    bar.write(
+                        f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
+                        f"{best['best']:.1%} at step {best['best_step']}; {blind:.1%} without a look at the images"
+                    )
+        saver.poll(step, due=step % validate_every == 0 or step == last)
     bar.close()
 
     # the end: the best is the model
-    if stopping and step < last:
-        logging.info(f"stopped; the same command continues after step {step} of {last}")
-    else:
-        load_checkpoint_weights(folder / "best" / f"step_{best_step}", model)
-        save_model(folder / "model", model, description, folder / "tokenizer.model")
-        logging.info(f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see "
-                     f"{folder / 'report.html'}")  # fmt: skip
+    if saver.due:
+        saver.save(step, **best)
+    load_checkpoint_weights(saver.best(best["best_step"]), model)
+    save_model(folder / "model", model, description, folder / "tokenizer.model")
+    logging.info(f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see "
+                 f"{folder / 'report.html'}")  # fmt: skip
     lock.release()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

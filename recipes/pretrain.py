@@ -6,10 +6,8 @@
 The same command, submitted again, continues where the run stopped. Any key of the config may follow as key=value.
 """
 
-import gc
 import logging
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,35 +17,21 @@ from tqdm import tqdm
 
 from grr import config
 from grr.builders import MODELS
-from grr.checkpoint import (
-    RunLock,
-    StopSignal,
-    latest_checkpoint,
-    load_checkpoint,
-    read_progress,
-    refuse_another_run,
-    save_checkpoint,
-    save_model,
-)
-from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps, validation_steps
-from grr.distributed import (
-    all_sum,
-    checkpoint_activations,
-    clip_gradients,
-    compile_blocks,
-    materialize,
-    reset_seed,
-    shard,
-    start,
-)
-from grr.evaluate import examine
-from grr.float8 import multiply_in_float8
-from grr.log import open_log, summary
-from grr.optim import adamw, set_lr, warmup_cosine
+from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
+from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps
+from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, start
+from grr.evaluate import validate
+from grr.identity import run_identity
+from grr.log import has_ended, open_log, summary
+from grr.main import run_main
+from grr.optim import adamw, describe_end, set_lr, warmup_cosine
 from grr.pace import Pace
+from grr.parallelize import parallelize
 from grr.pretrained import describe
+from grr.ranges import check_ranges
 from grr.report import write_report
-from grr.step import evaluation_losses, global_batch_step, refuse_non_finite
+from grr.saver import Saver
+from grr.step import check_finite, global_batch_step
 from grr.tokenizer import open_tokenizer
 
 
@@ -74,10 +58,15 @@ class Run:
     save_every: int = 1000  # optimizer steps
     save_minutes: float = 30.0
     keep: int = 2  # checkpoints
+    keep_model: Literal["best", "last"] = "best"  # the weights in model/: of the lowest validation loss, or the last
+    accept_changes: list[str] = field(default_factory=list)  # keys of the config that a resumed run may change
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
-def main() -> None:
+
+def main() -> int:
     cfg = config.load(
         run=Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS, loader=training_steps,
         loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
@@ -87,7 +76,6 @@ def main() -> None:
     device = start()
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
-    stop = StopSignal()
     lock = RunLock(folder)
 
     # data: an order that is a pure function of the seed and the step
@@ -107,35 +95,39 @@ def main() -> None:
     description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, crop)
     with torch.device("meta"):
         model = cfg.build("model")
-    if run.float8:
-        multiply_in_float8(model, device, emulated=run.float8 == "emulated")
-    if run.compile:
-        compile_blocks(model)
-    shard(model, device, bf16=run.bf16, replicas=run.replicas)
-    if run.checkpoint_activations:
-        checkpoint_activations(model)
+    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
+                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
     materialize(model, device, seed=run.seed)
     optimizer = adamw(model, **cfg.optimizer)
 
     # resume, if there is something to resume
-    step = 0
-    identity = {"data": pairs.fingerprint, "tokenizer": tokenizer.fingerprint, "seed": run.seed,
-                "batch_size": run.batch_size}  # fmt: skip
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is not None:
-        refuse_another_run(folder, read_progress(checkpoint)["identity"], identity)
-        progress = load_checkpoint(checkpoint, model, optimizer)
-        step = progress["step"]
-        logging.info(f"resuming {folder} after step {step} of {last}")
+    fingerprints = {"data": pairs.fingerprint, "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint}
+    saver = Saver(
+        folder, model, optimizer, run_identity(cfg, **fingerprints), description=description,
+        save_every=run.save_every, save_minutes=run.save_minutes, keep=run.keep,
+    )  # fmt: skip
+    progress = saver.resume(accepted=run.accept_changes) or {"step": 0, "best_loss": None, "best_step": -1}
+    step = progress["step"]
+    last = max(last, step)  # run.epochs may have been lowered
+    best = {key: progress[key] for key in ("best_loss", "best_step")}
+    if step == last and on_rank_0(lambda: has_ended(folder, step=last, keep_model=run.keep_model)):
+        logging.info(f"{folder} finished before, after step {last}; see {folder / 'report.html'}")
+        lock.release()
+        return 0
+    saver.resume_best(best["best_step"])
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "training_pairs": len(pairs),
-             "validation_pairs": len(held_out), "validation": held_out.fingerprint, "steps_per_epoch": per_epoch,
-             "world_size": world, **identity}  # fmt: skip
+             "validation_pairs": len(held_out), "steps_per_epoch": per_epoch, "world_size": world,
+             "batch_size": run.batch_size, **fingerprints}  # fmt: skip
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
+    if log and saver.changes:
+        log.write(split="change", step=step, changes=saver.changes)
+    report, title = folder / "report.html", f"{cfg.model['name']} on {cfg.data['name']}"
+    logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
 
     # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    pace, saved = Pace(run.batch_size), time.monotonic()
+    pace, examples = Pace(run.batch_size), None
     while step < last:
         with pace.waiting():
             micro_batches = [batch.to(device) for batch in next(batches)]
@@ -143,7 +135,14 @@ def main() -> None:
         set_lr(optimizer, lr)
         losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
         norm = clip_gradients(model, run.clip)
-        refuse_non_finite(losses, norm, step, micro_batches, folder)
+        check_finite(losses, norm, step, micro_batches, folder)
+        if saver.due:  # these gradients have shown that the weights are sound
+            saver.save(step, **best)
+        if saver.stopping:
+            bar.close()
+            logging.info(f"stopped after step {step} of {last}; the same command continues")
+            lock.release()
+            return saver.stopping
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -154,37 +153,43 @@ def main() -> None:
         if log and (step % run.log_every == 0 or step == last):
             log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
                       **pace.line())  # fmt: skip
+            if not report.is_file():
+                write_report(folder, title=title, examples=None)
 
         if step % validate_every == 0 or step == last:
             with pace.paused():
-                batches_of = validation_steps(held_out, tokenizer, **loader)
-                losses = evaluation_losses(model, ([b.to(device) for b in batch] for batch in batches_of), **cfg.loss)
-                found, examples = examine(model, held_out, tokenizer, device, candidates=run.candidates,
-                                          image_size=image_size, crop=crop)  # fmt: skip
+                losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+                check_finite(losses, norm, step, micro_batches, folder)
+                if best["best_loss"] is None or losses.loss < best["best_loss"]:
+                    best = {"best_loss": losses.loss, "best_step": step}
+                    saver.save_best(step, **best)
                 if log:
-                    log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found)
-                    write_report(folder, title=f"{cfg.model['name']} on {cfg.data['name']}", examples=examples)
+                    log.write(
+                        split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found, **best
+                    )
+                    write_report(folder, title=title, examples=examples)
                     bar.write(summary(step, losses, found))
-
-        stopping = stop.requested()
-        late = all_sum(time.monotonic() - saved > 60 * run.save_minutes)[0] > 0
-        if step % run.save_every == 0 or step == last or stopping or late:
-            progress = {"step": step, "identity": identity, "model": description}
-            save_checkpoint(folder / "checkpoints", model, optimizer, progress, keep=run.keep)
-            saved = time.monotonic()
-        if stopping:
-            break
-
+        saver.poll(step, due=step == last)
     bar.close()
-    if step == last:
-        save_model(folder / "model", model, description, folder / "tokenizer.model")
-    end = "finished" if step == last else "stopped; the same command continues"
-    report = folder / "report.html"
-    logging.info(f"{end} after step {step} of {last}" + (f"; see {report}" if report.is_file() else ""))
+
+    # the end: the model is the best one, or the last
+    if saver.due:
+        saver.save(step, **best)
+    kept = best["best_step"] if run.keep_model == "best" else last
+    if kept < last:
+        load_checkpoint_weights(saver.best(kept), model)
+    if kept < last or examples is None:
+        losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+    save_model(folder / "model", model, description, folder / "tokenizer.model")
+    if log:
+        log.write(split="final", step=last, epoch=last / per_epoch, **losses.numbers(), **found, model_step=kept,
+                  keep_model=run.keep_model)  # fmt: skip
+        write_report(folder, title=title, examples=examples)
+    logging.info(f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}; "
+                 f"see {report}")  # fmt: skip
     lock.release()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # a sharded model that is still alive may abort the end of the process group
-    dist.destroy_process_group()
+    run_main(main)

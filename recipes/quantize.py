@@ -35,6 +35,7 @@ from grr.distributed import materialize, start
 from grr.evaluate import captioning, recalls
 from grr.generate import generate
 from grr.images import BadImage
+from grr.main import run_main
 from grr.model import CoCa
 from grr.observe import observe
 from grr.pretrained import (
@@ -87,6 +88,7 @@ def main() -> None:
     # size and quality: each variant is written, opened again and judged
     rows: list[dict[str, Any]] = []
     for variant in run.variants:
+        logging.info(f"{variant}: writing, opening and judging it")
         write(source, variant, dtype_of(variant, run), folder / variant, device)
         size = (folder / variant / "model.safetensors").stat().st_size
         dtype = str(dtype_of(variant, run)).removeprefix("torch.")
@@ -100,7 +102,8 @@ def main() -> None:
     images = some_images(models[0], pairs, run.batch_size).to(device)  # [b, 3, h, w]
     embed = [partial(m.model.encode_image, images) for m in models]
     caption = [partial(generate, m.model, images, m.tokenizer, **cfg.generation) for m in models]
-    for what, acts in {"image_seconds": embed, "caption_seconds": caption}.items():
+    timed: dict[str, Sequence[Callable[[], object]]] = {"image_seconds": embed, "caption_seconds": caption}
+    for what, acts in timed.items():
         for row, taken in zip(rows, seconds(what, acts, run, device), strict=True):
             row[what] = taken / len(images)
 
@@ -147,7 +150,7 @@ def untrained(cfg: config.Config, pairs: Pairs, folder: Path) -> Pretrained:
 
 def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path, device: torch.device) -> None:
     model = load_pretrained(source.path, device=device, dtype=dtype).model
-    if variant in PLAIN:
+    if variant == "fp32" or variant == "bf16":
         save_model(folder, model, describe(source.builder, source.arguments, source.crop), source.tokenizer)
         return
     quantize(model, variant)
@@ -164,6 +167,7 @@ def judge(it: LoadedModel, pairs: Pairs, run: Run, generation: dict[str, Any],
     """What a variant finds and says of images."""
     seen = observe(it.model, pairs, it.tokenizer, device, image_size=it.image_size, crop=it.crop, images=run.images,
                    generation=generation, progress=True)  # fmt: skip
+    assert seen is not None  # there is one process, rank 0
     return {**recalls(seen), **captioning(seen, it.tokenizer)}
 
 
@@ -226,5 +230,4 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
-    dist.destroy_process_group()
+    run_main(main)

@@ -15,6 +15,7 @@ import torch
 from grr import config
 from grr.gallery import write_hits
 from grr.index import as_text, look_up, open_index
+from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 from grr.printable import printable
@@ -25,7 +26,7 @@ class Run:
     """The recipe's own knobs."""
 
     index: str = "index"  # the folder that recipes/embed.py wrote
-    texts: list[str] = field(default_factory=list)  # what to look for
+    texts: list[str] = field(default_factory=list)  # what to look for; without brackets, one text
     images: str | None = None  # images to look for others like them: a file, a folder, or a glob in quotes
     top: int = 10  # images for each query
     page: str | None = None  # where the page is written; null: hits.html in the folder of the index
@@ -69,4 +70,4 @@ def refuse(cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from grr.builders import MODELS, T5_VOCABULARY
 from grr.charts import number
 from grr.flops import Towers, forward_flops, parameters, training_flops
+from grr.main import run_main
 from grr.sweep import plan
 from grr.table import aligned
 from grr.tokenizer import open_tokenizer
@@ -51,14 +52,15 @@ def main() -> None:
 
 def of_words(name: str, *overrides: str) -> dict[str, Any]:
     """A name and key=value ..., the values read as YAML."""
-    return {"name": name, **OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))}
+    arguments: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    return {"name": name, **arguments}
 
 
 def of_sweep(file: str) -> dict[str, dict[str, Any]]:
     """The model of each variant: the section `model` of the first stage's config, and what is said instead of it."""
     run = OmegaConf.load(file).run
     jobs = plan(Path(run.folder), list(run.stages), list(run.variants), [0])
-    return {job.variant: model_of(job.words) for job in jobs if job.after is None}
+    return {job.variant: model_of(job.command()) for job in jobs if job.after is None}
 
 
 def model_of(words: list[str]) -> dict[str, Any]:
@@ -67,8 +69,9 @@ def model_of(words: list[str]) -> dict[str, Any]:
     config.merge_with_dotlist([word for word in words if word.startswith(("model.", "tokenizer."))])
     told = {key: p.default for key, p in inspect.signature(open_tokenizer).parameters.items()} | dict(config.tokenizer)
     vocab_size = T5_VOCABULARY if told["path"] else told["vocab_size"]
-    return {**OmegaConf.to_container(config.model), "vocab_size": vocab_size, "context": told["context"]}
+    arguments: Any = OmegaConf.to_container(config.model)
+    return {**arguments, "vocab_size": vocab_size, "context": told["context"]}
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grr import config
+from grr.installed import recipe_place
+from grr.main import run_main
 from grr.sweep import Job, plan
 
 LOG = "log.txt"  # in a run's folder: what it said
@@ -33,7 +35,7 @@ class Run:
     """The recipe's own knobs; see grr.sweep.plan."""
 
     folder: str  # everything the runs write
-    stages: list[str]  # "name: recipe arguments", one after the other; {name} is the run's folder in an earlier stage
+    stages: list[str]  # "name: RECIPE/CONFIG arguments" as for grr run, in order; {name} is an earlier stage's folder
     variants: list[str]  # "name: key=value ...", overrides of the first stage
     seeds: list[int] = field(default_factory=lambda: [0])
     jobs: int = 1  # runs at a time; where more than one, each sees one GPU, dealt out in turn
@@ -43,13 +45,10 @@ class Run:
 def main() -> None:
     cfg = config.load(run=Run)
     run = Run(**cfg.run)
-    try:
-        if run.jobs < 1:
-            raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
-        jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
-        refuse_missing_files(jobs)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    if run.jobs < 1:
+        raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
+    jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
+    refuse_unknown_recipes(jobs)
     waiting = [job for job in jobs if not is_finished(job)]
     warn_of_other_commands([job for job in jobs if is_finished(job)])
 
@@ -69,10 +68,11 @@ def main() -> None:
                 failed[job.name] = f"ended with status {status}" if status else "ended without leaving a model"
                 bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
             bar.update(0 if signals else 1)
-        for job in [job for job in waiting if job.after and job.after.name in failed]:
-            waiting.remove(job)
-            failed[job.name] = f"was not started, since {job.after.name} failed"
-            bar.update()
+        for job in list(waiting):
+            if job.after and job.after.name in failed:
+                waiting.remove(job)
+                failed[job.name] = f"was not started, since {job.after.name} failed"
+                bar.update()
         while len(running) < run.jobs and not signals and (ready := [job for job in waiting if is_ready(job)]):
             waiting.remove(ready[0])
             place = min(set(range(run.jobs)) - running.keys())
@@ -96,12 +96,19 @@ def main() -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def refuse_missing_files(jobs: Iterable[Job]) -> None:
-    """Recipes and configs are looked for before the first run starts, from the folder the sweep was started in."""
-    words = {word for job in jobs for word in job.words if word.endswith((".py", ".yaml")) and "=" not in word}
-    if missing := sorted(word for word in words if not Path(word).is_file()):
-        raise ValueError(f"sweep: there is no file {', '.join(missing)} below {Path.cwd()}; start the sweep from the "
-                         "folder that these names begin in")  # fmt: skip
+def refuse_unknown_recipes(jobs: Iterable[Job]) -> None:
+    """Recipes and configs are looked for before the first run starts, and named."""
+    faults: dict[str, None] = {}
+    recipes: dict[str, None] = {}
+    for job in jobs:
+        try:
+            command = job.command()
+            recipes[command[recipe_place(command)]] = None
+        except ValueError as error:
+            faults[f"{job.stage}: {error}"] = None
+    if faults:
+        raise ValueError("\n  ".join(["sweep:", *faults]))
+    print(f"recipes: {', '.join(recipes)}", file=sys.stderr)
 
 
 def warn_of_other_commands(finished: Iterable[Job]) -> None:
@@ -111,16 +118,12 @@ def warn_of_other_commands(finished: Iterable[Job]) -> None:
         if not manifest.is_file():
             continue
         then = set(json.loads(manifest.read_text())["starts"][-1]["command"])
-        now = set(job.words[recipe_place(job.words) :])
+        command = job.command()
+        now = set(command[recipe_place(command) :])
         if then != now:
             print(f"{job.name} is finished, but was another command: {shlex.join(sorted(then - now)) or 'nothing'} "
                   f"there, {shlex.join(sorted(now - then)) or 'nothing'} here; remove {job.folder} to run it again",
                   file=sys.stderr)  # fmt: skip
-
-
-def recipe_place(words: list[str]) -> int:
-    """Where the recipe stands in a command: first, or behind a program that starts it."""
-    return next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
 
 
 def is_finished(job: Job) -> bool:
@@ -141,7 +144,7 @@ def visible_gpus() -> list[str]:
 
 def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, so that Ctrl-C reaches it only through us; it writes on to its log."""
-    words = [sys.executable, *job.words] if job.words[0].endswith(".py") else job.words
+    words = [sys.executable, *job.command()]
     environment = {**os.environ, "TQDM_MININTERVAL": "10", "PYTHONUNBUFFERED": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -177,4 +180,4 @@ def last_lines(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

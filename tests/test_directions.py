@@ -85,3 +85,32 @@ def test_a_wrong_import_would_be_seen(may_import: Callable[[str], bool], allowed
 def test_there_is_something_to_look_at():
     assert (ROOT / "components" / "attention.py").is_file()
     assert ROOT / "grr" / "model.py" in library_files()
+
+
+def waits_without_a_deadline(source: str) -> Iterator[int]:
+    """The lines of calls that wait for another process or thread without a timeout, and of loops that sleep without
+    a deadline."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            runs = ast.unparse(node.func) in ("subprocess.run", "subprocess.check_call", "subprocess.check_output")
+            waits = node.func.attr in ("communicate", "wait") and not node.args
+            if (runs or waits) and "timeout" not in {argument.arg for argument in node.keywords}:
+                yield node.lineno
+        elif isinstance(node, ast.While) and "time.sleep(" in (text := ast.unparse(node)) and "deadline" not in text:
+            yield node.lineno
+
+
+def test_whatever_waits_has_a_deadline():
+    """The grid of recipes/sweep.py alone waits without one, for trainings, however long they take."""
+    files = [*(ROOT / "components").glob("*.py"), *library_files(), *(ROOT / "tests").rglob("*.py")]
+    files += [path for path in (ROOT / "recipes").glob("*.py") if path.name != "sweep.py"]
+    found = {str(path.relative_to(ROOT)): list(waits_without_a_deadline(path.read_text())) for path in files}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize("source", [
+    "subprocess.run(['a'], check=True)", "process.communicate()[0]", "process.wait()", "barrier.wait()",
+    "while not done():\n    time.sleep(1)",
+])  # fmt: skip
+def test_a_wait_without_a_deadline_would_be_seen(source: str):
+    assert list(waits_without_a_deadline(source)) == [1]

@@ -1,5 +1,7 @@
 """The order of an epoch: a pure function, in which no batch holds two captions of one image."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,19 @@ def num_batches(groups: Ints, *, batch_size: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if np.minimum(sizes, middle).sum() >= middle * batch_size else (low, middle - 1)
     return low
+
+
+def check_negatives(batch_size: int, micro_batch_size: int, negatives: Literal["global", "local"]) -> None:
+    """Check that every pair has another one to be contrasted with: without, the contrastive loss is a constant 0.
+
+    Negatives are the other pairs of the global batch, or with "local" those of the micro-batch. Raises ValueError.
+    """
+    name, size = ("batch_size", batch_size) if negatives == "global" else ("micro_batch_size", micro_batch_size)
+    if size < 2:
+        raise ValueError(
+            f"contrastive loss: a pair needs another one to be told from, so run.{name} must be at least 2 with "
+            f"loss.negatives={negatives}, got {size}; raise run.{name}"
+        )
 
 
 def epoch_order(groups: Ints, *, seed: int, epoch: int, batch_size: int) -> Ints:

@@ -22,6 +22,7 @@ from grr.components import (
     ClassToken,
     CrossAttention,
     CrossAttentionPooler,
+    Dropout,
     FeedForward,
     LayerNorm,
     LearnedPositions,
@@ -73,6 +74,7 @@ PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "CrossAttention": (lambda: CrossAttention(16, 2), lambda m, x: m(x, x.flip(1))),
     "AttentionPooler": (lambda: AttentionPooler(16, 4, 2), lambda m, x: m(x)),
     "CrossAttentionPooler": (a_cross_attention_pooler, lambda m, x: m(x)),
+    "Dropout": (lambda: Dropout(0.5).eval(), lambda m, x: m(x)),
     "ClassToken": (lambda: ClassToken(16), lambda m, x: m(x)),
     "Block": (a_block, lambda m, x: m(x, positions=GRID, context=x.flip(1))),
 }
@@ -104,6 +106,20 @@ def test_under_autocast_the_answer_stays(make, call):
     exact = call(module, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert (call(module, x).float() - exact).norm() <= 0.01 * exact.norm()
+
+
+@every_primitive
+def test_the_gradient_of_the_input_is_the_slope_of_the_output(make, call):
+    """Of all that is read, the context of a cross-attention too: central differences along a random direction."""
+    torch.manual_seed(0)
+    module, x, direction = make().double(), torch.randn(2, 8, 16).double(), torch.randn(2, 8, 16).double()
+    weights = torch.randn_like(call(module, x))
+    x.requires_grad_()
+    (call(module, x) * weights).sum().backward()
+    step = 1e-3  # rotations are computed in float32
+    with torch.no_grad():
+        ahead, behind = ((call(module, x + s * direction) * weights).sum() for s in (step, -step))
+    torch.testing.assert_close((x.grad * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-2, atol=1e-3)
 
 
 @every_primitive
@@ -163,6 +179,8 @@ def test_everything_public_has_a_docstring():
 
 def test_the_folder_refuses_to_be_imported_by_its_bare_name():
     root = Path(grr.components.__file__).resolve().parents[1]
-    outcome = subprocess.run([sys.executable, "-c", "import components"], cwd=root, capture_output=True, text=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", "import components"], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert outcome.returncode == 1
     assert "ImportError: import grr.components, not components: the folder is part of the package grr" in outcome.stderr

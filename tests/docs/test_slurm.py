@@ -5,10 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from waiting import started, wait_until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs/pretrain.sbatch"
@@ -18,7 +19,9 @@ TINY = ["run.candidates=4", "run.batch_size=32", "run.micro_batch_size=16", "dat
 # What Slurm does for the script: one task a node, and signals to the tasks of a step.
 SRUN = """#!/bin/bash
 for node in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> "$TASKS"; done
-wait
+status=0
+for task in $(cat "$TASKS"); do wait "$task" || status=$?; done
+exit "$status"
 """
 SCANCEL = """#!/bin/bash
 for task in $(cat "$TASKS"); do kill -TERM "$task"; done
@@ -43,31 +46,28 @@ def cluster(tmp_path) -> dict[str, str]:
                          "RECIPE": str(ROOT / "recipes/pretrain.py")}  # fmt: skip
 
 
-def submit(folder: Path, cluster: dict[str, str], *overrides: str) -> subprocess.Popen:
+def submit(folder: Path, cluster: dict[str, str], *overrides: str) -> AbstractContextManager[subprocess.Popen]:
     config = ROOT / "recipes/configs/pretrain/openmoji.yaml"
     command = ["bash", str(SCRIPT), "--config", str(config), f"run.folder={folder}", *TINY, *overrides]
-    return subprocess.Popen(command, env=cluster, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return started(command, env=cluster, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, seconds=240)
 
 
 @pytest.mark.slow
 def test_the_slurm_script_trains_saves_before_the_time_is_up_and_goes_on(tmp_path, cluster):
     folder = tmp_path / "run"
-    job = submit(folder, cluster, "run.epochs=1000")
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and '"step": 10' in metrics.read_text()):
-        running = job.poll() is None and time.monotonic() < deadline
-        assert running, job.communicate()[0][-3000:]
-        time.sleep(0.2)
-    job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@300 sends to the script
-    output = job.communicate(timeout=120)[0]
+    with submit(folder, cluster, "run.epochs=1000") as job:
+        wait_until(lambda: metrics.is_file() and '"step": 10' in metrics.read_text(), job)
+        job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@300 sends to the script
+        output = job.communicate(timeout=120)[0]
     assert (tmp_path / "tasks.queue").read_text() == "requeued 7\n", output[-3000:]
     (checkpoint,) = (folder / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step_"))
 
     (tmp_path / "tasks").unlink()
-    again = submit(folder, cluster | {"SLURM_RESTART_COUNT": "1"}, f"run.max_steps={step + 2}")
-    output = again.communicate(timeout=120)[0]
+    with submit(folder, cluster | {"SLURM_RESTART_COUNT": "1"}, f"run.max_steps={step + 2}") as again:
+        output = again.communicate(timeout=120)[0]
     assert again.returncode == 0, output[-3000:]
-    assert f"resuming {folder} after step {step} of {step + 2}" in output
+    assert f"resuming {folder} after step {step}" in output
+    assert f"finished after step {step + 2} of {step + 2}" in output
     assert '"world_size": 2' in (folder / "manifest.json").read_text()

@@ -168,18 +168,23 @@ def kill(folder: Path) -> None:
         warm, say = os.pipe()
         child = os.fork()  # safe here: this process has not used torch's threads
         if child == 0:
+            os.close(warm)
             save_checkpoint(folder.with_name("warm"), *constant(0.0), {"step": 0})  # the first save imports much
             os.write(say, b"!")
             latest = latest_checkpoint(folder)
             step = 0 if latest is None else int(latest.name.split("_")[1].split(".")[0])
-            while True:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
                 step += 1
                 for _ in range(2):  # the second save replaces the first
                     save_checkpoint(folder, *constant(float(step)), {"step": step}, keep=1)
+            os._exit(1)  # nobody killed it
+        os.close(say)  # so that a child that dies ends the read
         os.read(warm, 1)
         time.sleep(random.Random(line).uniform(0.0, 0.3))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(warm)
         print("killed", flush=True)
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from grr.builders import grr_coca_tiny
 from grr.data import Labelled, Pairs
 from grr.data.pairs import Texts
-from grr.distributed import materialize, on_rank_0, shard, start
+from grr.distributed import materialize, on_rank_0, start
 from grr.evaluate import captioning, examine, losses, recalls
 from grr.images import BadImage, Crop
 from grr.model import CoCa
 from grr.observe import features, observe, over_images
+from grr.parallelize import parallelize
 from grr.tokenizer import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]
@@ -81,7 +82,7 @@ def main(folder: Path) -> None:
     seen = observe(model, pairs, tokenizer, device, generation={}, **SEEN)
     batches, _ = over_images(pairs, list(range(130)), lambda pixels, items: [len(pixels), items], device, **SEEN)
     looked = features(model, colours(70, bad=(5,)), device, patches=True, **SEEN)
-    shard(model, device)
+    parallelize(model, device)
     metrics, examples = examine(model, pairs, tokenizer, device, candidates=60, **SEEN)
     shown = [image for r in examples.retrievals for image in r.images] + [c.image for c in examples.captions]
     if seen is not None:

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint
-from grr.distributed import materialize, shard, start
+from grr.distributed import materialize, start
 from grr.low_bit import Bits
 from grr.optim import adamw
+from grr.parallelize import parallelize
 
 
 def trained(steps: int, *, bits: Bits, sharded: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -22,7 +23,7 @@ def trained(steps: int, *, bits: Bits, sharded: bool = False) -> tuple[nn.Module
     with torch.device("meta"):
         model = grr_coca_tiny(vision_layers=1, text_layers=1, multimodal_layers=1)
     if sharded:
-        shard(model, torch.device("cpu"))
+        parallelize(model, torch.device("cpu"))
     materialize(model, torch.device("cpu"), seed=0)
     optimizer = adamw(model, lr=1e-2, layer_decay=0.9, moments=bits)
     update(model, optimizer, range(steps))

@@ -12,9 +12,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from grr.builders import grr_coca_tiny
 from grr.data import Batch
-from grr.distributed import checkpoint_activations, materialize, shard, start
+from grr.distributed import materialize, start
 from grr.optim import adamw
 from grr.packing import pack_captions
+from grr.parallelize import parallelize
 from grr.step import evaluation_losses, global_batch_step
 
 GLOBAL = 16  # pairs
@@ -51,9 +52,7 @@ def main(micro: int = 1, steps: int = 5, replicas: int = 1, bf16: bool = False, 
     device = start()
     with torch.device("meta"):
         coca = grr_coca_tiny(dropout=dropout, **(model or {}))
-    shard(coca, device, bf16=bf16, replicas=replicas)
-    if checkpointed:
-        checkpoint_activations(coca)
+    parallelize(coca, device, bf16=bf16, checkpoint_activations=checkpointed, replicas=replicas)
     materialize(coca, device, seed=0)
     optimizer = adamw(coca, lr=1e-3)
     seen = []

@@ -8,8 +8,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from grr.bf16 import InBFloat16, held_in_bf16
 from grr.builders import grr_coca_tiny
 from grr.data import Batch
-from grr.distributed import checkpoint_activations, compile_blocks, materialize, shard, shard_over, unsharded
+from grr.distributed import materialize, shard_over, unsharded
 from grr.packing import pack_captions
+from grr.parallelize import parallelize
 from grr.step import global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -26,7 +27,7 @@ def built(prepare, **options) -> nn.Module:
 
 
 def alone(model: nn.Module) -> None:
-    shard(model, CPU, bf16=True)
+    parallelize(model, CPU, bf16=True)
 
 
 def in_fsdp(model: nn.Module) -> None:
@@ -79,8 +80,7 @@ def test_it_computes_in_bfloat16_and_not_in_float32():
 
 def test_activations_computed_again_give_the_same_gradients():
     def checkpointed(model: nn.Module) -> None:
-        alone(model)
-        checkpoint_activations(model)
+        parallelize(model, CPU, bf16=True, checkpoint_activations=True)
 
     kept, again = built(alone, dropout=0.2), built(checkpointed, dropout=0.2)
     assert global_batch_step(kept, batches(1), 3) == global_batch_step(again, batches(1), 3)
@@ -92,10 +92,7 @@ def test_activations_computed_again_give_the_same_gradients():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_blocks_compute_nearly_the_same(checkpointed):
     def compiled(model: nn.Module) -> None:
-        compile_blocks(model)
-        alone(model)
-        if checkpointed:
-            checkpoint_activations(model)
+        parallelize(model, CPU, bf16=True, compile=True, checkpoint_activations=checkpointed)
 
     torch.compiler.reset()
     ours, eager = built(compiled), built(alone)
@@ -135,7 +132,7 @@ def test_parameters_held_for_many_calls_give_the_same_numbers():
 
 
 def test_a_model_that_computes_in_float32_is_held_as_it_is():
-    model = built(lambda model: shard(model, CPU))
+    model = built(lambda model: parallelize(model, CPU))
     assert not isinstance(model.forward, InBFloat16)
     with held_in_bf16(model):
         assert {p.dtype for p in model.parameters()} == {torch.float32}

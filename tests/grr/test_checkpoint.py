@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+from waiting import started
 
 from grr.average import Average
 from grr.checkpoint import (
@@ -179,7 +180,8 @@ def test_one_flipped_bit_anywhere_is_noticed(
     content[int(place * len(content))] ^= 1 << bit
     good = file.read_bytes()
     file.write_bytes(content)
-    assert latest_checkpoint(folder) is None
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: .*step_1.* to begin again at step 0"):
+        latest_checkpoint(folder)
     file.write_bytes(good)
     assert latest_checkpoint(folder) == folder / "step_1"
 
@@ -289,29 +291,28 @@ def test_what_a_killed_run_left_is_used_if_whole_and_removed_by_the_next_save(
 
 def test_killed_at_any_moment_a_run_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
     """keep=1 and every step saved twice: the hardest case, as nothing older is left to fall back on."""
-    killer = subprocess.Popen(
-        [sys.executable, str(WORKER), "kill", str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert killer.stdin is not None
-    assert killer.stdout is not None
+    words = [sys.executable, str(WORKER), "kill", str(tmp_path)]
     reached = 0
-    for turn in range(8):
-        killer.stdin.write(f"{turn}\n")
-        killer.stdin.flush()
-        assert killer.stdout.readline() == "killed\n"
-        latest = latest_checkpoint(tmp_path)
-        if latest is None and reached == 0:
-            continue  # killed before the first save was done
-        assert latest is not None
-        model, optimizer = constant(0.0)
-        step = load_checkpoint(latest, model, optimizer)["step"]
-        assert step >= reached
-        assert all(
-            (p == step).all() and (optimizer.state[p]["momentum_buffer"] == step).all() for p in model.parameters()
-        )
-        reached = step
-    killer.stdin.close()
-    assert killer.wait() == 0
+    with started(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
+        assert killer.stdin is not None
+        assert killer.stdout is not None
+        for turn in range(8):
+            killer.stdin.write(f"{turn}\n")
+            killer.stdin.flush()
+            assert killer.stdout.readline() == "killed\n"
+            latest = latest_checkpoint(tmp_path)
+            if latest is None and reached == 0:
+                continue  # killed before the first save was done
+            assert latest is not None
+            model, optimizer = constant(0.0)
+            step = load_checkpoint(latest, model, optimizer)["step"]
+            assert step >= reached
+            assert all(
+                (p == step).all() and (optimizer.state[p]["momentum_buffer"] == step).all() for p in model.parameters()
+            )
+            reached = step
+        killer.stdin.close()
+        assert killer.wait(timeout=60) == 0
     assert reached > 0
 
 
@@ -532,14 +533,13 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path: Pa
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from grr.checkpoint import RunLock\n"
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(BlockingIOError, match=f"process {holder.pid} on"):
-        RunLock(tmp_path, patience=0.0)
-    holder.kill()
-    RunLock(tmp_path).release()
-    holder.wait()
+    with started([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=f"process {holder.pid} on"):
+            RunLock(tmp_path, patience=0.0)
+        holder.kill()
+        RunLock(tmp_path).release()
 
 
 @pytest.fixture
@@ -571,7 +571,8 @@ def test_a_run_of_two_ranks_goes_on_on_one_two_and_four(tmp_path: Path) -> None:
     reports = []
     for ranks in (2, 4):
         command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(WORKER), str(tmp_path)]
-        subprocess.run([sys.executable, "-m", *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", *command], check=True, env=environment, timeout=300)
         reports.append(json.loads((tmp_path / f"report_{ranks}.json").read_text()))
     on_two, on_four = reports
     first = on_two[0]

@@ -109,6 +109,16 @@ def test_ls_names_every_recipe_and_config_with_a_sentence(capsys):
     assert len({re.match(r"\s*\S+\s+", line).end() for line in lines}) == 1  # aligned
 
 
+def test_ls_takes_names_and_shows_titles_whole_however_narrow_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["ls", "export", "pretrain/photos"]) == 0
+    named = [installed.find(name) for name in ("export", "export/openmoji", "pretrain/photos")]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [[item.name, installed.about(item)] for item in named]
+    assert main(["ls", "pretrian"]) == 1
+    assert "did you mean pretrain?" in capsys.readouterr().err
+
+
 def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, capsys):
     assert main(["cp", "pretrain"]) == 0
     assert (here / "recipes/configs/pretrain/photos.yaml").is_file()
@@ -204,7 +214,7 @@ def test_check_leaves_with_1_and_marks_what_is_wrong(here, capsys):
     assert [line.split()[1] for line in marked] == ["data", "validation"]
     assert "there is no folder photos" in marked[0]
     assert "2 lines marked !" in out
-    assert main(["check", "pretrain/photos", "optimizer.lrr=1", "run.epochs=ten"]) == 1
+    assert main(["check", "pretrain/photos", "optimizer.lrr=1", "run.epochs=ten"]) == 2
     error = capsys.readouterr().err
     assert "optimizer.lrr" in error
     assert "run.epochs" in error
@@ -226,9 +236,9 @@ def wheel(tmp_path_factory) -> dict[str, object]:
     """What runs the command of a wheel that was built and installed into a folder: a program, and its environment."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", str(ROOT), "-w", str(folder)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", str(ROOT), "-w", str(folder)], check=True, timeout=300)
     (file,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(file)], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(file)], check=True, timeout=300)
     return {"program": (str(folder / "site/bin/grr"),), "PYTHONPATH": str(folder / "site")}
 
 

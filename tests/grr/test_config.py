@@ -1,21 +1,25 @@
 """A config is the keyword arguments of functions: it survives being saved, and every mistake is told with its place."""
 
 import functools
+import inspect
+import re
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import config
+from grr import config, installed
 from grr.builders import MODELS
+from grr.check import _module
 from grr.config import ConfigError
+from grr.data import DATASETS
 from grr.optim import adamw, warmup_cosine
 
 
@@ -102,8 +106,8 @@ def test_a_saved_config_loads_as_the_same_config(tmp_path_factory, folder, **val
 def test_what_is_given_is_kept_and_the_rest_are_the_defaults_of_the_function(tmp_path_factory, name, dim, rate):
     yaml = f"model: {{name: {name}, dim: {dim}}}\noptimizer: {{lr: {rate!r}}}"
     cfg = load(tmp_path_factory.mktemp("config"), yaml, model=MODELS, optimizer=adamw, schedule=warmup_cosine)
-    defaults = {k: v for k, v in MODELS[name].keywords.items() if k != "dim"}
-    assert cfg.model.items() >= {"name": name, "dim": dim, **defaults}.items()
+    defaults = {key: p.default for key, p in inspect.signature(MODELS[name]).parameters.items()}
+    assert cfg.model == {"name": name, **defaults, "dim": dim}
     assert cfg.optimizer == adamw.__kwdefaults__ | {"lr": rate}
     assert cfg.schedule == warmup_cosine.__kwdefaults__
     assert list(cfg.schedule) == list(warmup_cosine.__kwdefaults__)  # in the order of the signature
@@ -175,7 +179,7 @@ def test_the_name_of_a_chosen_function_is_needed(tmp_path):
 
 def test_another_name_brings_other_arguments(tmp_path):
     assert refusal(tmp_path, GOOD, "data.name=shards") == (
-        "tiny.yaml:\n  data.path: shards takes no such argument\n  data.pattern: shards needs this argument, str"
+        "tiny.yaml:\n  data.pattern: shards needs this argument, str"
     )
 
 
@@ -241,6 +245,35 @@ def test_a_function_without_a_name_is_called_by_its_section(tmp_path):
         load(tmp_path, "schedule: {x: 1}", schedule=functools.partial(warmup_cosine, min_lr=0.0))
 
 
+# --- another function on the command line --------------------------------------------------------------------------
+
+NAMED = "data: {name: karpathy, annotations: a.json, images: b, split: train}"
+
+
+def named(tmp_path: Path, *overrides: str, text: str = NAMED) -> dict[str, object]:
+    (tmp_path / "named.yaml").write_text(text)
+    return config.load(["--config", str(tmp_path / "named.yaml"), *overrides], data=DATASETS | config.NONE).data
+
+
+def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
+    assert named(tmp_path, "data.path=photos", "data.name=folder") == {
+        "name": "folder", "path": "photos", "split": "train", "validation_fraction": 0.05}  # fmt: skip
+    assert named(tmp_path, "data.name=none") == {"name": "none"}
+    assert named(tmp_path, "data.name=karpathy")["annotations"] == "a.json"
+
+
+@pytest.mark.parametrize(("overrides", "text", "said"), [
+    (["data.name=folder"], NAMED, r"data\.path: folder needs this argument"),
+    (["data.name=folder", "data.path=x"], NAMED.replace("images", "imges"), r"data\.imges: folder takes no such"),
+    (["data.name=folder", "data.path=x", "data.images=b"], NAMED, r"line:\n  data\.images: folder takes no such"),
+    (["data.name=foldr"], NAMED, r"data\.name: must be one of .* got 'foldr' \(did you mean folder\?\)"),
+    (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
+])  # fmt: skip
+def test_another_name_hides_no_mistake(tmp_path, overrides, text, said):
+    with pytest.raises(ConfigError, match=said):
+        named(tmp_path, *overrides, text=text)
+
+
 # --- as a user meets it --------------------------------------------------------------------------------------------
 
 RECIPE = '''"""Train something, 100 % of it."""
@@ -249,6 +282,7 @@ from dataclasses import dataclass
 
 from grr import config
 from grr.builders import MODELS
+from grr.main import run_main
 
 
 @dataclass
@@ -259,8 +293,12 @@ class Run:
     note: str | None = None
 
 
-cfg = config.load(run=Run, model=MODELS)
-print(cfg.run)
+def main() -> None:
+    cfg = config.load(run=Run, model=MODELS)
+    print(cfg.run)
+
+
+run_main(main)
 '''
 
 
@@ -268,7 +306,7 @@ def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.Compl
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "tiny.yaml").write_text("run: {steps: 3}\nmodel: {name: grr_coca_tiny}")
     return subprocess.run([sys.executable, "recipe.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          env={"RANK": rank, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+                          env={"RANK": rank, "OMP_NUM_THREADS": "1"}, check=False, timeout=120)  # fmt: skip
 
 
 def test_a_recipe_with_a_bad_config_says_what_is_wrong_and_leaves_with_2(tmp_path):
@@ -294,3 +332,51 @@ def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path
     assert "name: baseline_coca  # Baseline CoCa" in text
     assert "image_size: 288  # int" in text
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
+
+
+def test_help_shows_the_values_of_the_config_it_stands_beside(tmp_path):
+    text = recipe(tmp_path, "--config", "tiny.yaml", "run.note=hello", "--help").stdout
+    assert '  steps: 3  # int, required\n  note: "hello"  # str | null, default null\n' in text
+    assert "model:  # one of these functions, by name; another name keeps the keys that both take\n  name: g" in text
+    assert "usage" in recipe(tmp_path, "--config", "gone.yaml", "--help").stdout
+
+
+@dataclass
+class Meant:
+    """Keys with their meanings."""
+
+    folder: str  # where it writes
+    steps: Annotated[int, "how many"] = 3
+    names: list[str] = field(default_factory=list)  # what: "a" or b
+
+
+def meant(image: int, *, share: float = 0.5,  # of it
+          mode: Annotated[Literal["a", "b"], "which"] = "a", dim: int = 3, size: int = 4) -> None:  # fmt: skip
+    """A function."""
+
+
+def test_a_meaning_stands_in_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
+    text = config._reference({"run": Meant, "other": meant}, {})
+    assert "  folder:  # str, required: where it writes\n  steps: 3  # int: how many\n" in text
+    assert '  names: []  # list[str]: what: "a" or b\n' in text
+    assert "  mode: \"a\"  # 'a' | 'b': which\n" in text
+    assert "  dim: 3  # int: width of the residual stream and of the embeddings\n  size: 4  # int" in text
+    (tmp_path / "c.yaml").write_text("{run: {folder: x, steps: 4}, other: {mode: b}}")
+    cfg = config.load(["--config", str(tmp_path / "c.yaml")], run=Meant, other=meant)
+    assert (cfg.run["steps"], cfg.other["mode"]) == (4, "b")
+
+
+@pytest.mark.parametrize("item", [r for r in installed.recipes() if r.name != "sizes"], ids=lambda item: item.name)
+def test_every_key_of_every_recipe_has_a_meaning(item):
+    text = config._reference(config.sections_of(_module(item.path).main), {})
+    keys = [line for line in text.splitlines() if line.startswith("  ") and not line.lstrip().startswith("name: ")]
+    without = [line.strip() for line in keys if not re.search(r"  # [^:]+: \S", line)]
+    assert without == []
+
+
+def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("run: {folder: x}")
+    for word, names in {"A man, standing": ["A man, standing"], "[A man, standing]": ["A man", "standing"],
+                        '["A man, standing"]': ["A man, standing"]}.items():  # fmt: skip
+        cfg = config.load(["--config", str(tmp_path / "c.yaml"), f"run.names={word}"], run=Meant)
+        assert cfg.run["names"] == names

@@ -353,7 +353,7 @@ def test_snli_ve_names_the_line_that_is_not_one(tmp_path):
     files = entailment(tmp_path, ["neutral"])
     with open(files["path"], "a") as file:
         file.write('{"gold_label": "maybe", "Flickr30K_ID": "100", "sentence2": "x"}\n')
-    with pytest.raises(ValueError, match=r"snli_ve_dev.jsonl, line 2: .*\(entailment, neutral, contradiction or -\)"):
+    with pytest.raises(ValueError, match=r"snli_ve_dev.jsonl line 2 .*\(entailment, neutral, contradiction or -\)"):
         snli_ve(**files)
     with pytest.raises(FileNotFoundError, match="snli_ve: there is no file"):
         snli_ve(path=str(tmp_path / "none"), images=files["images"])

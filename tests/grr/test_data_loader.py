@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from waiting import wait_until
 
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import epoch_order
 from grr.images import BadImage
 from grr.packing import IGNORE, pack_captions
+from grr.step import seed_dropout
 
 
 @dataclass
@@ -188,7 +191,7 @@ def test_each_bad_sample_is_logged_and_counted(caplog):
         steps = list(validation(pairs))
     causes = {5: "its caption is empty", 9: "cut off", 30: "[Errno 2] no such file: '30.png'"}
     logged = [record.getMessage() for record in caplog.records]
-    expected = {f"bad sample {i}.png#{i}, replaced: {cause}" for i, cause in causes.items()}
+    expected = {f"bad sample {i}.png#{i}, left out: {cause}" for i, cause in causes.items()}
     assert set(logged) == expected
     assert sum(batch.replaced for step in steps for batch in step) == len(logged) >= 3
 
@@ -222,7 +225,7 @@ def test_a_run_stops_where_too_many_samples_are_bad(workers):
 
 def test_few_samples_are_no_reason_to_stop():
     """6 of 30 are bad, but fewer than 100 have been read."""
-    assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 3
+    assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -273,30 +276,49 @@ def test_without_threads_an_interrupt_stays_an_interrupt(error):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_validation_goes_once_over_an_order_that_never_changes(workers):
+def test_validation_reads_batches_that_never_change(workers):
     pairs = painted()
     once = names(validation(pairs, workers=workers))
-    assert once == names(validation(pairs, workers=workers)) == names(training(pairs, seed=0), len(once))
-    assert len(once) == steps_per_epoch(pairs, 8) == 36 // 8
+    whole = steps_per_epoch(pairs, 8)
+    assert once == names(validation(pairs, workers=workers))
+    assert once[:whole] == names(training(pairs, seed=0), whole)
 
 
-@given(images=st.integers(1, 40), world=st.integers(1, 4), micro_batch_size=st.integers(1, 5), rounds=st.integers(1, 3))
-def test_validation_needs_no_more_than_an_image_for_each_process(images, world, micro_batch_size, rounds):
-    pairs = painted(images, 2)
-    sizes = {"batch_size": world * micro_batch_size * rounds, "micro_batch_size": micro_batch_size, "workers": 0}
-    if images < world:
-        with pytest.raises(ValueError, match=rf"got {images} images for world={world} processes; add images or use"):
-            validation(pairs, 0, world, **sizes)
-        return
-    ranks = [names(validation(pairs, rank, world, **sizes)) for rank in range(world)]
-    assert len({str([[len(b) for b in step] for step in steps]) for steps in ranks}) == 1
-    step = [name for rank in ranks for batch in rank[0] for name in batch]
-    assert len({name.split("#")[0] for name in step}) == len(step)
-    if images < sizes["batch_size"]:
-        unit = world * min(micro_batch_size, images // world)
-        assert images - unit < len(step) <= images
-    else:
-        assert len(step) == sizes["batch_size"]
+@given(images=st.integers(2, 40), captions=st.integers(1, 3), world=st.integers(1, 4), micro=st.integers(1, 5),
+       rounds=st.integers(1, 3))  # fmt: skip
+def test_validation_holds_every_pair_once_and_contrasts_batches_of_one_size(images, captions, world, micro, rounds):
+    """For any number of processes; every process makes the same number of calls of the same shapes."""
+    pairs = painted(images, captions)
+    sizes = {"batch_size": world * micro * rounds, "micro_batch_size": micro, "workers": 0}
+    ranks = [list(validation(pairs, rank, world, **sizes)) for rank in range(world)]
+    assert len({str([[(*b.images.shape, b.contrast) for b in step] for step in steps]) for steps in ranks}) == 1
+    read = [[name for rank in ranks for batch in rank[k] for name in batch.names] for k in range(len(ranks[0]))]
+    assert sorted(itertools.chain(*read)) == sorted(pairs.ids)
+    size = min(sizes["batch_size"], images)
+    for step, held in zip(ranks[0], read, strict=True):
+        assert all(len(batch.images) <= micro for batch in step)
+        if step[0].contrast:
+            assert len({name.split("#")[0] for name in held}) == len(held) == size
+    assert sum(step[0].contrast for step in ranks[0]) == steps_per_epoch(pairs, size)
+    for batch in itertools.chain(*itertools.chain(*ranks)):
+        assert (batch.labels[~batch.kept] == IGNORE).all()
+        assert (batch.labels[batch.kept] != IGNORE).any(1).all()
+        assert batch.kept.sum() == len(batch.names)
+
+
+@given(bad=st.sets(st.integers(0, 19), max_size=18), batch_size=st.sampled_from([8, 64]))
+def test_a_validation_leaves_bad_samples_out_and_judges_every_other_pair_once(bad, batch_size):
+    """Also where all images are in one batch, so that none is left to stand in for another."""
+    pairs = painted(20, 1, errors={i: BadImage("cut off") for i in bad})
+    steps = list(validation(pairs, batch_size=batch_size, max_bad_fraction=1))
+    read = [name for step in steps for batch in step for name in batch.names]
+    assert sorted(read) == sorted(name for i, name in enumerate(pairs.ids) if i not in bad)
+    assert sum(batch.replaced for step in steps for batch in step) == len(bad)
+
+
+def test_a_validation_of_one_image_is_refused_because_nothing_is_contrasted():
+    with pytest.raises(ValueError, match="needs two images or more, to contrast one with another, got 1"):
+        validation(painted(1, 5))
 
 
 def test_twenty_pairs_are_one_batch_of_validation():
@@ -328,9 +350,9 @@ def test_arguments_out_of_range_are_refused_before_anything_is_read(arguments, m
 
 def test_threads_read_the_samples_of_one_micro_batch_together():
     """Every load waits until four are under way."""
-    pairs, together = painted(), threading.Barrier(4, timeout=20)
+    pairs, together = painted(), threading.Barrier(4)
     load = pairs.load
-    pairs.load = lambda i, **how: (together.wait(), load(i, **how))[1]
+    pairs.load = lambda i, **how: (together.wait(timeout=20), load(i, **how))[1]
     next(training(pairs, micro_batch_size=4, workers=4))
 
 
@@ -364,6 +386,7 @@ def test_a_program_that_stops_in_the_middle_ends(ending, code):
     """Threads of it are reading large images all the while."""
     program = f"""
 import sys
+sys.path.append("..")
 from test_data_loader import painted, training
 pairs = painted(200, 1, seconds=0.02)
 steps = training(pairs, image_size=2000, workers=4)
@@ -376,9 +399,16 @@ next(steps)
     assert run.stderr.splitlines()[-1:] == (["RuntimeError: enough"] if code == 1 else [])
 
 
-def wait_until(condition, seconds: float = 20) -> None:
-    """Return as soon as it holds; fail if it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+@pytest.mark.parametrize(("world", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
+def test_a_sample_has_the_dropout_keys_of_its_place_in_the_global_batch(monkeypatch, world, micro_batch_size):
+    def keys(rank: int, world: int, size: int) -> dict[str, int]:
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        (step,) = islice(training(painted(), rank, world, micro_batch_size=size), 1)
+        return {name: key for i, batch in enumerate(step)
+                for name, key in zip(batch.names, seed_dropout(batch, 3, i).tolist(), strict=True)}  # fmt: skip
+
+    whole = keys(0, 1, 8)
+    assert len(set(whole.values())) == 8
+    parts = [keys(rank, world, micro_batch_size) for rank in range(world)]
+    assert {name: key for part in parts for name, key in part.items()} == whole

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from grr.data.order import epoch_order, num_batches
+from grr.data.order import check_negatives, epoch_order, num_batches
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=30)  # of the groups
 batch_sizes = st.integers(1, 12)
@@ -102,3 +102,21 @@ def test_a_large_set_is_ordered():
 def test_a_batch_larger_than_the_number_of_images_is_refused():
     with pytest.raises(ValueError, match=r"batch_size=5 for 4 images; make batch_size smaller"):
         epoch_order(np.array([1, 1, 2, 3, 4, 4]), seed=0, epoch=0, batch_size=5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "negatives", "name"),
+    [
+        (1, 1, "global", "run.batch_size"),
+        (1, 1, "local", "run.micro_batch_size"),
+        (8, 1, "local", "run.micro_batch_size"),
+        (8, 1, "global", None),
+        (2, 2, "local", None),
+    ],
+)
+def test_a_pair_without_a_negative_is_refused(batch_size, micro_batch_size, negatives, name):
+    if name is None:
+        check_negatives(batch_size, micro_batch_size, negatives)
+    else:
+        with pytest.raises(ValueError, match=f"{name} must be at least 2 with loss.negatives={negatives}, got 1"):
+            check_negatives(batch_size, micro_batch_size, negatives)

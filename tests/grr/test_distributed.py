@@ -11,14 +11,13 @@ from grr.distributed import (
     all_sum,
     blocks,
     clip_gradients,
-    compile_blocks,
     gather,
     materialize,
     reset_seed,
-    shard,
     shard_over,
     unsharded,
 )
+from grr.parallelize import parallelize
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -45,7 +44,7 @@ def test_a_process_that_keeps_the_whole_model_gathers_it_in_one_piece():
 
 def test_a_process_alone_keeps_plain_parameters():
     model = grr_coca_tiny()
-    shard(model, torch.device("cpu"))
+    parallelize(model, torch.device("cpu"))
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
 
@@ -131,8 +130,7 @@ def test_a_sharded_model_is_the_same_function_and_so_it_is_while_unsharded():
 def test_a_sharded_compiled_model_is_the_same_function():
     with torch.device("meta"):
         model = grr_coca_tiny()
-    compile_blocks(model)
-    shard(model, torch.device("cpu"))
+    parallelize(model, torch.device("cpu"), compile=True)
     materialize(model, torch.device("cpu"), seed=0)
     images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[510, 7, 1, 511], [510, 8, 1, 511]])
     torch.testing.assert_close(model(images, ids).logits, filled(sharded=False)(images, ids).logits)
@@ -140,7 +138,7 @@ def test_a_sharded_compiled_model_is_the_same_function():
 
 def test_a_number_of_processes_that_replicas_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="must be a multiple of replicas, got world=1, replicas=2"):
-        shard(grr_coca_tiny(), torch.device("cpu"), replicas=2)
+        parallelize(grr_coca_tiny(), torch.device("cpu"), replicas=2)
 
 
 def test_gathering_in_one_process_is_the_identity_with_its_gradient():

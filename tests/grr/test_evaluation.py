@@ -47,7 +47,7 @@ def owned(images: int, extra: list[int]) -> list[int]:
 some_owners = st.builds(owned, st.integers(2, 9), st.lists(st.integers(0, 99), max_size=25))
 
 
-@given(owners=some_owners, batch=st.integers(1, 12), seed=st.integers(0, 999), sigmoid=st.booleans())
+@given(owners=some_owners, batch=st.integers(2, 12), seed=st.integers(0, 999), sigmoid=st.booleans())
 def test_the_losses_are_their_formulas_in_float64(owners, batch, seed, sigmoid):
     seen = observed(owners, seed)
     found = losses(seen, contrastive_batch=batch, contrastive_weight=0.5, captioning_weight=3.0,
@@ -81,6 +81,19 @@ def test_the_losses_are_those_of_a_validation_during_training(model, tokenizer, 
     expected = evaluation_losses(model, steps, contrastive=contrastive)
     found = losses(observe(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=24, contrastive=contrastive)
     assert {key: found[key] for key in expected.numbers()} == pytest.approx(expected.numbers(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "micro"), [(24, 8), (64, 16), (30, 6)])
+def test_a_validation_and_an_evaluation_agree_on_data_that_fill_no_batch(model, tokenizer, batch_size, micro):
+    """25 images of 1 to 3 captions: leftover pairs, micro-batches that do not divide the data, an unreadable image."""
+    pairs = Noise(several_captions(25), bad=(4,))
+    steps = validation_steps(pairs, tokenizer, 0, 1, batch_size, micro, 32, False, workers=0, max_bad_fraction=1)
+    found = evaluation_losses(model, steps)
+    expected = losses(observe(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=batch_size)
+    assert found.captioning_loss == pytest.approx(expected["captioning_loss"], rel=1e-5)
+    if batch_size > 24:  # one batch of all readable images, but perhaps of other captions of them
+        assert found.contrastive_batch == expected["contrastive_batch"] == 24
+        assert found.contrastive_loss == pytest.approx(expected["contrastive_loss"], rel=0.05)
 
 
 @given(owners=some_owners, seed=st.integers(0, 999))

@@ -22,11 +22,19 @@ def test_every_recipe_and_config_of_the_package_is_found_by_its_name():
 
 
 @pytest.mark.parametrize("item", EVERY, ids=lambda item: item.name)
-def test_each_says_in_a_sentence_what_it_is_and_not_how_to_start_it(item):
+def test_each_begins_with_a_title_that_fits_a_line(item):
     said = installed.about(item)
     assert len(said.split()) >= 2
-    assert said in " ".join(line.lstrip("# ") for line in item.path.read_text().splitlines()).replace('"""', "")
     assert not said.startswith(("python", "torchrun", "-", "data."))
+    if not item.is_recipe:
+        assert item.path.read_text().startswith(f"# {said}\n# ")
+        assert len(said) < 78
+        assert "/configs/" not in said
+
+
+def test_titles_differ():
+    titles = [installed.about(item) for item in EVERY]
+    assert len(set(titles)) == len(titles)
 
 
 def test_a_recipe_is_copied_with_its_configs_as_it_lies_in_the_package(tmp_path):

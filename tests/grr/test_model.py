@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
+from grr.loss import contrastive_loss
 from grr.model import CoCa, VisionTransformer
 from grr.packing import IGNORE, pack, pack_captions
+from grr.parallelize import parallelize
 
 PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16
 captions = st.lists(st.lists(st.integers(3, 509), max_size=CONTEXT - 3), min_size=1, max_size=4)
@@ -48,6 +50,37 @@ def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, ca
     torch.testing.assert_close(packed.text_embeddings, padded.text_embeddings)
     torch.testing.assert_close(packed.image_embeddings, padded.image_embeddings)
     torch.testing.assert_close(packed.token_losses.mean(), expected)
+
+
+def test_each_row_of_a_batch_is_computed_alone(model):
+    ids, images = rows([[7, 8], [9], [10, 11, 12]])[:, :-1], some_images(3)
+    whole = model(images, ids)
+    for i in range(3):
+        alone = model(images[i : i + 1], ids[i : i + 1])
+        torch.testing.assert_close(whole.image_embeddings[i], alone.image_embeddings[0])
+        torch.testing.assert_close(whole.text_embeddings[i], alone.text_embeddings[0])
+        torch.testing.assert_close(whole.logits[i], alone.logits[0])
+        torch.testing.assert_close(whole.image_embeddings[i], model.encode_image(images[i : i + 1])[0])
+
+
+def test_each_loss_teaches_the_parts_that_it_reads():
+    """The contrastive pooler reads what the generative one gives; captions are learned through both."""
+    torch.manual_seed(0)
+    model = grr_coca_tiny()
+    ids, positions, labels = pack_captions([layout([7, 8]), layout([9])])
+    images = torch.rand(2, 3, 32, 32)
+
+    def taught(loss: torch.Tensor) -> set[str]:
+        model.zero_grad()
+        loss.backward()
+        return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    output = model(images, ids, positions=positions, labels=labels)
+    read_by_both = {"vision_encoder", "generative_pooler", "text_decoder"}
+    assert taught(output.token_losses.mean()) == read_by_both | {"multimodal_decoder"}
+    output = model(images, ids, positions=positions, labels=labels)
+    contrast = contrastive_loss(output.image_embeddings, output.text_embeddings)
+    assert taught(contrast) == read_by_both | {"contrastive_pooler"}
 
 
 @given(captions=captions, column=st.integers(1, CONTEXT - 2), token=st.integers(3, 509))
@@ -127,14 +160,11 @@ def test_reading_with_caches_in_any_pieces_gives_the_same_next_token(model, piec
 
 
 def test_a_checkpointed_model_has_the_same_gradients_with_dropout_drawn_again():
-    from grr.distributed import checkpoint_activations
-
     gradients = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model = grr_coca_tiny(dropout=0.3)
-        if checkpointed:
-            checkpoint_activations(model)
+        parallelize(model, torch.device("cpu"), checkpoint_activations=checkpointed)
         torch.manual_seed(1)
         model(torch.ones(2, 3, 32, 32), rows([[5], [6]])[:, :-1]).logits.square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

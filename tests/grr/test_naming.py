@@ -1,12 +1,13 @@
 """Classes of image files are softmax(cosine / temperature) over all names, the likeliest first."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from grr.images import load_image
-from grr.naming import classify_files, classify_images, read_classes
+from grr.naming import classify_files, classify_images, read_classes, split_classes
 from grr.zero_shot import class_embeddings
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -64,3 +65,23 @@ def test_classes_are_read_from_a_text_file(tmp_path):
         read_classes(file)
     with pytest.raises(FileNotFoundError, match="read_classes: there is no file of classes"):
         read_classes(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(("typed", "names"), [
+    ("fox, owl,key", ["fox", "owl", "key"]),
+    ('"crane, a bird", "crane, a machine"', ["crane, a bird", "crane, a machine"]),
+    ('"crane, a bird",fox,', ["crane, a bird", "fox"]),
+    (" red  fox ,", ["red fox"]),
+    ("", []),
+])  # fmt: skip
+def test_typed_names_are_separated_by_commas_outside_quotes(typed, names):
+    assert split_classes(typed) == names
+
+
+def test_what_the_message_of_a_double_name_advises_can_be_typed(trained, files):
+    with pytest.raises(ValueError, match="'crane' more than once") as error:
+        next(classify_images(trained, files, split_classes("crane, a bird,crane, a machine")))
+    (advised,) = re.findall(r'as in (".*"), with the quotes, or in a file', str(error.value))
+    assert split_classes(advised) == ["crane, a bird", "crane, a machine"]
+    with pytest.raises(ValueError, match="split_classes: a name begins and ends with a double quote or has none"):
+        split_classes('"crane, a bird')

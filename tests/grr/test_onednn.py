@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.builders import grr_coca_tiny
-from grr.distributed import compile_blocks
 from grr.onednn import onednn_linears
+from grr.parallelize import parallelize
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -58,7 +58,7 @@ def test_a_decoder_scores_the_same_tokens_and_has_its_layers_back_afterwards_and
 
 def test_what_it_cannot_read_is_left_alone():
     compiled, double = grr_coca_tiny(), grr_coca_tiny().double()
-    compile_blocks(compiled)
+    parallelize(compiled, torch.device("cpu"), compile=True)
     with onednn_linears(compiled, double):
         assert replaced(double) == []
         assert replaced(compiled) == [n for n in replaced(compiled) if ".blocks." not in n] != []

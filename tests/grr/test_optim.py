@@ -6,18 +6,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
-from grr.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.optim import adamw, describe_end, freeze, set_lr, warmup_cosine
 
 
-@given(warmup=st.integers(0, 30), cycle=st.integers(1, 40), step=st.integers(0, 200))
-def test_after_warm_up_it_is_torchs_cosine_with_warm_restarts(warmup, cycle, step):
+def torchs_rates(cycle: int, steps: int) -> list[float]:
+    """The rate of each step by torch's cosine annealing with warm restarts, from 1e-4 to 1e-6."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-4)
-    torchs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=cycle, eta_min=1e-6)
-    for _ in range(step):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=cycle, eta_min=1e-6)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
-        torchs.step()
-    ours = warmup_cosine(warmup + step, cycle, 1e-4, min_lr=1e-6, warmup_steps=warmup)
-    assert ours == pytest.approx(torchs.get_last_lr()[0], rel=1e-9)
+        scheduler.step()
+    return rates
+
+
+@given(warmup=st.integers(0, 60), cycle=st.integers(1, 40))
+def test_after_warm_up_it_is_torchs_cosine_and_every_cycle_ends_with_its_epoch(warmup, cycle):
+    ours = [warmup_cosine(i, cycle, 1e-4, min_lr=1e-6, warmup_steps=warmup) for i in range(5 * cycle + warmup)]
+    first = (warmup // cycle + 1) * cycle  # the end of the cycle in which the warm-up ends
+    assert ours[warmup:first] == pytest.approx(torchs_rates(first - warmup, first - warmup), rel=1e-9)
+    assert ours[first:] == pytest.approx(torchs_rates(cycle, len(ours) - first), rel=1e-9)
+
+
+def test_the_papers_schedule_ends_every_epoch_and_the_run_at_the_lowest_rate():
+    per_epoch = 10_445_110 // 768
+    schedule = {"min_lr": 1e-6, "warmup_steps": 2000}
+    for epoch in range(1, 22):
+        assert warmup_cosine(epoch * per_epoch - 1, per_epoch, 1e-4, **schedule) == pytest.approx(1e-6, rel=1e-4)
+    assert "where a cosine of the learning rate ends, at 1.0e-06" in describe_end(
+        21 * per_epoch, per_epoch, 1e-4, **schedule
+    )
+    cut = describe_end(300_000, per_epoch, 1e-4, **schedule)
+    assert f"within a cosine of the learning rate, at 9.9e-05; the cosine ends at step {23 * per_epoch:,}" in cut
 
 
 @given(warmup=st.integers(1, 100))
@@ -133,6 +154,17 @@ def test_what_cannot_be_frozen_is_named():
 def test_a_decay_that_is_none_is_refused(layer_decay):
     with pytest.raises(ValueError, match=f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}"):
         adamw(grr_coca_tiny(), layer_decay=layer_decay)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"lr": float("nan")}, {"lr": float("inf")}, {"lr": 0.0}, {"weight_decay": -1e-3}, {"eps": -1e-8}],
+    ids=str,
+)
+def test_numbers_that_no_optimizer_can_use_are_refused(arguments):
+    (name, value), *_ = arguments.items()
+    with pytest.raises(ValueError, match=rf"adamw: lr must be above 0, .*eps at least 0.*{name}={value}"):
+        adamw(grr_coca_tiny(), **arguments)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

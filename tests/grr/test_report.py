@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from grr.charts import Level, Series
+from grr.charts import chart as draw
 from grr.report import Answer, Caption, Examples, Retrieval, write_report
 
 VOID = {"meta", "img"}
@@ -191,8 +193,37 @@ def test_a_validation_and_the_way_to_go_are_told_in_figures(tmp_path):
 def test_a_model_that_was_kept_stands_beside_the_start(tmp_path):
     kept = validation(300, loss=1.5, best_step=200) | {"split": "final"}
     page = report(tmp_path, [validation(0, loss=9.5), validation(200, loss=1.5), validation(300, loss=2.5), kept])
-    assert "The model that was kept, of step 200, among 500 candidates." in page
+    assert "The model in model/, of step 200, among 500 candidates." in page
+    assert "The lowest validation loss, 1.500, was at step 200; it was 2.500 at step 300" in page
+    assert "from step 200 on the run overfits" in page
     assert "<dt>Loss</dt><dd><b>1.500</b><small>9.500 at step 0</small></dd>" in page
+
+
+def test_a_run_whose_last_validation_is_the_lowest_does_not_overfit(tmp_path):
+    page = report(tmp_path, [validation(100, loss=2.0), validation(200, loss=2.5), validation(300, loss=1.5)])
+    assert "overfits" not in page
+
+
+def test_a_loss_says_its_weights_and_each_contrastive_curve_its_chance_level(tmp_path):
+    told = {"contrastive_weight": 2.0, "captioning_weight": 1.0}
+    rows = [train(10) | told | {"contrastive_batch": 768}, validation(10) | told | {"contrastive_batch": 500}]
+    page = report(tmp_path, rows)
+    assert "Loss = 2 × contrastive + 1 × captioning" in page
+    contrastive = chart(page, "Contrastive loss")
+    assert "chance among 768 pairs, 2 ln 768" in contrastive
+    assert "chance among 500 pairs, 2 ln 500" in contrastive
+    (tmp_path / "config.yaml").write_text("loss: {contrastive: sigmoid}")
+    assert "chance among" not in report(tmp_path, rows)  # its chance level is another
+
+
+@given(low=st.floats(0.1, 3.0), size=st.integers(2, 10_000))
+def test_a_chance_level_lies_where_its_value_is_on_the_axis(low, size):
+    curve = Series("train", "a", np.array([1.0, 9.0]), np.array([low, low + 1]))
+    figure = draw("Contrastive loss", [curve], levels=[Level("chance", 2 * math.log(size), "a")])
+    (height,) = re.findall(r'class="level a"><path d="M40 ([\d.]+)H', figure)
+    scale = json.loads(re.search(r"data-scale='(.*?)'", figure)[1])["y"]
+    value = scale[0] + (scale[2] - float(height)) / (scale[2] - scale[3]) * (scale[1] - scale[0])
+    assert value == pytest.approx(2 * math.log(size), abs=0.001 * (scale[1] - scale[0]))
 
 
 @pytest.mark.parametrize("config", ["run: [", "- a list", "run: 3", "", HOSTILE, "run:\n  epochs: ${nowhere}\n"])

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grr import installed
 from grr.sweep import plan
 
 names = st.lists(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), min_size=1, max_size=4, unique=True)
 seeds = st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True)
 PRETRAIN = "pretrain: recipes/pretrain.py --config tiny.yaml model.dim=64"
-FINETUNE = "finetune: torchrun --nproc_per_node 2 recipes/finetune.py model.path={pretrain}"
+FINETUNE = "finetune: --nproc 2 finetune/photos model.path={pretrain}"
 
 
 @given(stages=names, variants=names, seeds=seeds)
@@ -54,7 +55,7 @@ def test_a_command_is_what_a_user_would_type():
     assert [job.words for job in jobs] == [
         ["recipes/pretrain.py", "--config", "tiny.yaml", "model.dim=64", "model.name=grr_coca",
          "data.shards=my data/*.tar", "run.folder=runs/x/pretrain/grr-3", "run.seed=3"],
-        ["torchrun", "--nproc_per_node", "2", "recipes/finetune.py", "model.path=runs/x/pretrain/grr-3",
+        ["--nproc", "2", "finetune/photos", "model.path=runs/x/pretrain/grr-3",
          "run.epochs=1", "optimizer.betas=[0, 1]", "run.folder=runs/x/finetune/grr-3", "run.seed=3"],
     ]  # fmt: skip
 
@@ -82,3 +83,29 @@ def test_what_is_wrong_is_named(stages, variants, seeds, overrides, says):
 def test_all_that_is_wrong_is_named_at_once():
     with pytest.raises(ValueError, match=r"sweep:\n.*variants: .*\n.*seeds: 1 stands there twice\n.*\{nothing\}"):
         plan(Path("runs"), ["pretrain: x.py a={nothing}"], ["b-c: d=1"], [1, 1])
+
+
+def started(*words: str) -> list[str]:
+    return plan(Path("runs"), [f"a: {' '.join(words)}"], ["b:"], [0])[0].command()
+
+
+def test_a_stage_starts_an_installed_recipe_or_a_file_below_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = installed.find("pretrain/photos")
+    own = ["run.folder=runs/a/b-0", "run.seed=0"]
+    assert started("pretrain/photos") == [str(installed.RECIPES / "pretrain.py"), "--config", str(photos.path), *own]
+    assert started("--nproc", "2", "pretrain", "--config", "pretrain/photos") == [
+        "-m", "grr.launch", "--nproc_per_node=2", *started("pretrain/photos")]  # fmt: skip
+    Path("deep").mkdir()
+    Path("deep/mine.py").touch()
+    assert started("deep/mine.py", "x=1") == ["deep/mine.py", "x=1", *own]
+
+
+@pytest.mark.parametrize("word", ["/bin/sh", "touch", "torchrun", "../outside.py", "{outside}", "link.py"])
+def test_a_stage_starts_no_other_program(word, tmp_path, monkeypatch):
+    (tmp_path / "outside.py").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("link.py").symlink_to("../outside.py")
+    with pytest.raises(ValueError, match=r"there is no recipe or config|a stage starts an installed recipe, or one"):
+        started(word.format(outside=tmp_path / "outside.py"))

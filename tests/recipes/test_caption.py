@@ -4,18 +4,17 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from waiting import started, wait_until
 
 from grr import config
 from grr.generate import generate
@@ -160,11 +159,8 @@ def test_a_copied_recipe_that_is_killed_goes_on_by_the_same_command(colour_run, 
     options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE,
                "stderr": subprocess.PIPE, "text": True}  # fmt: skip
     output = tmp_path / "captions/captions.jsonl"
-    with subprocess.Popen(command, **options) as running:
-        deadline = time.monotonic() + 120
-        while len(read_results(output)) < 20 and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        running.send_signal(signal.SIGKILL)
+    with started(command, **options) as running:
+        wait_until(lambda: len(read_results(output)) >= 20, running)
     before = read_results(output)
     assert 20 <= len(before) < 240
     with output.open("ab") as lines:

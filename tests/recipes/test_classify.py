@@ -1,6 +1,7 @@
 """Classifying as a user meets it: a folder, names of classes, one command."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -63,11 +64,10 @@ def test_each_image_gets_its_class_wherever_the_names_stand(here, colour_run, mo
 
 
 @pytest.mark.parametrize("classes", [[], ["run.classes=[red]", "run.classes_file=colours.txt"]])
-def test_classes_are_named_once(here, colour_run, monkeypatch, classes):
-    words = ["--config", str(DEFAULT), f"model.path={colour_run}", "run.images=mine", *classes]
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *words])
-    with pytest.raises(ValueError, match=r"classify: the classes must be named once, got .*; set one of them"):
-        runpy.run_path(str(RECIPE), run_name="__main__")
+def test_classes_are_named_once(here, colour_run, monkeypatch, capsys, classes):
+    assert classify(monkeypatch, f"model.path={colour_run}", "run.images=mine", *classes) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"classify: the classes must be named once, got .*; set one of them\n", said)
 
 
 def test_a_copied_recipe_runs_from_another_folder(here, colour_run):

@@ -109,7 +109,7 @@ def test_every_config_compares_what_the_sweep_of_its_name_leaves(file, monkeypat
 
     run = compare.Run(**config.load(["--config", str(file)], run=compare.Run).run)
     grid = sweep.Run(**config.load(["--config", str(RECIPES / "configs/sweep" / file.name)], run=sweep.Run).run)
-    assert file.read_text().startswith(f"# python recipes/compare.py --config recipes/configs/compare/{file.name}\n")
+    assert f"\n# python recipes/compare.py --config recipes/configs/compare/{file.name}\n" in file.read_text()
     jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds)
     last = [job for job in jobs if job.stage == jobs[-1].stage]
     compared = []

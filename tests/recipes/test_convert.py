@@ -1,5 +1,6 @@
 """A checkpoint of open_clip becomes a folder that opens by the same one call as every model."""
 
+import importlib.util
 import os
 import runpy
 import shutil
@@ -75,9 +76,12 @@ def words(files: Path, folder: Path, *overrides: str, config: Path = CONFIGS[0])
             f"run.merges={files / 'merges.txt'}", *sizes, *overrides]  # fmt: skip
 
 
-def convert(monkeypatch, *arguments: str) -> None:
+def convert(monkeypatch, *arguments: str) -> int:
+    """Run the recipe in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    return end.value.code
 
 
 def test_the_folder_opens_by_the_one_call_and_holds_the_model(files, tmp_path, monkeypatch, capsys):
@@ -114,6 +118,18 @@ def test_what_was_converted_can_be_fine_tuned_with_dropout(files, tmp_path, monk
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
 
 
+def test_everything_that_is_missing_is_named_at_once_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # neither ftfy nor open_clip is installed
+    config = ["--config", str(CONFIGS[0]), f"run.folder={tmp_path / 'model'}", "run.checkpoint=gone.bin"]
+    assert convert(monkeypatch, *config) == 1
+    first, *said = capsys.readouterr().err.splitlines()
+    assert first == "convert:"
+    assert all(word in line for word, line in zip(("gone.bin", "merges", "grr-coca[clip]"), said, strict=True))
+    assert convert(monkeypatch, *config, "run.merges=gone.txt") == 1
+    assert "there is no file gone.txt; run.merges is" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_safetensors_give_the_same_model(files, tmp_path, monkeypatch):
     convert(monkeypatch, *words(files, tmp_path / "a"))
     convert(monkeypatch, *words(files, tmp_path / "b", f"run.checkpoint={files / 'open_clip_model.safetensors'}"))
@@ -121,14 +137,15 @@ def test_safetensors_give_the_same_model(files, tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_a_checkpoint_of_another_size_is_refused_before_anything_is_written(files, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="convert_open_clip: the checkpoint does not fit the model"):
-        convert(monkeypatch, *words(files, tmp_path / "model", "model.text_layers=2"))
+def test_a_checkpoint_of_another_size_is_refused_before_anything_is_written(files, tmp_path, monkeypatch, capsys):
+    assert convert(monkeypatch, *words(files, tmp_path / "model", "model.text_layers=2")) == 1
+    assert "convert_open_clip: the checkpoint does not fit the model" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_names_its_command_and_asks_for_clips_own_vocabulary(file, files, tmp_path, monkeypatch):
+def test_every_config_names_its_command_and_asks_for_clips_own_vocabulary(file, files, tmp_path, monkeypatch, capsys):
     assert f"recipes/convert.py --config recipes/configs/convert/{file.name} run.checkpoint=FILE" in file.read_text()
-    with pytest.raises(ValueError, match=r"convert: .*merges.txt gives 519 ids, model.vocab_size is 49409; give the"):
-        convert(monkeypatch, "--config", str(file), f"run.merges={files / 'merges.txt'}", f"run.folder={tmp_path}")
+    own = (f"run.merges={files / 'merges.txt'}", f"run.checkpoint={files / 'merges.txt'}", f"run.folder={tmp_path}")
+    assert convert(monkeypatch, "--config", str(file), *own) == 1
+    assert "merges.txt gives 519 ids, model.vocab_size is 49409; give the merges" in capsys.readouterr().err

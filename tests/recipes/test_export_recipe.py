@@ -72,8 +72,10 @@ def test_a_copied_recipe_writes_a_folder_that_captions_without_torch(model_folde
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_is_valid_and_says_how_to_run_it(file, monkeypatch):
+def test_every_config_is_valid_and_says_how_to_run_it(file, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(RECIPE), "--config", str(file), "model.path=nowhere"])
-    with pytest.raises(FileNotFoundError, match="find_pretrained: nowhere holds no model"):
+    with pytest.raises(SystemExit) as end:
         runpy.run_path(str(RECIPE), run_name="__main__")
+    assert end.value.code == 1
+    assert "find_pretrained: nowhere holds no model" in capsys.readouterr().err
     assert f"recipes/export.py --config recipes/configs/export/{file.name}" in file.read_text().split("\nrun:")[0]

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from waiting import started, wait_until
 
 from grr import config
 from grr.builders import MODELS, grr_coca
@@ -120,12 +120,9 @@ def test_the_model_that_is_kept_answers_as_the_log_says(whole):
 @pytest.mark.slow
 def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
     words = command(tmp_path / "run", "classification", *CLASSES)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while process.poll() is None and len(lines(tmp_path / "run")) < 70:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        wait_until(lambda: len(lines(tmp_path / "run")) >= 70, process)
     assert 70 <= len(lines(tmp_path / "run")) < 104
     assert (tmp_path / "run/best").is_dir()
     assert not (tmp_path / "run/model").exists()  # by which a sweep knows what is finished

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from waiting import started, wait_until
 
 from grr import config
 from grr.builders import MODELS
@@ -80,12 +80,9 @@ def test_a_run_leaves_all_that_is_promised_and_its_loss_falls(whole):
 @pytest.mark.slow
 def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while process.poll() is None and len([1 for x in read_metrics(folder) if x["split"] == "train"]) < 7:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        wait_until(lambda: len(training(folder)) >= 7, process)
     assert 7 <= len(training(folder)) < 15
     done = run(command(folder))
     assert "after step 4" in done.stderr or "after step 8" in done.stderr, done.stderr[-3000:]
@@ -97,14 +94,15 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
 @pytest.mark.slow
 def test_asked_to_stop_it_saves_leaves_and_continues(whole, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while process.poll() is None and not training(folder):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "stopped; the same command continues after step" in said
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(
+        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        wait_until(lambda: training(folder), process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "the same command continues" in said
     done = run(command(folder))
     assert done.returncode == 0
     assert training(folder) == training(whole)
@@ -115,7 +113,7 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_
     shutil.copytree(whole, tmp_path / "run")
     done = run(command(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "finished after step 15 of 15" in done.stderr
+    assert "finished before, after step 15" in done.stderr
     for file in ("metrics.jsonl", "model/model.safetensors", "report.html"):
         assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
 
@@ -176,7 +174,7 @@ def test_the_checkpoints_of_another_run_are_not_continued(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     done = run(command(tmp_path / "run", "data.scenes=81"))
     assert done.returncode != 0
-    assert "holds the checkpoints of another run (data:" in done.stderr
+    assert "written by a different run: data is " in done.stderr
 
 
 def test_three_mistakes_are_three_lines_and_nothing_starts(tmp_path):

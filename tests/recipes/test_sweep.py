@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from waiting import started, wait_until
 
 from grr import config
 from grr.builders import MODELS
@@ -37,7 +38,7 @@ print("seed", given["run.seed"], "of", folder.name, "on", os.environ.get("CUDA_V
 if given["do"] == "fail" and not pathlib.Path("mended").exists():
     print("step 1\\rstep 2\\rstep 3")
     raise SystemExit("the disk is full")
-while given["do"] == "wait" and not asked and not pathlib.Path("mended").exists():
+while given["do"] == "wait" and not asked and not pathlib.Path("mended").exists() and time.time() < began + 60:
     time.sleep(0.02)
 if asked:
     (folder / "saved").touch()
@@ -131,13 +132,14 @@ def test_a_run_that_ends_without_a_model_is_no_finished_one(grid):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_lets_its_runs_save_and_the_same_command_continues(grid, number):
-    process = subprocess.Popen(sweep(grid, "run.jobs=2", "run.overrides=['first: do=wait']"), cwd=grid,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})  # fmt: skip
-    while process.poll() is None and sum(" of " in x.read_text() for x in grid.glob("runs/*/*/log.txt")) < 2:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    words = sweep(grid, "run.jobs=2", "run.overrides=['first: do=wait']")
+    with started(
+        words, cwd=grid, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"},
+    ) as process:  # fmt: skip
+        wait_until(lambda: sum(" of " in x.read_text() for x in grid.glob("runs/*/*/log.txt")) == 2, process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "stopped; the same command continues runs" in said
     assert len(list(grid.glob("runs/first/*/saved"))) == len(list(grid.glob("runs/*/*"))) == 2
@@ -150,21 +152,21 @@ def test_asked_to_stop_it_lets_its_runs_save_and_the_same_command_continues(grid
 def test_asked_twice_it_kills_runs_that_do_not_listen(grid):
     (grid / "recipe.py").write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
                                     "print('deaf', flush=True)\ntime.sleep(60)\n")  # fmt: skip
-    process = subprocess.Popen(sweep(grid), cwd=grid, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any("deaf" in x.read_text() for x in grid.glob("runs/*/*/log.txt")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    with started(sweep(grid), cwd=grid, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: any("deaf" in x.read_text() for x in grid.glob("runs/*/*/log.txt")), process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGINT
 
 
 def test_what_is_missing_is_named_before_anything_starts(grid):
     done = run(grid, "run.stages=['first: recipe.py --config none.yaml do=train', 'second: nowhere.py']")
     assert done.returncode == 1
-    assert "sweep: there is no file none.yaml, nowhere.py below" in done.stderr
+    assert "  first: there is no file none.yaml (" in done.stderr
+    assert "  second: there is no recipe or config 'nowhere.py'" in done.stderr
     done = run(grid, "run.seeds=[0, 0]")
     assert done.returncode == 1
     assert "seeds: 0 stands there twice" in done.stderr
@@ -215,9 +217,9 @@ def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
     assert f"python recipes/sweep.py --config recipes/configs/sweep/{file.name}\n" in file.read_text()
     jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds, grid.overrides)
     for job in jobs:
-        assert (ROOT / job.words[0]).is_file()
-        words = [str(ROOT / word) if word.startswith("recipes/configs/") else word for word in job.words[1:]]
-        if job.words[0] == "recipes/pretrain.py":
+        recipe, *words = job.command()
+        assert Path(recipe).is_file()
+        if Path(recipe).name == "pretrain.py":
             cfg = config.load(
                 words, run=pretrain.Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS,
                 loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,

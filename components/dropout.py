@@ -1,0 +1,91 @@
+"""Dropout whose masks a caller may key: by what a row is, and not by where in a batch it is computed."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_GOLDEN = 0x1E3779B97F4A7C15  # 2^64 / golden ratio, without its highest bits: small numbers become large ones
+_MULTIPLIERS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # of MurmurHash3's 64-bit finalizer
+
+
+class DropoutKeys(NamedTuple):
+    """What the masks of a `Dropout` are computed from: an odd number for each row, and one for each channel."""
+
+    rows: Tensor  # int32 [..., s]; in what `dropout_keys` returns [uses, b, s]
+    columns: Tensor  # int32 [d]
+
+
+class Dropout(nn.Dropout):
+    """Zero each number with probability p and divide the others by 1 - p, in training.
+
+    x: [..., s, d] -> [..., s, d]. Without keys the mask is drawn from torch's generator, as nn.Dropout does. With keys,
+    of rows [..., s], the mask is a function of the keys and p alone: the same on every device, in batches of any shape
+    and whatever was drawn before. A number is kept if the low 32 bits of its row's key times its column's key are at
+    least p 2^32; both are odd hashes, so each product is uniform over the odd numbers. Related: counter-based random
+    numbers (Salmon et al. 2011).
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__(p)
+
+    def forward(self, x: Tensor, keys: DropoutKeys | None = None) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if keys is None or self.p == 1:
+            return F.dropout(x, self.p)
+        return _KeyedDropout.apply(x, keys.rows, keys.columns, self.p)  # type: ignore[no-untyped-call]
+
+
+class _KeyedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
+        threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
+        keep = rows.unsqueeze(-1) * columns >= threshold  # [..., s, d]; the products wrap around
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - p)
+        return torch.ops.aten.native_dropout_backward(x, keep, ctx.scale)  # x * keep * scale, on a GPU in one kernel
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (keep,) = ctx.saved_tensors
+        return torch.ops.aten.native_dropout_backward(gradient, keep, ctx.scale), None, None, None
+
+
+def fold_in(keys: Tensor | int, numbers: Tensor) -> Tensor:
+    """Derive new keys from keys and whole numbers, as jax.random.fold_in does: int64, of their common shape.
+
+    Equal inputs give equal keys; any other input gives keys that look independent of them.
+    """
+    return _mix(keys ^ _mix(numbers + _GOLDEN))
+
+
+def dropout_keys(samples: Tensor, positions: Tensor, uses: int, dim: int) -> DropoutKeys:
+    """Keys for so many uses of dropout on vectors of width dim, for all tokens of a batch.
+
+    samples: int64 [b], a key for each sample; positions: [s] or [b, s], of its tokens -> rows [uses, b, s]. The mask of
+    a token depends on its sample's key, its position and the use, so cutting columns or rows off a batch changes none.
+    """
+    device = samples.device
+    tokens = fold_in(samples.unsqueeze(1), positions)  # [b, s]
+    rows = fold_in(tokens, torch.arange(uses, device=device).view(-1, 1, 1))  # [uses, b, s]
+    columns = fold_in(0, torch.arange(dim, device=device))  # [dim]
+    return DropoutKeys(_odd(rows), _odd(columns))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer (fmix64): each bit of the result depends on all bits of the int64 x."""
+    for multiplier in _MULTIPLIERS:
+        x = (x ^ _high(x, 33)) * multiplier
+    return x ^ _high(x, 33)
+
+
+def _high(x: Tensor, bits: int) -> Tensor:
+    """Shift right with zeros from the left, which int64's own shift fills with the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _odd(x: Tensor) -> Tensor:
+    """The high half of each int64, made odd: int32."""
+    return (x >> 32).to(torch.int32) | 1

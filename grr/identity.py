@@ -1,0 +1,69 @@
+"""The identity of a run: the values that a resumed run must share with the run that wrote its checkpoints.
+
+Everything in a config belongs to it, except what this file lists: options that do not change what is computed, and
+sections whose content is compared by a fingerprint instead of by the path that leads to it.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from grr.config import Config
+
+# How a run is computed: the numbers stay the same to rounding.
+HOW_COMPUTED = frozenset({
+    "run.folder", "run.micro_batch_size", "run.compile", "run.checkpoint_activations", "run.in_memory", "run.replicas",
+    "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.tensorboard", "loader.workers",
+    "loader.prefetch",
+})  # fmt: skip
+# How long a run lasts, what it reports, and which weights it leaves: the steps that were taken stay true.
+MAY_CHANGE = HOW_COMPUTED | {
+    "run.epochs", "run.max_steps", "run.patience", "run.validate_every", "run.candidates", "run.interpolate",
+    "run.keep_model", "run.accept_changes", "loader.max_bad_fraction", "model.path",
+}  # fmt: skip
+BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
+
+
+def run_identity(cfg: Config, **fingerprints: str | None) -> dict[str, Any]:
+    """Returns what defines the numbers of a run, as JSON values by `section.key`.
+
+    fingerprints: of the data, the validation data, the tokenizer and, of a fine-tuning, the weights it starts from.
+    The size of a micro-batch belongs to it only where micro-batches are contrasted each in itself.
+    """
+    local = vars(cfg).get("loss", {}).get("negatives") == "local"
+    free = MAY_CHANGE - {"run.micro_batch_size"} if local else MAY_CHANGE
+    values = {
+        f"{section}.{key}": value
+        for section, arguments in vars(cfg).items()
+        if section not in BY_FINGERPRINT and not section.startswith("_")
+        for key, value in arguments.items()
+        if f"{section}.{key}" not in free
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(values | fingerprints, default=str))
+    return plain
+
+
+def check_identity(
+    folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], *, accepted: Collection[str] = ()
+) -> dict[str, list[Any]]:
+    """Returns the accepted changes, each as [value in the checkpoint, value in the config].
+
+    saved, wanted: `run_identity` of the run that wrote the checkpoint, and of this one. Raises ValueError naming every
+    other change with both values.
+    """
+    changes = {
+        key: [saved.get(key, "not recorded"), wanted.get(key, "not there")]
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key, "not recorded") != wanted.get(key, "not there")
+    }
+    if refused := {key: values for key, values in changes.items() if key not in accepted}:
+        lines = "; ".join(
+            f"{key} is {old} in the checkpoint and {new} in the config" for key, (old, new) in refused.items()
+        )
+        raise ValueError(
+            f"check_identity: the checkpoints in {folder} were written by a different run: {lines}. Set run.folder to "
+            "a new folder, go back to the config.yaml in that folder, or change a run on purpose with "
+            f"'run.accept_changes=[{', '.join(refused)}]', which its log records"
+        )
+    return changes

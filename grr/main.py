@@ -1,0 +1,144 @@
+"""How a program ends: its exit status, and one line for a mistake that its user can correct."""
+
+import contextlib
+import dis
+import gc
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from grr.config import ConfigError
+
+# Loggers that warn of optional parts that were not installed, and of calls that these libraries make of themselves.
+NOISY = ("torchao", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give to a program that Ctrl-C ended
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a recipe's main, end its process group, and exit with the status it returned, 0 if it returned none.
+
+    Errors become exit statuses as `attempt` says.
+    """
+    try:
+        status = attempt(main, Path(sys.argv[0]).stem)
+    except SystemExit:
+        _end_process_group()
+        raise
+    if status in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        _end_process_group()
+    raise SystemExit(status)
+
+
+def attempt(act: Callable[[], int | None], name: str) -> int:
+    """Run act. Returns its exit status: 0 if it returned none, 130 after Ctrl-C.
+
+    A mistake that a user can correct (`is_user_mistake`) is printed in one line that begins with the program's name,
+    and the status is 1; a config's mistakes are printed a line each, and the status is 2. Of the processes of a run,
+    the one that fails first prints. Other errors are bugs and keep their traceback, and with GRR_DEBUG=1 all do.
+    """
+    if os.environ.get("GRR_DEBUG") != "1":
+        for logger in NOISY:
+            logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        return act() or 0
+    except BrokenPipeError:  # `grr ls | head`: what reads the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("GRR_DEBUG") == "1":
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            return INTERRUPTED
+        if is_user_mistake(error):
+            _report(_worded(error, name))
+            return 2 if isinstance(error, ConfigError) else 1
+        if isinstance(error, RuntimeError) and _times_reported(0):
+            return 1  # a process of the run made a mistake and left; this one only noticed that it is gone
+        raise
+
+
+def is_user_mistake(error: Exception) -> bool:
+    """Whether the message of an error says what its user can correct.
+
+    So do the errors that a `raise` in grr or in the recipe raised, which are worded for users, and those of the
+    operating system: a missing file, a full disk. What a library or a built-in function raised is a bug.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and _raised_by_us(error)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether the innermost frame of the traceback is of grr or the program, and stands at a `raise`."""
+    innermost: TracebackType | None = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    module = innermost.tb_frame.f_globals.get("__name__", "")
+    at_raise = innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return at_raise and module.partition(".")[0] in ("grr", "__main__")
+
+
+def _worded(error: Exception, name: str) -> str:
+    """An error in a line; a list of mistakes keeps its lines."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    said = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    said = re.sub(r"\s*\n(?!  )\s*", " ", said.strip())  # the lines of a list are indented by two spaces
+    for prefix in (name, name.split()[-1]):
+        if said.startswith((f"{prefix}: ", f"{prefix}:\n")):
+            said = said[len(prefix) + 1 :].removeprefix(" ")
+    gap = "" if said.startswith("\n") else " "
+    return f"{name}:{gap}{said}"
+
+
+# --- many processes ------------------------------------------------------------------------------------------------
+
+
+def _report(line: str) -> None:
+    """Print a mistake, unless another process of the run has printed one; leave it in torchrun's report as well."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+    if _times_reported(1) == 1:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _times_reported(more: int) -> int:
+    """How many processes of this run have met a mistake, `more` of this one included.
+
+    The number is kept by torchrun, which outlives its processes. Without torchrun rank 0 counts, and prints, alone.
+    """
+    if "RANK" not in os.environ:
+        return more
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return more if os.environ["RANK"] == "0" else 2 * more
+    from datetime import timedelta
+
+    from torch._C._distributed_c10d import TCPStore
+
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                         wait_for_workers=False, timeout=timedelta(seconds=10))  # fmt: skip
+        return store.add(f"grr/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", more)
+    except RuntimeError:  # torchrun is gone
+        return more
+
+
+def _end_process_group() -> None:
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        gc.collect()  # a sharded model that is still alive may abort the end of the process group
+        dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""The preparation of a model for training: float8, compilation, precision, sharding and activation checkpointing."""
+
+import functools
+from types import MethodType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from grr.bf16 import compute_in_bf16
+from grr.distributed import METHODS, ORDER, blocks, preparations, shard_over
+from grr.float8 import multiply_in_float8
+
+
+def parallelize(model: nn.Module, device: torch.device, *, bf16: bool = False,
+                float8: bool | Literal["emulated"] = False, compile: bool = False,
+                checkpoint_activations: bool = False, replicas: int = 1) -> None:  # fmt: skip
+    """Prepare a model in place for training on all processes, before or after it has weights.
+
+    float8 converts the linear layers of the blocks (`multiply_in_float8`). compile compiles each block. bf16 computes
+    in bfloat16, with float32 parameters, reductions and outputs. Several processes shard every block, then the rest,
+    with FSDP2; with replicas > 1 they form that many groups, each of which holds a whole model (HSDP): best one a
+    machine. One process keeps plain parameters: the same function with fewer calls. checkpoint_activations keeps only
+    what enters each block and computes the rest again for its gradient.
+
+    The order matters and is this one: a later step wraps what an earlier one made. Raises ValueError if the model was
+    prepared before, or if the number of processes is not a multiple of replicas; float8 raises as
+    `multiply_in_float8` does.
+    """
+    if done := preparations(model):
+        raise ValueError(f"parallelize: a model is prepared once, got one that is {' and '.join(done)}; {ORDER}")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % replicas:
+        raise ValueError(f"parallelize: the number of processes must be a multiple of replicas, got {world=}, "
+                         f"{replicas=}")  # fmt: skip
+    if float8:
+        multiply_in_float8(model, device, emulated=float8 == "emulated")
+    if compile:
+        _compile_blocks(model)
+    if world > 1:
+        shape = (replicas, world // replicas) if replicas > 1 else (world,)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        shard_over(model, mesh, bf16=bf16)
+    elif bf16:
+        compute_in_bf16(model, METHODS)
+    if checkpoint_activations:
+        for block in blocks(model):
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = again  # type: ignore[method-assign]
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile each block; blocks of one shape share the compiled code.
+
+    There are about 20 versions of it: of three kinds of block, of one length and of any, in training, without
+    gradients, in evaluation, and writing. Past torch's limit of 8, the others would run uncompiled with one warning.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks(model):  # a method, and not torch.compile(block.forward), which a deep copy would not bind anew
+        block.forward = MethodType(torch.compile(type(block).forward), block)  # type: ignore[method-assign]

@@ -1,0 +1,119 @@
+"""When a training run resumes, saves and stops."""
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grr.checkpoint import (
+    StopSignal,
+    adopt_checkpoint,
+    check_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    read_progress,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
+from grr.distributed import all_max
+from grr.identity import check_identity
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Write and read the checkpoints of a run: folder/checkpoints/step_N, and folder/best/step_N.
+
+        saver = Saver(folder, model, optimizer, identity, save_every=1000, save_minutes=30.0, keep=2)
+        progress = saver.resume()
+        while step < last:
+            ...                                  # losses, gradients, and the check that they are finite
+            if saver.due:                        # the gradients have shown that the weights of `step` are sound
+                saver.save(step)
+            if saver.stopping:
+                break
+            optimizer.step()
+            step += 1
+            saver.poll(step)
+
+    A checkpoint of step N is due after step N, and is written when the gradients of step N + 1 are finite: weights that
+    the next step finds ruined never become a checkpoint. identity: `run_identity`; average: the weights of a
+    `grr.average.Average`. Called by all ranks alike.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: Optimizer,
+        identity: Mapping[str, Any],
+        *,
+        description: Mapping[str, Any],
+        average: Mapping[str, Tensor] | None = None,
+        save_every: int,
+        save_minutes: float,
+        keep: int,
+    ) -> None:
+        self._folder, self._model, self._optimizer, self._average = folder, model, optimizer, average
+        self._identity, self._description = dict(identity), dict(description)
+        self._every, self._minutes, self._keep = save_every, save_minutes, keep
+        self._stop, self._saved = StopSignal(), time.monotonic()
+        self.due = False
+        self.stopping = 0  # the exit status of a run that was asked to stop, else 0
+        self.changes: dict[str, list[Any]] = {}  # accepted at resume: [value before, value now] by key
+
+    def resume(self, *, accepted: Collection[str] = ()) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint and return its progress; None if there is none to resume.
+
+        accepted: keys of the identity that were changed on purpose. Raises ValueError if anything else in it differs,
+        or if every checkpoint is damaged.
+        """
+        checkpoint = latest_checkpoint(self._folder / "checkpoints")
+        if checkpoint is None:
+            return None
+        saved = read_progress(checkpoint)["identity"]
+        self.changes = check_identity(self._folder, saved, self._identity, accepted=accepted)
+        checkpoint = adopt_checkpoint(checkpoint)
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        progress = load_checkpoint(checkpoint, self._model, self._optimizer, self._average)
+        for group, options in zip(self._optimizer.param_groups, configured, strict=True):
+            group.update(options)  # those of the config, which are those of the checkpoint unless a change was accepted
+        logger.info("resuming %s after step %d", self._folder, progress["step"])
+        return progress
+
+    def resume_best(self, step: int) -> None:
+        """Make best/ what it was when the run had taken its best step: later ones are removed.
+
+        Raises ValueError if the checkpoint of that step is damaged.
+        """
+        remove_checkpoints_after(self._folder / "best", step)
+        if step >= 0:
+            check_checkpoint(self.best(step))
+
+    def best(self, step: int) -> Path:
+        """The folder of the best weights, those of a step."""
+        return self._folder / "best" / f"step_{step}"
+
+    def poll(self, step: int, *, due: bool = False) -> None:
+        """Ask all ranks, after an optimizer step, whether to save and whether to stop; due: save in any case."""
+        late = time.monotonic() - self._saved > 60 * self._minutes
+        status = all_max(2 * self._stop.status + late)
+        self.stopping = status // 2
+        self.due = self.due or due or status > 0 or step % self._every == 0
+
+    def save(self, step: int, **progress: Any) -> None:
+        """Write checkpoints/step_N with the progress of the run, JSON values by name."""
+        self._write("checkpoints", step, progress, self._keep)
+        self.due, self._saved = False, time.monotonic()
+
+    def save_best(self, step: int, **progress: Any) -> None:
+        """Write best/step_N. To be called before `save` writes a checkpoint that names this step."""
+        self._write("best", step, progress, max(2, self._keep))
+
+    def _write(self, name: str, step: int, progress: Mapping[str, Any], keep: int) -> None:
+        told = {"step": step, "identity": self._identity, "model": self._description, **progress}
+        save_checkpoint(self._folder / name, self._model, self._optimizer, told, self._average, keep=keep)

@@ -1,0 +1,71 @@
+"""What a resumed run must share with the run that wrote its checkpoints."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr import config
+from grr.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+values = st.dictionaries(
+    st.sampled_from(["model.dim", "optimizer.lr", "run.seed", "loss.negatives"]), st.integers(0, 3)
+)
+
+
+@given(saved=values, wanted=values, accepted=st.sets(st.sampled_from(["model.dim", "optimizer.lr", "run.seed"])))
+def test_exactly_the_changes_that_are_not_accepted_are_refused_with_both_values(saved, wanted, accepted):
+    missing = object()
+    changed = {key for key in saved | wanted if saved.get(key, missing) != wanted.get(key, missing)}
+    if changed <= accepted:
+        assert set(check_identity(Path("run"), saved, wanted, accepted=accepted)) == changed
+        return
+    with pytest.raises(ValueError, match="written by a different run") as error:
+        check_identity(Path("run"), saved, wanted, accepted=accepted)
+    for key in saved | wanted:
+        named = f"{key} is {saved.get(key, 'not recorded')} in the checkpoint and {wanted.get(key, 'not there')} in"
+        assert (named in str(error.value)) == (key in changed - accepted)
+    assert "run.accept_changes=[" in str(error.value)
+
+
+def sections(recipe: str) -> dict[str, set[str]]:
+    """The keys of every section that a recipe's config may hold."""
+    sys.path.insert(0, str(RECIPES))
+    main = __import__(recipe).main
+    found: dict[str, set[str]] = {}
+    for section, function in config.sections_of(main).items():
+        functions = function.values() if isinstance(function, dict) else [function]
+        found[section] = {key for each in functions for key in inspect.signature(each).parameters}
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "finetune_classifier"])
+def test_a_recipe_compares_every_key_that_is_not_listed_as_free(recipe):
+    keys = {section: names for section, names in sections(recipe).items() if section not in BY_FINGERPRINT}
+    cfg = config.Config({}, {section: dict.fromkeys(names, 1) for section, names in keys.items()})
+    compared = set(run_identity(cfg, data="a", validation="b", tokenizer="c")) - {"data", "validation", "tokenizer"}
+    assert compared == {f"{s}.{key}" for s, names in keys.items() for key in names} - MAY_CHANGE
+    for key in ("run.seed", "run.batch_size", "run.clip", "run.bf16", "optimizer.lr", "optimizer.weight_decay",
+                "schedule.min_lr", "loader.crop"):  # fmt: skip
+        assert key in compared
+
+
+def test_every_key_that_may_change_is_one_of_a_recipe():
+    known = {f"{s}.{key}" for r in ("pretrain", "finetune", "finetune_classifier") for s, keys in sections(r).items()
+             for key in keys}  # fmt: skip
+    assert known >= MAY_CHANGE
+
+
+def test_the_micro_batch_belongs_to_the_identity_where_it_is_contrasted_in_itself():
+    for negatives, compared in (("global", False), ("local", True)):
+        cfg = config.Config({}, {"run": {"micro_batch_size": 8}, "loss": {"negatives": negatives}})
+        assert ("run.micro_batch_size" in run_identity(cfg)) == compared
+
+
+def test_an_identity_is_the_same_after_it_was_saved_as_json():
+    cfg = config.Config({}, {"optimizer": {"betas": (0.9, 0.999)}, "run": {"freeze": ["a"], "path": Path("x")}})
+    assert run_identity(cfg) == {"optimizer.betas": [0.9, 0.999], "run.freeze": ["a"], "run.path": "x"}
