@@ -146,7 +146,7 @@ def embed(options: argparse.Namespace) -> int:
 def search(options: argparse.Namespace) -> int:
     """Print the images of an index that are nearest to texts, or to images."""
     from grr.index import as_text, look_up, open_index
-    from grr.results import printable
+    from grr.printable import printable
 
     if not Path(options.index, "index.json").is_file():
         raise FileNotFoundError(f"{options.index} is no index of images; make one of a model and a folder of images: "
@@ -178,7 +178,7 @@ def _images(words: Iterable[str]) -> list[str]:
 
 def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any]], str]) -> int:
     """Print a line for each file; those that cannot be read go to the other stream."""
-    from grr.results import printable
+    from grr.printable import printable
 
     done = 0
     for rows in batches:
@@ -187,7 +187,7 @@ def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any
             if "error" in row:
                 print(f"{name} could not be read: {printable(row['error'])}", file=sys.stderr)
             else:
-                print(f"{name}: {said(row)}", flush=True)
+                print(f"{name}: {printable(said(row))}", flush=True)
                 done += 1
     return 0 if done else 1
 

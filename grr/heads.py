@@ -163,8 +163,12 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
     if "head" not in saved:
         raise ValueError(f"load_classifier: {source.path} is a model without a head; train one on it with "
                          "recipes/finetune_classifier.py, or open it with grr.pretrained.load_pretrained")  # fmt: skip
+    head, classes = saved["head"], saved.get("classes")
+    if head not in HEADS or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"load_classifier: {source.path} must name a head, one of {', '.join(HEADS)}, and its classes "
+                         f"by texts, got {head!r} and {str(classes)[:80]}; was its description edited?")  # fmt: skip
     with torch.device("meta"):
-        model = HEADS[saved["head"]](build_pretrained(source), len(saved["classes"]))
+        model = HEADS[head](build_pretrained(source), len(classes))
     model.to_empty(device=device)
     load_weights(source, model)
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])

@@ -19,7 +19,8 @@ from grr.files import open_regular_file, read_regular_file
 from grr.finite import check_finite_outputs
 from grr.pictures import batches, read_images
 from grr.pretrained import LoadedModel, fingerprint
-from grr.results import Outcome, printable
+from grr.printable import printable
+from grr.results import Outcome
 from grr.retrieval import whole_numbers
 from grr.zero_shot import embed_texts
 

@@ -196,6 +196,14 @@ def test_each_bad_sample_is_logged_and_counted(caplog):
     assert sum(batch.replaced for step in steps for batch in step) == len(logged) >= 3
 
 
+def test_no_control_character_of_a_bad_sample_reaches_the_terminal(caplog):
+    pairs = painted(errors={i: BadImage("not \x1b[2J read") for i in range(18)})
+    with pytest.raises(ValueError, match=r"not \\x1b\[2J read") as stopped:
+        names(training(pairs), 50)
+    assert "not \\x1b[2J read" in caplog.text
+    assert "\x1b" not in caplog.text + str(stopped.value)
+
+
 def test_a_batch_with_few_images_to_spare_still_finds_one():
     """10 images, batches of 8, 2 of them bad: where one is spare, two places may have to share it."""
     pairs = painted(10, 1, errors={i: BadImage("cut off") for i in (1, 2)})
