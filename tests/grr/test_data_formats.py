@@ -488,3 +488,34 @@ def test_a_name_that_would_move_the_cursor_is_spelled_out(tmp_path, caplog):
         webdataset(shards=str(tmp_path))
     assert r"image without a caption: '0/\x1b[2Jevil'" in caplog.text
     assert "\x1b" not in caplog.text
+
+
+ODD_SAMPLES = [
+    ({"a.jpg": b"", "a.png": b"", "a.txt": b"x"}, {"more than one image": 1}),
+    ({"a.input.jpg": b"", "a.txt": b"x"}, {"image without a caption": 1, "caption without an image": 1}),
+    ({"a.jpg": b"", "a.txt": b"caf\xe9"}, {"caption that is not UTF-8": 1}),
+    ({"a.jpg": b"", "a.txt": " x".encode("utf-16")}, {"caption that is not UTF-8": 1}),
+    ({"a.jpg": b"", "a.txt": b" \n"}, {"empty caption": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": null}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": NaN}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": {"en": "x"}}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": "\\ud800"}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b"7"}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b"{"}, {"JSON that cannot be read": 1}),
+    ({"a.jpg": b"", "a.json": b"[" * 100_000}, {"JSON that cannot be read": 1}),
+    ({"._a.jpg": b"", "._a.txt": b"x"}, {}),
+]
+
+
+@pytest.mark.parametrize(("members", "skipped"), ODD_SAMPLES, ids=lambda value: " ".join(value))
+def test_a_sample_that_cannot_be_used_is_counted_and_the_others_are_read(tmp_path, members, skipped):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (members | {"v1.0_b.webp": b"", "v1.0_b.caption": b"good"}).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    pairs = webdataset(shards=str(tmp_path))
+    assert list(pairs.ids) == ["0/v1.0_b"]
+    assert list(pairs.captions) == ["good"]
+    assert pairs.records.skipped == skipped
+    assert pairs.skipped == sum(skipped.values())
