@@ -88,14 +88,14 @@ def run_cost(
     n = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state, free = 4 * n + 12 * trained, free_memory()
+    states = f"weights, gradients and optimizer state take {_gb(state)}"
     yield _disk(run, n)
     if state > free / 2:
-        said = f"weights, gradients and optimizer state are {_gb(state)}, and {_gb(free)} are free on this machine"
-        yield Finding("time", f"not measured: {said}")
+        yield Finding("time", f"not measured: {states}, and {_gb(free)} are free on this machine")
         return
     expected = 2 * 6 * n * _tokens(model, image_size, tokenizer.context) / _flops_a_second()
     if expected > AT_MOST:
-        yield Finding("time", f"not measured: a step of 2 pairs may take {expected:,.0f} s on this machine")
+        yield Finding("time", f"not measured: a step of 2 pairs may take {expected:,.0f} s on this machine; {states}")
         return
     try:
         measured = _measure(run, build(), Part(pairs), tokenizer, image_size, crop)

@@ -41,12 +41,13 @@ def read_regular_file(path: str | Path, max_bytes: int) -> bytes:
         stated = os.fstat(file.fileno()).st_size
         if stated > max_bytes:
             raise _too_large(f"{stated:,}", max_bytes, path)
-        content = bytearray()
-        while part := os.read(file.fileno(), max(stated - len(content), 65_536)):
-            content += part
-            if len(content) > max_bytes:
+        parts, size = list[bytes](), 0
+        while part := os.read(file.fileno(), max(stated - size, 65_536)):
+            parts.append(part)
+            size += len(part)
+            if size > max_bytes:
                 raise _too_large(f"more than {max_bytes:,}", max_bytes, path)
-    return bytes(content)
+    return b"".join(parts)
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:

@@ -18,7 +18,7 @@ from grr.data.records import Records, file_name, record_captions
 from grr.files import read_regular_file
 from grr.images import Crop, load_image
 
-MAX_BYTES = 2**30  # of an image file
+MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]
 SPLITS = {"train": "train", "restval": "train", "test": "test",
           "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}  # fmt: skip

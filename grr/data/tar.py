@@ -87,7 +87,7 @@ class About:
         if kind in (LONG_LINK, tarfile.XGLTYPE):
             return
         if size > MAX_HEADER:
-            self.fault = f"its header has {size:,} bytes, at most {MAX_HEADER:,} are read"
+            self.fault = f"its long header has more than {MAX_HEADER:,} bytes"
         elif kind == LONG_NAME:
             self.name = _text(_read(file, start, size).rstrip(b"\0"))
         else:
@@ -125,7 +125,7 @@ def _content(file: BinaryIO, offset: int, header: tarfile.TarInfo, about: About)
 
 
 def _fault(header: tarfile.TarInfo) -> str:
-    return "" if header.type in REGULAR else ODD.get(header.type, f"of the unknown type {header.type!r}")
+    return "" if header.type in REGULAR else ODD.get(header.type, "of an unknown type")
 
 
 def _extended(content: bytes) -> dict[str, str]:

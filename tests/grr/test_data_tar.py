@@ -99,7 +99,7 @@ def test_archives_that_were_joined_are_read_to_the_end(shard):
         (tarfile.CHRTYPE, "a device"),
         (tarfile.BLKTYPE, "a device"),
         (tarfile.FIFOTYPE, "a pipe"),
-        (b"Q", "of the unknown type b'Q'"),
+        (b"Q", "of an unknown type"),
     ],
 )
 def test_odd_members_have_a_fault_and_the_next_ones_are_read(shard, kind, fault):
@@ -122,7 +122,7 @@ def test_ten_thousand_long_headers_and_one_that_is_too_long_do_not_stop_the_read
     assert [item.name for item in members_of(shard, long_name * 10_000 + GOOD)] == ["n" * 119, "good.txt"]
     too_long = header("././@LongLink", MAX_HEADER + 1, tarfile.GNUTYPE_LONGNAME) + padded(b"n" * (MAX_HEADER + 1))
     first, *others = members_of(shard, too_long + GOOD)
-    assert first.fault == "its header has 65,537 bytes, at most 65,536 are read"
+    assert first.fault == "its long header has more than 65,536 bytes"
     assert [item.fault for item in others] == [""]
 
 
