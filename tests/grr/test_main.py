@@ -191,3 +191,14 @@ def test_grr_run_exits_as_its_processes_do(body, status, said, tmp_path):
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert "ChildFailedError" not in done.stderr
+
+
+def test_neither_a_log_nor_a_mistake_prints_control_characters(tmp_path):
+    body = """import logging
+logging.basicConfig(format="%(message)s")
+logging.warning("bad sample %s", "a\\x1b[2J\\u202e.jpg")
+raise ValueError("data: captions.csv names \\x1b]0;title\\x07.jpg")"""
+    done = program(tmp_path, body)
+    assert done.returncode == 1
+    printed = "bad sample a\\x1b[2J\\u202e.jpg\nrecipe: data: captions.csv names \\x1b]0;title\\x07.jpg\n"
+    assert done.stderr == printed
