@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from grr.tokenizer import Tokenizer
 
 SECONDS = 4.0  # that a step may take and be followed by one of twice as many pairs
 AT_MOST = 20.0  # seconds that the first step may be expected to take
+IMAGES = 4096  # that steps are taken of
 STATE = 12  # bytes a weight in a checkpoint, in float32: itself and two moments
 
 
@@ -41,6 +43,20 @@ class Planned:
     workers: int
     optimizer: dict[str, Any]
     loss: dict[str, Any]
+
+
+class Part(Pairs):
+    """A pair of each of the first images: enough for some steps, so that no order of millions is drawn for them."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.rows = np.sort(np.unique(pairs.image_of, return_index=True)[1])[:IMAGES]
+        chosen = np.zeros(len(pairs), dtype=bool)
+        chosen[self.rows] = True
+        super().__init__(pairs.ids.take(chosen), pairs.captions.take(chosen), pairs.image_of[chosen])
+        self.pairs = pairs
+
+    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        return self.pairs.load(int(self.rows[i]), size=size, crop=crop)
 
 
 @dataclass
@@ -82,7 +98,7 @@ def run_cost(
         yield Finding("time", f"not measured: a step of 2 pairs may take {expected:,.0f} s on this machine")
         return
     try:
-        measured = _measure(run, build(), pairs, tokenizer, image_size, crop)
+        measured = _measure(run, build(), Part(pairs), tokenizer, image_size, crop)
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
         yield Finding("time", f"not measured: a step failed ({' '.join(str(error).split())[:300]})")
         return
@@ -115,7 +131,7 @@ def _measure(
     try:
         model = model.to(device).train()
         optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
-        most = min(run.micro_batch_size, run.batch_size, len(set(pairs.image_of.tolist())))
+        most = min(run.micro_batch_size, run.batch_size, len(pairs))
         size, warm = min(2, most), False
         while True:
             measured = _step(run, model, optimizer, pairs, tokenizer, size, image_size, crop, device)

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from grr.checkpoint import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
-from grr.images import Crop, normalize
-from grr.model import CLASSIFIER, MULTIMODAL, TEXT, VISION, CoCa, MultimodalDecoder, tower_keys
+from grr.images import Crop
+from grr.model import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
 from grr.packing import pack
 from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.tokenizer import Tokenizer, load_tokenizer
@@ -35,8 +35,8 @@ class Head(nn.Module):
         self.classifier = classifier
 
     def _context(self, images: Tensor, sample_keys: Tensor | None) -> Tensor:
-        keys = tower_keys(self.vision_encoder, sample_keys, VISION)
-        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images), **keys)))  # [b, n, d]
+        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
+        return self.generative_pooler(self.pooler_norm(seen))  # [b, n, d]
 
     def _classify(self, read: Tensor, sample_keys: Tensor | None) -> Tensor:
         """The vectors that are classified [b, d] -> logits [b, c]."""

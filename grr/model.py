@@ -271,8 +271,7 @@ class CoCa(nn.Module):
     # The public methods above never call each other: FSDP2 wraps each of them as an entrance of its own.
 
     def _context(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        keys = tower_keys(self.vision_encoder, sample_keys, VISION)
-        seen = self.vision_encoder(normalize(images), **keys)  # [b, p, d]
+        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
         if seen.ndim != 3:
             raise ValueError(f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
                              f"{len(images)} images; flatten rows and columns into p, and put d last")  # fmt: skip
@@ -323,6 +322,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def encode_pixels(encoder: nn.Module, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+    """Normalise images, cast them to the dtype of the encoder (bfloat16 where the run computes in it), encode them."""
+    x = normalize(images)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
+    return encoder(x.to(dtype), **tower_keys(encoder, sample_keys, VISION))
 
 
 def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dict[str, Tensor]:

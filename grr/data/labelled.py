@@ -194,13 +194,18 @@ def _class_folders(path: str) -> dict[str, str]:
         return {p.name: p.name for p in sorted(Path(path).iterdir()) if p.is_dir() and not p.name.startswith(".")}
     if not Path(path).is_file():
         raise FileNotFoundError(f"image_folder: there is no folder and no file of classes {path}")
-    lines = (line.strip().partition(" ") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.strip().partition(" ") for _, line in read_lines("image_folder", Path(path)))
     return {folder: name.strip() or folder for folder, _, name in lines if folder}
 
 
 def _images(path: str, folder: str, records: Records) -> Iterator[str]:
     """The images of a class by name, at any depth, as paths below the folder of all classes."""
+    seen = set[str]()
     for place, folders, files in os.walk(Path(path, folder), followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder that was read
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         below = Path(place).relative_to(path).as_posix()
         images = [file for file in sorted(files) if file.lower().endswith(SUFFIXES)]

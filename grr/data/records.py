@@ -35,7 +35,7 @@ class Records:
         self.skipped[reason] += count
         names = self.names.setdefault(reason, [])
         if len(names) < NAMED:
-            names.append(name)
+            names.append(name if name.isprintable() else repr(name))  # a name in a tar may move the cursor
 
     def leave_out(self, reason: str, count: int = 1) -> None:
         """Count records that are sound and were not asked for."""

@@ -184,7 +184,7 @@ def _quoted(who: str, file: Path, lines: Iterator[Line], table: Table) -> Iterat
             held.append(number)
             yield line
 
-    reader = csv.reader(feed(), delimiter=table.separator, strict=True)
+    reader = csv.reader(feed(), delimiter=table.separator, skipinitialspace=True, strict=True)
     while True:
         held.clear()
         try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from grr.data.pairs import Ints, Pairs, Texts, place, split_name, threshold
+from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, place, split_name, threshold
 from grr.data.records import Records, file_name, record_captions
 from grr.data.tar import FOLDER, Damage, Member, read_members
 from grr.files import open_regular_file
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS = (".txt", ".caption", ".text")  # members with a caption, the first that a key has is taken; then .json
 MAX_TEXT = 2**24  # bytes of such a member
+MOST = 10**6  # shards of a range
 LAYOUT = 2  # of an index file; a file of another layout is made again
 STALE = 3600  # seconds after which a temporary file belongs to a process that was killed
 COLUMNS = {
@@ -140,6 +141,10 @@ def _expand(pattern: str) -> Iterator[str]:
     if found is None:
         yield pattern
         return
+    if int(found[2]) - int(found[1]) > MOST:
+        raise ValueError(
+            f"webdataset: a range must name at most {MOST:,} shards, got {found[0]}; is it a typing error?"
+        )
     for number in range(int(found[1]), int(found[2]) + 1):
         head, tail = pattern[: found.start()], pattern[found.end() :]
         yield from _expand(f"{head}{number:0{len(found[1])}d}{tail}")
@@ -285,6 +290,8 @@ def _is_whole(name: str, sample: Sample, records: Records) -> bool:
         records.skip(name, "caption without an image")
     elif len(sample[IMAGE]) > 1:
         records.skip(name, "more than one image")
+    elif sample[IMAGE][0].size > MAX_BYTES:
+        records.skip(name, f"image of more than {MAX_BYTES:,} bytes")
     elif len(sample) == 1:
         records.skip(name, "image without a caption")
     else:

@@ -1,4 +1,5 @@
-"""Every example of docs/ runs as it stands: what a reader pastes, in the order of the page, in an empty folder.
+"""Every example of the README and of docs/ runs as it stands: what a reader pastes, in the order of the page, in an
+empty folder; the README's in one with the recipes of the checkout, a trained model and some pictures.
 
 Of a page, ```python and ```sh blocks are run, one after the other; a block whose first line is a comment with the name
 of a file (# mine.py) is saved under that name instead. A ```text block stands directly behind another and is what that
@@ -9,6 +10,7 @@ output may be left out. Comments above a block steer it: <!-- test: run.max_step
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,12 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 from grr import installed
+from grr.checkpoint import RunLock
+from grr.data import DATASETS, training_steps
+from grr.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
-REASONS = ("it needs a cluster",)
+LIST, README = "README.md", "../README.md"  # docs/README.md lists the pages
+PAGES = [README, *sorted(page.name for page in (ROOT / "docs").glob("*.md"))]
+REASONS = ("it needs a cluster", "it needs CC12M", "it installs what runs the test", "tests/test_make.py is its test")
 FENCE = re.compile(r"((?:^<!-- [^\n]* -->\n)*)^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -105,7 +112,7 @@ def test_a_block_that_ends_otherwise_than_its_page_says_is_noticed(tmp_path):
 
 def test_the_list_names_every_page():
     listed = re.findall(r"\]\((\w+\.md)\)", read("README.md"))
-    assert sorted(listed) == [page for page in PAGES if page != "README.md"]
+    assert sorted(listed) == [page for page in PAGES if page not in (LIST, README)]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -120,20 +127,22 @@ def test_no_block_of_a_page_escapes_the_test(page):
         assert example.reason in ("", *REASONS)
     for before, after in pairwise(found):
         assert after.language != "text" or before.runs, f"nothing prints {after.text!r}"
-    assert page == "README.md" or any(example.runs for example in found)
+    assert page == LIST or any(example.runs for example in found)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_configs_that_a_page_names_exist(page):
     for link in re.findall(r"\]\(([\w./-]+)\)", read(page)):
-        assert (ROOT / "docs" / link).exists(), link
+        assert ((ROOT / "docs" / page).parent / link).exists(), link
     for name in re.findall(r"grr (?:run|cp|check)(?: --nproc \d+)? ([a-z_]+(?:/[a-z_0-9]+)?)(?![\w./])", read(page)):
         assert installed.find(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
-def test_a_page_does_what_it_says(page, tmp_path):
+@pytest.mark.parametrize("page", [page for page in PAGES if page != LIST])
+def test_a_page_does_what_it_says(page, tmp_path, request):
+    if page == README:
+        prepare(tmp_path, request.getfixturevalue("colour_run"))
     output = ""
     for example in examples(page):
         if example.language == "text":
@@ -142,3 +151,59 @@ def test_a_page_does_what_it_says(page, tmp_path):
             (tmp_path / example.file).write_text(example.text)
         elif example.runs:
             output = run(example, tmp_path)
+
+
+def prepare(folder: Path, trained: Path) -> None:
+    """What the README's reader has: the recipes of the checkout, a trained model, and a folder of pictures."""
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    shutil.copytree(trained, folder / "runs/openmoji")
+    photos(folder / "my_photos", [f"{i}.png" for i in range(40)])
+    Image.new("RGB", (40, 30), "red").save(folder / "photo.jpg")
+
+
+def photos(folder: Path, named: list[str]) -> None:
+    """Forty pictures with a table that names these."""
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (20, 20), (6 * i, 99, 0)).save(folder / f"{i}.png")
+    (folder / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a picture\n" for name in named))
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+
+
+def no_image(folder: Path) -> None:
+    photos(folder / "photos", [f"photos/{i}.png" for i in range(40)])
+    DATASETS["folder"](path=str(folder / "photos"))
+
+
+def two_runs(folder: Path) -> None:
+    with RunLock(folder):
+        RunLock(folder, patience=0)
+
+
+def uneven_batches(folder: Path) -> None:
+    photos(folder / "photos", [f"{i}.png" for i in range(40)])
+    pairs = DATASETS["folder"](path=str(folder / "photos"))
+    tokenizer = train_tokenizer(pairs.captions, folder / "t.model", vocab_size=30, context=16)
+    training_steps(pairs, tokenizer, rank=0, world=2, seed=0, start_step=0, batch_size=8, micro_batch_size=8,
+                   image_size=16, pin_memory=False)  # fmt: skip
+
+
+RAISED = {
+    "the first ... images of the table (...) are in none of ...": no_image,
+    "is being written by process ...": two_runs,
+    "batch_size must be a multiple of ...": uneven_batches,
+}
+
+
+def test_every_message_that_a_page_quotes_is_one_of_those_that_are_raised_here():
+    quoted = [message for page in PAGES for message in re.findall(r'\*\*"(.+?)"\.?\*\*', read(page))]
+    assert sorted(quoted) == sorted(RAISED)
+
+
+@pytest.mark.parametrize("message", RAISED)
+def test_a_message_that_a_page_quotes_is_raised(message, tmp_path):
+    pattern = ".+".join(re.escape(part) for part in message.split("..."))
+    with pytest.raises((ValueError, OSError), match=pattern):
+        RAISED[message](tmp_path)

@@ -1,5 +1,6 @@
 """A check tells what a run would stumble over, in any recipe's config, and writes nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -301,3 +302,19 @@ def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
     told = wrong(f"tokenizer.path={shared_data / 't5/spiece.model'}")
     assert set(told) == {"unknown"}
     assert "different captions become 1; take a vocabulary of this language" in told["unknown"]
+
+
+def test_a_fine_tuning_run_is_timed_with_the_model_it_starts_from(photos, colour_run):
+    images = [
+        {"filename": f"{i}.png", "split": "train" if i < 32 else "val", "sentences": [{"raw": f"red picture {i}"}]}
+        for i in range(40)
+    ]
+    (photos / "dataset.json").write_text(json.dumps({"images": images}))
+    files = (f"annotations={photos / 'dataset.json'}", f"images={photos}")
+    places = [f"{section}.{file}" for section in ("data", "validation") for file in files]
+    told = findings(
+        "finetune/photos", f"model.path={colour_run}", *places, "run.batch_size=8", "run.micro_batch_size=8"
+    )
+    said = {f.what: f.said for f in told}
+    assert re.search(r" a step of 8 pairs, scaled from one of 8 in ", said["time"])
+    assert "of activations of 8 pairs" in said["memory"]

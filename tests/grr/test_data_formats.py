@@ -84,6 +84,7 @@ def test_karpathy_of_coco_takes_restval_for_training_and_the_file_path(tmp_path)
     ("captions.jsonl", '{"image": "a.png", "caption": "one, two"}\n\n{"image": "b.png", "caption": "three"}\n'),
     ("captions.txt", "a.png#0\tone, two\nb.png#0\tthree\n"),
     ("captions.csv", "image;caption\na.png;one, two\nb.png;three;\n"),
+    ("captions.csv", 'image, caption\na.png, "one, two"\nb.png, three\n'),
     ("captions.csv", "filepath\tTitle\na.png\tone, two\nb.png\tthree\n"),
     ("results.csv", "image_name| comment_number| comment\na.png| 0| one, two\nb.png| 4   three\n"),
     ("metadata.csv", 'file_name,text\na.png,"one, two"\nb.png,three\n'),
@@ -289,6 +290,7 @@ HEADER = b"image,caption\na.png,one\n"
     ("captions.csv", HEADER + b'a.png,"say" so\n', "line 3 must close each quotation mark"),
     ("captions.csv", b'caption,image\none,a.png\n"open,a.png\n12 inches ",b.png\n', "line 3 opens a quotation mark"),
     ("captions.tsv", b'image\tcaption\na.png\t"one\ntwo\nb.png\tx\n', "line 2 must close each quotation mark"),
+    ("captions.tsv", b'image\tcaption\na.png\tone\na.png\t"\n\t"\n', "line 3 must close each quotation mark"),
     ("captions.csv", b"image,caption,caption\na.png,x,y\n", "line 1 must name the column caption once"),
     ("captions.tsv", b"url\tcaption\nhttp://x/a.png\tx\n", "line 1 must name image files, got .*data.name=webdataset"),
     ("captions.tsv", b"a fox\thttp://x/a.png\n", "line 1 must name image files, got .* with img2dataset"),
@@ -457,3 +459,63 @@ def test_shards_in_folders_below_are_found_by_two_stars(shard):
         shutil.copy(shard / "0.tar", shard / place / f"{place[-1]}.tar")
     assert len(webdataset(shards=str(shard / "**/*.tar"))) == 9
     assert len(webdataset(shards=str(shard / "*.tar"))) == 3
+
+
+def test_a_range_of_more_shards_than_there_can_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"at most 1,000,000 shards, got \{0\.\.99999999999\}; is it a typing error"):
+        webdataset(shards=str(tmp_path / "{0..99999999999}.tar"))
+
+
+def test_an_image_in_a_shard_that_would_fill_the_memory_is_skipped(shard):
+    whole = (shard / "0.tar").read_bytes()
+    large = tarfile.TarInfo("9.jpg")
+    large.size = 2**31
+    text = tarfile.TarInfo("9.txt")
+    with (shard / "0.tar").open("wb") as file:  # the content of the image is a hole in the file
+        file.write(large.tobuf())
+        file.seek(large.size, os.SEEK_CUR)
+        file.write(text.tobuf() + whole)
+    pairs = webdataset(shards=str(shard))
+    assert list(pairs.captions) == ["text 0", "text 1", "text 2"]
+    assert pairs.records.skipped == {"image of more than 1,073,741,824 bytes": 1}
+
+
+def test_a_name_that_would_move_the_cursor_is_spelled_out(tmp_path, caplog):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("\x1b[2Jevil.jpg", "a.jpg", "a.txt"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(ValueError, match="hold no samples"):
+        webdataset(shards=str(tmp_path))
+    assert r"image without a caption: '0/\x1b[2Jevil'" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+ODD_SAMPLES = [
+    ({"a.jpg": b"", "a.png": b"", "a.txt": b"x"}, {"more than one image": 1}),
+    ({"a.input.jpg": b"", "a.txt": b"x"}, {"image without a caption": 1, "caption without an image": 1}),
+    ({"a.jpg": b"", "a.txt": b"caf\xe9"}, {"caption that is not UTF-8": 1}),
+    ({"a.jpg": b"", "a.txt": " x".encode("utf-16")}, {"caption that is not UTF-8": 1}),
+    ({"a.jpg": b"", "a.txt": b" \n"}, {"empty caption": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": null}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": NaN}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": {"en": "x"}}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": "\\ud800"}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b"7"}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b"{"}, {"JSON that cannot be read": 1}),
+    ({"a.jpg": b"", "a.json": b"[" * 100_000}, {"JSON that cannot be read": 1}),
+    ({"._a.jpg": b"", "._a.txt": b"x"}, {}),
+]
+
+
+@pytest.mark.parametrize(("members", "skipped"), ODD_SAMPLES, ids=lambda value: " ".join(value))
+def test_a_sample_that_cannot_be_used_is_counted_and_the_others_are_read(tmp_path, members, skipped):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (members | {"v1.0_b.webp": b"", "v1.0_b.caption": b"good"}).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    pairs = webdataset(shards=str(tmp_path))
+    assert list(pairs.ids) == ["0/v1.0_b"]
+    assert list(pairs.captions) == ["good"]
+    assert pairs.records.skipped == skipped
+    assert pairs.skipped == sum(skipped.values())

@@ -110,6 +110,16 @@ def test_evaluation_gives_the_losses_of_a_step_and_no_gradients(negatives):
     assert evaluated == pytest.approx(global_batch_step(model, batches, 0, negatives=negatives))
 
 
+def test_an_evaluation_is_without_dropout_and_training_goes_on_with_it():
+    torch.manual_seed(0)
+    model, plain = grr_coca_tiny(dropout=0.5).double(), grr_coca_tiny().double()
+    plain.load_state_dict(model.state_dict())
+    batches = split(*pairs(8, 0), 2)
+    assert evaluation_losses(model, [batches]) == evaluation_losses(plain, [batches])
+    assert all(module.training for module in model.modules())
+    assert global_batch_step(model, batches, 0) != global_batch_step(plain, batches, 0)
+
+
 def test_the_captioning_loss_of_an_evaluation_is_the_mean_over_all_tokens():
     torch.manual_seed(0)
     model = grr_coca_tiny().double()
