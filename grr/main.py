@@ -115,7 +115,15 @@ def _report(line: str) -> None:
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
     if _times_reported(1) == 1:
+        _end_progress_bars()
         print(printable_lines(line), file=sys.stderr, flush=True)
+
+
+def _end_progress_bars() -> None:
+    """End the lines that progress bars are drawn on, so that what follows them stands alone and last."""
+    tqdm: Any = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
+        bar.close()
 
 
 def _times_reported(more: int) -> int:

@@ -202,3 +202,12 @@ raise ValueError("data: captions.csv names \\x1b]0;title\\x07.jpg")"""
     assert done.returncode == 1
     printed = "bad sample a\\x1b[2J\\u202e.jpg\nrecipe: data: captions.csv names \\x1b]0;title\\x07.jpg\n"
     assert done.stderr == printed
+
+
+def test_a_mistake_is_the_last_line_where_progress_is_shown(tmp_path):
+    body = """from tqdm import tqdm
+with tqdm(total=3) as bar:
+    bar.update()
+    raise ValueError("data: nothing is there")"""
+    done = program(tmp_path, body)
+    assert done.stderr.splitlines()[-1] == "recipe: data: nothing is there"
