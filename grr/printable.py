@@ -1,5 +1,6 @@
 """Texts from outside, as a terminal may show them: names of files, captions, classes, columns, messages of errors."""
 
+import logging
 import unicodedata
 
 
@@ -15,6 +16,13 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Returns a text of several lines; a character that must not reach a terminal is written as its escape."""
     return "".join(c if c == "\n" or _is_shown(c) else repr(c)[1:-1] for c in text)
+
+
+class PrintableRecord(logging.LogRecord):
+    """A log record without control characters in its message; for logging.setLogRecordFactory."""
+
+    def getMessage(self) -> str:  # the name that logging calls
+        return printable_lines(super().getMessage())
 
 
 def _is_shown(character: str) -> bool:
