@@ -214,6 +214,7 @@ def test_a_users_own_towers_drop_in():
     assert output.logits.shape == (1, 7, 512)
 
 
+@pytest.mark.slow
 def test_compiled_and_bfloat16_models_are_the_same_function():
     torch.manual_seed(0)
     model = grr_coca_tiny()

@@ -72,6 +72,7 @@ def some_images(count: int, seed: int = 0) -> torch.Tensor:
 # Laws
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(name=st.sampled_from(["image", "text", "step"]), batch=st.integers(1, 5), tokens=st.integers(3, 12),
        seed=st.integers(0, 99))  # fmt: skip
@@ -90,6 +91,7 @@ def test_a_file_gives_what_the_model_gives_for_any_number_of_images_and_tokens(e
 # Agreement
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_steps_from_an_empty_cache_give_the_logits_of_the_whole_caption(exported):
     """Whose computation knows no cache."""
@@ -108,6 +110,7 @@ def test_steps_from_an_empty_cache_give_the_logits_of_the_whole_caption(exported
         np.testing.assert_allclose(logits, expected[:, place].numpy(), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_captions_are_those_of_generate_token_for_token(exported):
     model, tokenizer, _, folder = exported
     captioner, images = Captioner(folder), some_images(12)
@@ -122,6 +125,7 @@ def test_captions_are_those_of_generate_token_for_token(exported):
     assert len(set(map(len, written))) >= 2
 
 
+@pytest.mark.slow
 def test_captions_are_spelled_as_the_tokenizer_spells_them(exported):
     model, _, _, folder = exported
     captioner, images = Captioner(folder), some_images(5, seed=1)
@@ -129,6 +133,7 @@ def test_captions_are_spelled_as_the_tokenizer_spells_them(exported):
     assert captioner.caption(captioner.see(images.numpy())) == generate(model, images, plain)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_images_and_sentences_are_embedded_as_the_model_embeds_them(exported):
     model, tokenizer, _, folder = exported
@@ -140,6 +145,7 @@ def test_images_and_sentences_are_embedded_as_the_model_embeds_them(exported):
     np.testing.assert_allclose(captioner.embed(sentences), model.encode_text(ids).numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["squash", "center", "clip"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_an_image_is_read_as_the_library_reads_it(exported, tmp_path, crop, mode):
@@ -182,6 +188,7 @@ def test_every_family_of_models_can_be_exported(build, tmp_path):
 # Use
 
 
+@pytest.mark.slow
 def test_a_program_is_saved_with_its_own_weights_alone_and_tells_nothing_of_this_machine(exported, tmp_path):
     _, _, parts, folder = exported
     program = export_program(parts["text"])
@@ -214,6 +221,7 @@ def test_a_quantised_model_is_refused():
         graphs(model, 32, 16)
 
 
+@pytest.mark.slow
 def test_the_example_does_not_read_clips_vocabulary(exported, tmp_path):
     config = json.loads((exported[3] / "config.json").read_text()) | {"vocabulary": "clip"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -221,12 +229,14 @@ def test_the_example_does_not_read_clips_vocabulary(exported, tmp_path):
         Captioner(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_onnx_the_remedy_is_told(exported, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"ONNX is not installed; pip install \"grr-coca\[export\]\""):
         save_onnx(exported[2]["text"], None, tmp_path / "text.onnx")
 
 
+@pytest.mark.slow
 def test_the_exported_example_opens_the_formats_of_the_library_and_regular_files_alone(exported, tmp_path):
     assert run_onnx.FORMATS == FORMATS
     captioner = Captioner(exported[-1])

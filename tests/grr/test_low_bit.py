@@ -192,6 +192,7 @@ def test_of_the_papers_model_the_state_takes_much_less_memory(bits, share):
     assert taken < share * sum(2 * p.nbytes for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_a_model_learns_as_with_adamw(bits):
     """Forty steps on eight pairs of noise: what AdamW takes off the loss, moments of few bits do to nine tenths."""

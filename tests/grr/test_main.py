@@ -18,8 +18,7 @@ from grr.optim import set_lr
 RECIPES = installed.recipes()
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
-import torch.distributed as dist
-from grr.distributed import all_sum, start
+{imports}
 from grr.main import run_main
 
 def refuse():
@@ -34,7 +33,9 @@ run_main(main)
 
 def program(folder: Path, body: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a recipe whose main has this body."""
-    (folder / "recipe.py").write_text(PROGRAM.format(body="\n".join(f"    {line}" for line in body.splitlines())))
+    imports = "import torch.distributed as dist; from grr.distributed import all_sum, start" if "start" in body else ""
+    indented = "\n".join(f"    {line}" for line in body.splitlines())
+    (folder / "recipe.py").write_text(PROGRAM.format(imports=imports, body=indented))
     return subprocess.run([sys.executable, *launcher, "recipe.py"], cwd=folder, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
 
@@ -136,6 +137,13 @@ def test_a_bug_keeps_its_traceback_and_so_does_every_error_when_debugging(tmp_pa
     done = program(tmp_path, "refuse()", GRR_DEBUG="1")
     assert (done.returncode, done.stderr.count("Traceback")) == (1, 1)
     assert done.stderr.endswith("ValueError: data: nothing is there\n")
+
+
+@pytest.mark.slow
+def test_parts_of_torchao_that_are_not_installed_are_not_warned_of(tmp_path):
+    pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
+    done = program(tmp_path, "import torchao.kernel.intmm")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name != "sizes"], ids=lambda r: r.name)

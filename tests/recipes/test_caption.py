@@ -148,6 +148,7 @@ def test_nothing_but_bad_files_is_a_failure_and_names_them(colour_run, tmp_path,
     assert json.loads((tmp_path / "out/captions.jsonl").read_text())["error"].endswith("the file is empty")
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_that_is_killed_goes_on_by_the_same_command(colour_run, tmp_path):
     (tmp_path / "mine").mkdir()
     colours = ("red", "green", "blue", "yellow", "white", "black")

@@ -51,6 +51,8 @@ def test_a_copied_recipe_writes_a_folder_that_captions_without_torch(model_folde
     config = "--config", str(CONFIGS[0])
     done = run("mine.py", *config, f"model.path={model_folder}", "run.folder=out", "run.pixels=float32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    steps = [line.split()[0] for line in done.stderr.splitlines()]
+    assert steps == ["tracing", "writing", "writing"] * 3, done.stderr  # and no warning of torch
     assert re.findall(r"^(\w+\.\w+) ", done.stdout, re.MULTILINE) == [
         "image.onnx", "image.pt2", "text.onnx", "text.pt2", "step.onnx", "step.pt2"
     ]  # fmt: skip

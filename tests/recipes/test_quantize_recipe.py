@@ -43,6 +43,7 @@ def run(recipe: Path, cwd: Path, *words: str, file: str = "openmoji") -> subproc
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_writes_folders_that_open_and_a_table(model_folder, tmp_path):
     shutil.copy(RECIPE, tmp_path / "mine.py")
     done = run(tmp_path / "mine.py", tmp_path, f"model.path={model_folder}", "run.folder=small", "run.images=6")
@@ -65,6 +66,7 @@ def test_a_copied_recipe_writes_folders_that_open_and_a_table(model_folder, tmp_
     assert rows["int4_grouped"]["bytes"] < 0.9 * rows["int8_dynamic"]["bytes"]
 
 
+@pytest.mark.slow
 def test_size_and_speed_of_a_model_that_no_one_trained(tmp_path):
     words = (
         "model.name=grr_coca_tiny",
