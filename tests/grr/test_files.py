@@ -61,7 +61,8 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_refused_when_it_is_open(tmp_pa
     file, pipe = tmp_path / "file", tmp_path / "pipe"
     file.write_bytes(b"x")
     os.mkfifo(pipe)
-    monkeypatch.setattr(os, "stat", lambda path: os.lstat(file))  # what was there before
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: stat(file if path == pipe else path, **options))
     with pytest.raises(OSError, match="must be a regular file, but is a pipe"):
         open_regular_file(pipe)
 
