@@ -156,6 +156,11 @@ def adopt_checkpoint(path: Path) -> Path:
     return named
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left of checkpoints that were being written (.tmp) or removed (.old)."""
+    on_rank_0(lambda: _remove_leftovers(folder))
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer,
                     average: Mapping[str, Tensor] | None = None) -> dict[str, Any]:  # fmt: skip
     """Fill model, optimizer and average, plain or sharded over any number of ranks, bit for bit; return the progress.
@@ -459,13 +464,17 @@ def _rank_of_name(path: Path) -> tuple[int, int]:
     return int(path.stem.removeprefix("step_")), [".old", ".tmp", ""].index(path.suffix)
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove what killed runs left, and all but the `keep` newest checkpoints up to step."""
-    paths = sorted(_checkpoints(folder), key=_rank_of_name, reverse=True)
-    for path in paths:
+def _remove_leftovers(folder: Path) -> None:
+    for path in _checkpoints(folder):
         if path.suffix:
             shutil.rmtree(path, ignore_errors=True)
-    whole = [path for path in paths if not path.suffix and _rank_of_name(path)[0] <= step]
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove what killed runs left, and all but the `keep` newest checkpoints up to step."""
+    _remove_leftovers(folder)
+    paths = sorted(_checkpoints(folder), key=_rank_of_name, reverse=True)
+    whole = [path for path in paths if _rank_of_name(path)[0] <= step]
     for path in whole[keep:]:
         shutil.rmtree(path.rename(path.with_suffix(".old")), ignore_errors=True)
 

@@ -17,6 +17,7 @@ from grr.checkpoint import (
     load_checkpoint,
     read_progress,
     remove_checkpoints_after,
+    remove_leftovers,
     save_checkpoint,
 )
 from grr.distributed import all_max
@@ -78,6 +79,7 @@ class Saver:
         saved = read_progress(checkpoint)["identity"]
         self.changes = check_identity(self._folder, saved, self._identity, accepted=accepted)
         checkpoint = adopt_checkpoint(checkpoint)
+        remove_leftovers(self._folder / "checkpoints")
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         progress = load_checkpoint(checkpoint, self._model, self._optimizer, self._average)
         for group, options in zip(self._optimizer.param_groups, configured, strict=True):
@@ -91,6 +93,7 @@ class Saver:
         Raises ValueError if the checkpoint of that step is damaged.
         """
         remove_checkpoints_after(self._folder / "best", step)
+        remove_leftovers(self._folder / "best")
         if step >= 0:
             check_checkpoint(self.best(step))
 

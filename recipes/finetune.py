@@ -22,7 +22,7 @@ from tqdm import tqdm
 from grr import config
 from grr.average import Average, interpolate, weights_of
 from grr.checkpoint import RunLock, load_checkpoint, load_checkpoint_weights, save_model
-from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps
+from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.evaluate import validate
 from grr.identity import run_identity
@@ -135,7 +135,7 @@ def main() -> int:
     on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
     facts = {"parameters": sum(p.numel() for p in model.parameters()),
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-             "training_pairs": len(pairs), "validation_pairs": len(held_out), "steps_per_epoch": per_epoch,
+             **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch,
              "world_size": world, "batch_size": run.batch_size, **fingerprints}  # fmt: skip
     known = step if progress else -1  # lines up to here are kept; that of step 0, too, is only true once it is saved
     log = open_log(folder, cfg, facts, step=known, tensorboard=run.tensorboard) if rank == 0 else None

@@ -23,6 +23,7 @@ from grr.classification import answers, classification_scores, classification_st
 from grr.data import (
     LABELLED,
     blind_accuracy,
+    pair_counts,
     refuse_other_classes,
     steps_per_epoch,
     training_steps,
@@ -135,7 +136,7 @@ def main() -> int:
     blind = blind_accuracy(pairs, held_out)
     facts = {"parameters": sum(p.numel() for p in model.parameters()),
              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-             "classes": len(pairs.classes), "training_pairs": len(pairs), "validation_pairs": len(held_out),
+             "classes": len(pairs.classes), **pair_counts(pairs, held_out),
              "blind_accuracy": blind, "steps_per_epoch": per_epoch, "world_size": world, "batch_size": run.batch_size,
              **fingerprints}  # fmt: skip
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from grr import config
 from grr.builders import MODELS
 from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
-from grr.data import DATASETS, InMemory, steps_per_epoch, training_steps
+from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.evaluate import validate
 from grr.identity import run_identity
@@ -115,9 +115,9 @@ def main() -> int:
         lock.release()
         return 0
     saver.resume_best(best["best_step"])
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), "training_pairs": len(pairs),
-             "validation_pairs": len(held_out), "steps_per_epoch": per_epoch, "world_size": world,
-             "batch_size": run.batch_size, **fingerprints}  # fmt: skip
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), **pair_counts(pairs, held_out),
+             "steps_per_epoch": per_epoch, "world_size": world, "batch_size": run.batch_size,
+             **fingerprints}  # fmt: skip
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
     if log and saver.changes:
         log.write(split="change", step=step, changes=saver.changes)

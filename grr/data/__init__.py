@@ -9,7 +9,7 @@ from grr.data.memory import InMemory
 from grr.data.openmoji import openmoji
 from grr.data.openmoji_tasks import openmoji_classes, openmoji_entailment, openmoji_questions
 from grr.data.order import epoch_order
-from grr.data.pairs import Pairs
+from grr.data.pairs import Pairs, pair_counts
 from grr.data.shards import webdataset
 from grr.data.tables import folder, rocov2
 
@@ -40,6 +40,7 @@ __all__ = [
     "Pairs",
     "blind_accuracy",
     "epoch_order",
+    "pair_counts",
     "refuse_other_classes",
     "steps_per_epoch",
     "training_steps",

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,13 @@ class ImageFiles(Pairs):
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
         file = image_path(self.root, self.images[self.image_of[i]])
         return load_image(read_regular_file(file, MAX_BYTES), size=size, crop=crop)
+
+
+def pair_counts(training: Pairs, validation: Pairs) -> dict[str, Any]:
+    """The pairs of a run, and what was read and skipped of the files they come from, for its manifest."""
+    sides = {"training": training, "validation": validation}
+    records = {f"{side}_records": pairs.records.facts() for side, pairs in sides.items() if pairs.records is not None}
+    return {f"{side}_pairs": len(pairs) for side, pairs in sides.items()} | records
 
 
 class Row(NamedTuple):

@@ -30,11 +30,13 @@ from grr.average import Average
 from grr.checkpoint import (
     RunLock,
     StopSignal,
+    adopt_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     load_checkpoint_weights,
     load_model_weights,
     remove_checkpoints_after,
+    remove_leftovers,
     save_checkpoint,
     save_model,
 )
@@ -287,6 +289,20 @@ def test_what_a_killed_run_left_is_used_if_whole_and_removed_by_the_next_save(
     assert not caplog.messages
     save_checkpoint(two_checkpoints, *constant(3.0), {"step": 3})
     assert {path.name for path in two_checkpoints.iterdir()} == {"step_1", "step_3"}
+
+
+@pytest.mark.parametrize("suffix", [".tmp", ".old"])
+def test_a_checkpoint_that_a_kill_left_under_another_name_gets_its_own_and_leftovers_go(
+    two_checkpoints: Path, suffix: str
+) -> None:
+    (two_checkpoints / "step_2").rename(two_checkpoints / f"step_2{suffix}")
+    (two_checkpoints / "step_1.old").mkdir()
+    latest = latest_checkpoint(two_checkpoints)
+    assert latest is not None
+    assert adopt_checkpoint(latest) == two_checkpoints / "step_2"
+    remove_leftovers(two_checkpoints)
+    assert {path.name for path in two_checkpoints.iterdir()} == {"step_1", "step_2"}
+    load_checkpoint(two_checkpoints / "step_2", *constant(0.0))
 
 
 def test_killed_at_any_moment_a_run_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
