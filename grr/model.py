@@ -170,7 +170,10 @@ class LogitScale(nn.Module):
 
 
 class CoCaOutput(NamedTuple):
-    """What one forward pass gives; of logits and token_losses, the one that was asked for."""
+    """What one forward pass gives; of logits and token_losses, the one that was asked for.
+
+    What is float32 here is float64 in the output of a model in float64.
+    """
 
     image_embeddings: Tensor  # float32 [b, e], unit length
     text_embeddings: Tensor  # float32 [b, e], unit length

@@ -44,7 +44,7 @@ def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, ca
     padded = model(images, whole[:, :-1])
     following = whole[:, 1:]
     expected = torch.nn.functional.cross_entropy(
-        padded.logits.float().flatten(0, 1),
+        padded.logits.flatten(0, 1),
         following.masked_fill((following == PAD) | (following == CLS), IGNORE).flatten(),
     )
     torch.testing.assert_close(packed.text_embeddings, padded.text_embeddings)

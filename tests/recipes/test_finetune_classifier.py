@@ -175,12 +175,13 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weights(start, tmp_path):
-    """Entailment, from a start of untrained weights, with dropout: once in two micro-batches, once in two processes."""
-    small = [f"model.path={start}", "model.dropout=0.1", "run.batch_size=8", "run.micro_batch_size=4",
+    """Entailment, from a start of untrained weights, with dropout: once whole, once in two processes' halves of two."""
+    small = [f"model.path={start}", "model.dropout=0.1", "run.batch_size=8",
              "run.log_every=1", "run.max_steps=4", "data.scenes=40", "validation.scenes=40", "data.held_out=16",
              "validation.held_out=16", "run.freeze=[vision_encoder]"]  # fmt: skip
-    for processes in (0, 2):
-        done = run(command(tmp_path / str(processes), "entailment", *small, processes=processes))
+    for processes, size in ((0, 8), (2, 2)):
+        words = [*small, f"run.micro_batch_size={size}"]
+        done = run(command(tmp_path / str(processes), "entailment", *words, processes=processes))
         assert done.returncode == 0, done.stderr[-3000:]
     for split, count in (("train", 4), ("validation", 1)):
         one, two = lines(tmp_path / "0", split), lines(tmp_path / "2", split)

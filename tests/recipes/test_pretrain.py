@@ -119,10 +119,11 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_train_as_one(whole, tmp_path, processes):
-    """Dropout and all: micro-batches draw by their place in the global batch."""
-    done = run(command(tmp_path / "run", "run.max_steps=5", processes=processes))
+@pytest.mark.parametrize(("processes", "micro_batch_size"), [(0, 16), (0, 8), (2, 8), (4, 4)])
+def test_many_processes_and_any_micro_batch_size_train_as_one(whole, tmp_path, processes, micro_batch_size):
+    """Dropout and all: samples draw by their place in the global batch."""
+    words = ["run.max_steps=5", f"run.micro_batch_size={micro_batch_size}"]
+    done = run(command(tmp_path / "run", *words, processes=processes))
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(training(tmp_path / "run"), training(whole)[:5], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
