@@ -28,14 +28,26 @@ from grr.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000
-LARGEST = 2**24  # any number of a description; below, those of numbers that cost memory by themselves
+LARGEST = 2**24  # of any number of a description, and below of those that cost memory
 RANGES: dict[str, tuple[float, float]] = {
-    "image_size": (1, 4096), "patch_size": (1, 4096), "context": (4, 2**16), "num_queries": (1, 2**16),
-    "vision_layers": (0, 1000), "text_layers": (0, 1000), "multimodal_layers": (0, 1000),
-    "dim": (1, 2**16), "vision_dim": (1, 2**16), "num_heads": (1, 2**12), "vision_heads": (1, 2**12),
-    "pooler_heads": (1, 2**12), "vision_ffn_multiplier": (0, 64), "text_ffn_multiplier": (0, 64),
-    "dropout": (0, 1), "logit_bias": (-LARGEST, LARGEST),
-}  # fmt: skip
+    "image_size": (1, 4096),
+    "patch_size": (1, 4096),
+    "context": (4, 2**16),
+    "vocab_size": (5, LARGEST),
+    "num_queries": (1, 2**16),
+    "vision_layers": (0, 1000),
+    "text_layers": (0, 1000),
+    "multimodal_layers": (0, 1000),
+    "dim": (1, 2**16),
+    "vision_dim": (1, 2**16),
+    "num_heads": (1, 2**12),
+    "vision_heads": (1, 2**12),
+    "pooler_heads": (1, 2**12),
+    "vision_ffn_multiplier": (0, 64),
+    "text_ffn_multiplier": (0, 64),
+    "dropout": (0, 1),
+    "logit_bias": (-LARGEST, LARGEST),
+}
 MOST_VALUES = 100  # of one argument, and characters of a name
 MOST_PER_BYTE = 2  # parameters: of 4 bits each
 
@@ -219,7 +231,7 @@ def _check_arguments(file: Path, source: Pretrained) -> None:
         if name not in parameters and not any_name:
             raise ValueError(f"find_pretrained: {file} gives {source.builder} the argument {name!r}, which it does not "
                              "have; upgrade GRR, or was it edited?")  # fmt: skip
-        lowest, highest = RANGES.get(name, (0, LARGEST))
+        lowest, highest = RANGES.get(name, (-LARGEST, LARGEST))
         values = given if isinstance(given, list) else [given]
         for value in values[:MOST_VALUES]:
             number = isinstance(value, int | float)

@@ -8,6 +8,7 @@ the vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxru
 other numbers of images and tokens than it was traced with, and compared with the model.
 """
 
+import io
 import json
 import shutil
 import sys
@@ -65,7 +66,9 @@ def main() -> None:
                 save_onnx(graph, program, file)
                 outputs = onnx_outputs(file, inputs)
             else:
-                torch.export.save(program, file)
+                content = io.BytesIO()  # into a file torch aborts the process where the disk is full
+                torch.export.save(program, content)
+                file.write_bytes(content.getbuffer())
                 outputs = torch.export.load(file).module()(*inputs.values())
             difference = largest_difference(graph, inputs, outputs)
             if not difference < ALLOWED:

@@ -102,8 +102,8 @@ def bad_files(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "pipe.jpg")
     (folder / "device.jpg").symlink_to("/dev/zero")
     result = {
-        "torn.jpg": "truncated", "page.jpg": "no format", "empty.png": "is empty", "zeros.png": "no format",
-        "bomb.png": "decompression bomb", "no pixels.png": "", "vector.png": "no format", "phone.heic": "",
+        "torn.jpg": "truncated", "page.jpg": "is none of JPEG", "empty.png": "is empty", "zeros.png": "is none of JPEG",
+        "bomb.png": "decompression bomb", "no pixels.png": "", "vector.png": "is none of JPEG", "phone.heic": "",
         "broken.jpg": "No such file", "itself.jpg": "symbolic links", "folder.jpg": "a folder",
         "pipe.jpg": "a pipe", "device.jpg": "device",
     }  # fmt: skip
