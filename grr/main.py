@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 from grr.config import ConfigError
 
 # Loggers that warn of optional parts that were not installed, and of calls that these libraries make of themselves.
@@ -113,7 +115,7 @@ def _report(line: str) -> None:
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
     if _times_reported(1) == 1:
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a progress bar stands
 
 
 def _times_reported(more: int) -> int:
