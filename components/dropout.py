@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_GOLDEN = 0x1E3779B97F4A7C15  # 2^64 / golden ratio, without its highest bits: small numbers become large ones
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as int64: the step between states of SplitMix64
 _MULTIPLIERS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # of MurmurHash3's 64-bit finalizer
 
 
@@ -56,9 +56,10 @@ class _KeyedDropout(torch.autograd.Function):
 def fold_in(keys: Tensor | int, numbers: Tensor) -> Tensor:
     """Derive new keys from keys and whole numbers, as jax.random.fold_in does: int64, of their common shape.
 
-    Equal inputs give equal keys; any other input gives keys that look independent of them.
+    Equal inputs give equal keys; any other input gives keys that look independent of them. Source: SplitMix64 (Steele
+    et al. 2014), with the key as its state, after `numbers` + 1 steps.
     """
-    return _mix(keys ^ _mix(numbers + _GOLDEN))
+    return _mix((numbers + 1) * _GOLDEN + keys)
 
 
 def dropout_keys(samples: Tensor, positions: Tensor, uses: int, dim: int) -> DropoutKeys:

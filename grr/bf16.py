@@ -56,6 +56,19 @@ def held_in_bf16(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Around a backward pass: modules that compute their activations again in it read bfloat16 copies there, too.
+
+    That is for modules of a user's own. Blocks cast their own parameters, and the vocabulary head keeps those it had.
+    """
+    if not isinstance(model.forward, InBFloat16):
+        yield
+        return
+    with lowered(model.forward.owners):
+        yield
+
+
+@contextmanager
 def lowered(owners: Sequence[nn.Module]) -> Iterator[None]:
     """Put bfloat16 copies in the place of the parameters that these modules hold themselves."""
     places = [(module._parameters, name, parameter) for module in owners

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,22 +15,28 @@ import torch
 from torch import nn
 
 from grr import config, installed
+from grr.cost import Planned, run_cost
 from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.look import (
     CAPTIONS,
     Data,
     Finding,
     amounts,
-    lengths,
+    counted,
+    epoch,
+    false_negatives,
     pictures,
     shared,
     some,
     texts,
+    tokens,
     without_captions,
 )
+from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
-from grr.optim import warmup_cosine
-from grr.pretrained import Pretrained, find_pretrained
+from grr.optim import freeze, warmup_cosine
+from grr.pretrained import Pretrained, build_pretrained, find_pretrained
+from grr.step import global_batch_step
 from grr.sweep import plan
 from grr.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
@@ -100,9 +107,9 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False, proces
     for section, data in opened.items():
         arguments = _section(cfg, section)
         yield Finding(section, ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None))
-        findings = [*amounts(data), *texts(data)]
+        findings = [*counted(data, every=every), *amounts(data), *texts(data)]
         if tokenizer is not None and wide is not None:
-            findings.append(lengths(data, wide, tokenizer.context, every=every))
+            findings += tokens(data, wide, tokenizer.context, every=every)
         pixels[section], seen = pictures(data, size=size, crop=crop, every=every)
         findings += seen
         if isinstance(data.source, ImageFiles):
@@ -114,8 +121,7 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False, proces
             yield from shared(opened[held_out], opened[train], equal, every=every)
             yield from _other_classes(opened[train].pairs, opened[held_out].pairs, held_out)
     if "data" in opened and tokenizer is not None:
-        pairs = {section: data.pairs for section, data in opened.items()}
-        yield from _steps(cfg, sections, pairs, tokenizer, size, processes)
+        yield from _steps(cfg, sections, opened, tokenizer, source, size, processes)
 
 
 @cache
@@ -199,10 +205,13 @@ def _splits(function: config.Section, arguments: dict[str, Any], own: ImageFiles
         return
     others = {key: value for key, value in arguments.items() if key != "name"}
     for split in ("train", "validation", "test"):
+        logging.disable(logging.WARNING)  # what was skipped is a finding of the first split already
         try:
             pairs = function[arguments["name"]](**others | {"split": split})
         except (ValueError, OSError):  # there is no such split
             continue
+        finally:
+            logging.disable(logging.NOTSET)
         if isinstance(pairs, ImageFiles) and pairs.root == own.root:
             yield pairs
 
@@ -241,21 +250,31 @@ def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("runs", f"{len(jobs):,}, in {len(sweep['stages'])} stages; their configs hold no mistake")
 
 
-def _steps(cfg: config.Config, sections: Sections, opened: Mapping[str, Pairs], tokenizer: Tokenizer, size: int,
-           processes: int) -> Iterator[Finding]:  # fmt: skip
+def _steps(
+    cfg: config.Config,
+    sections: Sections,
+    opened: Mapping[str, Data],
+    tokenizer: Tokenizer,
+    source: Pretrained | None,
+    size: int,
+    processes: int,
+) -> Iterator[Finding]:
     """The optimizer steps of a training run; what its batches, in so many processes, and its schedule do not allow."""
-    run, loader = _section(cfg, "run"), _section(cfg, "loader")
+    run, loader, data = _section(cfg, "run"), _section(cfg, "loader"), opened["data"]
     if not loader or not {"batch_size", "micro_batch_size"} <= run.keys():
         return
+    contrasted = sections.get("loss") is global_batch_step
     try:
         batches = {"rank": 0, "world": processes, "batch_size": run["batch_size"], "image_size": size,
                    "micro_batch_size": run["micro_batch_size"], "pin_memory": False, **loader}  # fmt: skip
-        training_steps(opened["data"], tokenizer, seed=0, start_step=0, **batches)
+        training_steps(data.pairs, tokenizer, seed=0, start_step=0, **batches)
         if "validation" in opened:
-            validation_steps(opened["validation"], tokenizer, **batches)
-        per_epoch = steps_per_epoch(opened["data"], run["batch_size"])
+            validation_steps(opened["validation"].pairs, tokenizer, **batches)
+        per_epoch = steps_per_epoch(data.pairs, run["batch_size"])
         if sections.get("schedule") is warmup_cosine:
             warmup_cosine(0, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
+        if contrasted:
+            check_negatives(run["batch_size"], run["micro_batch_size"], cfg.loss["negatives"])
     except ValueError as error:
         yield _refused("steps", error)
         return
@@ -266,7 +285,34 @@ def _steps(cfg: config.Config, sections: Sections, opened: Mapping[str, Pairs], 
     total = f", {min(ends):,} in all" if ends else ""
     held = f"in {processes:,} processes" if processes > 1 else "in one process"
     yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}, {held}")
+    yield epoch(data, run["batch_size"])
     warmup = _section(cfg, "schedule").get("warmup_steps", 0)
     if ends and warmup >= min(ends):
         said = f"warmup takes {warmup:,} steps, and the whole run {min(ends):,}; lower schedule.warmup_steps"
         yield Finding("schedule", said, wrong=True)
+    if not contrasted:
+        return
+    size_of_negatives = run["batch_size" if cfg.loss["negatives"] == "global" else "micro_batch_size"]
+    if met := false_negatives(data, size_of_negatives, run.get("seed", 0)):
+        yield met
+    planned = Planned(
+        Path(run["folder"]),
+        run["batch_size"],
+        run["micro_batch_size"],
+        processes,
+        min(ends, default=per_epoch),
+        run["keep"],
+        run.get("replicas", 1),
+        loader["workers"],
+        cfg.optimizer,
+        cfg.loss,
+    )
+
+    def build() -> nn.Module:
+        if source is None:
+            return cfg.build("model")
+        model = build_pretrained(source, dropout=cfg.model["dropout"])
+        freeze(model, run["freeze"])
+        return model
+
+    yield from run_cost(planned, build, data.pairs, tokenizer, image_size=size, crop=loader["crop"])

@@ -48,6 +48,7 @@ from torch.optim import Optimizer
 
 from grr.disk import disk_errors
 from grr.distributed import all_max, on_rank_0
+from grr.weight_files import damage
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +281,7 @@ def load_model_weights(folder: Path, model: nn.Module) -> None:
             with safe_open(file, framework="pt") as tensors:
                 return {name: str(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"load_model_weights: {file} is damaged ({error}); copy the folder again") from error
+            raise ValueError(f"load_model_weights: {file} cannot be read: {damage(file)}") from error
 
     saved = on_rank_0(shapes)
     wanted = {name: str(list(value.shape)) for name, value in get_model_state_dict(model).items()}  # type: ignore[union-attr]

@@ -11,9 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grr.bf16 import recomputing
 from grr.data import Batch, Labelled
 from grr.distributed import all_sum, on_rank_0, unsharded
 from grr.images import BadImage, Crop
+from grr.loss import at_least_float32
 from grr.model import evaluating
 from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
@@ -49,7 +51,8 @@ def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *
         keys = seed_dropout(batch, seed, i)
         logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
         total = _cross_entropy(logits, _classes(batch), label_smoothing)
-        (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
+        with recomputing(model):
+            (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
         loss += total.item()
         right += _count_right(logits, _classes(batch))
     loss, all_right, samples = all_sum(loss, right, sum(len(batch.names) for batch in batches))
@@ -118,7 +121,7 @@ def _classes(batch: Batch) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum",
+    return F.cross_entropy(at_least_float32(logits), classes, ignore_index=IGNORE, reduction="sum",
                            label_smoothing=label_smoothing)  # fmt: skip
 
 

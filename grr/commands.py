@@ -13,6 +13,7 @@ from shlex import quote
 from typing import Any
 
 from grr import installed
+from grr.printable import printable, printable_lines
 
 # --- recipes and configs -------------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def ls(options: argparse.Namespace) -> int:
     names = [item.name if item.is_recipe else f"  {item.name}" for item in every]
     width = max(map(len, names)) + 2
     for name, item in zip(names, every, strict=True):
-        print(f"{name:<{width}}{installed.about(item)}")
+        print(f"{name:<{width}}{printable(installed.about(item))}")
     return 0
 
 
@@ -67,9 +68,9 @@ def check(options: argparse.Namespace) -> int:
     print(f"  {'config':<16}{file}, of {script}: no mistake")
     for finding in check(cfg, sections, every=options.all, processes=options.nproc):
         wrong += finding.wrong
-        print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{finding.said}", flush=True)
+        print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{printable_lines(finding.said)}", flush=True)
         for line in finding.shown:
-            print(f"  {'':<16}{line}")
+            print(f"  {'':<16}{printable_lines(line)}")
     words = " ".join(quote(word) for word in (options.config, *options.overrides))
     nproc = f" --nproc {options.nproc}" if options.nproc > 1 else ""
     if wrong:
@@ -146,7 +147,6 @@ def embed(options: argparse.Namespace) -> int:
 def search(options: argparse.Namespace) -> int:
     """Print the images of an index that are nearest to texts, or to images."""
     from grr.index import as_text, look_up, open_index
-    from grr.results import printable
 
     if not Path(options.index, "index.json").is_file():
         raise FileNotFoundError(f"{options.index} is no index of images; make one of a model and a folder of images: "
@@ -178,8 +178,6 @@ def _images(words: Iterable[str]) -> list[str]:
 
 def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any]], str]) -> int:
     """Print a line for each file; those that cannot be read go to the other stream."""
-    from grr.results import printable
-
     done = 0
     for rows in batches:
         for row in rows:
@@ -187,7 +185,7 @@ def _told(batches: Iterable[list[dict[str, Any]]], said: Callable[[dict[str, Any
             if "error" in row:
                 print(f"{name} could not be read: {printable(row['error'])}", file=sys.stderr)
             else:
-                print(f"{name}: {said(row)}", flush=True)
+                print(f"{name}: {printable(said(row))}", flush=True)
                 done += 1
     return 0 if done else 1
 

@@ -35,7 +35,7 @@ class Metric(NamedTuple):
 WAYS = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
 RECALLS = {f"{way}_r{k}": f"R@{k} {name}, %" for way, name in WAYS.items() for k in (1, 5, 10)}
 CAPTIONS = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L",
-            "cider": "CIDEr-D", "exact": "captions exact, %"}  # fmt: skip
+            "cider": "CIDEr-D"}  # fmt: skip
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 METRICS = [
     Metric("CoCa loss", "loss", lower_is_better=True, factor=1),
@@ -45,7 +45,8 @@ METRICS = [
     Metric("captions exact, %", "caption_exact"),
     Metric("accuracy, %", "accuracy"),
     *(Metric(f"evaluation: {label}", key, "retrieval") for key, label in RECALLS.items()),
-    *(Metric(f"evaluation: {label}", key, "captions") for key, label in CAPTIONS.items()),
+    *(Metric(f"evaluation: {label}", key, "captions", factor=1) for key, label in CAPTIONS.items()),
+    Metric("evaluation: captions exact, %", "exact", "captions"),
     *(Metric(f"evaluation: {name} top {k}, %", f"top_{k}", task) for task, name in CLASSIFIERS.items() for k in (1, 5)),
 ]
 

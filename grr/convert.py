@@ -1,29 +1,38 @@
 """Checkpoints of open_clip's contrastive captioners, as weights of the models in `grr.open_clip`."""
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from grr.finite import check_finite_weights
 from grr.images import IMAGENET_MEAN, IMAGENET_STD
 from grr.model import CoCa
+from grr.weight_files import damage
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over the images that CLIP was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SHOWN = 20  # weights that do not fit, in a message
+PARTS = ("visual", "text", "text_decoder", "logit_scale")  # with which the names of a CoCa of open_clip begin
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # under which training programs keep the weights
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # what torch puts into names
+SIZES: dict[tuple[int, ...], str] = {  # by the shape of visual.conv1.weight
+    (768, 3, 32, 32): "open_clip_coca_vit_b_32",
+    (1024, 3, 14, 14): "open_clip_coca_vit_l_14",
+}
+SHOWN = 5  # weights that do not fit, in a message
 
 
 def read_open_clip(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, by open_clip's names, from .safetensors or from what torch.save wrote.
 
-    The checkpoint of a training run has them under `state_dict`, and one of several processes begins each name with
-    `module.`; both are taken off. Nothing in the file is run. Raises FileNotFoundError if there is no such file,
-    ValueError if it holds anything but tensors and plain values, or no weights.
+    The checkpoint of a training run has them under `state_dict`, and names like `module._orig_mod.visual.proj`, of
+    several processes and a compiled model. A name begins here with the first of PARTS in it, and what torch's wrappers
+    put into it is left out. Nothing in the file is run. Raises FileNotFoundError if there is no such file, ValueError
+    if it cannot be read, naming the likely cause, if it holds anything but tensors and plain values, or no weights, or
+    if two names become one.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,16 +46,35 @@ def read_open_clip(path: str | Path) -> dict[str, Tensor]:
             read: Any = load_file(path)
         else:
             read = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(
-            f"read_open_clip: {path} is damaged, or holds more than weights, which is not run ({first_line}); "
-            "download it again, as .safetensors if there is one"
-        ) from error
-    weights = read.get("state_dict", read) if isinstance(read, dict) else None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    except Exception as error:  # torch's reader raises nearly anything at damaged files
+        raise ValueError(f"read_open_clip: {path} cannot be read: {damage(path)}") from error
+    weights = _contained(read)
+    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise ValueError(f"read_open_clip: {path} holds no weights by name; give a checkpoint of open_clip's CoCa")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
+    own: dict[str, str] = {}
+    for name in weights:
+        plain = _plain_name(name)
+        if plain in own:
+            raise ValueError(f"read_open_clip: {path} has two weights for {plain}: {own[plain]} and {name}; save the "
+                             "weights of one model into a file, and give that")  # fmt: skip
+        own[plain] = name
+    return {plain: weights[name] for plain, name in own.items()}
+
+
+def _contained(read: Any) -> dict[Any, Any]:
+    """The innermost of the containers that a training program keeps its weights in."""
+    while isinstance(read, Mapping):
+        inner = next((read[key] for key in CONTAINERS if isinstance(read.get(key), Mapping)), None)
+        if inner is None:
+            return dict(read)
+        read = inner
+    return {}
+
+
+def _plain_name(name: str) -> str:
+    words = [word for word in name.split(".") if word not in WRAPPERS]
+    first = next((i for i, word in enumerate(words) if word in PARTS), 0)
+    return ".".join(words[first:])
 
 
 def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, Tensor]:
@@ -54,8 +82,8 @@ def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, T
 
     Float32. The model then computes what open_clip's does, from other places: CLS is a row of the token embedding;
     images come normalised by ImageNet's constants instead of CLIP's, so the patch embedding is scaled and gets a bias;
-    and there is a bias of similarities, zero. Raises ValueError naming the weights that are missing, unexpected or of
-    another shape.
+    and there is a bias of similarities, zero. Raises ValueError naming the weights that are missing, unexpected, of
+    another shape or not finite.
     """
     wanted = model.state_dict()
     sources = {name: _sources(name) for name in wanted}
@@ -74,13 +102,30 @@ def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, T
         if not fits:
             shapes = " + ".join(f"{theirs} {list(weights[theirs].shape)}" for theirs, _ in parts)
             faults.append(f"{shapes}: do not become {name} {list(wanted[name].shape)}")
+    used = {theirs: weights[theirs] for theirs in known if theirs in weights}  # not attn_mask, which is infinite
+    check_finite_weights("convert_open_clip", used, "the checkpoint")
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        raise ValueError("convert_open_clip: the checkpoint does not fit the model:\n  "
-                         + "\n  ".join(faults[:SHOWN] + more)
-                         + "\ngive the checkpoint of a CoCa and build the size that it has, open_clip_coca_vit_b_32 or "
-                         "open_clip_coca_vit_l_14")  # fmt: skip
+        cause = _likely_cause(weights, model)
+        shown = "".join(f"\n  {fault}" for fault in faults[:SHOWN] + more)
+        raise ValueError(f"convert_open_clip: the checkpoint does not fit the model: {cause}{shown}")
     return converted
+
+
+def _likely_cause(weights: Mapping[str, Tensor], model: CoCa) -> str:
+    """What the names and shapes of weights that do not fit say of the model that they are from, and the remedy."""
+    if not any(name.split(".")[0] in PARTS for name in weights):
+        some = ", ".join(list(weights)[:3])
+        return (f"none of its {len(weights)} names, {some} ..., is of open_clip's CoCa: it is a model of another "
+                "architecture; give the checkpoint of a CoCa")  # fmt: skip
+    if not any(name.startswith("text_decoder.") for name in weights):
+        return "it has no text_decoder, which writes captions: it is a CLIP; give the checkpoint of a CoCa"
+    theirs, own = weights.get("visual.conv1.weight"), model.state_dict()["vision_encoder.patches.projection.weight"]
+    if theirs is not None and theirs.shape != own.shape:
+        size = SIZES.get(tuple(theirs.shape), "open_clip_coca, with the sizes that it was trained with")
+        return (f"it is of another size, with patches {list(theirs.shape)} where the model has {list(own.shape)}; set "
+                f"model.name={size}")  # fmt: skip
+    return "some weights are missing, unknown or of another shape; set the sizes that it was trained with"
 
 
 # --- what becomes of what: our names -> open_clip's, of which there may be several, one below the other ------------

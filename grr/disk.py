@@ -23,7 +23,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = _errno(error)
         if number is None:
             raise
-        remedy = "; free some space, then start the same command again" if number in FULL else ""
+        remedy = f"; free some space, then start the same command again (OSError {number})" if number in FULL else ""
         raise OSError(number, os.strerror(number) + remedy, str(path)) from error
 
 

@@ -32,11 +32,15 @@ class Drafts:
         """Read the last token of every draft; gives how likely each next one is: [rows, v], float32 or wider.
 
         Minus infinity for what may not be written. Once for every token: what was read stands in the caches.
+        Raises ValueError if the model computes NaN.
         """
         count = self.ids.shape[1] - 1
         here = self._places[count : count + 1]
         logits = self.model.next_token_logits(self.ids[:, -1:], self.context, positions=here, caches=self.caches)
         log_p = logits.masked_fill(self._never, -torch.inf).log_softmax(-1, dtype=self.dtype)  # [rows, v]
+        if log_p.isnan().any():
+            raise ValueError("generate: the scores of the next token must be numbers, got NaN; compute in float32, or "
+                             "take a model whose weights are finite")  # fmt: skip
         written, n = self.ids[:, 1:], self.no_repeat_ngram  # [rows, count]
         if self.repetition_penalty != 1:
             log_p.scatter_(1, written, log_p.gather(1, written) * self.repetition_penalty)

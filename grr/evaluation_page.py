@@ -14,6 +14,7 @@ from torch import Tensor
 
 import grr
 from grr.charts import number, percent
+from grr.metrics import UNITS
 from grr.page import header, write_page
 from grr.report import Examples, show_captions, show_retrievals
 from grr.table import Table, aligned, html
@@ -25,7 +26,7 @@ CELL = 14  # side of a drawn cell
 NAMES = 90  # room for the names of classes
 LISTED = 12  # confusions told in words
 LOSSES = ("loss", "contrastive_loss", "captioning_loss", "perplexity")
-JUDGEMENTS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "exact")
+JUDGEMENTS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 ACCURACIES = ("top_1", "top_5", "mean_per_class")
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 
@@ -100,8 +101,8 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
         found.append(Part("Retrieval", table, f"among {recall['candidates']:,} images and their captions"))
     if judged := results.get("captions"):
         table = [["", "B-1", "B-2", "B-3", "B-4", "ROUGE-L", "CIDEr-D", "exact"],
-                 ["× 100", *(f"{100 * judged[key]:.1f}" for key in JUDGEMENTS)]]  # fmt: skip
-        found.append(Part("Captions", table, "B: BLEU; exact: equal to a reference, to the letter"))
+                 ["mean", *(f"{judged[key]:.3f}" for key in JUDGEMENTS), percent(judged["exact"])]]  # fmt: skip
+        found.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
     if known := {name: results[task] for task, name in CLASSIFIERS.items() if task in results}:
         table = [["", "top 1", "top 5", "mean of classes"]]
         for name, one in known.items():

@@ -16,7 +16,7 @@ KINDS = {
 
 
 def open_regular_file(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, unbuffered; a link to one is followed.
+    """Open a regular file for reading; a link to one is followed.
 
     A pipe, socket, device or folder is not opened: a pipe waits for a writer, a device may act on being opened. Raises
     OSError, with the reason in `strerror`, for these and for a file that cannot be opened.
@@ -25,7 +25,7 @@ def open_regular_file(path: str | Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         _check_regular(os.fstat(descriptor), path)  # the name may point elsewhere by now
-        return open(descriptor, "rb", buffering=0)
+        return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
@@ -41,12 +41,13 @@ def read_regular_file(path: str | Path, max_bytes: int) -> bytes:
         stated = os.fstat(file.fileno()).st_size
         if stated > max_bytes:
             raise _too_large(f"{stated:,}", max_bytes, path)
-        content = bytearray()
-        while part := os.read(file.fileno(), max(stated - len(content), 65_536)):
-            content += part
-            if len(content) > max_bytes:
+        parts, size = list[bytes](), 0
+        while part := os.read(file.fileno(), max(stated - size, 65_536)):
+            parts.append(part)
+            size += len(part)
+            if size > max_bytes:
                 raise _too_large(f"more than {max_bytes:,}", max_bytes, path)
-    return bytes(content)
+    return b"".join(parts)
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:

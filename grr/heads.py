@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from grr.checkpoint import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
-from grr.images import Crop, normalize
-from grr.model import CLASSIFIER, MULTIMODAL, TEXT, VISION, CoCa, MultimodalDecoder, tower_keys
+from grr.images import Crop
+from grr.model import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
 from grr.packing import pack
 from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.tokenizer import Tokenizer, load_tokenizer
@@ -35,8 +35,8 @@ class Head(nn.Module):
         self.classifier = classifier
 
     def _context(self, images: Tensor, sample_keys: Tensor | None) -> Tensor:
-        keys = tower_keys(self.vision_encoder, sample_keys, VISION)
-        return self.generative_pooler(self.pooler_norm(self.vision_encoder(normalize(images), **keys)))  # [b, n, d]
+        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
+        return self.generative_pooler(self.pooler_norm(seen))  # [b, n, d]
 
     def _classify(self, read: Tensor, sample_keys: Tensor | None) -> Tensor:
         """The vectors that are classified [b, d] -> logits [b, c]."""
@@ -163,8 +163,12 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
     if "head" not in saved:
         raise ValueError(f"load_classifier: {source.path} is a model without a head; train one on it with "
                          "recipes/finetune_classifier.py, or open it with grr.pretrained.load_pretrained")  # fmt: skip
+    head, classes = saved["head"], saved.get("classes")
+    if head not in HEADS or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"load_classifier: {source.path} must name a head, one of {', '.join(HEADS)}, and its classes "
+                         f"by texts, got {head!r} and {str(classes)[:80]}; was its description edited?")  # fmt: skip
     with torch.device("meta"):
-        model = HEADS[saved["head"]](build_pretrained(source), len(saved["classes"]))
+        model = HEADS[head](build_pretrained(source), len(classes))
     model.to_empty(device=device)
     load_weights(source, model)
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])

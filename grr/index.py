@@ -1,6 +1,8 @@
 """An index of images on disk: their embeddings by one model, in which texts and images are looked up, exactly."""
 
+import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.checkpoint import RunLock
+from grr.files import open_regular_file, read_regular_file
+from grr.finite import check_finite_outputs
 from grr.pictures import batches, read_images
 from grr.pretrained import LoadedModel, fingerprint
-from grr.results import Outcome, printable
+from grr.printable import printable
+from grr.results import Outcome
 from grr.retrieval import whole_numbers
 from grr.zero_shot import embed_texts
 
@@ -23,6 +28,8 @@ FORMAT = 1
 BATCH = 50  # images at a time
 PART = 1000  # images that are written together: what a kill can cost
 CHUNK = 16_384  # images compared with all queries at a time
+MAX_JSON = 2**26  # bytes of a file of names: 1000 of the longest that a system allows take 25 million
+MAX_DEVIATION = 0.02  # of an embedding's length from 1; bfloat16 rounds to 0.004
 
 
 class Hit(NamedTuple):
@@ -99,9 +106,14 @@ def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
     if trained is not None:
         _refuse_another_model(folder, description, trained)
     files: list[str] = []
-    parts = []
+    parts: list[NDArray[np.float32]] = []
     for file in _parts(folder):
         names, embeddings = _read_part(file)
+        if parts and embeddings.shape[1] != parts[0].shape[1]:
+            raise ValueError(
+                f"open_index: all parts must have embeddings of one width, got {parts[0].shape[1]} and "
+                f"{embeddings.shape[1]} in {file.with_suffix('.npy')}; delete {file.name} and embed its images again"
+            )
         if names:
             files += names
             parts.append(embeddings)
@@ -126,6 +138,7 @@ def embed_files(trained: LoadedModel, files: Sequence[str], folder: str | Path, 
         else:
             whole = {"format": FORMAT, "model": fingerprint(trained), "model_path": str(Path(model_path).absolute())}
             _replace_json(folder / "index.json", whole)
+        _remove_leftovers(folder)
         known = {name for file in _parts(folder) for name in _read_part(file)[0]}
         wanted = [str(Path(file).absolute()) for file in files]
         left = [name for name in dict.fromkeys(wanted) if name not in known]
@@ -175,11 +188,14 @@ def as_text(found: Sequence[Found]) -> str:
 def embed_images(trained: LoadedModel, files: Iterable[str], *,
                  batch_size: int = BATCH) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:  # fmt: skip
     """Embed image files, a batch at a time: the files that can be read, float32 [b, e] of unit length, and why the
-    others cannot."""
+    others cannot. Raises ValueError if the model computes NaN or infinity."""
     model, _, image_size, crop = trained
     device = next(model.parameters()).device
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
-        yield good, torch.empty(0) if pixels is None else model.encode_image(pixels.to(device)).float(), bad
+        embeddings = torch.empty(0) if pixels is None else model.encode_image(pixels.to(device)).float()
+        if good:
+            check_finite_outputs("embed_images", embeddings, good)
+        yield good, embeddings, bad
 
 
 def _from_here(file: str) -> str:
@@ -191,42 +207,70 @@ def _from_here(file: str) -> str:
 
 
 def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part_*.json"))
+    """The names of the parts, in the order in which they were written."""
+    numbered = {int(match[1]): file for file in folder.glob("part_*.json")
+                if (match := re.fullmatch(r"part_(\d{5,9})\.json", file.name))}  # fmt: skip
+    return [numbered[number] for number in sorted(numbered)]
 
 
 def _write_part(folder: Path, names: list[str], embeddings: Tensor) -> None:
     number = 1 + max((int(file.stem.removeprefix("part_")) for file in _parts(folder)), default=-1)
     file = folder / f"part_{number:05d}.npy"
-    np.save(file, embeddings.numpy())  # not a part before its names are there
+    content = io.BytesIO()  # np.save into a file hides the system's error, of a full disk
+    np.save(content, embeddings.numpy(), allow_pickle=False)
+    file.write_bytes(content.getbuffer())  # not a part before its names are there
     _replace_json(file.with_suffix(".json"), names)
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left: files being written, and embeddings without their names. The lock is held."""
+    whole = {file.with_suffix(".npy").name for file in _parts(folder)}
+    for file in [*folder.glob("*.json.tmp"), *folder.glob("part_*.npy")]:
+        if file.name not in whole:
+            file.unlink()
+
+
 def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
+    """Read a part and check it: m names, and as many float32 rows of finite numbers and unit length, [m, e]."""
     try:
-        names = list(json.loads(file.read_bytes()))
-        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c")  # private: torch wants to be able to write
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"open_index: {file.with_suffix('')} is damaged ({error}); delete {file.name} and embed its "
+        names = json.loads(read_regular_file(file, MAX_JSON))
+        open_regular_file(file.with_suffix(".npy")).close()
+        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)  # "c": torch wants to write
+        _check_part(names, embeddings)
+    except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
+        raise ValueError(f"open_index: {file.with_suffix('')} is damaged: {error}; delete {file.name} and embed its "
                          "images again") from error  # fmt: skip
-    if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype != np.float32:
-        raise ValueError(
-            f"open_index: {file.with_suffix('')} is damaged: {len(names)} files and {embeddings.dtype} embeddings "
-            f"{list(embeddings.shape)}; delete {file.name} and embed its images again"
-        )
     return names, embeddings
+
+
+def _check_part(names: Any, embeddings: Any) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("it must have a list of the names of files")
+    if not isinstance(embeddings, np.ndarray):
+        raise ValueError(f"it must have one array of embeddings, got {type(embeddings).__name__}")
+    if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype != np.float32:
+        raise ValueError(f"it has {len(names)} files and {embeddings.dtype} embeddings {list(embeddings.shape)}")
+    for first in range(0, len(embeddings), CHUNK):
+        lengths = np.linalg.norm(embeddings[first : first + CHUNK].astype(np.float64), axis=1)
+        if len(wrong := np.flatnonzero(~(np.abs(lengths - 1) < MAX_DEVIATION))):  # NaN is not less
+            raise ValueError("embeddings must be finite and of length 1, got a length of "
+                             f"{lengths[wrong[0]]:.3g} in row {first + wrong[0]}")  # fmt: skip
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     file = folder / "index.json"
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"open_index: {folder} holds no index; make one with recipes/embed.py")
     try:
-        description = dict(json.loads(file.read_bytes()))
-        made_with = description["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        description = dict(json.loads(read_regular_file(file, MAX_JSON)))
+        made_with, model, path = (description[key] for key in ("format", "model", "model_path"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"open_index: {file} does not describe an index ({error!r}); was it edited?") from error
     if made_with != FORMAT:
-        raise ValueError(f"open_index: {file} has format {made_with}, this version reads {FORMAT}; upgrade GRR")
+        raise ValueError(f"open_index: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
+    if not isinstance(model, str) or not isinstance(path, str):
+        raise ValueError(f"open_index: {file} does not describe an index: model and model_path must be texts, got "
+                         f"{model!r} and {path!r}; was it edited?")  # fmt: skip
     return description
 
 

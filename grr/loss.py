@@ -42,7 +42,7 @@ def captioning_loss(logits: Tensor, labels: Tensor) -> Tensor:
     logits: [b, s, v], labels: [b, s] -> scalar. Source: GRR-CoCa, equations 2 and 3. Training computes the same from
     hidden vectors, by `token_losses`.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(at_least_float32(logits.flatten(0, 1)), labels.flatten(), ignore_index=IGNORE)
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int = CHUNK) -> Tensor:
@@ -55,12 +55,17 @@ def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int
 
     def of_chunk(hidden: Tensor, targets: Tensor, weights: dict[str, Tensor]) -> Tensor:
         logits = functional_call(head, weights, (hidden,))
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
 
     if len(hidden) <= chunk:
         return of_chunk(hidden, targets, weights)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([checkpoint(of_chunk, h, t, weights, use_reentrant=False) for h, t in pieces])
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast numbers of fewer bits to float32, and leave float64 as it is, so that gradients can be checked in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_pairs(who: str, image_embeddings: Tensor, text_embeddings: Tensor) -> None:

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 from grr.config import ConfigError
+from grr.printable import PrintableRecord, printable_lines
 
 # Loggers that warn of optional parts that were not installed, and of calls that these libraries make of themselves.
 NOISY = ("torchao", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
@@ -46,6 +45,7 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
     and the status is 1; a config's mistakes are printed a line each, and the status is 2. Of the processes of a run,
     the one that fails first prints. Other errors are bugs and keep their traceback, and with GRR_DEBUG=1 all do.
     """
+    logging.setLogRecordFactory(PrintableRecord)
     if os.environ.get("GRR_DEBUG") != "1":
         for logger in NOISY:
             logging.getLogger(logger).setLevel(logging.ERROR)
@@ -115,7 +115,15 @@ def _report(line: str) -> None:
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
     if _times_reported(1) == 1:
-        tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a progress bar stands
+        _end_progress_bars()
+        print(printable_lines(line), file=sys.stderr, flush=True)
+
+
+def _end_progress_bars() -> None:
+    """End the lines that progress bars are drawn on, so that what follows them stands alone and last."""
+    tqdm: Any = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
+        bar.close()
 
 
 def _times_reported(more: int) -> int:

@@ -1,14 +1,14 @@
 """Judge captions by what people wrote of the same images: BLEU, ROUGE-L and CIDEr as COCO's evaluation has them.
 
 The official pipeline (Chen et al. 2015, "Microsoft COCO Captions") splits words with Stanford's tokenizer, in Java;
-here NLTK's regular expressions do, and give the same numbers on captions without rare symbols.
+here NLTK's regular expressions do, with the differences that its output shows, and give the same numbers.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 
 from nltk.tokenize import TreebankWordTokenizer
 
@@ -16,15 +16,17 @@ Words = list[str]
 Ngram = tuple[str, ...]
 MAX_N = 4  # words of the longest n-gram that BLEU and CIDEr look at
 BETA = 1.2  # weight of recall against precision in ROUGE-L
+UNITS = "BLEU and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10, as coco-caption prints them"
 SIGMA = 6.0  # words; the width of CIDEr-D's bell curve over differences in length
 
 
 def caption_metrics(references: list[list[str]], hypotheses: list[str]) -> dict[str, float]:
     """All metrics below, by the names bleu_1, bleu_2, bleu_3, bleu_4, rouge_l and cider.
 
-    references[i] are the captions that people wrote of image i, hypotheses[i] is the one to judge. BLEU and ROUGE-L lie
-    between 0 and 1, CIDEr between 0 and 10; papers print a hundred times these. Order changes nothing. Raises
-    ValueError if the lists differ in length or are empty, or if an image has no reference.
+    references[i] are the captions that people wrote of image i, hypotheses[i] is the one to judge. Values are those
+    that coco-caption prints, here and wherever this library shows them: BLEU and ROUGE-L between 0 and 1, CIDEr between
+    0 and 10, and 0 by definition if there is a single image; many papers print a hundred times these. Order changes
+    nothing. Raises ValueError if the lists differ in length or are empty, or if an image has no reference.
     """
     people, machine = _words("caption_metrics", references, hypotheses)
     bleus = {f"bleu_{n}": score for n, score in enumerate(_bleu(people, machine), start=1)}
@@ -54,8 +56,8 @@ def cider(references: list[list[str]], hypotheses: list[str]) -> float:
     """CIDEr-D: cosine similarity of n-grams with each reference, those of few images weighing most.
 
     Arguments and errors as in `caption_metrics`. How rare an n-gram is comes from the references given, so the number
-    depends on the whole set of images, and is 0 for a single one. Source: Vedantam et al. 2015; in its variant D counts
-    are clipped and differences in length penalised.
+    depends on the whole set of images, and is 0 for a single one. Between 0 and 10. Source: Vedantam et al. 2015; in
+    its variant D counts are clipped and differences in length penalised.
     """
     return _cider(*_words("cider", references, hypotheses))
 
@@ -64,21 +66,59 @@ def cider(references: list[list[str]], hypotheses: list[str]) -> float:
 
 TREEBANK = TreebankWordTokenizer()
 PUNCTUATION = {"", "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what COCO leaves out
-TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": " -- ", "—": " -- ", "…": " ... "})
-ABBREVIATION = re.compile(
-    r"[a-z]\.|([a-z]{1,2}\.){2,}|(mr|mrs|ms|dr|prof|jr|sr|st|mt|ave|blvd|rd|co|corp|inc|ltd|etc|vs|ft)\."
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}  # COCO keeps these
+WHOLE = re.compile(  # what Stanford's tokenizer keeps in one piece, which Treebank's rules would split
+    r"""(<(?:[!?][a-z-][^>]{0,99}|/?[a-z][\w:.-]*(?:\s+(?:[a-z][\w:.-]*(?:\s*=\s*["'][^"']*["'])?))*\s*/?)>"""  # <unk>
+    r"|https?://[^\s<>]*[^\s<>.,;:!?)\"']"
+    r"|(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*|(?<!\S)[@#][a-z][a-z0-9]*"  # addresses, names, hash tags
+    r"|[?!]{2,}"  # a single one is punctuation, two are a word
+    r"|(?-i:\b[A-Z]{1,4}(?:&[A-Z]{1,4})+\b))",  # AT&T
+    re.IGNORECASE,
 )
+SPELLING = [(re.compile(pattern), replacement) for pattern, replacement in (
+    ("[\U00010000-\U0010ffff]", " "),  # emoji are left out
+    ("&amp;", "&"), ("&lt;", " < "), ("&gt;", " > "), ("&quot;", '"'),
+    ("“|”", '"'), ("‘|’", "'"), ("–|—", " -- "), ("€", " $ "), ("£", " # "), ("½", " 1/2 "), ("`", " ` "),
+    (r"(?<!\w)([a-z])\.{2,}", r"\1. ... "), (r"\.{2,}|…", " ... "),
+    (r"(?<!\S)\.(?=[a-z])", ""), (r"(\d)\.(?=[a-z])", r"\1 "),
+    (r"([=|~*^\\°¿¡])", r" \1 "), (r"(?<=\w)\+(?=\w)", " + "),
+    (r"(?<!\S)-(?=[a-z])", ""), (r"(?<=\w)-(?!\S)", ""),
+    (r"(?<!\S)'(?=[a-z])(?!(?:em|til|tis|twas|n|cause|s|d|m|ll|re|ve)\b)", "' "),
+    (r"(\d)'(\d+)\"", r"\1 \2 "), (r"(\d)'(?=\d)", r"\1 '"),
+    (r"n't've\b", "n't 've"), (r"\by'(?=[a-z])", "y' "), (r"(\d:\d\d)(?=[ap]m\b)", r"\1 "),
+)]  # fmt: skip
+PLAIN = re.compile(r"[a-z0-9 ,]*\.?")  # most captions: nothing in them is spelled in another way
+ABBREVIATION = re.compile(
+    r"[a-z]\.|([a-z]{1,2}\.){2,}|(jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|mr|mrs|ms"
+    r"|dr|prof|jr|sr|st|mt|ave|blvd|rd|sq|ct|co|corp|inc|ltd|etc|vs|ft|capt|lt|col|gen|maj|sgt|sen|rep|gov|adm|pres"
+    r"|rev|hon|dept|est|al|bros|assn|univ|tel|ext|bldg|cf|esq|messrs|mme|mlle|ph|calif|fla|penn|conn|ariz|colo|ind|kan"
+    r"|minn|mo|wis|va|ga|md|mich|tenn|okla|nev|neb|mont|ala|ky|seq)\."
+)
+BEFORE_NUMBERS = re.compile(r"(nos?|figs?|pp|art|op|ca|prop)\.")  # abbreviations where a number follows
 
 
 def split_words(caption: str) -> Words:
-    """A caption's words in lower case, in the manner of the Penn Treebank: don't -> do n't; no punctuation.
+    """A caption's words in lower case, as COCO's evaluation has them: don't -> do n't; no punctuation.
 
-    NLTK takes a period off the last word of a text only. Stanford's tokenizer takes it off any word but an
-    abbreviation, and captions may have several sentences.
+    Those of Stanford's PTBTokenizer 3.4.1, less the marks that COCO leaves out: a word in angle brackets, as `<unk>`,
+    is one word, and so are two or more of ! and ? in a row. NLTK's rules of the Penn Treebank split the rest; they take
+    a period off the last word of a text only, and Stanford's tokenizer takes it off any word but an abbreviation.
     """
-    text = " ".join(caption.lower().translate(TYPOGRAPHY).split())
-    tokens = TREEBANK.tokenize(f"{text} .")
-    words = (token if ABBREVIATION.fullmatch(token) else token.rstrip(".") for token in tokens)
+    words: Words = []
+    for i, part in enumerate(WHOLE.split(" ".join(caption.split()))):
+        words += part.lower().split() if i % 2 else _treebank_words(part.lower())
+    return words
+
+
+def _treebank_words(text: str) -> Words:
+    if not PLAIN.fullmatch(text):
+        for pattern, replacement in SPELLING:
+            text = pattern.sub(replacement, text)
+    tokens = [BRACKETS.get(token, token) for token in TREEBANK.tokenize(f"{text} .")]
+    words = []
+    for token, following in pairwise([*tokens, ""]):
+        keeps = ABBREVIATION.fullmatch(token) or (BEFORE_NUMBERS.fullmatch(token) and following[:1].isdigit())
+        words.append(token if keeps else token.rstrip("."))
     return [word for word in words if word not in PUNCTUATION]
 
 

@@ -26,7 +26,7 @@ from grr.components import (
     fold_in,
 )
 from grr.images import normalize
-from grr.loss import token_losses
+from grr.loss import at_least_float32, token_losses
 from grr.packing import IGNORE, pack, unpack
 
 VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # what the keys of one sample differ by: the places of its dropout
@@ -162,7 +162,7 @@ class LogitScale(nn.Module):
 
     def forward(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.learned:
-            return self.log_scale.float().exp().clamp(max=100.0), self.bias.float()
+            return at_least_float32(self.log_scale).exp().clamp(max=100.0), at_least_float32(self.bias)
         return torch.full((1,), 1 / self.temperature, device=device), torch.full((1,), self.initial_bias, device=device)
 
     def extra_repr(self) -> str:
@@ -271,8 +271,7 @@ class CoCa(nn.Module):
     # The public methods above never call each other: FSDP2 wraps each of them as an entrance of its own.
 
     def _context(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        keys = tower_keys(self.vision_encoder, sample_keys, VISION)
-        seen = self.vision_encoder(normalize(images), **keys)  # [b, p, d]
+        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
         if seen.ndim != 3:
             raise ValueError(f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
                              f"{len(images)} images; flatten rows and columns into p, and put d last")  # fmt: skip
@@ -303,14 +302,14 @@ class CoCa(nn.Module):
         return CoCaOutput(*embeddings, *self.logit_scale(ids.device))
 
     def _image_embeddings(self, context: Tensor) -> Tensor:
-        return F.normalize(self.contrastive_pooler(context)[:, 0].float(), dim=-1)
+        return F.normalize(at_least_float32(self.contrastive_pooler(context)[:, 0]), dim=-1)
 
     def _text_embeddings(self, text: Tensor, ids: Tensor) -> Tensor:
         """The vector at CLS, which is the last token that is not PAD, in the tokenizer's layout and in packed rows."""
         place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
         cls = place.argmax(dim=1)  # [b]
         read = text[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
-        return F.normalize(self.text_projection(read).float(), dim=-1)
+        return F.normalize(at_least_float32(self.text_projection(read)), dim=-1)
 
 
 @contextmanager
@@ -323,6 +322,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def encode_pixels(encoder: nn.Module, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+    """Normalise images, cast them to the dtype of the encoder (bfloat16 where the run computes in it), encode them."""
+    x = normalize(images)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
+    return encoder(x.to(dtype), **tower_keys(encoder, sample_keys, VISION))
 
 
 def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dict[str, Tensor]:

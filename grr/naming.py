@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from grr.finite import check_finite_outputs
 from grr.pictures import read_images
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome, Row, write_results
@@ -38,7 +39,8 @@ def classify_images(trained: LoadedModel, files: Iterable[str], classes: Sequenc
     {"file", "error"} of those that are bad.
 
     Probabilities are softmax(cosine similarities / the model's temperature) over all classes. Classes that are equally
-    likely stand in the order given. Raises ValueError as `class_embeddings` does, and if top < 1.
+    likely stand in the order given. Raises ValueError as `class_embeddings` does, if top < 1, and if the model computes
+    NaN or infinity.
     """
     if top < 1:
         raise ValueError(f"classify_images: top must be at least 1, got {top=}")
@@ -50,6 +52,7 @@ def classify_images(trained: LoadedModel, files: Iterable[str], classes: Sequenc
         rows: list[Row] = []
         if pixels is not None:
             scores = (model.encode_image(pixels.to(device)) @ names.T * scale).double()  # [b, c]
+            check_finite_outputs("classify_images", scores, good)
             p, order = scores.softmax(1).sort(dim=1, descending=True, stable=True)
             for file, ids, likely in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
                 rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": likely})

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -58,13 +59,12 @@ def read_images(files: Iterable[str], *, image_size: int, crop: Crop, batch_size
 def thumbnails(files: Iterable[str], *, side: int = SIDE) -> Iterator[tuple[str, Tensor | str]]:
     """Read image files to be shown, whole and small: uint8 [3, h, w], or why a file cannot be read."""
 
-    def show(file: str) -> Tensor | str:
-        return _tried(lambda f: thumbnail(f, side=side), file)
+    def read(file: str) -> Tensor | str:
+        return _tried(partial(thumbnail, side=side), file)
 
-    shown = in_thread(show)
     with ThreadPoolExecutor() as pool:
         for some in batches(list(files), 64):
-            yield from zip(some, pool.map(shown, some), strict=True)
+            yield from zip(some, pool.map(in_thread(read), some), strict=True)
 
 
 def read_batches(read: Callable[[T], Tensor], of: Iterable[list[T]]) -> Iterator[Batch[T]]:

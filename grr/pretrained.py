@@ -5,6 +5,7 @@ A model is described by the builder that makes it and its arguments. The descrip
 """
 
 import hashlib
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 
 from grr.builders import MODELS
-from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights, read_progress
+from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.distributed import on_rank_0
+from grr.files import read_regular_file
+from grr.finite import check_finite_weights
 from grr.images import Crop
 from grr.model import CoCa
 from grr.open_clip import OPEN_CLIP_MODELS
@@ -24,6 +27,17 @@ from grr.quantize import SCHEMES, Scheme, load_quantized
 from grr.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000
+LARGEST = 2**24  # any number of a description; below, those of numbers that cost memory by themselves
+RANGES: dict[str, tuple[float, float]] = {
+    "image_size": (1, 4096), "patch_size": (1, 4096), "context": (4, 2**16), "num_queries": (1, 2**16),
+    "vision_layers": (0, 1000), "text_layers": (0, 1000), "multimodal_layers": (0, 1000),
+    "dim": (1, 2**16), "vision_dim": (1, 2**16), "num_heads": (1, 2**12), "vision_heads": (1, 2**12),
+    "pooler_heads": (1, 2**12), "vision_ffn_multiplier": (0, 64), "text_ffn_multiplier": (0, 64),
+    "dropout": (0, 1), "logit_bias": (-LARGEST, LARGEST),
+}  # fmt: skip
+MOST_VALUES = 100  # of one argument, and characters of a name
+MOST_PER_BYTE = 2  # parameters: of 4 bits each
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +70,8 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
         image = load_image("photo.jpg", size=image_size, crop=crop)
 
-    A quantised model computes in `dtype` as well. Raises as `find_pretrained` and `load_weights` do, and for a
-    quantised model as `load_quantized` does.
+    A quantised model computes in `dtype` as well. Raises as `find_pretrained` and `load_weights` do, for a quantised
+    model as `load_quantized` does, and ValueError if weights are too large for `dtype`.
     """
     source = find_pretrained(path)
     with torch.device("meta"):
@@ -68,6 +82,8 @@ def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
         model.to_empty(device=device)
         load_weights(source, model)
         model.to(dtype)  # checkpoints are read in the precision they were saved in
+        if dtype == torch.float16:
+            check_finite_weights("load_pretrained", model.state_dict(), f"{source.path} in {dtype}")
     tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 
@@ -104,14 +120,17 @@ def find_pretrained(path: str | Path) -> Pretrained:
     model is taken or else the newest whole checkpoint.
 
     Raises FileNotFoundError if there is no model, ValueError if the description is damaged, of a newer version, of
-    another rotary pairing, or names an unknown builder.
+    another rotary pairing, names an unknown builder or has arguments that no model has, or if its model has more
+    parameters than the weights beside it can hold. Nothing of that size is allocated before.
     """
     path = Path(path)
     if (path / "config.json").is_file():
         return _described(path, path / "config.json", _json(path / "config.json"), path / "tokenizer.model")
     if (path / "progress.json").is_file():
         run = path.resolve().parent.parent  # runs/mine/checkpoints/step_100
-        return _described(path, path / "progress.json", read_progress(path).get("model"), run / "tokenizer.model")
+        progress = _json(path / "progress.json")
+        described = progress.get("model") if isinstance(progress, dict) else None
+        return _described(path, path / "progress.json", described, run / "tokenizer.model")
     if (path / "model" / "config.json").is_file():
         return find_pretrained(path / "model")
     checkpoint = latest_checkpoint(path / "checkpoints")
@@ -131,8 +150,8 @@ def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
 def load_weights(source: Pretrained, model: nn.Module) -> None:
     """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike.
 
-    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on; and if
-    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa.
+    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on; if they
+    are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; and if one is not finite.
     """
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
@@ -146,6 +165,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
         load_checkpoint_weights(source.path, model)
     else:
         load_model_weights(source.path, model)
+    check_finite_weights("load_weights", model.state_dict(), str(source.path))
 
 
 def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
@@ -171,8 +191,8 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
     if made_with != FORMAT:
-        raise ValueError(f"find_pretrained: {file} has format {made_with}, this version reads {FORMAT}; upgrade GRR")
-    if builder not in MODELS | OPEN_CLIP_MODELS:
+        raise ValueError(f"find_pretrained: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
+    if not isinstance(builder, str) or builder not in MODELS | OPEN_CLIP_MODELS:
         raise ValueError(f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; "
                          "add your own builder to that dict before you open its models")  # fmt: skip
     if pairing != PAIRING:
@@ -183,11 +203,61 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
     if quantization is not None and quantization not in SCHEMES:
         raise ValueError(f"find_pretrained: {file}: quantization must be one of {', '.join(SCHEMES)}, got "
                          f"{quantization!r}; upgrade GRR")  # fmt: skip
-    return Pretrained(path, builder, arguments, tokenizer, crop, quantization, head)
+    if head is not None and not isinstance(head, str):
+        raise ValueError(f"find_pretrained: {file}: head must be a name, got {head!r}; was it edited?")
+    source = Pretrained(path, builder, arguments, tokenizer, crop, quantization, head)
+    _check_arguments(file, source)
+    _check_size(file, source)
+    return source
+
+
+def _check_arguments(file: Path, source: Pretrained) -> None:
+    """Refuse arguments that no model has, before anything is built: other names, types, and numbers out of range."""
+    parameters = inspect.signature((MODELS | OPEN_CLIP_MODELS)[source.builder]).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # of a builder of the user
+    for name, given in source.arguments.items():
+        if name not in parameters and not any_name:
+            raise ValueError(f"find_pretrained: {file} gives {source.builder} the argument {name!r}, which it does not "
+                             "have; upgrade GRR, or was it edited?")  # fmt: skip
+        lowest, highest = RANGES.get(name, (0, LARGEST))
+        values = given if isinstance(given, list) else [given]
+        for value in values[:MOST_VALUES]:
+            number = isinstance(value, int | float)
+            if not number and not (value is None or (isinstance(value, str) and len(value) < MOST_VALUES)):
+                raise ValueError(f"find_pretrained: {file}: {name} must be a number or a short name, got a "
+                                 f"{type(value).__name__}; was it edited?")  # fmt: skip
+            if number and not lowest <= value <= highest:  # NaN is not less
+                raise ValueError(f"find_pretrained: {file}: {name} must be from {lowest:,} to {highest:,}, got "
+                                 f"{str(value)[:40]}; was it edited?")  # fmt: skip
+        if len(values) > MOST_VALUES:
+            raise ValueError(f"find_pretrained: {file}: {name} must have at most {MOST_VALUES} values, got "
+                             f"{len(values):,}; was it edited?")  # fmt: skip
+    for name in ("image_size", "context"):
+        if type(source.arguments.get(name)) is not int:
+            raise ValueError(f"find_pretrained: {file}: {name} must be a whole number, got "
+                             f"{source.arguments.get(name)!r}; was it edited?")  # fmt: skip
+
+
+def _check_size(file: Path, source: Pretrained) -> None:
+    """Refuse a description that cannot be built, or of more parameters than the weights beside it can hold."""
+    try:
+        with torch.device("meta"):
+            model = build_pretrained(source)
+    except Exception as error:  # whatever a builder raises at arguments that do not fit one another
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"find_pretrained: {file} does not describe a model: {why}; was it edited?") from error
+    parameters = sum(p.numel() for p in model.parameters())
+    size = sum(weights.stat().st_size for pattern in ("model.safetensors", "*.distcp")
+               for weights in source.path.glob(pattern))  # fmt: skip
+    if size and parameters > MOST_PER_BYTE * size:
+        raise ValueError(
+            f"find_pretrained: {file} describes a model of {parameters:,} parameters, more than the {size:,} bytes of "
+            "weights beside it can hold; was it edited, or are the weights another model's?"
+        )
 
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(read_regular_file(file, MAX_JSON))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"find_pretrained: {file} is not JSON ({error}); copy the folder again") from error

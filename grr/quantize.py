@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from grr.finite import check_finite_weights
+from grr.weight_files import damage
+
 Scheme = Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 GROUP = 32  # numbers of a row that share a scale in int4_grouped
@@ -34,8 +37,10 @@ def quantize(model: nn.Module, scheme: Scheme) -> None:
     of the file, and one in each in memory; rows of another length are as in int8_weight_only. int4_weight_only keeps a
     scale and a zero for each 128 numbers. Biases, norms, token embeddings, positions and the patch embedding stay as
     they are; a head that shared its matrix with the embedding has one of its own afterwards. Raises ImportError without
-    torchao, ValueError for an unknown scheme, or one that the device of the weights or their dtype cannot serve.
+    torchao, ValueError for an unknown scheme, one that the device of the weights or their dtype cannot serve, and for
+    weights that are not finite.
     """
+    check_finite_weights("quantize", model.state_dict(), "the model")
     weight = next(module.weight for module in model.modules() if isinstance(module, nn.Linear))
     check_scheme(scheme, weight.device, weight.dtype)
     from torchao.quantization import quantize_  # two seconds, for those who need it
@@ -92,8 +97,8 @@ def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch
     try:
         saved = load_file(folder / "model.safetensors", device=str(device))
     except SafetensorError as error:
-        raise ValueError(f"load_quantized: {folder / 'model.safetensors'} is damaged ({error}); copy the folder "
-                         "again") from error  # fmt: skip
+        file = folder / "model.safetensors"
+        raise ValueError(f"load_quantized: {file} cannot be read: {damage(file)}") from error
     wrong = [name for name in sorted(form.keys() | saved.keys())
              if name not in form or name not in saved or form[name].shape != saved[name].shape]  # fmt: skip
     if wrong:
@@ -101,6 +106,7 @@ def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch
             f"load_quantized: {folder / 'model.safetensors'} does not fit the model in {', '.join(wrong)}; quantise "
             "the model again, with the torchao that is installed"
         )
+    check_finite_weights("load_quantized", saved, str(folder))
     parts = {name: saved[name].to(form[name].dtype) for name in form}
     state = {name: _filled(name, value, parts) for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)

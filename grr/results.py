@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from grr.checkpoint import RunLock
+from grr.printable import printable
 
 Row = dict[str, Any]  # "file", and what came of it, or "error" and why nothing did
 
@@ -67,11 +68,6 @@ def told(outcome: Outcome, *, what: str) -> str:
         return first
     return "\n".join([f"{first}; {len(outcome.bad):,} could not be read:",
                       *(f"  {printable(file)}: {printable(why)}" for file, why in outcome.bad.items())])  # fmt: skip
-
-
-def printable(text: str) -> str:
-    """A text on one line of a terminal: what would not be seen, or would move the cursor, is spelled out."""
-    return text if text.isprintable() else repr(text)
 
 
 def _refuse_other(output: Path, made: dict[str, Any]) -> None:

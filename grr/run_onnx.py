@@ -117,7 +117,8 @@ def main() -> None:
         raise SystemExit(f"usage: python {sys.argv[0]} IMAGE [SENTENCE ...]")
     captioner = Captioner(Path(__file__).parent)
     seen = captioner.see(captioner.read_image(sys.argv[1])[None])
-    print(captioner.caption(seen)[0])
+    caption = captioner.caption(seen)[0]
+    print(caption if caption.isprintable() else repr(caption))  # a model may write control characters
     for sentence in sys.argv[2:]:
         print(f"{float(captioner.embed([sentence])[0] @ seen['image_embeddings'][0]):.4f}  {sentence}")
 

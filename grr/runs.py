@@ -10,15 +10,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from grr.charts import Row, is_number
+from grr.identity import HOW_COMPUTED
 from grr.log import kept_step, read_metrics, read_starts
 
 # What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.
 FREE_SECTIONS = ("model", "data", "validation")
-FREE = frozenset({
-    "run.folder", "run.seed", "run.micro_batch_size", "run.compile", "run.checkpoint_activations", "run.in_memory",
-    "run.replicas", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.tensorboard",
-    "loader.workers", "loader.prefetch", "tokenizer.path", "tokenizer.vocab_size",
-})  # fmt: skip
+FREE = HOW_COMPUTED | {"run.seed", "run.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
 FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fingerprints, and the global batch
 
 

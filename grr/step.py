@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grr.bf16 import recomputing
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.order import check_negatives
@@ -65,7 +66,8 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
         for i, batch in enumerate(batches):
             output = _forward(model, batch, seed, i)
             contrasts.append(_contrast([output], contrastive, negatives) / len(batches))
-            (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
+            with recomputing(model):
+                (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
             captioning.append(_sum(output).detach())
         total = torch.stack([c.detach() for c in contrasts]).sum().item()
         return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives,
@@ -84,7 +86,8 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
         output = _forward(model, batch, seed, i)
         carried = [(x * x_leaf.grad).sum() for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
                    if x.requires_grad and x_leaf.grad is not None]  # fmt: skip
-        (share * _sum(output) + sum(carried)).backward()
+        with recomputing(model):
+            (share * _sum(output) + sum(carried)).backward()
         captioning.append(_sum(output).detach())
     return _losses(contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives,
                    batches)  # fmt: skip

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from html import escape
 
+from grr.printable import printable
+
 Table = Sequence[Sequence[str]]
 
 
 def aligned(table: Table) -> str:
     """Columns of equal width, two spaces apart, the first to the left and the others to the right."""
+    table = [[printable(cell) for cell in row] for row in table]
     widths = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:

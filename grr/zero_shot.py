@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grr.finite import check_finite_outputs
 from grr.model import CoCa, evaluating
 from grr.packing import pack_captions
 from grr.tokenizer import Tokenizer
@@ -33,14 +34,16 @@ def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], 
 
 @torch.no_grad()
 def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
-    """Embed n texts, one at least: float32 [n, e], unit length."""
+    """Embed n texts, one at least: float32 [n, e], unit length. Raises ValueError if the model computes NaN."""
     embeddings = []
     with evaluating(model):
         for start in range(0, len(texts), BATCH):
             rows = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
             ids, positions, _ = pack_captions(rows, pad_id=tokenizer.pad_id)
             embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
-    return torch.cat(embeddings)
+    whole = torch.cat(embeddings)
+    check_finite_outputs("embed_texts", whole, texts)
+    return whole
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

@@ -19,7 +19,8 @@ from grr.generate import generate
 from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
-from grr.results import printable, read_results, told
+from grr.printable import printable
+from grr.results import read_results, told
 
 PRINTED = 10  # captions
 
@@ -61,7 +62,7 @@ def main() -> int:
     asked = set(files)
     written = [row for row in rows if "caption" in row and row["file"] in asked]
     for row in written[:PRINTED]:
-        print(f"{printable(row['file'])}: {row['caption']}")
+        print(f"{printable(row['file'])}: {printable(row['caption'])}")
     print(told(outcome, what="captioned"))
     print(f"all captions are in {output}; see {page}")
     return outcome.status

@@ -19,7 +19,8 @@ from grr.main import run_main
 from grr.naming import classify_files, read_classes
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
-from grr.results import printable, read_results, told
+from grr.printable import printable
+from grr.results import read_results, told
 from grr.zero_shot import class_embeddings
 
 PRINTED = 20  # images
@@ -68,7 +69,7 @@ def main() -> int:
     asked = set(files)
     named = [row for row in rows if "classes" in row and row["file"] in asked]
     for row in named[:PRINTED]:
-        likely = ", ".join(f"{c} {p:.1%}" for c, p in zip(row["classes"], row["probabilities"], strict=True))
+        likely = ", ".join(f"{printable(c)} {p:.1%}" for c, p in zip(row["classes"], row["probabilities"], strict=True))
         print(f"{printable(row['file'])}: {likely}")
     print(told(outcome, what="classified"))
     print(f"all classes are in {output}; see {page}")

@@ -218,7 +218,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A line for each variant; what it takes also as a share of what the first variant takes."""
     judged = "cider" in rows[0]
     header = ["variant", "dtype", "MB", "of first", "ms/image", "of first", "ms/caption", "of first"]
-    lines = [header + ["image->text R@1", "text->image R@1", "CIDEr", "exact"] * judged]
+    lines = [header + ["image->text R@1", "text->image R@1", "CIDEr-D", "exact"] * judged]
     for row in rows:
         cost = {"bytes": 1e6, "image_seconds": 1e-3, "caption_seconds": 1e-3}
         shown = [word for key, unit in cost.items()

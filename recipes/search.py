@@ -18,7 +18,7 @@ from grr.index import as_text, look_up, open_index
 from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
-from grr.results import printable
+from grr.printable import printable
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 from PIL import ImageColor
 
 from grr.builders import grr_coca_tiny
@@ -20,11 +20,19 @@ from grr.tokenizer import train_tokenizer
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
-settings.register_profile("grr", deadline=None, derandomize=True, max_examples=30)
-settings.load_profile("grr")
+settings.register_profile("grr", deadline=None, derandomize=True, max_examples=30)  # the same examples in each run
+settings.register_profile("thorough", deadline=None, max_examples=150, print_blob=True)  # others in each run
+settings.load_profile(os.environ.get("GRR_HYPOTHESIS", "grr"))
 torch.set_float32_matmul_precision("highest")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: workers of two threads each wait for one another
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that hypothesis runs as a law: GRR_HYPOTHESIS=thorough pytest -m law."""
+    for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("law")
 
 
 @pytest.fixture(scope="session")

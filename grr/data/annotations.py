@@ -1,28 +1,57 @@
 """Captions in one JSON file: COCO's own layout, and Karpathy's splits of Flickr30k and COCO."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grr.data.pairs import ImageFiles, Pairs, image_files, split_name
+from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, split_name
+from grr.data.records import Records
+from grr.files import read_regular_file
+
+MAX_BYTES = 2**32  # of a JSON file
+FIRST = 100  # images that are looked for
 
 
 def coco(*, annotations: str, images: str) -> Pairs:
     """COCO captions: annotations is a captions_*.json, images the folder of its files (train2017/, say).
 
-    Raises FileNotFoundError if something is not there, ValueError if the file is of another kind.
+    A record is an annotation, or an image without one; an annotation of an image that is not listed is skipped.
+    Raises FileNotFoundError if something is not there, ValueError, naming the place, if the file is of another kind.
     """
     content = read_annotations("coco", annotations, images, ("images", "annotations"))
-    try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"coco: {annotations} must be a file of captions, each of an image that it lists, but lacks {error}; "
-            "instances and keypoints have other files"
-        ) from error
-    return with_images("coco", annotations, image_files(Path(images), rows))
+    who, records = f"coco: {annotations}", Records()
+    names: dict[object, str] = {}
+    for j, image in enumerate(objects_in(who, content, "images")):
+        where = f"{who} images[{j}]"
+        number, name = value_of(image, "id", (int, str), where), value_of(image, "file_name", (str,), where)
+        if names.setdefault(number, name) != name:
+            raise ValueError(
+                f"{where} must have an id of its own, got {number!r}, which {names[number]!r} has too; is the file a "
+                "mixture of two?"
+            )
+    bare = set(names)
+
+    def rows() -> Iterator[Row]:
+        for j, annotation in enumerate(objects_in(who, content, "annotations")):
+            where = f"{who} annotations[{j}]"
+            number = value_of(annotation, "image_id", (int, str), where)
+            if "caption" not in annotation:
+                raise ValueError(
+                    f"{where} must have a caption, got {sorted(annotation)}; instances and keypoints have other files, "
+                    "take a captions_*.json"
+                )
+            if number in names:
+                bare.discard(number)
+                yield Row(names[number], annotation["caption"], where)
+            else:
+                records.skip(where, "image_id is not listed")
+
+    pairs = image_files(Path(images), rows(), records)
+    for number in sorted(bare, key=str):
+        records.skip(names[number], "image without a caption")
+    return with_images("coco", annotations, pairs)
 
 
 def karpathy(*, annotations: str, images: str, split: str) -> Pairs:
@@ -30,45 +59,68 @@ def karpathy(*, annotations: str, images: str, split: str) -> Pairs:
     dataset_coco.json, images the folder of the files, for COCO the one that holds train2014/ and val2014/.
 
     split is train, validation or test; COCO's restval belongs to train.
-    Raises FileNotFoundError if something is not there, ValueError if the file is of another kind.
+    Raises FileNotFoundError if something is not there, ValueError, naming the place, if the file is of another kind.
     """
     content = read_annotations("karpathy", annotations, images, ("images",))
     wanted = split_name("karpathy", split)
+    who = f"karpathy: {annotations}"
 
-    def rows() -> Iterator[tuple[str, object]]:
-        for image in content["images"]:
-            if split_name(f"karpathy: {annotations}", image["split"]) == wanted:
-                name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-                yield from ((name, sentence["raw"]) for sentence in image["sentences"])
+    def rows() -> Iterator[Row]:
+        for j, image in enumerate(objects_in(who, content, "images")):
+            where = f"{who} images[{j}]"
+            name, own = (value_of(image, key, (str,), where) for key in ("filename", "split"))
+            above = image.get("filepath") and value_of(image, "filepath", (str,), where)
+            sentences = value_of(image, "sentences", (list,), where)
+            raw = [value_of(sentence, "raw", (str,), f"{where}.sentences[{k}]") for k, sentence in enumerate(sentences)]
+            yield Row(f"{above}/{name}" if above else name, raw, where, own)
 
-    try:
-        pairs = image_files(Path(images), rows())
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"karpathy: {annotations} must be in Karpathy's layout, but an image lacks {error}") from error
+    pairs = image_files(Path(images), rows(), None, lambda row: split_name(row.where, str(row.split)) == wanted)
     return with_images("karpathy", annotations, pairs)
 
 
 def read_annotations(who: str, annotations: str, images: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """The object in a JSON file that must hold these keys. Raises as the formats do."""
-    if not Path(annotations).is_file():
+    if not Path(annotations).exists():
         raise FileNotFoundError(f"{who}: there is no file of annotations {annotations}")
     if not Path(images).is_dir():
         raise FileNotFoundError(f"{who}: there is no folder of images {images}")
     try:
-        content = json.loads(Path(annotations).read_bytes())
-    except ValueError as error:
+        content = json.loads(read_regular_file(annotations, MAX_BYTES))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{who}: {annotations} is not JSON ({error}); was it unpacked whole?") from error
     if not isinstance(content, dict) or any(key not in content for key in keys):
         raise ValueError(f"{who}: {annotations} must hold an object with {' and '.join(keys)}; is it another file?")
     return content
 
 
+def objects_in(who: str, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The list of objects under a key. Raises ValueError, naming the place, if it is not one."""
+    items = content[key]
+    if not isinstance(items, list):
+        raise ValueError(f"{who} {key} must be a list of objects, got {str(items)[:80]!r}; is it another file?")
+    for j, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise ValueError(f"{who} {key}[{j}] must be an object, got {str(item)[:80]!r}; is it another file?")
+    return items
+
+
+def value_of(item: Any, key: str, kinds: tuple[type, ...], where: str) -> Any:
+    """The value of an object's key, if it is of one of these types. Raises ValueError, naming the place."""
+    value = item.get(key) if isinstance(item, dict) else None
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        names = " or ".join({int: "a whole number", str: "a string", list: "a list"}[kind] for kind in kinds)
+        raise ValueError(f"{where} must have {key}, {names}, got {str(value)[:80]!r}; is it another file?")
+    return value
+
+
 def with_images(who: str, annotations: str, pairs: ImageFiles) -> ImageFiles:
     """The pairs, if there are any and if one of their first images is there. Raises as the formats do."""
-    names = [pairs.images[j] for j in range(min(100, len(pairs.images)))]
+    assert pairs.records is not None
+    pairs.records.log(f"{who}: {annotations}")
+    names = [pairs.images[j] for j in range(min(FIRST, len(pairs.images)))]
     if not names:
         raise ValueError(f"{who}: {annotations} holds nothing for this split")
-    if not any((pairs.root / name).is_file() for name in names):
+    if not any(os.path.isfile(image_path(pairs.root, name)) for name in names):
         raise FileNotFoundError(
             f"{who}: the first {len(names)} images of {annotations} ({', '.join(names[:3])} ...) are not in "
             f"{pairs.root}; images must be the folder that these names start from"

@@ -2,19 +2,21 @@
 
 import hashlib
 import itertools
-import json
 import os
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from grr.data.annotations import read_annotations, with_images
-from grr.data.pairs import ImageFiles, Ints, Pairs, Texts, image_files
+from grr.data.annotations import objects_in, read_annotations, value_of, with_images
+from grr.data.pairs import ImageFiles, Ints, Pairs, Row, Texts, read_rows
+from grr.data.records import Records
+from grr.data.rows import read_lines, read_objects
 from grr.images import SUFFIXES, Crop
 from grr.packing import IGNORE
 
@@ -31,7 +33,7 @@ class Labelled(Pairs):
 
     def __init__(self, pairs: Pairs, classes: list[str], labels: Ints) -> None:
         super().__init__(pairs.ids, pairs.captions, pairs.image_of)
-        self.pairs, self.classes, self.labels = pairs, classes, labels
+        self.pairs, self.classes, self.labels, self.records = pairs, classes, labels, pairs.records
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,8 +89,10 @@ def image_folder(*, path: str, classes_from: str | None = None) -> Labelled:
             "is it the folder of another data set?"
         )
     number = {folder: i for i, folder in enumerate(class_of)}
-    files = ((file, WHAT, number[folder]) for folder in folders for file in _images(path, folder))
-    labelled = _labelled(Path(path), files, list(class_of.values()))
+    records = Records()
+    files = ((Row(file, WHAT, file), number[folder]) for folder in folders for file in _images(path, folder, records))
+    labelled = _labelled(Path(path), files, list(class_of.values()), records)
+    records.log(f"image_folder: {path}")
     if not len(labelled):
         raise FileNotFoundError(
             f"image_folder: there are no images in {path}; it must hold a folder of images for each class"
@@ -110,23 +114,34 @@ def vqa_v2(*, questions: str, annotations: str, images: str, answers: int = 3129
     asked = read_annotations("vqa_v2", questions, images, ("questions", "data_subtype"))
     answered = read_annotations("vqa_v2", annotations, images, ("annotations",))
     counted = answered if classes_from is None else read_annotations("vqa_v2", classes_from, images, ("annotations",))
-    try:
-        counts = Counter(str(a["multiple_choice_answer"]) for a in counted["annotations"])
-        classes = sorted(counts, key=lambda answer: (-counts[answer], answer))[:answers]
-        number = {answer: i for i, answer in enumerate(classes)}
-        answer_of = {a["question_id"]: str(a["multiple_choice_answer"]) for a in answered["annotations"]}
-        year = str(asked["data_subtype"])  # train2014
-        folder = f"{year}/" if Path(images, year).is_dir() else ""
-        rows = [(f"{folder}COCO_{year}_{q['image_id']:012d}.jpg", q["question"],
-                 number.get(answer_of[q["question_id"]], IGNORE)) for q in asked["questions"]]  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"vqa_v2: {annotations} must hold an answer to each question of {questions}, but there is none for "
-            f"{error}; are the two of one split?"
-        ) from error
-    if classes_from is None:
-        rows = [row for row in rows if row[2] != IGNORE]
-    return _with_images("vqa_v2", annotations, _labelled(Path(images), rows, classes))
+    counts = Counter(_answers(classes_from or annotations, counted).values())
+    classes = sorted(counts, key=lambda answer: (-counts[answer], answer))[:answers]
+    number = {answer: i for i, answer in enumerate(classes)}
+    answer_of = _answers(annotations, answered)
+    year = str(asked["data_subtype"])  # train2014
+    folder = f"{year}/" if Path(images, year).is_dir() else ""
+    records = Records()
+
+    def rows() -> Iterator[tuple[Row, int]]:
+        for j, question in enumerate(objects_in(f"vqa_v2: {questions}", asked, "questions")):
+            where = f"vqa_v2: {questions} questions[{j}]"
+            own, image = (value_of(question, key, (int,), where) for key in ("question_id", "image_id"))
+            text = value_of(question, "question", (str,), where)
+            if own not in answer_of:
+                raise ValueError(
+                    f"vqa_v2: {annotations} must hold an answer to each question of {questions}, but there is none for "
+                    f"{own}; are the two of one split?"
+                )
+            label = number.get(answer_of.pop(own), IGNORE)
+            if label == IGNORE and classes_from is None:
+                records.leave_out("with a rare answer")
+            else:
+                yield Row(f"{folder}COCO_{year}_{image:012d}.jpg", text, where), label
+
+    labelled = _labelled(Path(images), rows(), classes, records)
+    for own in answer_of:
+        records.skip(f"question_id {own}", "answer without a question")
+    return _with_images("vqa_v2", annotations, labelled)
 
 
 def snli_ve(*, path: str, images: str) -> Labelled:
@@ -135,24 +150,38 @@ def snli_ve(*, path: str, images: str) -> Labelled:
     The image is the premise, sentence2 the hypothesis; where the annotators did not agree ("-"), it is left out.
     Raises FileNotFoundError if something is not there, ValueError if the file is of another kind.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"snli_ve: there is no file {path}")
     number = {judgement: i for i, judgement in enumerate(JUDGEMENTS)}
+    records = Records()
 
-    def rows() -> Iterator[tuple[str, object, int]]:
-        with open(path, encoding="utf-8") as lines:
-            for i, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    if row["gold_label"] != "-":
-                        yield f"{row['Flickr30K_ID']}.jpg", row["sentence2"], number[row["gold_label"]]
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(
-                        f"snli_ve: {path}, line {i}: must be an object with Flickr30K_ID, sentence2 and gold_label "
-                        f"({', '.join(JUDGEMENTS)} or -), got {line.strip()[:80]!r}"
-                    ) from error
+    def rows() -> Iterator[tuple[Row, int]]:
+        for i, row in read_objects("snli_ve", Path(path), read_lines("snli_ve", Path(path))):
+            where = f"snli_ve: {path} line {i}"
+            image, text, judgement = (row.get(key) for key in ("flickr30k_id", "sentence2", "gold_label"))
+            if not isinstance(image, str) or not isinstance(text, str) or judgement not in {"-", *JUDGEMENTS}:
+                raise ValueError(
+                    f"{where} must be an object with Flickr30K_ID, sentence2 and gold_label "
+                    f"({', '.join(JUDGEMENTS)} or -), got {str(row)[:80]!r}; mend the line"
+                )
+            if judgement == "-":
+                records.leave_out("without a judgement")
+            else:
+                yield Row(f"{image}.jpg", text, where), number[judgement]
 
-    return _with_images("snli_ve", path, _labelled(Path(images), rows(), list(JUDGEMENTS)))
+    return _with_images("snli_ve", path, _labelled(Path(images), rows(), list(JUDGEMENTS), records))
+
+
+def _answers(file: str, content: dict[str, Any]) -> dict[int, str]:
+    """The answer to each question in a file of VQA's annotations. Raises ValueError, naming the place."""
+    answers: dict[int, str] = {}
+    for j, annotation in enumerate(objects_in(f"vqa_v2: {file}", content, "annotations")):
+        where = f"vqa_v2: {file} annotations[{j}]"
+        own = value_of(annotation, "question_id", (int,), where)
+        if own in answers:
+            raise ValueError(f"{where} must answer a question of its own, got question_id {own} again; take one out")
+        answers[own] = value_of(annotation, "multiple_choice_answer", (str,), where)
+    return answers
 
 
 def _most_common(counts: Counter[int]) -> int:
@@ -165,29 +194,36 @@ def _class_folders(path: str) -> dict[str, str]:
         return {p.name: p.name for p in sorted(Path(path).iterdir()) if p.is_dir() and not p.name.startswith(".")}
     if not Path(path).is_file():
         raise FileNotFoundError(f"image_folder: there is no folder and no file of classes {path}")
-    lines = (line.strip().partition(" ") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.strip().partition(" ") for _, line in read_lines("image_folder", Path(path)))
     return {folder: name.strip() or folder for folder, _, name in lines if folder}
 
 
-def _images(path: str, folder: str) -> Iterator[str]:
+def _images(path: str, folder: str, records: Records) -> Iterator[str]:
     """The images of a class by name, at any depth, as paths below the folder of all classes."""
+    seen = set[str]()
     for place, folders, files in os.walk(Path(path, folder), followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder that was read
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         below = Path(place).relative_to(path).as_posix()
-        yield from (f"{below}/{file}" for file in sorted(files) if file.lower().endswith(SUFFIXES))
+        images = [file for file in sorted(files) if file.lower().endswith(SUFFIXES)]
+        records.leave_out("not named as an image", len(files) - len(images))
+        yield from (f"{below}/{file}" for file in images)
 
 
-def _labelled(root: Path, rows: Iterable[tuple[str, object, int]], classes: list[str]) -> Labelled:
-    """Of (file below root, text, label)."""
+def _labelled(root: Path, rows: Iterable[tuple[Row, int]], classes: list[str], records: Records) -> Labelled:
+    """Of rows and their labels."""
     labels = array("q")
 
-    def walk() -> Iterator[tuple[str, object]]:
-        for name, text, label in rows:
+    def walk() -> Iterator[Row]:
+        for row, label in rows:
             labels.append(label)
-            yield name, text
+            yield row
 
-    pairs = image_files(root, walk())
-    return Labelled(pairs, classes, np.array(labels, dtype=np.int64))
+    pairs, row_of = read_rows(root, walk(), records)
+    return Labelled(pairs, classes, np.array(labels, dtype=np.int64)[row_of])
 
 
 def _with_images(who: str, file: str, labelled: Labelled) -> Labelled:

@@ -28,6 +28,7 @@ from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
 from grr.images import BadImage, Crop
 from grr.packing import IGNORE, pack_captions
+from grr.printable import printable
 from grr.threads import in_thread
 from grr.tokenizer import Tokenizer
 
@@ -285,7 +286,7 @@ def _consume(node: BaseNode[tuple[Batch | None, list[_Bad], bool]], max_bad_frac
         for batch, bad, last in node:
             for name, cause in bad:
                 done = "replaced" if batch is None or batch.kept is None else "left out"
-                logger.warning("bad sample %s, %s: %s", name, done, cause)
+                logger.warning("bad sample %s, %s: %s", printable(name), done, printable(cause))
             all_bad += bad
             if batch is None:
                 raise ValueError(f"data: no readable sample was found for a place in a batch, among those tried: "
@@ -305,7 +306,7 @@ def _consume(node: BaseNode[tuple[Batch | None, list[_Bad], bool]], max_bad_frac
 
 
 def _some(bad: list[_Bad]) -> str:
-    return "; ".join(f"{name}: {cause}" for name, cause in bad[:3])
+    return "; ".join(f"{printable(name)}: {printable(cause)}" for name, cause in bad[:3])
 
 
 _running: weakref.WeakSet[Generator[list[Batch], None, None]] = weakref.WeakSet()

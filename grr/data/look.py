@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.data.labelled import Labelled
+from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import ImageFiles, Ints, Pairs, place
 from grr.data.shards import TarShards
 from grr.images import SUFFIXES, Crop
@@ -23,6 +25,11 @@ from grr.tokenizer import Tokenizer
 IMAGES = 500  # looked at in each data set, unless all are
 CAPTIONS = 20_000  # whose tokens are counted, unless all are
 SHOWN = 3  # samples, and names of what is wrong
+BATCHES = 200  # in which pairs of the same caption are counted
+LEFT_OUT = 0.25  # of the pairs, marked if an epoch leaves out more
+UNKNOWN = 0.05  # of the tokens, marked if more are unknown
+ALIKE = 0.01  # of the captions, marked if more cannot be told apart by their tokens
+SAME = 0.1  # of the pairs of a batch, marked if more have a caption that another image has
 
 
 class Finding(NamedTuple):
@@ -75,6 +82,26 @@ def amounts(data: Data) -> Iterator[Finding]:
     yield Finding("first", first, shown=others)
 
 
+def counted(data: Data, *, every: bool) -> Iterator[Finding]:
+    """What the files hold, and what was skipped of it, by reason."""
+    records = data.pairs.records
+    if records is None:
+        return
+    others = "".join(f" + {n:,} left out ({reason})" for reason, n in records.left_out.items())
+    said = f"{records.total:,} in the files = {records.read:,} read + {records.skipped.total():,} skipped{others}"
+    yield Finding("records", said)
+    for reason, count in records.skipped.items():
+        names = records.names[reason]
+        yield Finding(
+            "skipped",
+            f"{count:,} of {records.total:,} records: {reason}",
+            wrong=True,
+            shown=names if every else names[:SHOWN],
+        )
+    for line in records.damaged if every else records.damaged[:SHOWN]:
+        yield Finding("damaged", line, wrong=True)
+
+
 def texts(data: Data) -> Iterator[Finding]:
     """Captions that are empty, pairs that stand there twice, captions that several images share."""
     pairs, captions = data.pairs, data.captions
@@ -101,19 +128,77 @@ def texts(data: Data) -> Iterator[Finding]:
         yield Finding("alike", said, shown=shown)
 
 
-def lengths(data: Data, tokenizer: Tokenizer, context: int, *, every: bool) -> Finding:
-    """How many tokens captions have, and how many captions are cut by a model that reads `context` tokens.
+def tokens(data: Data, tokenizer: Tokenizer, context: int, *, every: bool) -> Iterator[Finding]:
+    """How many tokens captions have, how many captions are cut by a model that reads `context` tokens, and how many
+    tokens the vocabulary does not know, so that captions become alike.
 
     tokenizer: one that reads more, so that what would be cut can be counted.
     """
     captions, room, most = data.pairs.captions, context - 3, tokenizer.context - 3  # without BOS, EOS and CLS
     rows = range(len(captions)) if every else some(len(captions), CAPTIONS)
-    tokens = np.array([sum(i != tokenizer.pad_id for i in tokenizer.encode(captions[i])) - 3 for i in rows])
-    cut = int((tokens > room).sum())
-    longest = f"{tokens.max()}{' or more' if tokens.max() == most else ''}"
-    tail = f"{cut:,} ({cut / len(tokens):.1%}) are cut to {room}" if cut else f"none is cut, there is room for {room}"
-    said = f"{tokens.min()} to {longest} tokens, half of them at most {int(np.median(tokens))}; {tail}"
-    return Finding("captions", f"{said}{_of(len(tokens), len(captions))}")
+    lengths, unknown = np.zeros(len(rows), dtype=np.int64), 0
+    texts, read = set[bytes](), set[bytes]()
+    for k, i in enumerate(rows):
+        ids = tokenizer.encode(captions[i])
+        ids = ids[1 : len(ids) - 1 - ids[::-1].index(tokenizer.eos_id)]
+        lengths[k] = len(ids)
+        unknown += ids.count(tokenizer.unk_id)
+        texts.add(_hash(captions[i].encode()))
+        read.add(_hash(np.array(ids[:room], dtype="<i8").tobytes()))
+    cut, where = int((lengths > room).sum()), _of(len(rows), len(captions))
+    longest = f"{lengths.max()}{' or more' if lengths.max() == most else ''}"
+    tail = f"{cut:,} ({cut / len(rows):.1%}) are cut to {room}" if cut else f"none is cut, there is room for {room}"
+    said = f"{lengths.min()} to {longest} tokens, half of them at most {int(np.median(lengths))}; {tail}"
+    yield Finding("captions", f"{said}{where}")
+    total, alike = int(lengths.sum()), len(texts) - len(read)
+    share = (
+        f"{unknown:,} of {total:,} tokens ({unknown / total:.1%}) are" if unknown else f"none of {total:,} tokens is"
+    )
+    said = f"{share} unknown to the vocabulary"
+    if alike:
+        said += f"; {len(texts):,} different captions become {len(read):,}"
+    wrong = unknown > UNKNOWN * total or alike > ALIKE * len(texts)
+    if wrong:
+        said += (
+            "; take a vocabulary of this language, or leave tokenizer.path out to train one"
+            if unknown
+            else ("; raise tokenizer.context")
+        )
+    yield Finding("unknown", f"{said}{where}", wrong=wrong)
+
+
+def epoch(data: Data, batch_size: int) -> Finding:
+    """What of the pairs an epoch uses: no batch holds an image twice, and none is filled up."""
+    n, sizes = len(data.pairs), np.bincount(np.unique(data.pairs.image_of, return_inverse=True)[1])
+    rows = num_batches(data.pairs.image_of, batch_size=batch_size)
+    used = rows * batch_size
+    said = f"uses {used:,} of {n:,} pairs ({used / n:.1%}), {n - used:,} are left out"
+    many = np.flatnonzero(sizes > rows)
+    if len(many):
+        said += f": a batch holds no image twice, and {len(many):,} images have more captions than there are batches"
+    worst = many[np.argsort(-sizes[many], kind="stable")][:SHOWN]
+    shown = [f"{sizes[j]:,} captions: {data.pairs.ids[data.first[j]]}" for j in worst]
+    wrong = n - used > LEFT_OUT * n
+    if wrong:
+        said += "; lower run.batch_size" + (", or take captions of these out" if len(many) else "")
+    return Finding("epoch", said, wrong=wrong, shown=shown)
+
+
+def false_negatives(data: Data, batch_size: int, seed: int) -> Finding | None:
+    """Pairs that meet another image with their own caption in a batch, as the first epoch has them."""
+    order = epoch_order(data.pairs.image_of, seed=seed, epoch=0, batch_size=batch_size)[:BATCHES]
+    captions = np.sort(data.captions[order], axis=1)  # [batches, b]
+    same = captions[:, 1:] == captions[:, :-1]
+    edge = np.zeros((len(same), 1), dtype=bool)
+    fraction = float((np.hstack((edge, same)) | np.hstack((same, edge))).mean())
+    if not fraction:
+        return None
+    said = (
+        f"{fraction:.1%} of the pairs meet another image with their caption in a batch of {batch_size:,}, and are "
+        "trained to be unlike it"
+    )
+    wrong = fraction > SAME
+    return Finding("false negatives", said + ("; lower run.batch_size" if wrong else ""), wrong=wrong)
 
 
 def pictures(data: Data, *, size: int, crop: Crop, every: bool) -> tuple[set[bytes], list[Finding]]:
@@ -141,9 +226,9 @@ def pictures(data: Data, *, size: int, crop: Crop, every: bool) -> tuple[set[byt
 
 def without_captions(source: ImageFiles, splits: Iterable[ImageFiles]) -> Iterator[Finding]:
     """Image files below a folder that neither its data nor any split of them has a caption of."""
-    known = {os.path.normpath(own.root / name) for own in (source, *splits) for name in own.images}
+    known = {_composed(own.root / name) for own in (source, *splits) for name in own.images}
     found = sorted(_image_files(source.root))
-    lone = [file for file in found if os.path.normpath(file) not in known]
+    lone = [file for file in found if _composed(file) not in known]
     if lone:
         said = f"{len(lone):,} of {len(found):,} image files in {source.root}, which are not used"
         yield Finding("no caption", said, shown=lone[:SHOWN])
@@ -197,7 +282,15 @@ def _location(source: Pairs, i: int) -> str:
 
 
 def _digest(pixels: Tensor) -> bytes:
-    return hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
+    return _hash(pixels.numpy().tobytes())
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _composed(file: str | Path) -> str:
+    return unicodedata.normalize("NFC", os.path.normpath(file))
 
 
 def _image_files(root: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ class InMemory(Pairs):
 
     def __init__(self, pairs: Pairs) -> None:
         super().__init__(pairs.ids, pairs.captions, pairs.image_of)
-        self.pairs = pairs
+        self.pairs, self.records = pairs, pairs.records
         self._images: dict[tuple[int, int, Crop], Tensor] = {}
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:

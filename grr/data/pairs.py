@@ -1,18 +1,24 @@
 """Images with captions, by number: what a data set must offer, and how ten million captions fit into memory."""
 
 import hashlib
+import os
+import unicodedata
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grr.data.records import Records, file_name, record_captions
+from grr.files import read_regular_file
 from grr.images import Crop, load_image
 
+MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]
 SPLITS = {"train": "train", "restval": "train", "test": "test",
           "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}  # fmt: skip
@@ -64,8 +70,10 @@ class Pairs(ABC):
 
     ids: names that a person can look up, the same in every run. captions: stripped, white space collapsed; an empty
     one makes a bad sample. image_of: [n], the number of the image of each pair: pairs of one image, which have the
-    same number, never meet in a batch.
+    same number, never meet in a batch. records: what was read of the files and what was not, where there are files.
     """
+
+    records: Records | None = None
 
     def __init__(self, ids: Texts, captions: Texts, image_of: Ints) -> None:
         self.ids, self.captions, self.image_of = ids, captions, image_of
@@ -94,43 +102,85 @@ class ImageFiles(Pairs):
         self.root, self.images = root, images
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        return load_image(self.root / self.images[self.image_of[i]], size=size, crop=crop)
+        file = image_path(self.root, self.images[self.image_of[i]])
+        return load_image(read_regular_file(file, MAX_BYTES), size=size, crop=crop)
 
 
-def image_files(root: Path, rows: Iterable[tuple[str, object]]) -> ImageFiles:
-    """Pairs of (file below root, caption); the third pair of a.jpg has the id a.jpg#2."""
+class Row(NamedTuple):
+    """A record of a file."""
+
+    image: str  # a file below the root
+    captions: object  # whatever stands there
+    where: str  # in which file, for messages
+    split: str | None = None  # where a record names its own
+
+
+def image_files(
+    root: Path, rows: Iterable[Row], records: Records | None = None, belongs: Callable[[Row], bool] | None = None
+) -> ImageFiles:
+    """Pairs of image files and captions; the third pair of a.jpg has the id a.jpg#2. See `read_rows`."""
+    return read_rows(root, rows, records, belongs)[0]
+
+
+def read_rows(
+    root: Path, rows: Iterable[Row], records: Records | None = None, belongs: Callable[[Row], bool] | None = None
+) -> tuple[ImageFiles, Ints]:
+    """Pairs of image files and captions, and for each pair the number of its row.
+
+    Every caption of every row is counted in `records`, the pairs' own: read, skipped, or left out because its row does
+    not belong. Raises ValueError, naming the place, if captions are neither a string nor a list of strings.
+    """
     images: dict[str, int] = {}
     captions_of = array("q")  # image -> captions met so far
-    image_of = array("q")
+    image_of, row_of = array("q"), array("q")
     ids = bytearray()
     ends = array("q", [0])
+    records = Records() if records is None else records
 
     def walk() -> Iterator[str]:
-        for name, caption in rows:
-            image = images.setdefault(name, len(images))
+        for number, row in enumerate(rows):
+            name, captions = file_name(row.image), record_captions(row.captions, row.where)
+            if not name:
+                records.skip(row.where, "names no image")
+                continue
+            if belongs is not None and not belongs(row._replace(image=name)):
+                records.leave_out("of another split", len(captions))
+                continue
+            image = images.setdefault(name, len(images)) if any(captions) else -1
             if image == len(captions_of):
                 captions_of.append(0)
-            image_of.append(image)
-            ids.extend(f"{name}#{captions_of[image]}".encode("utf-8", "replace"))
-            ends.append(len(ids))
-            captions_of[image] += 1
-            yield clean(caption)
+            for caption in captions:
+                if not caption:
+                    records.skip(row.where, "empty caption")
+                    continue
+                image_of.append(image)
+                row_of.append(number)
+                ids.extend(f"{name}#{captions_of[image]}".encode("utf-8", "replace"))
+                ends.append(len(ids))
+                captions_of[image] += 1
+                records.read += 1
+                yield caption
 
     captions = Texts.of(walk())
     offsets = np.array(ends, dtype=np.int64)
-    return ImageFiles(root, Texts.of(images), Texts(ids, offsets[:-1], offsets[1:]), captions,
-                      np.array(image_of, dtype=np.int64))  # fmt: skip
+    pairs = ImageFiles(
+        root, Texts.of(images), Texts(ids, offsets[:-1], offsets[1:]), captions, np.array(image_of, dtype=np.int64)
+    )
+    pairs.records = records
+    return pairs, np.array(row_of, dtype=np.int64)
 
 
-def clean(caption: object) -> str:
-    """A caption on one line, single spaces between its words; nothing for None."""
-    return "" if caption is None else " ".join(str(caption).split())
+def image_path(root: Path, name: str) -> Path:
+    """The file of a name in composed letters (NFC): the folder may have it in decomposed ones, as macOS writes them."""
+    file = root / name
+    decomposed = root / unicodedata.normalize("NFD", name)
+    return decomposed if decomposed != file and not os.path.lexists(file) and os.path.lexists(decomposed) else file
 
 
 def split_name(who: str, split: str) -> str:
     """train, validation or test, by any of the names that data sets have for them. Raises ValueError for others."""
     if split not in SPLITS:
-        raise ValueError(f"{who}: split must be train, validation or test, got {split!r}")
+        raise ValueError(f"{who}: split must be train, validation or test, got {split!r}; write one of these")
     return SPLITS[split]
 
 

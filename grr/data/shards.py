@@ -1,54 +1,80 @@
 """Captions and images in tar shards, as img2dataset writes them (CC12M): indexed once, then read by offset."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import tarfile
 import tempfile
+import time
+import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from grr.data.pairs import Ints, Pairs, Texts, clean, place, split_name, threshold
-from grr.images import Crop, load_image
+from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, place, split_name, threshold
+from grr.data.records import Records, file_name, record_captions
+from grr.data.tar import FOLDER, Damage, Member, read_members
+from grr.files import open_regular_file
+from grr.images import SUFFIXES, Crop, load_image
 
 logger = logging.getLogger(__name__)
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-LAYOUT = 1  # of an index file; a file of another layout is made again
+TEXTS = (".txt", ".caption", ".text")  # members with a caption, the first that a key has is taken; then .json
+MAX_TEXT = 2**24  # bytes of such a member
+MOST = 10**6  # shards of a range
+LAYOUT = 2  # of an index file; a file of another layout is made again
+STALE = 3600  # seconds after which a temporary file belongs to a process that was killed
+COLUMNS = {
+    "ids": np.uint8,
+    "ids_ends": np.int64,
+    "captions": np.uint8,
+    "captions_ends": np.int64,
+    "image_of": np.int64,
+    "offsets": np.int64,
+    "sizes": np.int64,
+    "places": np.uint64,
+    "records": np.uint8,
+}
+IMAGE, JSON = "image", ".json"  # kinds of members, with TEXTS
 Index = dict[str, NDArray[Any]]
+Sample = dict[str, list[Member]]  # kind -> the members of a key
 
 
 def webdataset(*, shards: str, split: str | None = None, validation_fraction: float = 0.05,
                cache: str | None = None) -> Pairs:  # fmt: skip
-    """Tar shards of KEY.jpg with KEY.txt or, without one, the caption of KEY.json.
+    """Tar shards of KEY.jpg (or .png, .webp ...) with KEY.txt (or .caption, .text) or, without one, the caption of
+    KEY.json; the key is all before the last dot.
 
-    shards: a file, a folder, a glob (cc12m/*.tar) or a range (cc12m/{00000..01242}.tar). split "train" or "validation"
-    is drawn by a hash of the sample's name, so that a shard that is added moves no sample; null takes all. Each shard
-    is read once to note where its samples lie, in a file of the folder `cache`: by default .grr_index beside the
-    shard, or in the temporary folder if that cannot be written to. Samples without an image are left out, and counted
-    in `skipped`. Raises FileNotFoundError if there is no shard, ValueError if there are no samples.
+    shards: a file, a folder, a glob (cc12m/*.tar, or cc12m/**/*.tar with all folders below) or a range
+    (cc12m/{00000..01242}.tar). split "train" or "validation" is drawn by a hash of the sample's name, so that a shard
+    that is added moves no sample; null takes all. Each shard is read once to note where its samples lie, in a file of
+    the folder `cache`, by default .grr_index beside the shard; where that cannot be written, it is kept in memory.
+
+    A record is a key of a shard. One without an image, without a caption or with two of them, a link, a folder or
+    a device is skipped and counted in `records`. Raises FileNotFoundError if there is no shard, ValueError if there are
+    no samples.
     """
     if split is not None and split_name("webdataset", split) == "test":
         raise ValueError('webdataset: shards have no test part, so split must be train or validation, got "test"')
     below = threshold("webdataset", validation_fraction)
     files = _files(shards)
     first = os.getpid() % len(files)
+    found: dict[Path, Index] = {}
     for file in tqdm(files[first:] + files[:first], desc="webdataset: index", unit="shard", delay=2):
-        _index(file, cache)  # processes that start together begin at different shards, and share the work
-    pairs = TarShards(files, [_index(file, cache) for file in files])
+        found[file] = _index(file, cache)  # processes that start together begin at different shards
+    pairs = TarShards(files, [found[file] for file in files])
     if split is not None:
         pairs.keep((pairs.places < np.uint64(below)) == (split_name("webdataset", split) == "validation"))
-    if pairs.skipped:
-        logger.warning("webdataset: %d samples of %s have no image and are left out", pairs.skipped, shards)
+    pairs.records.log(f"webdataset: {shards}")
     if not len(pairs):
         raise ValueError(
             f"webdataset: {shards} hold no samples for {split=}; are they uncompressed tars with jpg and txt?"
@@ -57,26 +83,40 @@ def webdataset(*, shards: str, split: str | None = None, validation_fraction: fl
 
 
 class TarShards(Pairs):
-    """Pairs whose images are byte ranges of files: shard_of, offset, size: [n]. places: [n], a hash of each id."""
+    """Pairs whose images are byte ranges of files: shard_of, offsets, sizes: [n]. places: [n], a hash of each id."""
+
+    records: Records
 
     def __init__(self, files: list[Path], indexes: list[Index]) -> None:
         ids, captions = (_join(indexes, name) for name in ("ids", "captions"))
-        super().__init__(ids, captions, np.arange(len(ids), dtype=np.int64))
+        images = [int(index["image_of"][-1]) + 1 if len(index["image_of"]) else 0 for index in indexes]
+        starts = np.cumsum([0, *images])
+        image_of = np.concatenate([index["image_of"] + start for index, start in zip(indexes, starts, strict=False)])
+        super().__init__(ids, captions, image_of)
         self.files = files
-        self.skipped = sum(int(index["skipped"]) for index in indexes)
+        self.records = Records()
+        for index in indexes:
+            self.records.add(Records.of_facts(json.loads(index["records"].tobytes())))
         self.shard_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(index["offsets"]) for index in indexes])
         self.offsets, self.sizes, self.places = (
             np.concatenate([index[name] for index in indexes]) for name in ("offsets", "sizes", "places")
         )
 
+    @property
+    def skipped(self) -> int:
+        """The records that were skipped."""
+        return self.records.skipped.total()
+
     def keep(self, rows: NDArray[np.bool_]) -> None:
-        """Forget the pairs whose row is false."""
+        """Forget the pairs whose row is false: they are of another split."""
         self.ids, self.captions = self.ids.take(rows), self.captions.take(rows)
         self.image_of, self.shard_of = self.image_of[rows], self.shard_of[rows]
         self.offsets, self.sizes, self.places = self.offsets[rows], self.sizes[rows], self.places[rows]
+        self.records.read = len(self)
+        self.records.leave_out("of another split", int((~rows).sum()))
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        with open(self.files[self.shard_of[i]], "rb", buffering=0) as shard:
+        with open_regular_file(self.files[self.shard_of[i]]) as shard:
             shard.seek(self.offsets[i])
             return load_image(shard.read(self.sizes[i]), size=size, crop=crop)
 
@@ -86,7 +126,7 @@ def _files(shards: str) -> list[Path]:
         shards = str(Path(shards, "*.tar"))
     named = list(_expand(shards))
     missing = [name for name in named if not any(c in name for c in "*?[") and not Path(name).is_file()]
-    files = sorted({Path(found) for name in named for found in glob(name)})
+    files = sorted({Path(found) for name in named for found in glob(name, recursive=True)})
     if missing or not files:
         raise FileNotFoundError(
             f"webdataset: there is no file {', '.join(missing[:3]) or shards}; shards must be a file, a folder, a glob "
@@ -101,81 +141,189 @@ def _expand(pattern: str) -> Iterator[str]:
     if found is None:
         yield pattern
         return
+    if int(found[2]) - int(found[1]) > MOST:
+        raise ValueError(
+            f"webdataset: a range must name at most {MOST:,} shards, got {found[0]}; is it a typing error?"
+        )
     for number in range(int(found[1]), int(found[2]) + 1):
         head, tail = pattern[: found.start()], pattern[found.end() :]
         yield from _expand(f"{head}{number:0{len(found[1])}d}{tail}")
 
 
 def _index(shard: Path, cache: str | None) -> Index:
-    """Where the samples of a shard lie: from its index file, or read and written there if that is older."""
+    """Where the samples of a shard lie: from its index file, or read, and written there if that can be."""
     stat = shard.stat()
     state = np.array([LAYOUT, stat.st_size, stat.st_mtime_ns])
-    for folder in _cache_folders(shard, cache):
-        try:
-            with np.load(folder / f"{shard.name}.npz", allow_pickle=False) as file:
-                if np.array_equal(file["state"], state):
-                    return dict(file)
-        except Exception:  # absent, or damaged in one of the many ways of a zip file: made again
-            continue
-    index = _read_shard(shard) | {"state": state}
-    for folder in _cache_folders(shard, cache):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as aside:
-                np.savez(aside, **index)  # type: ignore[arg-type]
-            os.replace(aside.name, folder / f"{shard.name}.npz")
-            break
-        except OSError as error:
-            logger.info("webdataset: cannot write to %s (%s)", folder, error)
+    folder = _cache_folder(shard, cache)
+    file = folder / f"{shard.name}.npz"
+    with contextlib.suppress(Exception):  # absent, or damaged in one of the many ways of a zip file: made again
+        index = _load(file)
+        if np.array_equal(index["state"], state):
+            _check(index, stat.st_size)
+            return index
+    index = _read_shard(shard)
+    try:
+        if folder.is_symlink():
+            raise OSError("it is a link, which anyone may have laid there")
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        _save(file, index | {"state": state})
+    except OSError as error:
+        logger.warning(
+            "webdataset: the index of %s is kept in memory and made anew by each run, because %s cannot be "
+            "written (%s); set data.cache to a folder",
+            shard,
+            folder,
+            error,
+        )
     return index
 
 
-def _cache_folders(shard: Path, cache: str | None) -> list[Path]:
-    """Where the index of a shard may lie; folders that serve many data sets keep those apart by a hash of the place."""
-    home = hashlib.blake2b(str(shard.parent.resolve()).encode(), digest_size=8).hexdigest()
-    if cache is not None:
-        return [Path(cache, home)]
-    return [shard.parent / ".grr_index", Path(tempfile.gettempdir(), f"grr_index_{os.getuid()}", home)]
+def _cache_folder(shard: Path, cache: str | None) -> Path:
+    """Where the index of a shard lies; a folder that serves many data sets keeps them apart by a hash of the place."""
+    if cache is None:
+        return shard.parent / ".grr_index"
+    return Path(cache, hashlib.blake2b(str(shard.parent.resolve()).encode(), digest_size=8).hexdigest())
+
+
+def _load(file: Path) -> Index:
+    """The arrays of an index file, which must not be compressed: it cannot take more memory than its size."""
+    with open_regular_file(file) as raw, zipfile.ZipFile(raw) as packed:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
+            raise ValueError("compressed")
+        raw.seek(0)
+        with np.load(raw, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+def _check(index: Index, shard_size: int) -> None:
+    """Refuse an index whose arrays do not fit each other, or the shard. Raises ValueError, or KeyError."""
+    n = len(index["offsets"])
+    whole = all(index[name].dtype == kind and index[name].ndim == 1 for name, kind in COLUMNS.items())
+    equal = all(len(index[name]) == n for name in ("ids_ends", "captions_ends", "image_of", "sizes", "places"))
+    texts = True
+    for name in ("ids", "captions"):
+        ends = index[f"{name}_ends"]
+        str(index[name].tobytes(), "utf-8")
+        texts &= bool((np.diff(ends, prepend=0) >= 0).all()) and (int(ends[-1]) if n else 0) == len(index[name])
+    inside = (index["offsets"] >= 0) & (index["sizes"] >= 0) & (index["sizes"] <= shard_size - index["offsets"])
+    steps = np.diff(index["image_of"], prepend=-1)
+    if not (whole and equal and texts and inside.all() and ((steps == 0) | (steps == 1)).all()):
+        raise ValueError("index: its arrays do not fit each other")
+    Records.of_facts(json.loads(index["records"].tobytes()))
+
+
+def _save(file: Path, index: Index) -> None:
+    """Write an index file aside, and then in its place."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", suffix=".tmp", delete=False) as aside:
+        try:
+            np.savez(aside, **index)  # type: ignore[arg-type]
+            aside.close()
+            os.replace(aside.name, file)
+        except BaseException:
+            os.unlink(aside.name)
+            raise
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what processes left behind that were killed while they wrote."""
+    for file in (*folder.glob("*.tmp"), *folder.glob("tmp????????")):
+        with contextlib.suppress(OSError):  # another process was first
+            if time.time() - file.lstat().st_mtime > STALE:
+                file.unlink()
 
 
 def _read_shard(shard: Path) -> Index:
-    images: dict[str, tuple[int, int]] = {}  # key -> offset, size
-    texts: dict[str, str] = {}
-    jsons: dict[str, str] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                if extension in IMAGES:
-                    images[key] = member.offset_data, member.size
-                elif extension in ("txt", "json"):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    (texts if extension == "txt" else jsons)[key] = content.read().decode("utf-8", "replace")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        logger.warning("webdataset: %s is damaged (%s); what stands before is used", shard, error)
-    captions = (texts[key] if key in texts else _caption(jsons.get(key, "")) for key in images)
-    ids = [f"{shard.stem}/{key}" for key in images]
-    where = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
-    index = {
-        "offsets": where[:, 0],
-        "sizes": where[:, 1],
-        "places": np.array([place(name) for name in ids], dtype=np.uint64),
-        "skipped": np.array(len((texts.keys() | jsons.keys()) - images.keys())),
+    """The index of a shard: of each pair its id, its caption, and where its image lies."""
+    records = Records()
+    ids, captions, places, images = list[str](), list[str](), list[int](), list[tuple[int, int, int]]()
+    with open_regular_file(shard) as file:
+        for number, (key, sample) in enumerate(_samples(shard, file, records).items()):
+            name, image = f"{shard.stem}/{key}", sample[IMAGE][0]
+            for i, caption in enumerate(_sample_captions(name, file, sample, records)):
+                ids.append(f"{name}#{i}" if i else name)
+                captions.append(caption)
+                places.append(place(name))
+                images.append((number, image.offset, image.size))
+    records.read = len(ids)
+    where = np.array(images, dtype=np.int64).reshape(-1, 3)
+    index: Index = {
+        "image_of": np.unique(where[:, 0], return_inverse=True)[1].astype(np.int64),
+        "offsets": where[:, 1],
+        "sizes": where[:, 2],
+        "places": np.array(places, dtype=np.uint64),
+        "records": np.frombuffer(json.dumps(records.facts()).encode(), dtype=np.uint8),
     }
-    for name, column in (("ids", Texts.of(ids)), ("captions", Texts.of(clean(c) for c in captions))):
-        index |= {name: np.frombuffer(column.data, dtype=np.uint8), f"{name}_ends": column.ends}
+    for column, texts in (("ids", Texts.of(ids)), ("captions", Texts.of(captions))):
+        index |= {column: np.frombuffer(texts.data, dtype=np.uint8), f"{column}_ends": texts.ends}
     return index
 
 
-def _caption(content: str) -> object:
-    """The caption of an img2dataset record, nothing if there is none."""
+def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]:
+    """The samples of a shard that have one image and a caption, by key; all others are counted."""
+    samples: defaultdict[str, Sample] = defaultdict(lambda: defaultdict(list))
+    for item in read_members(file):
+        if isinstance(item, Damage):
+            records.damaged.append(f"{shard} is damaged at byte {item.offset:,}: {item.reason}; the rest is used")
+            continue
+        key, extension = os.path.splitext(file_name(item.name))
+        kind = IMAGE if extension.lower() in SUFFIXES else extension.lower()
+        if kind in (IMAGE, *TEXTS, JSON) and not os.path.basename(key).startswith("._"):  # of macOS: no content
+            samples[key][kind].append(item)
+        elif item.fault not in ("", FOLDER):
+            records.skip(f"{shard.stem}/{key}{extension}", item.fault)
+        else:
+            records.leave_out("neither an image nor a caption")
+    return {key: sample for key, sample in samples.items() if _is_whole(f"{shard.stem}/{key}", sample, records)}
+
+
+def _is_whole(name: str, sample: Sample, records: Records) -> bool:
+    """Whether a sample has one image and a caption; if not, it is skipped."""
+    endings = Counter(os.path.splitext(member.name)[1].lower() for members in sample.values() for member in members)
+    repeated = max(endings.values())
+    faults = [member.fault for members in sample.values() for member in members if member.fault]
+    if repeated > 1:
+        records.skip(name, "key that occurs more than once", repeated)
+    elif faults:
+        records.skip(name, faults[0])
+    elif IMAGE not in sample:
+        records.skip(name, "caption without an image")
+    elif len(sample[IMAGE]) > 1:
+        records.skip(name, "more than one image")
+    elif sample[IMAGE][0].size > MAX_BYTES:
+        records.skip(name, f"image of more than {MAX_BYTES:,} bytes")
+    elif len(sample) == 1:
+        records.skip(name, "image without a caption")
+    else:
+        return True
+    return False
+
+
+def _sample_captions(name: str, file: BinaryIO, sample: Sample, records: Records) -> list[str]:
+    """The captions of a whole sample; none if they cannot be used, which is counted."""
+    kind = next(kind for kind in (*TEXTS, JSON) if kind in sample)
+    member = sample[kind][0]
+    if member.size > MAX_TEXT:
+        records.skip(name, f"caption of more than {MAX_TEXT:,} bytes")
+        return []
+    file.seek(member.offset)
     try:
-        return json.loads(content)["caption"]
-    except (ValueError, KeyError, TypeError):
-        return None
+        content: object = file.read(member.size).decode("utf-8-sig")
+        if kind == JSON:
+            content = json.loads(str(content))
+            content = content.get("caption", content.get("text")) if isinstance(content, dict) else content
+        captions = record_captions(content, name)
+    except UnicodeDecodeError:
+        records.skip(name, "caption that is not UTF-8")
+    except (json.JSONDecodeError, RecursionError):
+        records.skip(name, "JSON that cannot be read")
+    except ValueError:
+        records.skip(name, "caption that is not text")
+    else:
+        for _ in range(captions.count("")):
+            records.skip(name, "empty caption")
+        return [caption for caption in captions if caption]
+    return []
 
 
 def _join(indexes: list[Index], name: str) -> Texts:

@@ -1,46 +1,57 @@
 """Captions in a table: a folder of images with a CSV, TSV or JSON-lines file, and ROCOv2."""
 
-import csv
 import itertools
-import json
+import logging
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
-from grr.data.pairs import Pairs, image_files, place, split_name, threshold
+from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, place, split_name, threshold
+from grr.data.records import file_name
+from grr.data.rows import SEPARATORS, find_columns, read_lines, read_objects, read_table
 
-FILES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt")
-IMAGE = ("image", "file", "filename", "file_name", "image_name", "id")  # names of the column, in any case
-CAPTION = ("caption", "text", "comment")
-SPLIT = ("split",)
-TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")  # Flickr's own: name#0 TAB caption
+FILES = (
+    "captions.csv",
+    "captions.tsv",
+    "captions.jsonl",
+    "captions.txt",
+    "metadata.csv",
+    "metadata.jsonl",
+    "results.csv",
+)  # of Hugging Face; Flickr30k as Kaggle has it
+FIRST = 100  # images that are looked for, before thousands of them are missed in a run
+TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")  # Flickr's own: name#0 TAB caption
 
-Row = tuple[str, object, str | None]  # image, caption, split
+logger = logging.getLogger(__name__)
 
 
 def folder(*, path: str, split: str | None = None, validation_fraction: float = 0.05) -> Pairs:
-    """A folder of images with one file of captions: captions.csv, .tsv, .jsonl or .txt, or Flickr's *.token file.
+    """A folder of images with one table of captions: captions.csv, .tsv, .jsonl or .txt, Hugging Face's metadata.csv or
+    metadata.jsonl, Flickr30k's results.csv, or Flickr's *.token file.
 
-    The columns are called image (or file, filename, file_name) and caption (or text), and an optional third one split.
+    The separator is found in the first line: comma, semicolon, tab or |. The columns are called image (or file_name,
+    filename, filepath, image_name ...) and caption (or text, title, comment ...), and an optional third one split.
     Without it, split "train" or "validation" is drawn by a hash of the image's name, so that an image that is added
-    moves no other; split null takes all. Images lie in the folder or in its images/. Tables are UTF-8, quoted as
-    spreadsheets do. Raises FileNotFoundError if something is not there, ValueError if the table is none.
+    moves no other; split null takes all. Images lie in the folder or in one folder below it. Tables are UTF-8. In JSON
+    a caption is a string, or a list of strings which are all captions of the image.
+
+    Every row is read, or counted with its reason in `records`. Raises FileNotFoundError if something is not there, and
+    ValueError, naming the line, where a row cannot be understood.
     """
     file = _captions_file(Path(path))
     wanted = None if split is None else split_name("folder", split)
     below = threshold("folder", validation_fraction)
 
-    def belongs(image: str, own: str | None) -> bool:
-        if own is not None:
-            return split_name(f"folder: {file}", own.strip().lower()) == wanted
+    def belongs(row: Row) -> bool:
+        if row.split is not None:
+            return split_name(row.where, row.split.strip().lower()) == wanted
         if wanted == "test":
             raise ValueError(f'folder: {file} has no column split, so split must be train or validation, got "test"')
-        return (place(image) < below) == (wanted == "validation")
+        return (place(row.image) < below) == (wanted == "validation")
 
-    rows = ((image, caption) for image, caption, own in _rows(file) if wanted is None or belongs(image, own))
-    names = [image for image, _, _ in itertools.islice(_rows(file), 100)]
-    pairs = image_files(_root("folder", [Path(path), Path(path, "images"), Path(path, "Images")], names), rows)
+    rows = _rows("folder", file)
+    pairs = _image_files("folder", file, rows, _roots(Path(path)), None if wanted is None else belongs)
     if not len(pairs):
         raise ValueError(f"folder: {file} has no captions for {split=}; add rows, or change validation_fraction")
     return pairs
@@ -54,11 +65,11 @@ def rocov2(*, path: str, split: str) -> Pairs:
     """
     own = {"train": "train", "validation": "valid", "test": "test"}[split_name("rocov2", split)]
     file = Path(path, f"{own}_captions.csv")
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"rocov2: there is no file {file}; path must be the folder that holds it")
-    names = [f"{image}.jpg" for image, _, _ in itertools.islice(_rows(file), 100)]
     roots = [Path(path, f"{own}_images", own), Path(path, f"{own}_images"), Path(path, own)]
-    return image_files(_root("rocov2", roots, names), ((f"{image}.jpg", caption) for image, caption, _ in _rows(file)))
+    rows = (row._replace(image=row.image and f"{row.image}.jpg") for row in _rows("rocov2", file))
+    return _image_files("rocov2", file, rows, roots)
 
 
 def _captions_file(path: Path) -> Path:
@@ -73,12 +84,30 @@ def _captions_file(path: Path) -> Path:
     return files[0]
 
 
-def _root(who: str, folders: list[Path], names: list[str]) -> Path:
+def _roots(path: Path) -> list[Path]:
+    """Where images may lie: in the folder, in images/, or in any other folder of it."""
+    return [path, path / "images", *sorted(p for p in path.iterdir() if p.is_dir() and p.name != "images")]
+
+
+def _image_files(
+    who: str, file: Path, rows: Iterator[Row], roots: list[Path], belongs: Callable[[Row], bool] | None = None
+) -> ImageFiles:
+    """The pairs of a table of image files."""
+    first = list(itertools.islice(rows, FIRST))
+    names = [file_name(row.image) for row in first]
+    root = _root(who, file, roots, [name for name in names if name])
+    pairs = image_files(root, itertools.chain(first, rows), belongs=belongs)
+    assert pairs.records is not None
+    pairs.records.log(f"{who}: {file}")
+    return pairs
+
+
+def _root(who: str, file: Path, folders: list[Path], names: list[str]) -> Path:
     """The first folder that holds one of the images."""
     if not names:
-        raise ValueError(f"{who}: the table in {folders[0]} names no image; add a row for each caption")
+        raise ValueError(f"{who}: the table in {file} names no image; add a row for each caption")
     for root in folders:
-        if any((root / name).is_file() for name in names):
+        if any(os.path.isfile(image_path(root, name)) for name in names):
             return root
     raise FileNotFoundError(
         f"{who}: the first {len(names)} images of the table ({', '.join(names[:3])} ...) are in none of "
@@ -86,58 +115,51 @@ def _root(who: str, folders: list[Path], names: list[str]) -> Path:
     )
 
 
-def _rows(file: Path) -> Iterator[Row]:
-    read: Callable[[TextIO, Path], Iterator[Row]] = _json_rows if file.suffix.lower() == ".jsonl" else _table_rows
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            yield from read(lines, file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: must be UTF-8 text ({error}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(
-            f"{file}: is not a table ({error}); is a quotation mark open? double those in captions"
-        ) from error
-
-
-def _json_rows(lines: TextIO, file: Path) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = {str(key).lower(): value for key, value in json.loads(line).items()}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file}, line {number}: must be one JSON object, got {line.strip()[:80]!r}") from error
-        image, caption, split = _columns(list(row), f"{file}, line {number}")
-        yield str(row[image]), row[caption], None if split is None else str(row[split])
-
-
-def _table_rows(lines: TextIO, file: Path) -> Iterator[Row]:
-    first = lines.readline()
-    lines.seek(0)
-    if TOKEN_LINE.match(first):
-        for line in lines:
-            name, _, caption = line.partition("\t")
-            if name.strip():
-                yield name.rpartition("#")[0], caption, None
+def _rows(who: str, file: Path) -> Iterator[Row]:
+    lines = read_lines(who, file)
+    if file.suffix.lower() == ".jsonl":
+        yield from _object_rows(who, file, lines)
         return
-    table = csv.reader(lines, delimiter="\t" if "\t" in first else ",")
-    header = [name.strip().lower() for name in next(table, [])]
-    image, caption, split = _columns(header, str(file))
-    for row in table:
-        if len(row) > len(header):
+    first = next(lines, (1, ""))
+    lines = itertools.chain([first], lines)
+    if TOKEN_LINE.fullmatch(first[1].rstrip("\n")):
+        yield from _token_rows(who, file, lines)
+        return
+    table, rows = read_table(who, file, lines)
+    image, caption, split = table.columns
+    logger.info(
+        "%s: %s: separator %s; images from the column %s, captions from %s",
+        who,
+        file,
+        SEPARATORS[table.separator],
+        image,
+        caption,
+    )
+    for number, fields in rows:
+        own = fields[split] if split else None
+        yield Row(fields[image].strip(), fields[caption], f"{who}: {file} line {number}", own)
+
+
+def _object_rows(who: str, file: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    """The rows of a JSON-lines file."""
+    for number, row in read_objects(who, file, lines):
+        where = f"{who}: {file} line {number}"
+        image, caption, split = find_columns(row, where)
+        own = row[split] if split else None
+        for name, value in ((image, row[image]), (split, "" if own is None else own)):
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {name} must be a string, got {value!r}; write it as one")
+        yield Row(row[image], row[caption], where, own)
+
+
+def _token_rows(who: str, file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """The rows of Flickr's own file."""
+    for number, line in lines:
+        found = TOKEN_LINE.fullmatch(line.rstrip("\n"))
+        if found is not None:
+            yield Row(found[1], found[2], f"{who}: {file} line {number}")
+        elif line.strip():
             raise ValueError(
-                f"{file}, line {table.line_num}: has {len(row)} columns, the header {len(header)}; "
-                "put captions with commas between quotation marks"
+                f"{who}: {file} line {number} must be a name, #, a number, a tab and a caption, got "
+                f"{line.strip()[:80]!r}; mend the line"
             )
-        if row:
-            named = dict(itertools.zip_longest(header, row, fillvalue=""))
-            yield named[image], named[caption], None if split is None else named[split]
-
-
-def _columns(header: list[str], where: str) -> tuple[str, str, str | None]:
-    image, caption, split = (next((n for n in names if n in header), None) for names in (IMAGE, CAPTION, SPLIT))
-    if image is None or caption is None:
-        raise ValueError(
-            f"{where}: must name the columns image and caption, got {header}; write them in the first line"
-        )
-    return image, caption, split

@@ -109,6 +109,20 @@ def test_under_autocast_the_answer_stays(make, call):
 
 
 @every_primitive
+def test_the_gradient_of_the_input_is_the_slope_of_the_output(make, call):
+    """Of all that is read, the context of a cross-attention too: central differences along a random direction."""
+    torch.manual_seed(0)
+    module, x, direction = make().double(), torch.randn(2, 8, 16).double(), torch.randn(2, 8, 16).double()
+    weights = torch.randn_like(call(module, x))
+    x.requires_grad_()
+    (call(module, x) * weights).sum().backward()
+    step = 1e-3  # rotations are computed in float32
+    with torch.no_grad():
+        ahead, behind = ((call(module, x + s * direction) * weights).sum() for s in (step, -step))
+    torch.testing.assert_close((x.grad * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-2, atol=1e-3)
+
+
+@every_primitive
 def test_every_parameter_is_initialised_by_the_module_that_owns_it(make, call):
     module = make()
     for owner in module.modules():

@@ -70,9 +70,12 @@ def test_with_a_projection_of_the_queries_it_is_torchs_attention_on_normalised_q
     )
     theirs = nn.MultiheadAttention(8, h, kdim=c, vdim=c, batch_first=True).double()
     with torch.no_grad():
-        theirs.q_proj_weight.copy_(attention.q.weight)
-        theirs.k_proj_weight.copy_(attention.kv.weight[:8])
-        theirs.v_proj_weight.copy_(attention.kv.weight[8:])
+        if c == 8:  # torch then keeps the three matrices as one
+            theirs.in_proj_weight.copy_(torch.cat((attention.q.weight, attention.kv.weight)))
+        else:
+            theirs.q_proj_weight.copy_(attention.q.weight)
+            theirs.k_proj_weight.copy_(attention.kv.weight[:8])
+            theirs.v_proj_weight.copy_(attention.kv.weight[8:])
         theirs.in_proj_bias.copy_(torch.cat((attention.q.bias, attention.kv.bias)))
     theirs.out_proj.load_state_dict(attention.out.state_dict())
     queries, read = nn.functional.layer_norm(pooler.queries, (8,)), nn.functional.layer_norm(x, (c,))

@@ -209,3 +209,14 @@ def test_gradients_reach_the_mixed_frequencies():
 def test_a_width_that_cannot_be_paired_is_refused(kind, head_dim, message):
     with pytest.raises(ValueError, match=message):
         kind(head_dim)
+
+
+def test_the_bases_are_those_of_the_papers():
+    """RoFormer's 10,000 for text, RoPE-ViT's 100 and 10 for images; the slowest pair tells them apart."""
+    one = torch.ones(1)
+    slowest = RotaryEmbedding(64).angles(one).flatten()[-1]
+    torch.testing.assert_close(slowest, torch.tensor(10_000.0 ** (-62 / 64)))
+    slowest = AxialRotaryEmbedding(64).angles(torch.ones(1, 2)).flatten()[-1]
+    torch.testing.assert_close(slowest, torch.tensor(100.0 ** (-15 / 16)))
+    lengths = MixedRotaryEmbedding(64, 1).frequencies[0].norm(dim=-1)
+    torch.testing.assert_close(lengths.min(), torch.tensor(10.0 ** (-15 / 16)))

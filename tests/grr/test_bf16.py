@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 from grr.bf16 import InBFloat16, held_in_bf16
 from grr.builders import grr_coca_tiny
@@ -86,6 +87,40 @@ def test_activations_computed_again_give_the_same_gradients():
     assert global_batch_step(kept, batches(1), 3) == global_batch_step(again, batches(1), 3)
     for (name, gradient), expected in zip(gradients(again).items(), gradients(kept).values(), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=0, msg=name)
+
+
+class Recomputing(nn.Module):
+    """A vision encoder of a user's own that computes its activations again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.up, self.down, self.reentrant = nn.Linear(3 * 32, 48), nn.Linear(48, 64), reentrant
+
+    def _layers(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = images.transpose(1, 2).flatten(2)  # [b, 32, 96]
+        if self.reentrant is None:
+            return self._layers(rows)
+        return checkpoint(self._layers, rows.requires_grad_(), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_encoder_that_computes_its_activations_again_reads_bfloat16_there(reentrant, count):
+    models = []
+    for again in (None, reentrant):
+        torch.manual_seed(0)
+        model = grr_coca_tiny()
+        model.vision_encoder = Recomputing(again)
+        alone(model)
+        models.append(model)
+    kept, again = models
+    assert global_batch_step(kept, batches(count), 3) == global_batch_step(again, batches(count), 3)
+    for (name, gradient), expected in zip(gradients(again).items(), gradients(kept).values(), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-4, msg=name)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -22,8 +22,9 @@ from grr.builders import (
     text_decoder,
     vision_transformer,
 )
-from grr.components import AttentionPooler, LayerNorm, RMSNorm
-from grr.model import CoCa
+from grr.components import AttentionPooler, Block, LayerNorm, RMSNorm
+from grr.model import CoCa, TextDecoder, VisionTransformer
+from grr.open_clip import OPEN_CLIP_MODELS
 
 D, V = 768, 32_102
 ATTENTION = 4 * (D * D + D)
@@ -115,6 +116,34 @@ def test_help_shows_what_a_preset_takes_and_its_own_defaults():
 def test_a_preset_of_an_argument_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="dims=32"):
         preset(coca, "mine", "Mine.", dims=32)
+
+
+@pytest.mark.parametrize("builder", (MODELS | OPEN_CLIP_MODELS).values(), ids=(MODELS | OPEN_CLIP_MODELS).keys())
+def test_every_block_and_every_tower_has_the_dropout_that_is_asked_for(builder):
+    model = on_meta(builder, dropout=0.15)
+    dropped = [m for m in model.modules() if isinstance(m, Block | VisionTransformer | TextDecoder)]
+    assert len(dropped) == len([m for m in model.modules() if isinstance(m, Block)]) + 2
+    assert {m.dropout.p for m in dropped} == {0.15}
+
+
+def test_a_tower_drops_what_its_first_block_reads():
+    for tower, x in (
+        (vision_transformer(num_layers=0, image_size=32, patch_size=8, dim=64, num_heads=2, dropout=0.5),
+         torch.rand(2, 3, 32, 32)),
+        (text_decoder(num_layers=0, vocab_size=512, dim=64, num_heads=2, dropout=0.5), torch.randint(1, 512, (2, 9))),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        kept, dropped = tower.eval()(x), tower.train()(x)
+        assert 0.3 < (dropped == 0).double().mean() < 0.7
+        torch.testing.assert_close(dropped[dropped != 0], 2 * kept[dropped != 0])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_similarities_are_divided_by_the_temperature(learned):
+    model = grr_coca_tiny(temperature=0.05, logit_bias=-3.0, learned_temperature=learned)
+    output = model(torch.rand(1, 3, 32, 32), torch.tensor([[510, 7, 1, 511]]))
+    torch.testing.assert_close(output.scale, torch.tensor([20.0]))
+    torch.testing.assert_close(output.bias, torch.tensor([-3.0]))
 
 
 def test_a_model_prints_what_it_is_made_of():

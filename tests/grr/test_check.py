@@ -1,5 +1,6 @@
 """A check tells what a run would stumble over, in any recipe's config, and writes nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -36,7 +37,8 @@ def photos(tmp_path, monkeypatch) -> Path:
     return tmp_path / "photos"
 
 
-SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8",
+SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8", "model.dim=32",
+         "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1", "model.multimodal_layers=1",
          "tokenizer.vocab_size=64", "schedule.warmup_steps=5"]  # fmt: skip
 
 
@@ -67,8 +69,9 @@ def test_each_fault_of_the_data_is_told(photos):
     lines[6] = "5.png,,train"
     table.write_text("\n".join(lines))
     told = wrong()
-    assert set(told) == {"empty", "unreadable", "shared"}
-    assert "1 of 32 captions" in told["empty"]
+    assert set(told) == {"skipped", "unreadable", "shared"}
+    assert "1 of 40 records: empty caption" in told["skipped"]
+    assert "photos/captions.csv line 7" in told["skipped"]
     assert "3.png#0: not a readable image" in told["unreadable"]
     assert told["shared"].startswith("1 images of validation in data, too, by their pixels")
 
@@ -246,3 +249,72 @@ def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(t
         config.sections_of(main)
     (tmp_path / "empty.yaml").write_text("{}")
     assert vars(config.load(["--config", str(tmp_path / "empty.yaml")])).keys() == {"_functions"}
+
+
+def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
+    told = {f.what: f.said for f in findings("pretrain/photos", *SMALL)}
+    assert re.match(r"about a minute for 80 steps .* a step of 8 pairs, scaled from one of 4 in ", told["time"])
+    assert "of activations of 4 pairs" in told["memory"]
+    assert told["disk"].startswith("at most ")
+    assert told["epoch"] == "uses 32 of 32 pairs (100.0%), 0 are left out"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["run.batch_size=1", "run.micro_batch_size=1"],
+            "run.batch_size must be at least 2 with loss.neg",
+        ),
+        (["run.micro_batch_size=1", "loss.negatives=local"], "run.micro_batch_size must be at least 2 with loss.neg"),
+    ],
+)
+def test_a_contrastive_loss_without_negatives_is_told(photos, overrides, said):
+    assert said in wrong(*overrides)["steps"]
+
+
+def test_one_image_of_most_captions_and_what_an_epoch_uses_are_told(photos):
+    rows = [f"0.png,no picture {i},train" for i in range(200)]
+    (photos / "captions.csv").write_text((photos / "captions.csv").read_text() + "\n" + "\n".join(rows))
+    told = wrong("tokenizer.vocab_size=80")
+    assert set(told) == {"epoch"}
+    assert told["epoch"].startswith(
+        "uses 32 of 232 pairs (13.8%), 200 are left out: a batch holds no image twice, and "
+    )
+    assert "201 captions: 0.png#0" in told["epoch"]
+
+
+def test_captions_that_other_images_have_too_are_told_as_false_negatives(photos):
+    table = photos / "captions.csv"
+    lines = [f"{i}.png,a fox,train" if 1 <= i < 20 else line for i, line in
+             enumerate(table.read_text().splitlines(), -1)]  # fmt: skip
+    table.write_text("\n".join(lines))
+    told = wrong()
+    assert set(told) == {"false negatives"}
+    assert "of the pairs meet another image with their caption in a batch of 8" in told["false negatives"]
+
+
+def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
+    table = photos / "captions.csv"
+    things = "红绿蓝黄黑白船牛灯车树狗猫鸟花山"
+    rows = [f"{i}.png,{things[i % 8]}色的{things[8 + i // 5]},{'train' if i < 32 else 'val'}" for i in range(40)]
+    table.write_text("image,caption,split\n" + "\n".join(rows))
+    told = wrong(f"tokenizer.path={shared_data / 't5/spiece.model'}")
+    assert set(told) == {"unknown"}
+    assert "different captions become 1; take a vocabulary of this language" in told["unknown"]
+
+
+def test_a_fine_tuning_run_is_timed_with_the_model_it_starts_from(photos, colour_run):
+    images = [
+        {"filename": f"{i}.png", "split": "train" if i < 32 else "val", "sentences": [{"raw": f"red picture {i}"}]}
+        for i in range(40)
+    ]
+    (photos / "dataset.json").write_text(json.dumps({"images": images}))
+    files = (f"annotations={photos / 'dataset.json'}", f"images={photos}")
+    places = [f"{section}.{file}" for section in ("data", "validation") for file in files]
+    told = findings(
+        "finetune/photos", f"model.path={colour_run}", *places, "run.batch_size=8", "run.micro_batch_size=8"
+    )
+    said = {f.what: f.said for f in told}
+    assert re.search(r" a step of 8 pairs, scaled from one of 8 in ", said["time"])
+    assert "of activations of 8 pairs" in said["memory"]

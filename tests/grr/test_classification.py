@@ -144,7 +144,23 @@ def test_a_head_learns_what_only_the_image_tells_or_only_image_and_text_together
     assert accuracy() > 0.95
 
 
-def test_dropout_is_drawn_by_the_step_and_the_place_of_a_micro_batch():
+@settings(max_examples=6)
+@given(seed=st.integers(0, 99), label_smoothing=st.sampled_from([0.0, 0.2]))
+def test_any_size_of_micro_batches_gives_the_same_gradients_with_dropout(seed, label_smoothing):
+    model = head(seed, dropout=0.3)
+    found = []
+    for pieces in (1, 2, 4, 8):
+        scores = classification_step(model, split(*samples(seed), pieces), seed, label_smoothing=label_smoothing)
+        found.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad(set_to_none=True)
+    (expected, exact), *others = found
+    for scores, gradients in others:
+        assert scores == pytest.approx(expected, rel=1e-12)
+        for name, gradient in exact.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_dropout_is_drawn_by_the_step_and_the_place_of_a_sample():
     model = head(1, dropout=0.5)
     batches = split(*samples(0), 2)
     first = classification_step(model, batches, 7)

@@ -3,9 +3,15 @@
 import csv
 import io
 import json
+import os
 import shutil
 import tarfile
+import tempfile
+import time
+import unicodedata
+import zipfile
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ from PIL import Image
 
 from grr.data import DATASETS
 from grr.data.annotations import coco, karpathy
+from grr.data.labelled import snli_ve
 from grr.data.pairs import Texts
 from grr.data.shards import webdataset
 from grr.data.tables import folder, rocov2
@@ -76,6 +83,14 @@ def test_karpathy_of_coco_takes_restval_for_training_and_the_file_path(tmp_path)
     ("captions.tsv", "file_name\ttext\na.png\tone, two\nb.png\tthree\n"),
     ("captions.jsonl", '{"image": "a.png", "caption": "one, two"}\n\n{"image": "b.png", "caption": "three"}\n'),
     ("captions.txt", "a.png#0\tone, two\nb.png#0\tthree\n"),
+    ("captions.csv", "image;caption\na.png;one, two\nb.png;three;\n"),
+    ("captions.csv", 'image, caption\na.png, "one, two"\nb.png, three\n'),
+    ("captions.csv", "filepath\tTitle\na.png\tone, two\nb.png\tthree\n"),
+    ("results.csv", "image_name| comment_number| comment\na.png| 0| one, two\nb.png| 4   three\n"),
+    ("metadata.csv", 'file_name,text\na.png,"one, two"\nb.png,three\n'),
+    ("metadata.jsonl", '{"file_name": "a.png", "text": "one, two"}\n{"file_name": "b.png", "text": "three"}\n'),
+    ("captions.csv", "Image Name,source,Caption\r\n./a.png,x,\"one, two\"\r\n.\\\\b.png,y,three\r\n"),
+    ("captions.tsv", 'image\tcaption\n"a.png"\t"one, two"\nb.png\tthree\n'.replace('"', "")),
     ("captions.csv", '\ufeffimage,caption,split\na.png,"one, two",train\nb.png,three,train\nc.png,no,val\n'),
 ])  # fmt: skip
 def test_a_folder_with_a_table_of_any_kind(tmp_path, name, text):
@@ -179,9 +194,146 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch, name, arguments, mess
         DATASETS[name](**arguments)
 
 
+@pytest.mark.parametrize(("separator", "name"), [("\t", "tab"), (",", "comma"), (";", "semicolon"), ("|", "|")])
+def test_the_separator_that_was_found_is_logged(tmp_path, caplog, separator, name):
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text(f"title{separator}filename\nx{separator}a.png\n")
+    with caplog.at_level("INFO"):
+        assert list(folder(path=str(tmp_path)).captions) == ["x"]
+    assert f"separator {name}; images from the column filename, captions from title" in caplog.text
+
+
+def test_a_list_of_captions_is_a_pair_for_each(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": ["one", "two"]}\n')
+    pairs = folder(path=str(tmp_path))
+    assert list(zip(pairs.ids, pairs.captions, strict=True)) == [("a.png#0", "one"), ("a.png#1", "two")]
+    assert list(pairs.image_of) == [0, 0]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_are_one_image_however_they_are_spelled(tmp_path, form):
+    name = "café.png"
+    picture(tmp_path / "x" / unicodedata.normalize(form, name))
+    spellings = [unicodedata.normalize(own, f"{way}{name}") for own in ("NFC", "NFD") for way in
+                 ("x/", "./x/", "x//", "x\\", "x/y/../")]  # fmt: skip
+    (tmp_path / "captions.csv").write_text(
+        "image,caption\n" + "".join(f"{s},fox {i}\n" for i, s in enumerate(spellings))
+    )
+    pairs = folder(path=str(tmp_path))
+    assert len(pairs) == 10
+    assert set(pairs.image_of) == {0}
+    assert pairs.load(9, size=4, crop="squash").shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "missing", "long"])
+def test_a_name_that_is_no_image_file_is_a_bad_sample_and_nothing_waits_for_it(tmp_path, kind):
+    picture(tmp_path / "a.png")
+    name = {"device": "/dev/zero", "long": "n" * 5000}.get(kind, kind)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "pipe")
+    elif kind == "folder":
+        (tmp_path / "folder").mkdir()
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{name},x\na.png,y\n")
+    pairs = folder(path=str(tmp_path))
+    assert list(pairs.captions) == ["x", "y"]
+    started = Thread(target=lambda: errors.append(raised(OSError, pairs.load, 0, size=4, crop="squash")), daemon=True)
+    errors: list[str] = []
+    started.start()
+    started.join(timeout=30)
+    assert not started.is_alive()
+    assert len(errors) == 1
+    if kind in ("pipe", "device", "folder"):
+        assert f"must be a regular file, but is a {kind}" in errors[0]
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_a_table_that_is_a_pipe_is_refused_without_waiting(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="must be a regular file, but is a pipe"):
+        folder(path=str(tmp_path))
+
+
+def test_annotations_shards_and_entailment_that_are_pipes_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    file = str(tmp_path / "a.tar")
+    for open_it in (
+        lambda: coco(annotations=file, images=str(tmp_path)),
+        lambda: snli_ve(path=file, images=str(tmp_path)),
+        lambda: webdataset(shards=str(tmp_path)),
+    ):
+        with pytest.raises(OSError, match="must be a regular file, but is a pipe"):
+            open_it()
+
+
+def raised(kind: type[Exception], call, *args, **kwargs) -> str:
+    with pytest.raises(kind) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+HEADER = b"image,caption\na.png,one\n"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("captions.csv", HEADER + "a.png,café\n".encode("latin-1"),
+     r"line 3 must be UTF-8 text, got the byte 0xe9 in column 10; save it as UTF-8: iconv -f WINDOWS-1252 -t UTF-8"),
+    ("captions.jsonl", b'{"image": "a.png", "caption": "caf\xe9"}\n', "line 1 must be UTF-8 text, got the byte 0xe9"),
+    ("captions.csv", HEADER.decode().encode("utf-16"), "must be UTF-8 text, got UTF-16; save it .*iconv -f UTF-16 "),
+    ("captions.csv", HEADER.decode().encode("utf-16-le"), "line 1 must be text, got a NUL character; .* UTF-16"),
+    ("captions.csv", HEADER + b"x" * 2**21, "line 3 is longer than 1,048,576 characters; is the file a table"),
+    ("captions.csv", HEADER + b"a.png\n", r"line 3 has 1 field and the header 2 \(separator: comma\)"),
+    ("captions.tsv", b"image\tcaption\na.png\tx\ty\n", r"line 2 has 3 fields .*; take the tab out of the caption"),
+    ("captions.csv", HEADER + b'a.png,"open\na.png,two\n', r"line 3 must close each quotation mark"),
+    ("captions.csv", HEADER + b'a.png,"open\nb.png,two\nc.png,12 inches "\n',
+     r"line 3 opens a quotation mark that line 5 closes, and between them 'b.png,two' looks like a row"),
+    ("captions.csv", HEADER + b'a.png,"say" so\n', "line 3 must close each quotation mark"),
+    ("captions.csv", b'caption,image\none,a.png\n"open,a.png\n12 inches ",b.png\n', "line 3 opens a quotation mark"),
+    ("captions.tsv", b'image\tcaption\na.png\t"one\ntwo\nb.png\tx\n', "line 2 must close each quotation mark"),
+    ("captions.tsv", b'image\tcaption\na.png\tone\na.png\t"\n\t"\n', "line 3 must close each quotation mark"),
+    ("captions.csv", b"image,caption,caption\na.png,x,y\n", "line 1 must name the column caption once"),
+    ("captions.tsv", b"url\tcaption\nhttp://x/a.png\tx\n", "line 1 must name image files, got .*data.name=webdataset"),
+    ("captions.tsv", b"a fox\thttp://x/a.png\n", "line 1 must name image files, got .* with img2dataset"),
+    ("captions.txt", b"a.png#0\tone\nb.png two\n", "line 2 must be a name, #, a number, a tab and a caption"),
+    ("captions.jsonl", b"[" * 100_000 + b"\n", "line 1 must be one JSON object"),
+    ("captions.jsonl", b'[{"image": "a.png", "caption": "x"}]\n', "line 1 must be one JSON object"),
+    ("captions.jsonl", b'{"image": 7, "caption": "x"}\n', "line 1: image must be a string, got 7"),
+    ("captions.jsonl", b'{"image": "a.png", "caption": "\\ud800"}\n', "line 1: a caption must be text, got half of a"),
+    ("captions.csv", b"image,caption,split\na.png,x,train\na.png,y,\n", "line 3: split must be train, validation or"),
+])  # fmt: skip
+def test_what_cannot_be_understood_is_refused_with_its_line_and_a_remedy(tmp_path, name, content, message):
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^folder: .*{name} {message}") as caught:
+        folder(path=str(tmp_path), split="train" if b"split" in content else None)
+    assert ";" in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    picture(tmp_path / "a.png")
+    for name, text in (("captions.csv", "image,caption\na.png,x\n"), ("captions.txt", "a.png#0\tx\n"),
+                       ("captions.jsonl", '{"image": "a.png", "caption": "x"}\n')):  # fmt: skip
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert list(folder(path=str(tmp_path)).ids) == ["a.png#0"]
+        (tmp_path / name).unlink()
+
+
+def test_real_tables_of_addresses_and_real_results_are_refused_with_what_was_found(shared_data, tmp_path):
+    for name, message in (("cc12m_like_with_header.tsv", r"got the columns \['url', 'caption'\]"),
+                          ("cc3m_validation.head200.tsv", "must name image files"),
+                          ("roco_v1_test_captions.head200.tsv", "must name the columns image and caption, got"),
+                          ):  # fmt: skip
+        shutil.copy(shared_data / "formats" / name, tmp_path / "captions.tsv")
+        with pytest.raises(ValueError, match=message):
+            folder(path=str(tmp_path))
+    results = shared_data / "formats/captions_val2014_fakecap_results.json"
+    with pytest.raises(ValueError, match="must hold an object with images and annotations"):
+        coco(annotations=str(results), images=str(tmp_path))
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("picture,words\na.png,x\n", r"must name the columns image and caption, got \['picture', 'words'\]"),
-    ("image,caption\na.png,x, y\n", "has 3 columns, the header 2; put captions with commas between quotation marks"),
+    ("image,caption\na.png,x, y\n", r"line 2 has 3 fields and the header 2 \(separator: comma\); put captions"),
     ("image,caption\n", "the table in .* names no image; add a row for each caption"),
     ("image,caption,split\na.png,x,some\n", "split must be train, validation or test, got 'some'"),
 ])  # fmt: skip
@@ -190,3 +342,180 @@ def test_a_table_that_cannot_be_meant_is_refused(tmp_path, text, message):
     (tmp_path / "captions.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         folder(path=str(tmp_path), split="train")
+
+
+# --- the index of a shard ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    """A folder with a shard of three samples."""
+    (tmp_path / "shards").mkdir()
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "JPEG")
+    with tarfile.open(tmp_path / "shards/0.tar", "w") as tar:
+        for key in range(3):
+            for name, data in ((f"{key}.jpg", image.getvalue()), (f"{key}.txt", f"text {key}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("laid", ["a file", "a link", "a link to nothing"])
+def test_an_index_that_cannot_be_kept_beside_its_shard_is_kept_in_memory_and_nowhere_else(
+    shard, tmp_path, monkeypatch, caplog, laid
+):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "temporary" / f"grr_index_{os.getuid()}").symlink_to(tmp_path / "victim")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    place = shard / ".grr_index"
+    if laid == "a file":
+        place.touch()
+    else:
+        place.symlink_to(tmp_path / ("victim" if laid == "a link" else "none"))
+    assert list(webdataset(shards=str(shard)).captions) == ["text 0", "text 1", "text 2"]
+    assert "is kept in memory and made anew by each run" in caplog.text
+    assert "set data.cache to a folder" in caplog.text
+    assert list((tmp_path / "victim").iterdir()) == []
+    assert not (tmp_path / "none").exists()
+    assert [p.name for p in (tmp_path / "temporary").iterdir()] == [f"grr_index_{os.getuid()}"]
+    caplog.clear()
+    assert len(webdataset(shards=str(shard), cache=str(tmp_path / "own"))) == 3
+    assert caplog.text == ""
+    assert len(list((tmp_path / "own").rglob("0.tar.npz"))) == 1
+
+
+def changed(index: dict[str, np.ndarray], fault: str) -> None:
+    """Damage an index in a way that numpy reads without complaint."""
+    if fault == "outside":
+        index["offsets"] = index["offsets"] + 10**12
+    elif fault == "negative":
+        index["sizes"] = -index["sizes"]
+    elif fault == "too few":
+        index["sizes"] = index["sizes"][:1]
+    elif fault == "missing":
+        del index["captions"]
+    elif fault == "floats":
+        index["offsets"] = index["offsets"].astype(float)
+    elif fault == "texts":
+        index["captions_ends"] = index["captions_ends"][::-1].copy()
+    elif fault == "not text":
+        index["captions"] = np.full_like(index["captions"], 0xFF)
+    elif fault == "images":
+        index["image_of"] = index["image_of"] * 7
+    elif fault == "counts":
+        index["records"] = index["records"][:-3]
+
+
+@pytest.mark.parametrize("fault", ["outside", "negative", "too few", "missing", "floats", "texts", "not text", "images",
+                                   "counts", "noise", "compressed", "a pipe", "empty"])  # fmt: skip
+def test_an_index_that_does_not_fit_its_shard_is_made_again(shard, fault):
+    pairs = webdataset(shards=str(shard))
+    file = shard / ".grr_index/0.tar.npz"
+    whole = file.read_bytes()
+    index = dict(np.load(file))
+    if fault == "a pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif fault in ("noise", "empty"):
+        file.write_bytes(b"noise" * (fault == "noise"))
+    elif fault == "compressed":
+        np.savez_compressed(file, **index)
+    else:
+        changed(index, fault)
+        np.savez(file, **index)
+    again = webdataset(shards=str(shard))
+    assert again.fingerprint == pairs.fingerprint
+    assert again.records.facts() == pairs.records.facts()
+    assert [*again.offsets, *again.image_of] == [*pairs.offsets, *pairs.image_of]
+    with zipfile.ZipFile(file) as packed:
+        assert {part.compress_type for part in packed.infolist()} == {zipfile.ZIP_STORED}
+    assert np.load(file)["offsets"].tolist() == np.load(io.BytesIO(whole))["offsets"].tolist()
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_ones_stay(shard):
+    folder_of_index = shard / ".grr_index"
+    folder_of_index.mkdir()
+    for name, age in (("0.tar.npz.abcdefgh.tmp", 7200), ("tmpabcdefgh", 7200), ("1.tar.npz.abcdefgh.tmp", 60)):
+        (folder_of_index / name).touch()
+        os.utime(folder_of_index / name, (time.time() - age,) * 2)
+    webdataset(shards=str(shard))
+    assert sorted(p.name for p in folder_of_index.iterdir()) == ["0.tar.npz", "1.tar.npz.abcdefgh.tmp"]
+
+
+def test_an_index_that_cannot_be_written_whole_leaves_nothing_behind(shard, monkeypatch, caplog):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert len(webdataset(shards=str(shard))) == 3
+    assert "No space left on device" in caplog.text
+    assert list((shard / ".grr_index").iterdir()) == []
+
+
+def test_shards_in_folders_below_are_found_by_two_stars(shard):
+    for place in ("a", "a/b"):
+        (shard / place).mkdir()
+        shutil.copy(shard / "0.tar", shard / place / f"{place[-1]}.tar")
+    assert len(webdataset(shards=str(shard / "**/*.tar"))) == 9
+    assert len(webdataset(shards=str(shard / "*.tar"))) == 3
+
+
+def test_a_range_of_more_shards_than_there_can_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"at most 1,000,000 shards, got \{0\.\.99999999999\}; is it a typing error"):
+        webdataset(shards=str(tmp_path / "{0..99999999999}.tar"))
+
+
+def test_an_image_in_a_shard_that_would_fill_the_memory_is_skipped(shard):
+    whole = (shard / "0.tar").read_bytes()
+    large = tarfile.TarInfo("9.jpg")
+    large.size = 2**31
+    text = tarfile.TarInfo("9.txt")
+    with (shard / "0.tar").open("wb") as file:  # the content of the image is a hole in the file
+        file.write(large.tobuf())
+        file.seek(large.size, os.SEEK_CUR)
+        file.write(text.tobuf() + whole)
+    pairs = webdataset(shards=str(shard))
+    assert list(pairs.captions) == ["text 0", "text 1", "text 2"]
+    assert pairs.records.skipped == {"image of more than 536,870,912 bytes": 1}
+
+
+def test_a_name_that_would_move_the_cursor_is_spelled_out(tmp_path, caplog):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("\x1b[2Jevil.jpg", "a.jpg", "a.txt"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(ValueError, match="hold no samples"):
+        webdataset(shards=str(tmp_path))
+    assert r"image without a caption: '0/\x1b[2Jevil'" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+ODD_SAMPLES = [
+    ({"a.jpg": b"", "a.png": b"", "a.txt": b"x"}, {"more than one image": 1}),
+    ({"a.input.jpg": b"", "a.txt": b"x"}, {"image without a caption": 1, "caption without an image": 1}),
+    ({"a.jpg": b"", "a.txt": b"caf\xe9"}, {"caption that is not UTF-8": 1}),
+    ({"a.jpg": b"", "a.txt": " x".encode("utf-16")}, {"caption that is not UTF-8": 1}),
+    ({"a.jpg": b"", "a.txt": b" \n"}, {"empty caption": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": null}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": NaN}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": {"en": "x"}}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b'{"caption": "\\ud800"}'}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b"7"}, {"caption that is not text": 1}),
+    ({"a.jpg": b"", "a.json": b"{"}, {"JSON that cannot be read": 1}),
+    ({"a.jpg": b"", "a.json": b"[" * 100_000}, {"JSON that cannot be read": 1}),
+    ({"._a.jpg": b"", "._a.txt": b"x"}, {}),
+]
+
+
+@pytest.mark.parametrize(("members", "skipped"), ODD_SAMPLES, ids=lambda value: " ".join(value))
+def test_a_sample_that_cannot_be_used_is_counted_and_the_others_are_read(tmp_path, members, skipped):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (members | {"v1.0_b.webp": b"", "v1.0_b.caption": b"good"}).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    pairs = webdataset(shards=str(tmp_path))
+    assert list(pairs.ids) == ["0/v1.0_b"]
+    assert list(pairs.captions) == ["good"]
+    assert pairs.records.skipped == skipped
+    assert pairs.skipped == sum(skipped.values())

@@ -275,6 +275,36 @@ def test_a_file_of_classes_gives_their_order_and_names(tmp_path):
     assert list(zip(data.ids, data.labels, strict=True)) == [("n01/1.png#0", 1), ("n02/1.png#0", 0)]
 
 
+def test_a_file_of_classes_that_is_not_utf_8_is_refused_with_its_line(tmp_path):
+    picture(tmp_path / "val/n01/1.png")
+    (tmp_path / "classes.txt").write_bytes(b"n01 fox\nn02 caf\xe9\n")
+    with pytest.raises(ValueError, match=r"classes.txt line 2 must be UTF-8 text, got the byte 0xe9"):
+        image_folder(path=str(tmp_path / "val"), classes_from=str(tmp_path / "classes.txt"))
+
+
+def test_a_link_to_a_folder_above_is_not_followed_round_and_round(tmp_path):
+    picture(tmp_path / "cat/a.png")
+    (tmp_path / "cat/again").symlink_to(tmp_path / "cat")
+    data = image_folder(path=str(tmp_path))
+    assert list(data.ids) == ["cat/a.png#0"]
+    assert data.records.total == 1
+
+
+def test_a_question_with_two_answers_or_an_answer_that_is_not_text_is_refused(tmp_path):
+    files = vqa(tmp_path, "train2014", TRAIN)
+    content = json.loads(Path(files["annotations"]).read_text())
+    content["annotations"].append(content["annotations"][0] | {"multiple_choice_answer": "other"})
+    Path(files["annotations"]).write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"annotations\[6\] must answer a question of its own, got question_id 5 again"
+    ):
+        vqa_v2(**files)
+    content["annotations"][6] = {"question_id": 77, "multiple_choice_answer": 3}
+    Path(files["annotations"]).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"annotations\[6\] must have multiple_choice_answer, a string, got '3'"):
+        vqa_v2(**files)
+
+
 def test_a_folder_that_is_missing_or_empty_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder and no file of classes .*none"):
         image_folder(path=str(tmp_path / "none"))
@@ -353,7 +383,7 @@ def test_snli_ve_names_the_line_that_is_not_one(tmp_path):
     files = entailment(tmp_path, ["neutral"])
     with open(files["path"], "a") as file:
         file.write('{"gold_label": "maybe", "Flickr30K_ID": "100", "sentence2": "x"}\n')
-    with pytest.raises(ValueError, match=r"snli_ve_dev.jsonl, line 2: .*\(entailment, neutral, contradiction or -\)"):
+    with pytest.raises(ValueError, match=r"snli_ve_dev.jsonl line 2 .*\(entailment, neutral, contradiction or -\)"):
         snli_ve(**files)
     with pytest.raises(FileNotFoundError, match="snli_ve: there is no file"):
         snli_ve(path=str(tmp_path / "none"), images=files["images"])

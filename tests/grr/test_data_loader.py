@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +24,7 @@ from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_s
 from grr.data.order import epoch_order
 from grr.images import BadImage
 from grr.packing import IGNORE, pack_captions
+from grr.step import seed_dropout
 
 
 @dataclass
@@ -192,6 +194,14 @@ def test_each_bad_sample_is_logged_and_counted(caplog):
     expected = {f"bad sample {i}.png#{i}, left out: {cause}" for i, cause in causes.items()}
     assert set(logged) == expected
     assert sum(batch.replaced for step in steps for batch in step) == len(logged) >= 3
+
+
+def test_no_control_character_of_a_bad_sample_reaches_the_terminal(caplog):
+    pairs = painted(errors={i: BadImage("not \x1b[2J read") for i in range(18)})
+    with pytest.raises(ValueError, match=r"not \\x1b\[2J read") as stopped:
+        names(training(pairs), 50)
+    assert "not \\x1b[2J read" in caplog.text
+    assert "\x1b" not in caplog.text + str(stopped.value)
 
 
 def test_a_batch_with_few_images_to_spare_still_finds_one():
@@ -387,3 +397,18 @@ next(steps)
     run = subprocess.run([sys.executable, "-c", program], cwd=where, timeout=60, capture_output=True, text=True)
     assert run.returncode == code, run.stderr
     assert run.stderr.splitlines()[-1:] == (["RuntimeError: enough"] if code == 1 else [])
+
+
+@pytest.mark.parametrize(("world", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
+def test_a_sample_has_the_dropout_keys_of_its_place_in_the_global_batch(monkeypatch, world, micro_batch_size):
+    def keys(rank: int, world: int, size: int) -> dict[str, int]:
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        (step,) = islice(training(painted(), rank, world, micro_batch_size=size), 1)
+        return {name: key for i, batch in enumerate(step)
+                for name, key in zip(batch.names, seed_dropout(batch, 3, i).tolist(), strict=True)}  # fmt: skip
+
+    whole = keys(0, 1, 8)
+    assert len(set(whole.values())) == 8
+    parts = [keys(rank, world, micro_batch_size) for rank in range(world)]
+    assert {name: key for part in parts for name, key in part.items()} == whole

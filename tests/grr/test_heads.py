@@ -222,3 +222,15 @@ def test_a_saved_classifier_opens_as_the_same_function(pretrained, tmp_path, nam
 def test_a_model_without_a_head_is_no_classifier(pretrained):
     with pytest.raises(ValueError, match=r"load_classifier: .*model is a model without a head; train one on it with"):
         load_classifier(pretrained)
+
+
+@pytest.mark.parametrize("change", [{"head": "mine"}, {"classes": None}, {"classes": [1, 2]}, {"classes": {"a": "b"}}])
+def test_a_description_of_another_head_or_without_classes_is_refused(pretrained, tmp_path, change):
+    source = find_pretrained(pretrained)
+    with torch.device("meta"):
+        head = HEADS["image_classifier"](build_pretrained(source), len(CLASSES))
+    materialize(head, torch.device("cpu"), seed=1)
+    described = describe_classifier(source.builder, source.arguments, source.crop, "image_classifier", CLASSES)
+    save_model(tmp_path / "model", head, described | change, source.tokenizer)
+    with pytest.raises(ValueError, match=r"load_classifier: .* must name a head, one of image_classifier, "):
+        load_classifier(tmp_path)

@@ -1,5 +1,6 @@
 """The index finds what comparing every image finds, and knows whose embeddings it holds."""
 
+import copy
 import functools
 import json
 import os
@@ -201,7 +202,15 @@ def test_no_index_an_empty_one_and_a_newer_one_are_told_apart(trained, tmp_path,
     lambda folder: (folder / "part_00000.npy").write_bytes((folder / "part_00000.npy").read_bytes()[:300]),
     lambda folder: (folder / "part_00000.json").write_text('["a.jpg"]'),
     lambda folder: (folder / "part_00000.json").write_text("["),
+    lambda folder: (folder / "part_00000.json").write_text("[" * 100_000),
+    lambda folder: (folder / "part_00000.json").write_text(json.dumps([["a.jpg"]] * 12)),
     lambda folder: np.save(folder / "part_00000.npy", np.zeros((12, 64), np.float16)),
+    lambda folder: np.save(folder / "part_00000.npy", np.full((12, 64), np.nan, np.float32)),
+    lambda folder: np.save(folder / "part_00000.npy", np.zeros((12, 64), np.float32)),
+    lambda folder: np.save(folder / "part_00000.npy", np.full((12, 64), 1e30, np.float32)),
+    lambda folder: np.save(folder / "part_00000.npy", np.array([None] * 12), allow_pickle=True),
+    lambda folder: np.savez((folder / "part_00000.npy").open("wb"), np.zeros((12, 64), np.float32)),
+    lambda folder: ((folder / "part_00000.npy").unlink(), os.mkfifo(folder / "part_00000.npy")),
 ])  # fmt: skip
 def test_a_damaged_part_is_named_with_what_to_do(trained, pictures, tmp_path, colour_run, damage):
     embed_files(trained, pictures, tmp_path / "index", colour_run)
@@ -210,6 +219,40 @@ def test_a_damaged_part_is_named_with_what_to_do(trained, pictures, tmp_path, co
         open_index(tmp_path / "index")
     (tmp_path / "index/part_00000.json").unlink()
     assert embed_files(trained, pictures, tmp_path / "index", colour_run).done == 12
+
+
+def test_parts_of_different_widths_are_refused(trained, pictures, tmp_path, colour_run, monkeypatch):
+    monkeypatch.setattr(index, "PART", 6)
+    embed_files(trained, pictures, tmp_path / "index", colour_run)
+    np.save(tmp_path / "index/part_00001.npy", np.eye(5, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"embeddings of one width, got \d+ and 5 in .*part_00001.npy; delete part_00"):
+        open_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 1, "model": 3, "model_path": []}', "[" * 100_000])
+def test_a_description_of_another_shape_is_refused(trained, pictures, tmp_path, colour_run, content):
+    embed_files(trained, pictures, tmp_path / "index", colour_run)
+    (tmp_path / "index/index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index.json does not describe an index"):
+        open_index(tmp_path / "index", trained)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(trained, pictures, tmp_path, colour_run):
+    embed_files(trained, pictures, tmp_path / "index", colour_run)
+    kept = {file.name for file in (tmp_path / "index").iterdir()}
+    for name in ("part_00007.json.tmp", "left_out.json.tmp", "part_00007.npy"):
+        (tmp_path / "index" / name).write_bytes(b"half")
+    embed_files(trained, pictures, tmp_path / "index", colour_run)
+    assert {file.name for file in (tmp_path / "index").iterdir()} == kept
+
+
+def test_a_model_whose_embeddings_are_not_finite_writes_no_index(trained, pictures, tmp_path, colour_run):
+    ruined = copy.deepcopy(trained.model)
+    with torch.no_grad():
+        ruined.contrastive_pooler.queries.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"embed_images: .* must be finite, got NaN .* for '.*black0.png'"):
+        embed_files(trained._replace(model=ruined), pictures, tmp_path / "index", colour_run)
+    assert list((tmp_path / "index").glob("part_*")) == []
 
 
 def test_two_processes_do_not_write_one_index(trained, pictures, tmp_path, colour_run, monkeypatch):

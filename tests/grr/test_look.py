@@ -17,25 +17,29 @@ from grr.data.look import (
     Data,
     Finding,
     amounts,
-    lengths,
+    counted,
+    epoch,
+    false_negatives,
     pictures,
     shared,
     some,
     texts,
+    tokens,
     without_captions,
 )
-from grr.data.pairs import image_files
+from grr.data.order import epoch_order
+from grr.data.pairs import Pairs, Row, Texts, image_files
 from grr.packing import IGNORE
 from grr.tokenizer import load_tokenizer, train_tokenizer
 
 ROWS = st.lists(
-    st.tuples(st.sampled_from(["a.png", "b.png", "c.png", "d.png"]), st.sampled_from(["", "fox", "owl", "key"])),
+    st.tuples(st.sampled_from(["a.png", "b.png", "c.png", "d.png"]), st.sampled_from(["fox", "owl", "key"])),
     min_size=1, max_size=12,
 )  # fmt: skip
 
 
 def data(rows, name="data", root="photos") -> Data:
-    return Data(name, image_files(Path(root), rows))
+    return Data(name, image_files(Path(root), [Row(image, caption, "a table") for image, caption in rows]))
 
 
 def number(findings, what: str) -> int:
@@ -47,13 +51,62 @@ def number(findings, what: str) -> int:
 @given(rows=ROWS)
 def test_counts_are_those_of_plain_counting(rows):
     findings = [*amounts(data(rows)), *texts(data(rows))]
-    images_of = {caption: {image for image, c in rows if c == caption} for _, caption in rows if caption}
+    images_of = {caption: {image for image, c in rows if c == caption} for _, caption in rows}
     assert number(findings, "pairs") == len(rows)
     assert f"of {len({image for image, _ in rows})} images" in findings[0].said
-    assert number(findings, "empty") == sum(caption == "" for _, caption in rows)
     assert number(findings, "duplicates") == len(rows) - len(set(rows))
     assert number(findings, "alike") == sum(len(images) > 1 for images in images_of.values())
-    assert [finding.what for finding in findings if finding.wrong] == ["empty"] * any(c == "" for _, c in rows)
+    assert not any(finding.wrong for finding in findings)
+
+
+class Own(Pairs):
+    """Pairs of a data set that somebody wrote: nothing looked at the captions before."""
+
+    def __init__(self, captions: list[str], image_of: list[int]) -> None:
+        super().__init__(Texts.of(f"{i}.png" for i in range(len(captions))), Texts.of(captions), np.array(image_of))
+
+    def load(self, i: int, *, size: int, crop: str):
+        raise NotImplementedError
+
+
+@given(captions=st.lists(st.sampled_from(["", "fox", "owl"]), min_size=1))
+def test_empty_captions_of_pairs_without_records_are_counted(captions):
+    own = Data("data", Own(captions, list(range(len(captions)))))
+    assert list(counted(own, every=True)) == []
+    findings = list(texts(own))
+    assert number(findings, "empty") == captions.count("")
+    assert [finding.what for finding in findings if finding.wrong] == ["empty"] * ("" in captions)
+
+
+def test_what_was_skipped_is_counted_and_named():
+    rows = [Row("a.png", "x", "t line 2"), Row("", "y", "t line 3"), Row("b.png", " ", "t line 4"),
+            Row("b.png", ["x", "", ""], "t line 5")]  # fmt: skip
+    findings = list(counted(Data("data", image_files(Path("photos"), rows)), every=False))
+    assert findings == [
+        Finding("records", "6 in the files = 2 read + 4 skipped"),
+        Finding("skipped", "1 of 6 records: names no image", wrong=True, shown=["t line 3"]),
+        Finding("skipped", "3 of 6 records: empty caption", wrong=True, shown=["t line 4", "t line 5", "t line 5"]),
+    ]
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=9), batch_size=st.integers(2, 4), seed=st.integers(0, 9))
+def test_what_an_epoch_leaves_out_and_who_meets_its_own_caption_is_what_its_batches_show(sizes, batch_size, seed):
+    batch_size = min(batch_size, len(sizes))
+    image_of = [j for j, size in enumerate(sizes) for _ in range(size)]
+    captions = ["fox" if i % 3 else f"owl {i}" for i in range(len(image_of))]
+    own = Data("data", Own(captions, image_of))
+    batches = epoch_order(np.array(image_of), seed=seed, epoch=0, batch_size=batch_size)
+    finding = epoch(own, batch_size)
+    assert finding.said.startswith(f"uses {batches.size:,} of {len(image_of):,} pairs ")
+    assert f"{len(image_of) - batches.size:,} are left out" in finding.said
+    assert finding.wrong == (len(image_of) - batches.size > len(image_of) / 4)
+    assert len(finding.shown) == min(3, sum(size > len(batches) for size in sizes))
+    met = [sum(captions[j] == captions[i] for j in batch) > 1 for batch in batches for i in batch]
+    found = false_negatives(own, batch_size, seed)
+    assert (found is None) == (not any(met))
+    if found is not None:
+        assert found.said.startswith(f"{np.mean(met):.1%} of the pairs meet another image with their caption")
+        assert found.wrong == (np.mean(met) > 0.1)
 
 
 @given(ours=ROWS, theirs=ROWS, elsewhere=st.booleans())
@@ -75,7 +128,7 @@ def test_images_of_equal_pixels_in_both_parts_are_a_fault():
 
 
 def test_of_labelled_pairs_the_classes_are_told_and_questions_may_repeat():
-    pairs = image_files(Path("photos"), [("a.png", "what"), ("b.png", "what"), ("c.png", "what")])
+    pairs = data([("a.png", "what"), ("b.png", "what"), ("c.png", "what")]).pairs
     labelled = Data("data", Labelled(pairs, ["fox", "owl"], np.array([0, 0, IGNORE])))
     said = {finding.what: finding for finding in (*amounts(labelled), *texts(labelled))}
     assert said["classes"].said == "2, of 0 to 2 pairs; 1 of 3 pairs in none"
@@ -90,7 +143,9 @@ def test_tokens_are_those_of_sentencepiece_and_what_is_longer_than_the_room_is_c
     plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "own.model"))
     counts = [len(plain.encode(caption.strip())) for caption in captions]
     wide = load_tokenizer(tmp_path / "own.model", context=64)
-    said = lengths(data([(f"{i}.png", c) for i, c in enumerate(captions)]), wide, context, every=True).said
+    said, _ = (
+        f.said for f in tokens(data([(f"{i}.png", c) for i, c in enumerate(captions)]), wide, context, every=True)
+    )
     cut = sum(n > context - 3 for n in counts)
     assert said.startswith(f"{min(counts)} to {max(counts)} tokens, half of them at most {sorted(counts)[2]}; ")
     assert f"{cut} ({cut / 5:.1%}) are cut to {context - 3}" in said
@@ -99,8 +154,27 @@ def test_tokens_are_those_of_sentencepiece_and_what_is_longer_than_the_room_is_c
 def test_longer_than_can_be_counted_is_said_so_and_none_cut_too(tmp_path):
     train_tokenizer(["a fox and an owl"], tmp_path / "own.model", vocab_size=40)
     wide = load_tokenizer(tmp_path / "own.model", context=16)
-    assert "to 13 or more tokens" in lengths(data([("a.png", "fox " * 99)]), wide, 4, every=True).said
-    assert "none is cut, there is room for 13" in lengths(data([("a.png", "fox")]), wide, 16, every=True).said
+    assert "to 13 or more tokens" in next(tokens(data([("a.png", "fox " * 99)]), wide, 4, every=True)).said
+    assert "none is cut, there is room for 13" in next(tokens(data([("a.png", "fox")]), wide, 16, every=True)).said
+
+
+@given(captions=st.lists(st.text(st.sampled_from("abx狐 "), min_size=1, max_size=6).filter(str.strip), min_size=1))
+def test_unknown_tokens_are_counted_and_captions_that_become_alike(of_letters, captions):
+    finding = list(tokens(data([(f"{i}.png", c) for i, c in enumerate(captions)]), of_letters, 32, every=True))[1]
+    captions = [" ".join(c.split()) for c in captions]
+    plain = [of_letters.encode(c)[1:] for c in captions]
+    plain = [ids[: ids.index(of_letters.eos_id)] for ids in plain]
+    unknown, total = sum(ids.count(of_letters.unk_id) for ids in plain), sum(map(len, plain))
+    texts, read = len(set(captions)), len({tuple(ids) for ids in plain})
+    assert finding.said.startswith(f"{unknown:,} of {total:,} tokens (" if unknown else f"none of {total:,} tokens is")
+    assert (f"{texts} different captions become {read}" in finding.said) == (read < texts)
+    assert finding.wrong == (unknown > total / 20 or texts - read > texts / 100)
+
+
+@pytest.fixture(scope="module")
+def of_letters(tmp_path_factory):
+    """A vocabulary of a, b and c: anything else is unknown."""
+    return train_tokenizer(["a b c"] * 9, tmp_path_factory.mktemp("words") / "own.model", vocab_size=20, context=32)
 
 
 @pytest.fixture
@@ -126,11 +200,11 @@ def test_images_are_read_as_a_run_reads_them_and_each_bad_one_is_named(photos):
 
 
 def test_image_files_without_a_caption_in_any_split_are_named(photos):
-    ours, theirs = (image_files(photos, [(n, "x") for n in names]) for names in (["0.png", "1.png"], ["2.png"]))
+    ours, theirs = (data([(n, "x") for n in names], root=photos).pairs for names in (["0.png", "1.png"], ["2.png"]))
     (finding,) = without_captions(ours, [theirs])
     assert number([finding], "no caption") == 12 - 3
     assert "of 12 image files" in finding.said
-    everything = image_files(photos, [(p.name, "x") for p in photos.glob("*.png")])
+    everything = data([(p.name, "x") for p in photos.glob("*.png")], root=photos).pairs
     assert list(without_captions(everything, [])) == []
 
 

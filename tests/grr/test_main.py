@@ -199,3 +199,23 @@ def test_grr_run_exits_as_its_processes_do(body, status, said, tmp_path):
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert "ChildFailedError" not in done.stderr
+
+
+def test_neither_a_log_nor_a_mistake_prints_control_characters(tmp_path):
+    body = """import logging
+logging.basicConfig(format="%(message)s")
+logging.warning("bad sample %s", "a\\x1b[2J\\u202e.jpg")
+raise ValueError("data: captions.csv names \\x1b]0;title\\x07.jpg")"""
+    done = program(tmp_path, body)
+    assert done.returncode == 1
+    printed = "bad sample a\\x1b[2J\\u202e.jpg\nrecipe: data: captions.csv names \\x1b]0;title\\x07.jpg\n"
+    assert done.stderr == printed
+
+
+def test_a_mistake_is_the_last_line_where_progress_is_shown(tmp_path):
+    body = """from tqdm import tqdm
+with tqdm(total=3) as bar:
+    bar.update()
+    raise ValueError("data: nothing is there")"""
+    done = program(tmp_path, body)
+    assert done.stderr.splitlines()[-1] == "recipe: data: nothing is there"

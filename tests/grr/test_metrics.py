@@ -168,7 +168,10 @@ def test_the_numbers_and_words_of_the_official_pipeline_on_500_images(shared_dat
 @pytest.mark.parametrize(
     ("caption", "words"),
     [
-        ("Solid lesion with thick wall. In the region (arrow)", "solid lesion with thick wall in the region ( arrow )"),
+        (
+            "Solid lesion with thick wall. In the region (arrow)",
+            "solid lesion with thick wall in the region -lrb- arrow -rrb-",
+        ),
         ("view of St. Louis with Mr. Smith vs. the team", "view of st. louis with mr. smith vs. the team"),
         ("A crowd in Washington D.C.", "a crowd in washington d.c."),
         ("it is 5 p.m. in the U.S. today", "it is 5 p.m. in the u.s. today"),
@@ -177,6 +180,17 @@ def test_the_numbers_and_words_of_the_official_pipeline_on_500_images(shared_dat
         ("A sign says “don’t stop”.", "a sign says do n't stop"),
         ("they can't, the dogs' bones; it's John's", "they ca n't the dogs bones it 's john 's"),
         ("8:25, $5 & 12,000 half-pipes -- 50% # 7", "8:25 $ 5 & 12,000 half-pipes 50 % # 7"),
+        ("a <unk> dog, <UNK>.", "a <unk> dog <unk>"),
+        ("un<unk>ed <unk><unk> <s>a</s> <unk>'s", "un <unk> ed <unk> <unk> <s> a </s> <unk> 's"),
+        ("a < b > c <3 <|endoftext|> <a b>", "a < b > c < 3 < | endoftext | > <a b>"),
+        ("a dog! a dog!!! what?! (!) ??", "a dog a dog !!! what ?! -lrb- -rrb- ??"),
+        ("wow !! ! ? dog.!!", "wow !! dog !!"),
+        ("[a] {b} ( c )", "-lsb- a -rsb- -lcb- b -rcb- -lrb- c -rrb-"),
+        ("dog.... ..a 'quoted' `it` \"so\"", "dog a quoted it so"),
+        ("fig. 3 and no. 5, no. the sun. jan. 1st", "fig. 3 and no. 5 no the sun jan. 1st"),
+        ("AT&T's R&B & me@here.com #tag @user", "at&t 's r&b & me@here.com #tag @user"),
+        ("a -b- c a=b 5~6 5° ½ cup €5", "a b c a = b 5 ~ 6 5 ° 1/2 cup $ 5"),
+        ("well- 8:25am wouldn't've &amp; 😀 dog", "well 8:25 am would n't 've & dog"),
     ],
 )
 def test_words_are_those_of_stanford_s_tokenizer(caption, words):

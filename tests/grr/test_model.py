@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
+from grr.loss import contrastive_loss
 from grr.model import CoCa, VisionTransformer
 from grr.packing import IGNORE, pack, pack_captions
 from grr.parallelize import parallelize
@@ -49,6 +50,37 @@ def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, ca
     torch.testing.assert_close(packed.text_embeddings, padded.text_embeddings)
     torch.testing.assert_close(packed.image_embeddings, padded.image_embeddings)
     torch.testing.assert_close(packed.token_losses.mean(), expected)
+
+
+def test_each_row_of_a_batch_is_computed_alone(model):
+    ids, images = rows([[7, 8], [9], [10, 11, 12]])[:, :-1], some_images(3)
+    whole = model(images, ids)
+    for i in range(3):
+        alone = model(images[i : i + 1], ids[i : i + 1])
+        torch.testing.assert_close(whole.image_embeddings[i], alone.image_embeddings[0])
+        torch.testing.assert_close(whole.text_embeddings[i], alone.text_embeddings[0])
+        torch.testing.assert_close(whole.logits[i], alone.logits[0])
+        torch.testing.assert_close(whole.image_embeddings[i], model.encode_image(images[i : i + 1])[0])
+
+
+def test_each_loss_teaches_the_parts_that_it_reads():
+    """The contrastive pooler reads what the generative one gives; captions are learned through both."""
+    torch.manual_seed(0)
+    model = grr_coca_tiny()
+    ids, positions, labels = pack_captions([layout([7, 8]), layout([9])])
+    images = torch.rand(2, 3, 32, 32)
+
+    def taught(loss: torch.Tensor) -> set[str]:
+        model.zero_grad()
+        loss.backward()
+        return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    output = model(images, ids, positions=positions, labels=labels)
+    read_by_both = {"vision_encoder", "generative_pooler", "text_decoder"}
+    assert taught(output.token_losses.mean()) == read_by_both | {"multimodal_decoder"}
+    output = model(images, ids, positions=positions, labels=labels)
+    contrast = contrastive_loss(output.image_embeddings, output.text_embeddings)
+    assert taught(contrast) == read_by_both | {"contrastive_pooler"}
 
 
 @given(captions=captions, column=st.integers(1, CONTEXT - 2), token=st.integers(3, 509))

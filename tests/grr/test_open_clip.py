@@ -5,6 +5,7 @@ pip install open_clip_torch==3.3.0 transformers==4.56.2    # beside a torchvisio
 
 import copy
 import inspect
+import os
 from collections import OrderedDict
 
 import pytest
@@ -500,7 +501,22 @@ class Harmful:
     [
         (lambda file: torch.save({"state_dict": Harmful()}, file), "or holds more than weights, which is not run"),
         (lambda file: file.write_bytes(b"\x80\x02garbage"), "is damaged, or holds more than weights, which is not run"),
-        (lambda file: file.write_bytes(b""), "is damaged, or holds more than weights, which is not run"),
+        (lambda file: file.write_bytes(b""), "cannot be read: it is empty; download or copy it again"),
+        (
+            lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4\nsize 9\n"),
+            "it is a Git LFS pointer of 63 bytes, not the weights; run `git lfs pull`",
+        ),
+        (lambda file: file.write_bytes(b"\n<!DOCTYPE html><html>Sign in</html>"), "it is a web page, not the weights"),
+        (lambda file: save_file({"a": torch.ones(9)}, file), "it is a safetensors file; name it .safetensors"),
+        (
+            lambda file: (torch.save({"a": torch.ones(9999)}, file), os.truncate(file, 9999)),
+            "it is truncated, at 9,999 bytes",
+        ),
+        (lambda file: torch.save({"state_dict": {3: torch.ones(2)}}, file), "holds no weights by name"),
+        (
+            lambda file: torch.save({"module.visual.proj": torch.ones(2), "visual.proj": torch.ones(2)}, file),
+            "has two weights for visual.proj: module.visual.proj and visual.proj",
+        ),
         (lambda file: torch.save([torch.ones(2)], file), "holds no weights by name; give a checkpoint of open_clip"),
         (lambda file: torch.save({"epoch": 3}, file), "holds no weights by name; give a checkpoint of open_clip"),
         (lambda file: None, "read_open_clip: there is no file .*weights.pt; open_clip's CoCas are"),
@@ -513,10 +529,35 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, capsys, content,
     assert not capsys.readouterr().out
 
 
-def test_damaged_safetensors_are_refused(tmp_path):
-    (tmp_path / "weights.safetensors").write_bytes(b"garbage" * 9)
-    with pytest.raises(ValueError, match=r"read_open_clip: .*weights.safetensors is damaged"):
+@pytest.mark.parametrize(("content", "message"), [
+    (lambda file: file.write_bytes(b"garbage" * 9), "it is truncated or damaged, at 63 bytes"),
+    (lambda file: (save_file({"a": torch.ones(99)}, file), os.truncate(file, 40)),
+     r"it is truncated: its header has \d+ bytes and the file 40"),
+    (lambda file: (save_file({"a": torch.ones(99)}, file), os.truncate(file, 200)), "it is truncated or damaged, at"),
+    (lambda file: torch.save({"a": torch.ones(2)}, file), "it was written by torch.save; name it .pt"),
+    (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "it is a Git LFS pointer of 43"),
+])  # fmt: skip
+def test_damaged_safetensors_are_refused_with_the_likely_cause(tmp_path, content, message):
+    content(tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=rf"read_open_clip: .*weights.safetensors cannot be read: {message}"):
         read_open_clip(tmp_path / "weights.safetensors")
+
+
+@given(prefix=st.lists(st.sampled_from(["module", "_orig_mod", "model", "state_dict", "coca", "_fsdp_wrapped_module"]),
+                       max_size=4),
+       inside=st.booleans(), keys=st.lists(st.sampled_from(["state_dict", "model", "module"]), max_size=3))  # fmt: skip
+def test_any_chain_of_prefixes_and_containers_is_taken_off(tmp_path_factory, prefix, inside, keys):
+    weights = {"visual.conv1.weight": torch.ones(2), "text_decoder.cross_attn.0.ln_1.weight": torch.ones(3),
+               "text.cls_emb": torch.ones(4), "logit_scale": torch.ones(())}  # fmt: skip
+    named = {".".join([*prefix, name.replace("visual.", "visual._orig_mod." if inside else "visual.")]): value
+             for name, value in weights.items()}  # fmt: skip
+    for key in keys:
+        named = {key: named, "epoch": 3, "optimizer": {"state": {}}}
+    file = tmp_path_factory.mktemp("prefixes") / "weights.pt"
+    torch.save(named, file)
+    read = read_open_clip(file)
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], value) for name, value in weights.items())
 
 
 def test_weights_that_do_not_fit_are_named(model):
@@ -524,23 +565,38 @@ def test_weights_that_do_not_fit_are_named(model):
     del weights["text.cls_emb"]
     weights |= {"visual.head.weight": torch.ones(2), "text.ln_final.bias": torch.ones(7),
                 "visual.attn_pool.attn.v_proj_weight": torch.ones(32, 40), "text.attn_mask": torch.ones(2)}  # fmt: skip
-    with pytest.raises(ValueError, match="convert_open_clip: the checkpoint does not fit the model:") as refused:
+    with pytest.raises(ValueError, match="does not fit the model: some weights are missing, unknown or of") as refused:
         convert_open_clip(weights, model)
     lines = str(refused.value).splitlines()
-    assert lines[1:-1] == [
+    assert lines[1:] == [
         "  text.cls_emb: not in the checkpoint",
         "  visual.head.weight: not in the model",
         "  visual.attn_pool.attn.k_proj_weight [32, 48] + visual.attn_pool.attn.v_proj_weight [32, 40]: do not become "
         "generative_pooler.0.attention.kv.weight [64, 48]",
         "  text.ln_final.bias [7]: do not become text_projection.0.bias [32]",
     ]
-    assert "open_clip_coca_vit_l_14" in lines[-1]
 
 
-def test_weights_of_another_model_are_refused_in_a_short_message(model):
-    with pytest.raises(ValueError, match=r"and 1[0-9][0-9] more\ngive the checkpoint of a CoCa") as refused:
-        convert_open_clip({"a": torch.ones(1)}, model)
-    assert len(str(refused.value).splitlines()) == 23
+@pytest.mark.parametrize(("weights", "cause"), [
+    ({"a": torch.ones(1)}, "none of its 1 names, a ..., is of open_clip's CoCa: it is a model of another architecture"),
+    ({"visual.proj": torch.ones(1)}, "it has no text_decoder, which writes captions: it is a CLIP"),
+    ({"text_decoder.ln_final.bias": torch.ones(1), "visual.conv1.weight": torch.ones(1024, 3, 14, 14)},
+     r"it is of another size, with patches \[1024, 3, 14, 14\] where .*; set model.name=open_clip_coca_vit_l_14"),
+])  # fmt: skip
+def test_weights_of_another_model_are_refused_with_the_likely_cause(model, weights, cause):
+    with pytest.raises(ValueError, match=f"does not fit the model: {cause}") as refused:
+        convert_open_clip(weights, model)
+    assert len(str(refused.value).splitlines()) == 7  # five names, and how many more
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_not_converted(model, value):
+    weights = dict(randomised(Reference(**CONFIGS["tiny"])).state_dict())
+    weights["text.ln_final.bias"] = weights["text.ln_final.bias"].clone()
+    weights["text.ln_final.bias"][2] = value
+    with pytest.raises(ValueError, match=r"convert_open_clip: every weight must be a finite number, .* in 1 of \d+ "
+                                         r"tensors of the checkpoint: text.ln_final.bias; "):  # fmt: skip
+        convert_open_clip(weights, model)
 
 
 def test_an_image_that_patches_do_not_fill_is_refused():

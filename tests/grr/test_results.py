@@ -3,15 +3,18 @@
 import functools
 import json
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import results
+from grr import commands, results
 from grr.checkpoint import RunLock
-from grr.results import Outcome, Row, printable, read_results, told, write_results
+from grr.printable import printable, printable_lines
+from grr.results import Outcome, Row, read_results, told, write_results
+from grr.table import aligned
 
 NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]
 MADE = {"model": "m", "generation": {"beams": 2}}
@@ -135,3 +138,29 @@ def test_what_is_told_fits_a_terminal():
     )
     assert told(Outcome(3, 0, {}), what="captioned") == "3 images captioned"
     assert all("\n" not in printable(name) and printable(name).encode() for name in NAMES)
+
+
+def test_a_caption_and_the_name_of_its_file_are_printed_without_control_characters(capsys):
+    rows = [{"file": "a\x1b[2J.jpg", "caption": "a \x07 fox"}, {"file": "b\n.jpg", "error": "no \x1b]0;title\x07"}]
+    assert commands._told([rows], lambda row: row["caption"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "'a\\x1b[2J.jpg': 'a \\x07 fox'\n"
+    assert captured.err == "'b\\n.jpg' could not be read: 'no \\x1b]0;title\\x07'\n"
+
+
+def test_a_table_is_printed_without_control_characters():
+    assert aligned([["name", "R@1"], ["a\x1b[2J", "98.2\u202f%"]]).splitlines()[2] == "'a\\x1b[2J'  98.2\u202f%"
+
+
+@given(text=st.text(st.characters() | st.sampled_from("\x1b\x07\r\n\t\x9b\u202e\u2066\ud800\u3000é"), max_size=30))
+def test_no_control_character_reaches_a_terminal(text):
+    for shown in (printable(text), printable_lines(text)):
+        assert shown.encode() or not text
+        assert not [c for c in shown if unicodedata.category(c)[0] == "C" and c != "\n"]
+    assert "\n" not in printable(text)
+    assert printable_lines(text).count("\n") == text.count("\n")
+
+
+@pytest.mark.parametrize("text", ["a b.jpg", "日本\u3000語.jpg", "98.2\u202f%", "naïve café", "دليل.jpg", "😀.png"])
+def test_a_text_that_a_terminal_can_show_stays_as_it_is(text):
+    assert printable(text) == printable_lines(text) == text

@@ -1,0 +1,167 @@
+"""Members of an uncompressed tar file, however odd: each is yielded, and none stops the reading.
+
+The tarfile module ends without a word at a header that it cannot read, and recurses into long headers.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+BLOCK = tarfile.BLOCKSIZE
+MAX_HEADER = 2**16  # bytes of a long name, or of the extended header of a member
+SEARCHED = 2**20  # bytes at a time when a header is looked for
+FOLDER = "a folder"
+ODD = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.DIRTYPE: FOLDER,
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+LONG_NAME, LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+
+
+class Member(NamedTuple):
+    """A member of a tar file. fault: why its content cannot be used; empty for a regular file."""
+
+    name: str
+    offset: int  # of its content, bytes
+    size: int
+    fault: str
+
+
+class Damage(NamedTuple):
+    """A part of a tar file that holds no member."""
+
+    offset: int
+    reason: str
+
+
+def read_members(file: BinaryIO) -> Iterator[Member | Damage]:
+    """Yield the members of a tar file in their order, and what is damaged between them or at the end.
+
+    Behind a damage the next header that has a valid checksum is searched for. A member that would reach beyond the end
+    of the file, or whose size is negative, has a fault if others follow it, and is the end of a file that was cut off
+    if not. Reads headers only: content is skipped.
+    """
+    end = os.fstat(file.fileno()).st_size
+    if end == 0:
+        yield Damage(0, "the file is empty")
+    offset, about = 0, About()
+    while offset < end:
+        header, reason = _header(file, offset)
+        if header is None and not reason:  # zeros: the end, unless another archive was appended
+            offset = _next_header(file, offset + BLOCK, end)
+            continue
+        content = None if header is None else _content(file, offset, header, about)
+        if header is None or content is None or content[0] + content[1] > end:
+            found = _next_header(file, offset + BLOCK, end)
+            if header is not None and found < end:
+                yield Member(about.name or header.name, 0, 0, "its size cannot be true")
+            else:
+                yield Damage(offset, reason or "it was cut off within a member")
+            offset, about = found, About()
+            continue
+        start, size = content
+        if header.type in (LONG_NAME, LONG_LINK, tarfile.XGLTYPE, *EXTENDED):
+            about.read(file, header.type, start, size)
+        else:
+            yield Member(about.name or header.name, start, size, about.fault or _fault(header))
+            about = About()
+        offset = start + -(-size // BLOCK) * BLOCK
+
+
+class About:
+    """What headers of their own say about the member that follows them."""
+
+    def __init__(self) -> None:
+        self.name = self.size = self.fault = ""
+
+    def read(self, file: BinaryIO, kind: bytes, start: int, size: int) -> None:
+        """Read the content of such a header."""
+        if kind in (LONG_LINK, tarfile.XGLTYPE):
+            return
+        if size > MAX_HEADER:
+            self.fault = f"its long header has more than {MAX_HEADER:,} bytes"
+        elif kind == LONG_NAME:
+            self.name = _text(_read(file, start, size).rstrip(b"\0"))
+        else:
+            records = _extended(_read(file, start, size))
+            self.name = records.get("path", self.name)
+            self.size = records.get("size", "")
+            if any(key.startswith("GNU.sparse") for key in records):
+                self.fault = ODD[tarfile.GNUTYPE_SPARSE]
+
+
+def _header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo | None, str]:
+    """The header at a place; without one, why, or nothing for a block of zeros."""
+    block = _read(file, offset, BLOCK)
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), ""
+    except tarfile.HeaderError as error:
+        return None, "" if not block.strip(b"\0") and len(block) == BLOCK else f"no header of a member ({error})"
+    except (ValueError, OverflowError) as error:
+        return None, f"no header of a member ({error})"
+
+
+def _content(file: BinaryIO, offset: int, header: tarfile.TarInfo, about: About) -> tuple[int, int] | None:
+    """Where the content of a member starts, and its bytes; None if these are negative."""
+    start, size = offset + BLOCK, header.size
+    if header.type in REGULAR and about.size:
+        size = int(about.size) if about.size.isdecimal() and len(about.size) < 20 else -1
+    elif header.type == tarfile.GNUTYPE_SPARSE:  # a map of further blocks
+        more = _read(file, offset, BLOCK)[482:483].strip(b"\0")
+        while more:
+            more = _read(file, start, BLOCK)[504:505].strip(b"\0")
+            start += BLOCK
+    elif header.type in ODD:  # links, folders and devices have none
+        size = 0
+    return None if size < 0 else (start, size)
+
+
+def _fault(header: tarfile.TarInfo) -> str:
+    return "" if header.type in REGULAR else ODD.get(header.type, "of an unknown type")
+
+
+def _extended(content: bytes) -> dict[str, str]:
+    """The records of an extended header (pax): "length key=value" and a line feed each; what is damaged is left out."""
+    records = {}
+    while content:
+        length = content.partition(b" ")[0]
+        if not (length.isdigit() and len(length) < 9 and len(length) < int(length) <= len(content)):
+            break
+        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[_text(key)] = _text(value)
+        content = content[int(length) :]
+    return records
+
+
+def _next_header(file: BinaryIO, offset: int, end: int) -> int:
+    """The place of the next header with a valid checksum; the file's end if there is none."""
+    while offset < end:
+        part = _read(file, offset, SEARCHED)
+        for start in range(0, len(part), BLOCK):
+            block = part[start : start + BLOCK]
+            if block[257:262] != b"ustar":  # quick, and every writer of today has it there
+                continue
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError, OverflowError):
+                continue
+            return offset + start
+        offset += max(len(part), BLOCK)
+    return end
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")

@@ -1,0 +1,147 @@
+"""What a run takes is scaled from a step that was taken, and nothing that goes wrong there stops a check."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr.builders import grr_coca
+from grr.cost import Measured, Planned, _memory, _time, free_memory, run_cost
+from grr.data import Pairs
+from grr.data.pairs import Texts
+from grr.images import BadImage
+from grr.tokenizer import train_tokenizer
+
+SIZES = {"image_size": 16, "patch_size": 8, "dim": 32, "num_heads": 2, "vision_layers": 1, "text_layers": 1,
+         "multimodal_layers": 1}  # fmt: skip
+
+
+class Grey(Pairs):
+    """Twelve images of one grey each, or none that can be read."""
+
+    def __init__(self, *, readable: bool = True) -> None:
+        super().__init__(Texts.of(map(str, range(12))), Texts.of(f"fox {i}" for i in range(12)), np.arange(12))
+        self.readable = readable
+
+    def load(self, i: int, *, size: int, crop: str) -> torch.Tensor:
+        if not self.readable:
+            raise BadImage("torn")
+        return torch.full((3, size, size), 20 * i, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(["fox 0123456789"], tmp_path_factory.mktemp("words") / "t.model", vocab_size=40, context=16)
+
+
+def planned(folder: Path, **changes) -> Planned:
+    plan = {"folder": folder, "batch_size": 8, "micro_batch_size": 4, "processes": 1, "steps": 30, "keep": 2,
+            "replicas": 1, "workers": 2, "optimizer": {"lr": 1e-3}, "loss": {"negatives": "global"}}  # fmt: skip
+    return Planned(**plan | changes)
+
+
+def said(folder: Path, tokenizer, build=None, pairs: Pairs | None = None, **changes):
+    build = build or (lambda: grr_coca(vocab_size=tokenizer.vocab_size, context=16, **SIZES))
+    pairs = pairs or Grey()
+    found = run_cost(planned(folder, **changes), build, pairs, tokenizer, image_size=16, crop="squash")
+    return {finding.what: finding for finding in found}
+
+
+def test_a_step_is_taken_up_to_a_micro_batch_and_nothing_is_left_behind(tmp_path, tokenizer):
+    found = said(tmp_path / "runs/new", tokenizer)
+    assert set(found) == {"disk", "time", "memory"}
+    assert not any(finding.wrong for finding in found.values())
+    assert re.search(r"for 30 steps .* a step of 8 pairs, scaled from one of 4 in ", found["time"].said)
+    assert list(tmp_path.iterdir()) == []
+    assert not dist.is_initialized()
+
+
+def test_weights_gradients_and_moments_are_16_bytes_a_weight_and_12_of_them_are_in_a_checkpoint(tmp_path, tokenizer):
+    model = grr_coca(vocab_size=tokenizer.vocab_size, context=16, **SIZES)
+    n = sum(p.numel() for p in model.parameters())
+    found = said(tmp_path, tokenizer)
+    assert f"{16 * n / 1e6:.1f} MB of weights, gradients and optimizer state" in found["memory"].said
+    assert f"checkpoints of {12 * n / 1e6:.1f} MB" in found["disk"].said
+    assert f"at most {(6 * 12 + 4) * n / 1e6:.1f} MB" in found["disk"].said
+
+
+def test_more_layers_keep_more_activations(tmp_path, tokenizer):
+    def kept(layers: int) -> float:
+        sizes = SIZES | {"vision_layers": layers}
+        found = said(tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context=16, **sizes))
+        return float(re.search(r"([\d.]+) MB of activations", found["memory"].said)[1])
+
+    assert kept(1) < kept(3) < kept(9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pairs": Grey(readable=False)}, "not measured: a step failed (data: no readable sample"),
+        ({"optimizer": {"betas": (2.0, 0.9)}}, "not measured: a step failed (Invalid beta parameter"),
+    ],
+)
+def test_a_step_that_fails_is_a_line(tmp_path, tokenizer, changes, reason):
+    found = said(tmp_path, tokenizer, **changes)
+    assert found["time"].said.startswith(reason)
+    assert not dist.is_initialized()
+
+
+def test_a_model_that_is_too_large_for_this_machine_is_not_built(tmp_path, tokenizer):
+    built = []
+
+    def build() -> torch.nn.Module:
+        built.append(torch.empty(0).device.type)
+        if built[-1] != "meta":
+            raise AssertionError("it was built")
+        return torch.nn.Linear(10**5, free_memory() // 10**5)  # 16 bytes a weight
+
+    found = said(tmp_path, tokenizer, build)
+    assert "not measured: weights, gradients and optimizer state take" in found["time"].said
+    assert found["disk"].wrong == ("lower run.keep" in found["disk"].said)
+    assert built == ["meta"]
+
+
+def test_a_model_that_is_too_slow_for_this_machine_is_not_built(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("grr.cost._flops_a_second", lambda: 1000.0)
+    found = said(tmp_path, tokenizer)
+    assert re.match(r"not measured: a step of 2 pairs may take [\d,]+ s on this machine", found["time"].said)
+
+
+seconds = st.floats(1e-3, 1e3)
+
+
+@given(batch=st.sampled_from([64, 128]), micro=st.sampled_from([16, 64, 128]), processes=st.sampled_from([1, 2]),
+       steps=st.integers(1, 9999), computing=seconds, reading=seconds, updating=seconds,
+       negatives=st.sampled_from(["global", "local"]))  # fmt: skip
+def test_the_minutes_are_those_of_the_slower_of_computing_and_reading(
+    batch, micro, processes, steps, computing, reading, updating, negatives
+):
+    run = planned(Path("x"), batch_size=batch, micro_batch_size=micro, processes=processes, steps=steps,
+                  loss={"negatives": negatives})  # fmt: skip
+    text = _time(run, Measured(16, computing, reading, updating, 0.0)).said
+    share = batch / processes / 16
+    again = share * 16 > micro and negatives == "global"  # embeddings first, then each micro-batch again
+    slow = share * computing * (4 / 3 if again else 1) + updating
+    expected = max(slow, share * reading / 2)
+    assert f"{expected:.2g} s a step of {batch} pairs" in text
+    stated = re.match(r"about (a minute|([\d,]+) (minutes|hours)) for ", text)
+    minutes = expected * steps / 60
+    if stated[2] is None:
+        assert minutes < 1
+    else:
+        number = int(stated[2].replace(",", ""))
+        assert abs(number - minutes / (60 if stated[3] == "hours" else 1)) <= 1
+    assert ("raise loader.workers" in text) == (share * reading / 2 > slow)
+
+
+@given(state=st.integers(1, 10**12), kept=st.floats(0, 1e10), micro=st.integers(1, 99), processes=st.integers(1, 9))
+def test_memory_is_marked_if_it_is_not_there(state, kept, micro, processes):
+    run = planned(Path("x"), micro_batch_size=micro, processes=processes)
+    finding = _memory(run, state, Measured(2, 1.0, 1.0, 1.0, kept), 10**10)
+    assert finding.wrong == (state / processes + kept * micro > 10**10)
