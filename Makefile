@@ -15,10 +15,10 @@ demo: $(INSTALLED)
 	@echo "Open $(CURDIR)/runs/openmoji/report.html"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/pytest -m "not slow"
 
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 # Made last, so that an installation that broke off is repeated, as is one of other requirements.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -92,7 +92,5 @@ def test_the_main_job_and_the_two_stages_of_tests_are_what_they_start(clone):
     (clone / ".venv").mkdir()
     (clone / ".venv/installed").touch()
     assert "recipes/pretrain.py --config recipes/configs/pretrain/openmoji.yaml\n" in make(clone, "-n", "demo").stdout
-    assert make(clone, "-n", "test").stdout == '.venv/bin/python -m pytest -m "not slow"\n'
-    assert make(clone, "-n", "test-all").stdout == (
-        '.venv/bin/python -m pytest -m "not slow"\n.venv/bin/python -m pytest -m slow\n'
-    )
+    assert make(clone, "-n", "test").stdout == '.venv/bin/pytest -m "not slow"\n'
+    assert make(clone, "-n", "test-all").stdout == ('.venv/bin/pytest -m "not slow"\n.venv/bin/pytest -m slow\n')

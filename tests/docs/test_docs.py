@@ -153,19 +153,22 @@ def test_a_page_does_what_it_says(page, tmp_path, request):
             output = run(example, tmp_path)
 
 
+COUNT = 120  # pictures, of which some are for validation
+
+
 def prepare(folder: Path, trained: Path) -> None:
     """What the README's reader has: the recipes of the checkout, a trained model, and a folder of pictures."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     shutil.copytree(trained, folder / "runs/openmoji")
-    photos(folder / "my_photos", [f"{i}.png" for i in range(40)])
+    photos(folder / "my_photos", [f"{i}.png" for i in range(COUNT)])
     Image.new("RGB", (40, 30), "red").save(folder / "photo.jpg")
 
 
 def photos(folder: Path, named: list[str]) -> None:
-    """Forty pictures with a table that names these."""
+    """Pictures with a table that names these."""
     folder.mkdir()
-    for i in range(40):
-        Image.new("RGB", (20, 20), (6 * i, 99, 0)).save(folder / f"{i}.png")
+    for i in range(COUNT):
+        Image.new("RGB", (20, 20), (i, 99, 0)).save(folder / f"{i}.png")
     (folder / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a picture\n" for name in named))
 
 
@@ -173,7 +176,7 @@ def photos(folder: Path, named: list[str]) -> None:
 
 
 def no_image(folder: Path) -> None:
-    photos(folder / "photos", [f"photos/{i}.png" for i in range(40)])
+    photos(folder / "photos", [f"photos/{i}.png" for i in range(COUNT)])
     DATASETS["folder"](path=str(folder / "photos"))
 
 
@@ -183,7 +186,7 @@ def two_runs(folder: Path) -> None:
 
 
 def uneven_batches(folder: Path) -> None:
-    photos(folder / "photos", [f"{i}.png" for i in range(40)])
+    photos(folder / "photos", [f"{i}.png" for i in range(COUNT)])
     pairs = DATASETS["folder"](path=str(folder / "photos"))
     tokenizer = train_tokenizer(pairs.captions, folder / "t.model", vocab_size=30, context=16)
     training_steps(pairs, tokenizer, rank=0, world=2, seed=0, start_step=0, batch_size=8, micro_batch_size=8,
