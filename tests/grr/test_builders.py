@@ -146,6 +146,13 @@ def test_similarities_are_divided_by_the_temperature(learned):
     torch.testing.assert_close(output.bias, torch.tensor([-3.0]))
 
 
+def test_a_learned_temperature_stays_above_a_hundredth():
+    """CLIP, section 2.5: the scale of the similarities is clipped at 100."""
+    model = grr_coca_tiny(temperature=0.001, learned_temperature=True)
+    output = model(torch.rand(1, 3, 32, 32), torch.tensor([[510, 7, 1, 511]]))
+    torch.testing.assert_close(output.scale, torch.tensor([100.0]))
+
+
 def test_a_model_prints_what_it_is_made_of():
     text = repr(on_meta(grr_coca))
     assert "(0-11): 12 x Block(" in text

@@ -166,6 +166,26 @@ def test_real_shards_give_what_tarfile_gives(shared_data, tmp_path):
     assert all(len(part) for part in parts)
 
 
+def test_the_validation_split_of_shards_is_the_fraction_asked_for_and_training_the_rest(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "JPEG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(400):
+            for extension, data in (("jpg", image.getvalue()), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{i:03d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    shards = str(tmp_path / "a.tar")
+    training, validation, more = (
+        set(webdataset(shards=shards, split=split, validation_fraction=fraction).ids)
+        for split, fraction in (("train", 0.1), ("validation", 0.1), ("validation", 0.3))
+    )
+    assert 20 < len(validation) < 65  # 40 expected, 6 their standard deviation
+    assert len(training) == 400 - len(validation)
+    assert not training & validation
+    assert validation < more
+
+
 def test_a_shard_without_text_uses_json_and_one_without_image_is_counted(tmp_path):
     image = io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "JPEG")

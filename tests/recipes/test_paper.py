@@ -112,7 +112,7 @@ def test_a_config_of_the_paper_has_the_papers_values(name, sections_of):
 SIZES = {"vocab_size": 64, "context": 16, "image_size": 32, "patch_size": 8, "dim": 32, "num_heads": 2,
          "vision_layers": 1, "text_layers": 1, "multimodal_layers": 1}  # fmt: skip
 STEPS, WARMUP, CYCLE, LR, MIN_LR, CLIP, DECAY = 6, 2, 3, 1e-2, 1e-4, 0.5, 0.1
-WEIGHTS = {"pretrain": (2.0, 1.0), "finetune": (1.0, 2.0)}  # of the contrastive loss and of the captioning loss
+WEIGHTS = {"pretrain": (3.0, 0.5), "finetune": (1.0, 2.0)}  # contrastive, captioning; neither is the default
 WORDS = ["red", "green", "blue", "black", "white", "small", "large", "round"]
 
 
