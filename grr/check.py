@@ -34,6 +34,7 @@ from grr.data.look import (
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
+from grr.distributed import reset_seed
 from grr.optim import freeze, warmup_cosine
 from grr.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.step import global_batch_step
@@ -131,7 +132,7 @@ def _module(file: Path) -> ModuleType:
     """
     if not file.is_file():
         raise FileNotFoundError(f"check: there is no recipe {file}")
-    name = f"grr_recipe_{file.stem}"
+    name = f"grr_recipe_{file.stem}_{reset_seed(str(file.resolve()))}"  # recipes of one name lie in many folders
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None

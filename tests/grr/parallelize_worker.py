@@ -98,7 +98,7 @@ def differences(options: dict[str, object], losses: list[float], exact: dict[str
     assert ours.keys() == exact.keys()
     assert ("compile" in options) == (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0)
     least = 1e-2 * torch.stack([g.norm() for g in exact.values()]).norm()
-    of_losses = max(abs(a - b) / b for a, b in zip(found, losses, strict=True))
+    of_losses = max(abs(a - b) / b for a, b in zip(found[:3], losses, strict=True))
     return of_losses, max(((ours[name] - g).norm() / max(g.norm(), least)).item() for name, g in exact.items())
 
 

