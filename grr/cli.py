@@ -5,6 +5,7 @@ Here are its words and its help; what each command does is in grr/commands.py.
 
 import argparse
 import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ pretrain/photos, edit it, grr check it, grr run it."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Gives the exit status: 0 if it did what was asked, 1 if not, 2 if it was asked wrongly."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: threads that wait do not spin
     options = _parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     command: Command = options.command
     return attempt(lambda: command(options), options.prog)

@@ -75,8 +75,8 @@ def run_cost(
 ) -> Iterator[Finding]:
     """Estimate the minutes, the memory and the disk of a run.
 
-    After a step to warm up, steps of 2, 4, 8 ... pairs are taken, up to a micro-batch, while they take less than 4
-    seconds; the last one is scaled to the run's batch. It is the run's model, loss, optimizer and data, in float32 and
+    After a step to warm up, steps of 2, 4, 8 ... pairs are taken, up to a micro-batch, for about 12 seconds; the one
+    that is fastest a pair is scaled to the run's batch. It is the run's model, loss, optimizer and data, in float32 and
     not compiled. Where the model is too large for that, a line says so. Nothing is written, and nothing is raised.
     """
     try:
@@ -125,21 +125,20 @@ def free_memory() -> int:
 def _measure(
     run: Planned, model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop
 ) -> Measured:
-    """Take steps of more and more pairs, and time the last."""
+    """Take steps of more and more pairs, and return the fastest a pair: another program may slow some of them down."""
     alone = not dist.is_initialized()
     device = start() if alone else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model.to(device).train()
         optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
         most = min(run.micro_batch_size, run.batch_size, len(pairs))
-        size, warm = min(2, most), False
+        size, steps, until = min(2, most), list[Measured](), time.monotonic() + 3 * SECONDS
         while True:
-            measured = _step(run, model, optimizer, pairs, tokenizer, size, image_size, crop, device)
-            slow = measured.computing + measured.reading > SECONDS * (1 if warm else 3)
-            if slow or (warm and size == most):
-                return measured
-            size = min(2 * size, most) if warm else size
-            warm = True
+            steps.append(_step(run, model, optimizer, pairs, tokenizer, size, image_size, crop, device))
+            slow = steps[-1].computing + steps[-1].reading > SECONDS
+            if time.monotonic() > until or (len(steps) > 1 and size == most):
+                return min(steps, key=lambda step: (step.computing + step.reading) / step.pairs)
+            size = min(2 * size, most) if len(steps) > 1 and not slow else size
     finally:
         if alone:
             dist.destroy_process_group()

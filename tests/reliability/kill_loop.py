@@ -28,6 +28,7 @@ MODEL = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.visi
          "model.multimodal_layers=1", "model.dropout=0.1"]  # fmt: skip
 SCENES = ["data.scenes=80", "data.held_out=20", "validation.scenes=80", "validation.held_out=20"]
 RUN = ["run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "run.save_every=2", "run.keep=1"]
+OPERATIONS = {"pretrain": 60, "finetune": 60, "finetune_classifier": 60, "caption": 10, "embed": 16}  # about, in a run
 TIMES = ("samples_per_second", "data_wait", "time")  # values that no two runs share
 
 
@@ -112,7 +113,7 @@ def loop(recipe: str, *, kills: int, processes: int, seed: int, work: Path, pret
     words, killed, rounds = commands(folder, pretrained, photos)[recipe], 0, 0
     lost = []
     while killed < kills:
-        done = submit(words, folder, kill_at=rng.randint(1, 60), processes=processes)
+        done = submit(words, folder, kill_at=rng.randint(1, OPERATIONS[recipe]), processes=processes)
         if done.returncode not in (0, -signal.SIGKILL) and processes == 1:
             lost.append(f"exit status {done.returncode}: {done.stderr.splitlines()[-1:]}")
             break
