@@ -224,11 +224,14 @@ def paper_losses(model: CoCa, data: Pictures, tokenizer: Tokenizer) -> tuple[Ten
 
 
 def paper_lr(step: int, lr: float) -> float:
-    """Of the optimizer step counted from 0: linear warm-up, then half a cosine a cycle (an epoch is a step here)."""
-    if step < WARMUP:
-        return lr * (step + 1) / WARMUP
-    low = lr * MIN_LR / LR
-    return low + (lr - low) * (1 + math.cos(math.pi * ((step - WARMUP) % CYCLE) / CYCLE)) / 2
+    """Of the optimizer step counted from 0: linear warm-up within the first cycle, then half a cosine a cycle."""
+
+    def cosine(n: int) -> list[float]:
+        low = lr * MIN_LR / LR
+        return [low + (lr - low) * (1 + math.cos(math.pi * i / n)) / 2 for i in range(n)]
+
+    warm_up = [lr * (i + 1) / WARMUP for i in range(WARMUP)]
+    return [*warm_up, *cosine(CYCLE - WARMUP), *cosine(CYCLE), *cosine(CYCLE)][step]
 
 
 def checkpoint(path: Path) -> tuple[CoCa, torch.optim.Optimizer]:
@@ -250,7 +253,7 @@ def test_the_rate_of_every_step_is_that_of_the_schedule_and_is_the_optimizers(st
     expected = [paper_lr(step, LR) for step in range(STEPS)]
     assert [line["lr"] for line in training] == pytest.approx(expected, rel=1e-12)
     assert expected[0] == LR / 2
-    assert expected[2] == expected[5] == LR > expected[3] > expected[4]  # a cycle, and the restart behind it
+    assert expected[2] == expected[3] == LR > expected[4] > expected[5]  # the rest of a cycle, and a whole one
     _, optimizer = checkpoint(stepped / f"checkpoints/step_{STEPS}")
     (group,) = optimizer.param_groups
     assert group["lr"] == pytest.approx(expected[-1], rel=1e-6)
