@@ -125,6 +125,8 @@ def main() -> int:
     )  # fmt: skip
     progress = saver.resume(accepted=run.accept_changes)
     step, control = (progress["step"], SoftReset(**progress["control"])) if progress else (0, SoftReset())
+    if progress:
+        logging.info(f"learning-rate regime {control.regime}; {in_words(control)}")
     end = {"step": step, "best_step": control.best_step, "interpolate": run.interpolate}
     if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: has_ended(folder, **end)):
         logging.info(f"{folder} finished before, after step {step}: the model of step {control.best_step} is in "

@@ -21,7 +21,7 @@ from grr.tokenizer import train_tokenizer
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 settings.register_profile("grr", deadline=None, derandomize=True, max_examples=30)  # the same examples in each run
-settings.register_profile("thorough", deadline=None, max_examples=200, print_blob=True)  # others in each run
+settings.register_profile("thorough", deadline=None, max_examples=100, print_blob=True)  # others in each run
 settings.load_profile(os.environ.get("GRR_HYPOTHESIS", "grr"))
 torch.set_float32_matmul_precision("highest")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: workers of two threads each wait for one another

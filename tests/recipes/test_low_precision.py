@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_continues_bit_for_bit(whole, tmp_path):
     folder = killed(whole, tmp_path / "run", 4)
     done = run("pretrain.py", folder, *LOW)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "after step 4 of 10" in done.stderr
+    assert "after step 4" in done.stderr
     keys = ("loss", "grad_norm", "lr")
     assert lines(folder, "train", *keys) == lines(whole, "train", *keys)
     weights = "model/model.safetensors"
@@ -99,7 +99,7 @@ def test_two_processes_go_on_where_one_stopped(whole, tmp_path):
     folder = killed(whole, tmp_path / "run", 4)
     done = run("pretrain.py", folder, *LOW, "run.checkpoint_activations=true", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "after step 4 of 10" in done.stderr
+    assert "after step 4" in done.stderr
     ours, theirs = ([loss for _, loss in lines(folder, "train", "loss")] for folder in (folder, whole))
     assert ours == pytest.approx(theirs, rel=1e-2)  # what is rounded to 8 bits is cut otherwise between the two
 
@@ -119,7 +119,8 @@ def test_a_fine_tuning_that_was_reset_and_killed_continues_bit_for_bit(whole, tm
     assert (len(resets), decisions[-1][1]) == (2, "stop")
     folder = killed(tmp_path / "run", tmp_path / "killed", resets[0])
     done = run("finetune.py", folder, LOW[0], sections=sections)
-    assert f"after step {resets[0]}, in learning-rate regime 2" in done.stderr
+    assert f"after step {resets[0]}" in done.stderr
+    assert "learning-rate regime 2" in done.stderr
     for split, *keys in (("train", "loss", "lr"), ("validation", "loss", "decision", "best_step")):
         assert lines(folder, split, *keys) == lines(tmp_path / "run", split, *keys)
 
