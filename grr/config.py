@@ -307,7 +307,8 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
         try:
             function(**result)
         except ValueError as error:
-            mistakes.add(file, section, str(error))
+            place = next((place for key, (_, place) in given.items() if key in str(error)), file)
+            mistakes.add(place, section, str(error))
     return {key: result[key] for key in ("name", *arguments) if key in result}
 
 

@@ -22,6 +22,7 @@ MAY_CHANGE = HOW_COMPUTED | {
     "run.epochs", "run.max_steps", "run.patience", "run.validate_every", "run.candidates", "run.interpolate",
     "run.keep_model", "run.accept_changes", "loader.max_bad_fraction", "model.path",
 }  # fmt: skip
+CONTENT = " (names or captions have changed)"
 BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
 
 
@@ -50,20 +51,34 @@ def check_identity(
     """Returns the accepted changes, each as [value in the checkpoint, value in the config].
 
     saved, wanted: `run_identity` of the run that wrote the checkpoint, and of this one. Raises ValueError naming every
-    other change with both values.
+    other change with both values, and for a name in `accepted` that the identity does not have or that makes another
+    model, whose weights no checkpoint holds.
     """
+    known = saved.keys() | wanted.keys()
+    wrong = [key for key in accepted if key not in known or not _acceptable(key)]
+    if wrong:
+        names = ", ".join(sorted(filter(_acceptable, known)))
+        raise ValueError(f"check_identity: run.accept_changes can name {names}, got {', '.join(wrong)}")
     changes = {
         key: [saved.get(key, "not recorded"), wanted.get(key, "not there")]
-        for key in sorted(saved.keys() | wanted.keys())
+        for key in sorted(known)
         if saved.get(key, "not recorded") != wanted.get(key, "not there")
     }
     if refused := {key: values for key, values in changes.items() if key not in accepted}:
-        lines = "; ".join(
-            f"{key} is {old} in the checkpoint and {new} in the config" for key, (old, new) in refused.items()
-        )
+        lines = [
+            f"{key} is {old} in the checkpoint and {new} in the config" + (CONTENT if key in BY_FINGERPRINT else "")
+            for key, (old, new) in refused.items()
+        ]
+        remedy = "Set run.folder to a new folder, or go back to the config.yaml in that folder"
+        if all(map(_acceptable, refused)):
+            names = ", ".join(refused)
+            remedy += f", or change the run on purpose with 'run.accept_changes=[{names}]', which its log records"
         raise ValueError(
-            f"check_identity: the checkpoints in {folder} were written by a different run: {lines}. Set run.folder to "
-            "a new folder, go back to the config.yaml in that folder, or change a run on purpose with "
-            f"'run.accept_changes=[{', '.join(refused)}]', which its log records"
+            f"check_identity: the checkpoints in {folder} were written by a different run: {'; '.join(lines)}. {remedy}"
         )
     return changes
+
+
+def _acceptable(key: str) -> bool:
+    """Whether a run can go on with another value: not with another model."""
+    return not key.startswith(("model.", "head.")) or key in ("model.dropout", "model.temperature")

@@ -1,6 +1,7 @@
 """What a run writes down: its numbers, a line at a time, and on what they were computed."""
 
 import json
+import logging
 import math
 import platform
 import socket
@@ -16,6 +17,8 @@ import torch
 import grr
 from grr import config
 from grr.step import Losses
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -51,6 +54,8 @@ class MetricsLog:
 
 def open_log(folder: Path, cfg: config.Config, facts: dict[str, Any], *, step: int, tensorboard: bool) -> MetricsLog:
     """Write down what runs (config.yaml), on what (manifest.json); then open the file of its numbers."""
+    if step <= 0 and (lines := len(read_metrics(folder))):
+        logger.warning("%s holds no checkpoint: the run begins at step 0, and its log of %d lines anew", folder, lines)
     config.save(cfg, folder / "config.yaml")
     write_manifest(folder, step=step, **facts)
     return MetricsLog(folder, step=step, tensorboard=tensorboard)
@@ -61,8 +66,9 @@ def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
     return (
         f"step {step}: validation loss {losses.loss:.4f} ({losses.contrastive_weight:g} x contrastive + "
         f"{losses.captioning_weight:g} x captioning), perplexity {losses.perplexity:.4f}, contrastive loss "
-        f"{losses.contrastive_loss:.4f} among {losses.contrastive_batch} pairs; R@1 {found['image_to_text_r1']:.1%} "
-        f"image to text, {found['text_to_image_r1']:.1%} text to image; {found['caption_exact']:.1%} of captions exact"
+        f"{losses.contrastive_loss:.4f} among {losses.contrastive_batch} pairs; among {found['candidates']} images "
+        f"R@1 {found['image_to_text_r1']:.1%} image to text, {found['text_to_image_r1']:.1%} text to image; "
+        f"{found['caption_exact']:.1%} of captions exact"
     )
 
 

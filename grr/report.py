@@ -229,7 +229,8 @@ def show_retrievals(retrievals: list[Retrieval]) -> str:
         items.append(
             f"<article><blockquote>{escape(one.query)}</blockquote><ol>{''.join(found)}</ol>{missed}</article>"
         )
-    return ("<section><h2>A sentence it never saw, and the images it finds</h2><p>Nearest first, with the cosine "
+    return ("<section><h2>A sentence of the validation data, and the images it finds</h2>"
+            "<p>Nearest first, with the cosine "
             f"similarity; the right image is outlined.</p><div class=retrievals>{''.join(items)}</div></section>"
             )  # fmt: skip
 
@@ -249,7 +250,7 @@ def show_captions(captions: list[Caption]) -> str:
         items.append(f"<figure>{picture(one.image, first)}<figcaption>{written}<p class=true>{escape(first)}</p>{more}"
                      "</figcaption></figure>")  # fmt: skip
     return ("<section><h2>An image, and the caption it writes</h2><p>Below each image what the model wrote, then, "
-            "smaller, what a person wrote; ✓ where the two are equal.</p>"
+            "smaller, its reference caption; ✓ where the two are equal.</p>"
             f"<div class=captions>{''.join(items)}</div></section>")  # fmt: skip
 
 
@@ -264,7 +265,8 @@ def show_answers(answers: list[Answer]) -> str:
         items.append(f"<figure>{picture(one.image, f'{one.text}: {right}')}<figcaption>"
                      f"<p class=true>{escape(one.text)}</p><p class=written>{escape(one.given)}{check}</p>"
                      f"{'' if check else f'<p class=true>{escape(right)}</p>'}</figcaption></figure>")  # fmt: skip
-    return ("<section><h2>An image it never saw, and its answer</h2><p>Below each image what was asked or said of it, "
+    return ("<section><h2>An image of the validation data, and its answer</h2>"
+            "<p>Below each image what was asked or said of it, "
             "then the answer of the model, ✓ where it is right, and else, smaller, the right one.</p>"
             f"<div class=captions>{''.join(items)}</div></section>")  # fmt: skip
 

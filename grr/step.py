@@ -154,12 +154,19 @@ def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[B
     if dist.get_rank() == 0:
         numbers = {key: x if math.isfinite(x) else None for key, x in (losses._asdict() | {"grad_norm": norm}).items()}
         file.write_text(json.dumps({"step": step, **numbers, "names": names}, allow_nan=False))
+    advice = (
+        "Look at those pairs, or lower optimizer.lr or raise schedule.warmup_steps, and submit the same command again"
+    )
+    if (folder / "checkpoints").is_dir():
+        advice += (
+            ": it continues from the last checkpoint, and names the option that accepts the change. If this is the "
+            f"first step since a resume, delete the newest folder in {folder / 'checkpoints'} to continue from the one "
+            "before"
+        )
     raise FloatingPointError(
         f"check_finite: the loss and its gradient must be finite, got {losses} and a norm of {norm} at step {step}, in "
         f"the batch of {names[0][0][0]} (all its names are in {file}); the weights were not updated, and not saved. "
-        "Look at those pairs, or lower optimizer.lr or raise schedule.warmup_steps, then submit the same command to "
-        "continue from the last checkpoint, which names the option that accepts the change. If this is the first step "
-        f"since a resume, delete the newest folder in {folder / 'checkpoints'} to continue from the one before"
+        + advice
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from grr.distributed import on_rank_0
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"  # google-t5/t5-base, spiece.model
 T5_SENTINELS = 100  # ids that T5 keeps for masked spans, behind its 32,000 pieces
 PAD, EOS, UNK = 0, 1, 2  # of T5, and of every model trained here
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -114,7 +117,10 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, *, vocab_size: in
             "are there captions, and more ids than different characters?"
         ) from error
     _write(Path(path), model.getvalue())
-    return Tokenizer(path, context=context)
+    tokenizer = Tokenizer(path, context=context)
+    if tokenizer.vocab_size < vocab_size:
+        logger.info("the captions fill %d of the %d ids of tokenizer.vocab_size", tokenizer.vocab_size, vocab_size)
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path, *, context: int = 64) -> Tokenizer:

@@ -250,7 +250,7 @@ def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(t
 
 def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
     told = {f.what: f.said for f in findings("pretrain/photos", *SMALL)}
-    assert re.match(r"about a minute for 80 steps .* a step of 8 pairs, scaled from one of 4 in ", told["time"])
+    assert re.match(r"about a minute for 80 steps .* a step of 8 pairs, scaled from one of \d in ", told["time"])
     assert "of activations of 4 pairs" in told["memory"]
     assert told["disk"].startswith("at most ")
     assert told["epoch"] == "uses 32 of 32 pairs (100.0%), 0 are left out"

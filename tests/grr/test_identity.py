@@ -12,12 +12,11 @@ from grr import config
 from grr.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-values = st.dictionaries(
-    st.sampled_from(["model.dim", "optimizer.lr", "run.seed", "loss.negatives"]), st.integers(0, 3)
-)
+KEYS = ["model.dim", "model.dropout", "optimizer.lr", "run.seed", "loss.negatives"]
+values = st.fixed_dictionaries({key: st.integers(0, 3) for key in KEYS})
 
 
-@given(saved=values, wanted=values, accepted=st.sets(st.sampled_from(["model.dim", "optimizer.lr", "run.seed"])))
+@given(saved=values, wanted=values, accepted=st.sets(st.sampled_from(KEYS[1:4])))
 def test_exactly_the_changes_that_are_not_accepted_are_refused_with_both_values(saved, wanted, accepted):
     missing = object()
     changed = {key for key in saved | wanted if saved.get(key, missing) != wanted.get(key, missing)}
@@ -29,7 +28,14 @@ def test_exactly_the_changes_that_are_not_accepted_are_refused_with_both_values(
     for key in saved | wanted:
         named = f"{key} is {saved.get(key, 'not recorded')} in the checkpoint and {wanted.get(key, 'not there')} in"
         assert (named in str(error.value)) == (key in changed - accepted)
-    assert "run.accept_changes=[" in str(error.value)
+    assert ("run.accept_changes=[" in str(error.value)) == ("model.dim" not in changed)  # another model is another run
+
+
+@pytest.mark.parametrize("name", ["model.dim", "run.bf61"])
+def test_what_no_run_can_accept_is_not_taken_in_silence(name):
+    saved = {"model.dim": 32, "run.bf16": False}
+    with pytest.raises(ValueError, match=rf"run.accept_changes can name run.bf16, got {name}"):
+        check_identity(Path("run"), saved, saved, accepted=[name])
 
 
 def sections(recipe: str) -> dict[str, set[str]]:

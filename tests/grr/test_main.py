@@ -116,13 +116,17 @@ def test_a_line_begins_with_the_programs_name_once(name, said, line, capsys, mon
 # --- a program's exit ----------------------------------------------------------------------------------------------
 
 
+# the shell of a job in the background has its programs ignore SIGINT
+CTRL_C = "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+
+
 @pytest.mark.parametrize(("body", "status", "said"), [
     ("pass", 0, ""),
     ("return 143", 143, ""),
     ("raise SystemExit(130)", 130, ""),
     ("refuse()", 1, "recipe: data: nothing is there\n"),
     ("open('gone.txt')", 1, "recipe: gone.txt: No such file or directory\n"),
-    ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, ""),
+    (CTRL_C, 130, ""),
     ("start(); all_sum(1)", 0, ""),
     ("start(); refuse()", 1, "recipe: data: nothing is there\n"),
 ])  # fmt: skip
