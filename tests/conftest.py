@@ -28,8 +28,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: workers of
 torch.set_num_threads(1)
 
 
+# Files whose slow tests take minutes: a worker that began one last would run alone for as long.
+LONGEST = (
+    "test_docs.py",
+    "test_parallelize.py",
+    "test_finetune.py",
+    "test_step.py",
+    "test_resume.py",
+    "test_low_bit.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that hypothesis runs as a law: GRR_HYPOTHESIS=thorough pytest -m law."""
+    """Mark what hypothesis runs as a law, for GRR_HYPOTHESIS=thorough pytest -m law; begin with the longest files."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("law")
