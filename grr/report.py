@@ -172,11 +172,11 @@ def _loss_title(row: Row) -> str:
 
 def _chances(train: list[Row], held_out: list[Row]) -> list[Level]:
     """The contrastive loss of guessing among as many pairs as each curve contrasts: 2 ln N, for two directions."""
-    sizes = [
-        row["contrastive_batch"] for rows in (train, held_out) for row in rows[-1:] if row.get("contrastive_batch")
-    ]
-    return [Level(f"chance among {n:,} pairs, 2 ln {n:,}", 2 * math.log(n), "ab"[len(sizes) > 1 and n == sizes[-1]])
-            for n in dict.fromkeys(sizes)]  # fmt: skip
+    levels: dict[int, Level] = {}
+    for rows, color in ((train, "a"), (held_out, "b")):
+        for n in [row["contrastive_batch"] for row in rows[-1:] if row.get("contrastive_batch")]:
+            levels.setdefault(n, Level(f"chance among {n:,} pairs, 2 ln {n:,}", 2 * math.log(n), color))
+    return list(levels.values())
 
 
 def _curves(rows: list[Row], *, softmax: bool) -> str:
