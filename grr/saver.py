@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Write and read the checkpoints of a run: folder/checkpoints/step_N, and folder/best/step_N.
 
-        saver = Saver(folder, model, optimizer, identity, save_every=1000, save_minutes=30.0, keep=2)
+        saver = Saver(folder, model, optimizer, identity, description=describe(...), save_every=1000, save_minutes=30.0,
+                      keep=2)
         progress = saver.resume()
         while step < last:
             ...                                  # losses, gradients, and the check that they are finite
@@ -42,7 +43,8 @@ class Saver:
             saver.poll(step)
 
     A checkpoint of step N is due after step N, and is written when the gradients of step N + 1 are finite: weights that
-    the next step finds ruined never become a checkpoint. identity: `run_identity`; average: the weights of a
+    the next step finds ruined never become a checkpoint. identity: `run_identity`; description: what `describe` of
+    grr.pretrained returns, so that a checkpoint can be opened as a model; average: the weights of a
     `grr.average.Average`. Called by all ranks alike.
     """
 
