@@ -61,8 +61,9 @@ class SelfAttention(nn.Module):
     attention hides later tokens as well. Raises ValueError if dim is not a multiple of num_heads.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, causal: bool = False, rotary: Rotary | None = None,
-                 qk_norm: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, dim: int, num_heads: int, *, causal: bool = False, rotary: Rotary | None = None, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         head_dim = _head_dim("SelfAttention", dim, num_heads)
         self.num_heads, self.causal = num_heads, causal
@@ -72,8 +73,14 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.rotary = rotary
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None,
-                cache: KeyValueCache | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         b, s, d = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, s, k] each
         q, k = self.q_norm(q), self.k_norm(k)
@@ -105,8 +112,15 @@ class CrossAttention(nn.Module):
     Raises ValueError if dim is not a multiple of num_heads.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, context_dim: int | None = None,
-                 context_norm: nn.Module | None = None, qk_norm: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        context_dim: int | None = None,
+        context_norm: nn.Module | None = None,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         head_dim = _head_dim("CrossAttention", dim, num_heads)
         self.num_heads = num_heads

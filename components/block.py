@@ -26,12 +26,24 @@ class Block(nn.Module):
     its norm, a norm without its attention, or no attention at all.
     """
 
-    def __init__(self, *, attention_norm: nn.Module | None = None, attention: nn.Module | None = None,
-                 feed_forward_norm: nn.Module, feed_forward: nn.Module, cross_attention_norm: nn.Module | None = None,
-                 cross_attention: nn.Module | None = None, dropout: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        attention_norm: nn.Module | None = None,
+        attention: nn.Module | None = None,
+        feed_forward_norm: nn.Module,
+        feed_forward: nn.Module,
+        cross_attention_norm: nn.Module | None = None,
+        cross_attention: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        given = {"attention": attention, "attention_norm": attention_norm,
-                 "cross_attention": cross_attention, "cross_attention_norm": cross_attention_norm}  # fmt: skip
+        given = {
+            "attention": attention,
+            "attention_norm": attention_norm,
+            "cross_attention": cross_attention,
+            "cross_attention_norm": cross_attention_norm,
+        }
         for name in ("attention", "cross_attention"):
             if (given[name] is None) != (given[f"{name}_norm"] is None):
                 only = name if given[name] is not None else f"{name}_norm"
@@ -43,9 +55,16 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None,
-                context: Tensor | None = None, cache: BlockCache | None = None,
-                dropout_keys: DropoutKeys | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        cache: BlockCache | None = None,
+        dropout_keys: DropoutKeys | None = None,
+    ) -> Tensor:
         keys: list[DropoutKeys | None] = [None] * 3
         if dropout_keys is not None:
             keys = [DropoutKeys(rows, dropout_keys.columns) for rows in dropout_keys.rows.unbind()]

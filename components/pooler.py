@@ -32,8 +32,10 @@ class AttentionPooler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
         if d != self.queries.shape[1]:
-            raise ValueError(f"AttentionPooler: x must be [b, t, {self.queries.shape[1]}], got {list(x.shape)}; give "
-                             "the pooler the width of what it reads, or project that to the pooler's")  # fmt: skip
+            raise ValueError(
+                f"AttentionPooler: x must be [b, t, {self.queries.shape[1]}], got {list(x.shape)}; give "
+                "the pooler the width of what it reads, or project that to the pooler's"
+            )
         q = self.queries.to(x.dtype).view(1, -1, self.num_heads, d // self.num_heads).transpose(1, 2)  # [1, h, n, k]
         k, v = self.kv(x).view(b, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, t, k] each
         y = F.scaled_dot_product_attention(q.expand(b, -1, -1, -1), k, v)

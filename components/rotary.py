@@ -65,8 +65,10 @@ class AxialRotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, *, base: float = 100.0) -> None:
         super().__init__()
         if head_dim % 4:
-            raise ValueError(f"AxialRotaryEmbedding: head_dim must be a multiple of 4, to give each axis half of its "
-                             f"pairs, got {head_dim=}")  # fmt: skip
+            raise ValueError(
+                f"AxialRotaryEmbedding: head_dim must be a multiple of 4, to give each axis half of its "
+                f"pairs, got {head_dim=}"
+            )
         self.head_dim, self.base = head_dim, base
 
     def angles(self, positions: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ class InBFloat16:
     Floating-point inputs are cast to bfloat16 as well, and with `outputs` what comes out to that dtype.
     """
 
-    def __init__(self, function: Callable[..., Any], owners: Sequence[nn.Module], *,
-                 outputs: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, function: Callable[..., Any], owners: Sequence[nn.Module], *, outputs: torch.dtype | None = None
+    ) -> None:
         self.function, self.owners, self.outputs = function, owners, outputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,9 +72,12 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def lowered(owners: Sequence[nn.Module]) -> Iterator[None]:
     """Put bfloat16 copies in the place of the parameters that these modules hold themselves."""
-    places = [(module._parameters, name, parameter) for module in owners
-              for name, parameter in module._parameters.items()
-              if parameter is not None and parameter.dtype != torch.bfloat16]  # fmt: skip
+    places = [
+        (module._parameters, name, parameter)
+        for module in owners
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dtype != torch.bfloat16
+    ]
     copies = _ToBFloat16.apply(*(parameter for _, _, parameter in places)) if places else ()  # type: ignore[no-untyped-call]
     try:
         for (parameters, name, _), copy in zip(places, copies, strict=True):

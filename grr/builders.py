@@ -52,21 +52,36 @@ MULTIPLIERS = {"geglu": 2.7, "mlp": 4.0}  # hidden width / width at equal parame
 T5_VOCABULARY = 32_102  # 32,000 pieces, 100 sentinels, BOS, CLS
 
 
-def vision_transformer(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind = "geglu", position: Position = "rope",
-                       image_size: int = 288, patch_size: int = 18, dim: int = 768, num_heads: int = 12,
-                       num_layers: int = 12, ffn_multiplier: float | None = None, qk_norm: bool = False,
-                       dropout: float = 0.0) -> VisionTransformer:  # fmt: skip
+def vision_transformer(
+    *,
+    norm: Norm = "rmsnorm",
+    feed_forward: FeedForwardKind = "geglu",
+    position: Position = "rope",
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 768,
+    num_heads: int = 12,
+    num_layers: int = 12,
+    ffn_multiplier: float | None = None,
+    qk_norm: bool = False,
+    dropout: float = 0.0,
+) -> VisionTransformer:
     """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
 
     `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
     Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, or a name is not known.
     """
     if image_size % patch_size:
-        raise ValueError(f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, "
-                         f"{patch_size=}")  # fmt: skip
+        raise ValueError(
+            f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
+        )
     _check_heads("vision_transformer", dim, num_heads)
-    _check_names("vision_transformer", norm=(norm, NORMS), feed_forward=(feed_forward, FEED_FORWARDS),
-                 position=(position, ROTARIES | ABSOLUTES))  # fmt: skip
+    _check_names(
+        "vision_transformer",
+        norm=(norm, NORMS),
+        feed_forward=(feed_forward, FEED_FORWARDS),
+        position=(position, ROTARIES | ABSOLUTES),
+    )
     hidden_dim = int((ffn_multiplier or MULTIPLIERS[feed_forward]) * dim)
     num_patches = (image_size // patch_size) ** 2
 
@@ -89,9 +104,19 @@ def vision_transformer(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind 
     )
 
 
-def _text_blocks(*, norm: Norm, feed_forward: FeedForwardKind, position: TextPosition, dim: int, num_heads: int,
-                 num_layers: int, ffn_multiplier: float, qk_norm: bool, dropout: float,
-                 cross_attention: bool) -> Iterator[Block]:  # fmt: skip
+def _text_blocks(
+    *,
+    norm: Norm,
+    feed_forward: FeedForwardKind,
+    position: TextPosition,
+    dim: int,
+    num_heads: int,
+    num_layers: int,
+    ffn_multiplier: float,
+    qk_norm: bool,
+    dropout: float,
+    cross_attention: bool,
+) -> Iterator[Block]:
     """The causal blocks of the two text decoders, one by one: a copy would start all from the same random weights."""
     hidden_dim = int(ffn_multiplier * dim)
     for _ in range(num_layers):
@@ -107,36 +132,78 @@ def _text_blocks(*, norm: Norm, feed_forward: FeedForwardKind, position: TextPos
         )
 
 
-def text_decoder(*, norm: Norm = "rmsnorm", feed_forward: FeedForwardKind = "geglu", position: TextPosition = "rope",
-                 vocab_size: int = T5_VOCABULARY, context: int = 64, dim: int = 768, num_heads: int = 12,
-                 num_layers: int = 12, ffn_multiplier: float = 4.0, qk_norm: bool = False,
-                 dropout: float = 0.0) -> TextDecoder:  # fmt: skip
+def text_decoder(
+    *,
+    norm: Norm = "rmsnorm",
+    feed_forward: FeedForwardKind = "geglu",
+    position: TextPosition = "rope",
+    vocab_size: int = T5_VOCABULARY,
+    context: int = 64,
+    dim: int = 768,
+    num_heads: int = 12,
+    num_layers: int = 12,
+    ffn_multiplier: float = 4.0,
+    qk_norm: bool = False,
+    dropout: float = 0.0,
+) -> TextDecoder:
     """Build a unimodal text decoder: token embeddings and causal blocks. 138,038,784 parameters at the defaults.
 
     `context` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
     not a multiple of num_heads, or a name is not known.
     """
     _check_heads("text_decoder", dim, num_heads)
-    _check_names("text_decoder", norm=(norm, NORMS), feed_forward=(feed_forward, FEED_FORWARDS),
-                 position=(position, {"rope": None, **ABSOLUTES}))  # fmt: skip
+    _check_names(
+        "text_decoder",
+        norm=(norm, NORMS),
+        feed_forward=(feed_forward, FEED_FORWARDS),
+        position=(position, {"rope": None, **ABSOLUTES}),
+    )
     return TextDecoder(
         embedding=nn.Embedding(vocab_size, dim),
         positions=ABSOLUTES[position](dim, context) if position in ABSOLUTES else None,
-        blocks=_text_blocks(norm=norm, feed_forward=feed_forward, position=position, dim=dim, num_heads=num_heads,
-                            num_layers=num_layers, ffn_multiplier=ffn_multiplier, qk_norm=qk_norm, dropout=dropout,
-                            cross_attention=False),
+        blocks=_text_blocks(
+            norm=norm,
+            feed_forward=feed_forward,
+            position=position,
+            dim=dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            ffn_multiplier=ffn_multiplier,
+            qk_norm=qk_norm,
+            dropout=dropout,
+            cross_attention=False,
+        ),
         dropout=dropout,
-    )  # fmt: skip
+    )
 
 
-def coca(*, vision_norm: Norm = "rmsnorm", vision_feed_forward: FeedForwardKind = "geglu",
-         vision_position: Position = "rope", text_norm: Norm = "rmsnorm", text_feed_forward: FeedForwardKind = "geglu",
-         text_position: TextPosition = "rope", vocab_size: int = T5_VOCABULARY, context: int = 64,
-         image_size: int = 288, patch_size: int = 18, dim: int = 768, num_heads: int = 12, vision_layers: int = 12,
-         text_layers: int = 12, multimodal_layers: int = 12, vision_ffn_multiplier: float | None = None,
-         text_ffn_multiplier: float = 4.0, dropout: float = 0.0, qk_norm: bool = False, pooler_norm: bool = False,
-         tied_embeddings: bool = False, temperature: float = 0.07, logit_bias: float = 0.0,
-         learned_temperature: bool = False) -> CoCa:  # fmt: skip
+def coca(
+    *,
+    vision_norm: Norm = "rmsnorm",
+    vision_feed_forward: FeedForwardKind = "geglu",
+    vision_position: Position = "rope",
+    text_norm: Norm = "rmsnorm",
+    text_feed_forward: FeedForwardKind = "geglu",
+    text_position: TextPosition = "rope",
+    vocab_size: int = T5_VOCABULARY,
+    context: int = 64,
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 768,
+    num_heads: int = 12,
+    vision_layers: int = 12,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    vision_ffn_multiplier: float | None = None,
+    text_ffn_multiplier: float = 4.0,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
     """Build a contrastive captioner; every part of it that differs between the models of the paper is an argument.
 
     The first six choose norm, feed-forward network and positions of the vision encoder and of the text decoders.
@@ -144,22 +211,47 @@ def coca(*, vision_norm: Norm = "rmsnorm", vision_feed_forward: FeedForwardKind 
     from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the towers do.
     """
     vision_encoder = vision_transformer(
-        norm=vision_norm, feed_forward=vision_feed_forward, position=vision_position, image_size=image_size,
-        patch_size=patch_size, dim=dim, num_heads=num_heads, num_layers=vision_layers,
-        ffn_multiplier=vision_ffn_multiplier, qk_norm=qk_norm, dropout=dropout,
-    )  # fmt: skip
-    unimodal = text_decoder(
-        norm=text_norm, feed_forward=text_feed_forward, position=text_position, vocab_size=vocab_size, context=context,
-        dim=dim, num_heads=num_heads, num_layers=text_layers, ffn_multiplier=text_ffn_multiplier, qk_norm=qk_norm,
+        norm=vision_norm,
+        feed_forward=vision_feed_forward,
+        position=vision_position,
+        image_size=image_size,
+        patch_size=patch_size,
+        dim=dim,
+        num_heads=num_heads,
+        num_layers=vision_layers,
+        ffn_multiplier=vision_ffn_multiplier,
+        qk_norm=qk_norm,
         dropout=dropout,
-    )  # fmt: skip
+    )
+    unimodal = text_decoder(
+        norm=text_norm,
+        feed_forward=text_feed_forward,
+        position=text_position,
+        vocab_size=vocab_size,
+        context=context,
+        dim=dim,
+        num_heads=num_heads,
+        num_layers=text_layers,
+        ffn_multiplier=text_ffn_multiplier,
+        qk_norm=qk_norm,
+        dropout=dropout,
+    )
     multimodal = MultimodalDecoder(
-        blocks=_text_blocks(norm=text_norm, feed_forward=text_feed_forward, position=text_position, dim=dim,
-                            num_heads=num_heads, num_layers=multimodal_layers, ffn_multiplier=text_ffn_multiplier,
-                            qk_norm=qk_norm, dropout=dropout, cross_attention=True),
+        blocks=_text_blocks(
+            norm=text_norm,
+            feed_forward=text_feed_forward,
+            position=text_position,
+            dim=dim,
+            num_heads=num_heads,
+            num_layers=multimodal_layers,
+            ffn_multiplier=text_ffn_multiplier,
+            qk_norm=qk_norm,
+            dropout=dropout,
+            cross_attention=True,
+        ),
         norm=NORMS[text_norm](dim),
         head=nn.Linear(dim, vocab_size),
-    )  # fmt: skip
+    )
     if tied_embeddings:
         multimodal.head.weight = unimodal.embedding.weight
     return CoCa(

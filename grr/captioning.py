@@ -12,8 +12,15 @@ from grr.results import Outcome, Row, write_results
 BATCH = 50  # images at a time
 
 
-def caption_files(trained: LoadedModel, files: Sequence[str], output: Path, generation: dict[str, Any] | None = None, *,
-                  batch_size: int = BATCH, progress: bool = False) -> Outcome:  # fmt: skip
+def caption_files(
+    trained: LoadedModel,
+    files: Sequence[str],
+    output: Path,
+    generation: dict[str, Any] | None = None,
+    *,
+    batch_size: int = BATCH,
+    progress: bool = False,
+) -> Outcome:
     """Write a caption for each file to output, a JSON line {"file", "caption"} or {"file", "error"} each, as they come.
 
     generation: the options of `generate`. Files that output has captions of are passed over, so a run that was killed
@@ -27,8 +34,9 @@ def caption_files(trained: LoadedModel, files: Sequence[str], output: Path, gene
     return write_results(output, files, made_with, work, progress="captions" if progress else None)
 
 
-def caption_images(trained: LoadedModel, files: Iterable[str], generation: dict[str, Any] | None = None, *,
-                   batch_size: int = BATCH) -> Iterator[list[Row]]:  # fmt: skip
+def caption_images(
+    trained: LoadedModel, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
+) -> Iterator[list[Row]]:
     """Caption files, a batch of rows at a time: {"file", "caption"}, then {"file", "error"} of those that are bad."""
     model, tokenizer, image_size, crop = trained
     device = next(model.parameters()).device

@@ -30,8 +30,15 @@ class Series:
     style: Literal["plain", "noisy", "thin"] = "plain"
 
 
-def series(rows: Sequence[Row], key: str, label: str, color: str, *, factor: float = 1,
-           style: Literal["plain", "noisy", "thin"] = "plain") -> Series:  # fmt: skip
+def series(
+    rows: Sequence[Row],
+    key: str,
+    label: str,
+    color: str,
+    *,
+    factor: float = 1,
+    style: Literal["plain", "noisy", "thin"] = "plain",
+) -> Series:
     """What some lines of metrics.jsonl say of one key, those left out where it is no finite number."""
     points = [(row["step"], row[key] * factor) for row in rows if is_number(row.get(key))]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
@@ -47,8 +54,17 @@ class Level:
     color: str  # one of COLORS
 
 
-def chart(title: str, curves: Sequence[Series], *, wide: bool = False, log: bool = False, low: float | None = None,
-          high: float | None = None, levels: Sequence[Level] = (), best_step: int | None = None) -> str:  # fmt: skip
+def chart(
+    title: str,
+    curves: Sequence[Series],
+    *,
+    wide: bool = False,
+    log: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    levels: Sequence[Level] = (),
+    best_step: int | None = None,
+) -> str:
     """A figure of curves over steps, or nothing if there is no number to draw. Ends of the axis may be given.
 
     levels: values to compare the curves with; best_step: of the weights that the run keeps, a vertical line.
@@ -89,10 +105,12 @@ def chart(title: str, curves: Sequence[Series], *, wide: bool = False, log: bool
     spoken = "; ".join(f"{n} from {number(s.values[0])} to {number(s.values[-1])}" for n, s in named)
     ends = [math.log10(y_low), math.log10(y_high)] if log else [y_low, y_high]
     scale = json.dumps({"x": [0, max(x_high, 1), LEFT, RIGHT], "y": [*ends, BOTTOM, TOP], "log": log})
-    return (f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{title}<small></small></h3>'
-            f"<p>{legend}</p></figcaption>"
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}: {spoken}" data-scale=\'{scale}\'>'
-            f'{axes}{lines}<path class=rule d=""/></svg></figure>')  # fmt: skip
+    return (
+        f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{title}<small></small></h3>'
+        f"<p>{legend}</p></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}: {spoken}" data-scale=\'{scale}\'>'
+        f'{axes}{lines}<path class=rule d=""/></svg></figure>'
+    )
 
 
 def is_number(value: object) -> bool:

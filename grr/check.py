@@ -172,8 +172,9 @@ def _pretrained(cfg: config.Config) -> Pretrained | None:
     return None if path is None else find_pretrained(path)
 
 
-def _tokenizers(cfg: config.Config, sections: Sections, source: Pretrained | None,
-                train: Data | None) -> tuple[Tokenizer | None, Tokenizer | None]:  # fmt: skip
+def _tokenizers(
+    cfg: config.Config, sections: Sections, source: Pretrained | None, train: Data | None
+) -> tuple[Tokenizer | None, Tokenizer | None]:
     """The tokenizer of the run, and one of the same words that reads four times as much."""
     if source is not None:
         file, context = source.tokenizer, source.arguments["context"]
@@ -266,8 +267,15 @@ def _steps(
         return
     contrasted = sections.get("loss") is global_batch_step
     try:
-        batches = {"rank": 0, "world": processes, "batch_size": run["batch_size"], "image_size": size,
-                   "micro_batch_size": run["micro_batch_size"], "pin_memory": False, **loader}  # fmt: skip
+        batches = {
+            "rank": 0,
+            "world": processes,
+            "batch_size": run["batch_size"],
+            "image_size": size,
+            "micro_batch_size": run["micro_batch_size"],
+            "pin_memory": False,
+            **loader,
+        }
         training_steps(data.pairs, tokenizer, seed=0, start_step=0, **batches)
         if "validation" in opened:
             validation_steps(opened["validation"].pairs, tokenizer, **batches)

@@ -53,8 +53,15 @@ from grr.weight_files import damage
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any],
-                    average: Mapping[str, Tensor] | None = None, *, keep: int = 2) -> Path:  # fmt: skip
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: dict[str, Any],
+    average: Mapping[str, Tensor] | None = None,
+    *,
+    keep: int = 2,
+) -> Path:
     """Write the training state to folder/step_N and remove all but the `keep` newest up to N.
 
     progress: JSON values; its "step", an int, is N. average: weights of a `grr.average.Average`, if there is one. An
@@ -161,8 +168,9 @@ def remove_leftovers(folder: Path) -> None:
     on_rank_0(lambda: _remove_leftovers(folder))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer,
-                    average: Mapping[str, Tensor] | None = None) -> dict[str, Any]:  # fmt: skip
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer, average: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Fill model, optimizer and average, plain or sharded over any number of ranks, bit for bit; return the progress.
 
     The optimizer's hyperparameters (lr, betas ...) become those of the checkpoint too. Gradients are dropped.
@@ -172,8 +180,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer,
     reader, saved = _open(path)
     mean = {"average": dict(average)} if average else {}
     if bool(mean) != _has_average(saved):
-        raise ValueError(f"load_checkpoint: {path} was made {'without' if mean else 'with'} a mean of weights; resume "
-                         "with the run.average it was made with, or set a new run.folder")  # fmt: skip
+        raise ValueError(
+            f"load_checkpoint: {path} was made {'without' if mean else 'with'} a mean of weights; resume "
+            "with the run.average it was made with, or set a new run.folder"
+        )
     _refuse_other_names(path, saved, "model", "average.", mean.get("average", {}))
     optimizer.zero_grad(set_to_none=True)  # with a gradient left, get_state_dict would not create the optimizer's state
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -527,7 +537,7 @@ class _MetadataUnpickler(pickle.Unpickler):
                 "_MEM_FORMAT_ENCODING",
             )
         }
-    )  # fmt: skip
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._ALLOWED:

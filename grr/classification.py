@@ -35,8 +35,9 @@ class Scores(NamedTuple):
     accuracy: float  # fraction of all; what has no class is never right
 
 
-def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *,
-                        label_smoothing: float = 0.0) -> Scores:  # fmt: skip
+def classification_step(
+    model: nn.Module, batches: Sequence[Batch], seed: int, *, label_smoothing: float = 0.0
+) -> Scores:
     """Add the gradients of one optimizer step to the model, and give its scores.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
@@ -60,8 +61,9 @@ def classification_step(model: nn.Module, batches: Sequence[Batch], seed: int, *
 
 
 @torch.no_grad()
-def classification_scores(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *,
-                          image_size: int, crop: Crop) -> Scores:  # fmt: skip
+def classification_scores(
+    model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int, crop: Crop
+) -> Scores:
     """The scores of all samples, without dropout and without label smoothing; all processes share the work.
 
     The model may be sharded. Images that cannot be read are left out, and the log says how many. Raises ValueError if
@@ -92,8 +94,9 @@ def classification_scores(model: nn.Module, pairs: Labelled, tokenizer: Tokenize
 
 
 @torch.no_grad()
-def answers(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int,
-            crop: Crop) -> list[Answer]:  # fmt: skip
+def answers(
+    model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int, crop: Crop
+) -> list[Answer]:
     """What a report shows of a classifier: its answers to some samples, always the same; all processes call it alike.
 
     Images that cannot be read are left out.
@@ -109,20 +112,25 @@ def answers(model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: tor
         logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
     right = [None if pairs.labels[i] == IGNORE else pairs.classes[pairs.labels[i]] for i in images]
-    return [Answer(image, pairs.captions[i], own, true)
-            for (i, image), own, true in zip(images.items(), given, right, strict=True)]  # fmt: skip
+    return [
+        Answer(image, pairs.captions[i], own, true)
+        for (i, image), own, true in zip(images.items(), given, right, strict=True)
+    ]
 
 
 def _classes(batch: Batch) -> Tensor:
     if batch.classes is None:
-        raise ValueError("classification: the data have no classes; take those of grr.data.LABELLED, or make your own "
-                         "grr.data.Labelled of pairs, classes and labels")  # fmt: skip
+        raise ValueError(
+            "classification: the data have no classes; take those of grr.data.LABELLED, or make your own "
+            "grr.data.Labelled of pairs, classes and labels"
+        )
     return batch.classes
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(at_least_float32(logits), classes, ignore_index=IGNORE, reduction="sum",
-                           label_smoothing=label_smoothing)  # fmt: skip
+    return F.cross_entropy(
+        at_least_float32(logits), classes, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+    )
 
 
 def _count_right(logits: Tensor, classes: Tensor) -> int:

@@ -80,7 +80,11 @@ def _parser() -> _Parser:
         made.set_defaults(command=act, prog=f"{prog} {name}")
         return made
 
-    one = command(commands.ls, "ls", "List the recipes and configs that are installed.", """
+    one = command(
+        commands.ls,
+        "ls",
+        "List the recipes and configs that are installed.",
+        """
         Each with its title. A config is called RECIPE/CONFIG.
 
           grr ls
@@ -88,10 +92,15 @@ def _parser() -> _Parser:
           grr ls | grep photograph
 
         Next: grr run pretrain/openmoji
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("names", metavar="NAME", nargs="*", help="recipes or configs; default: all")
 
-    one = command(commands.cp, "cp", "Copy a recipe with its configs, or one config, to change it.", """
+    one = command(
+        commands.cp,
+        "cp",
+        "Copy a recipe with its configs, or one config, to change it.",
+        """
         Files are laid out as in the package, so that the commands in their headers work as they stand. Nothing is ever
         overwritten.
 
@@ -101,12 +110,22 @@ def _parser() -> _Parser:
           grr cp pretrain experiment            all below the folder experiment
 
         Next: grr check recipes/configs/pretrain/photos.yaml data.path=my_photos validation.path=my_photos
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("name", metavar="NAME", help="as grr ls calls it: pretrain, or pretrain/photos")
-    one.add_argument("destination", metavar="DESTINATION", nargs="?", default="recipes",
-                     help="a folder, or a file that ends in .py or .yaml; default: recipes")  # fmt: skip
+    one.add_argument(
+        "destination",
+        metavar="DESTINATION",
+        nargs="?",
+        default="recipes",
+        help="a folder, or a file that ends in .py or .yaml; default: recipes",
+    )
 
-    one = command(commands.run, "run", "Start a recipe that is installed, or a copy of one.", """
+    one = command(
+        commands.run,
+        "run",
+        "Start a recipe that is installed, or a copy of one.",
+        """
         What follows the name is the recipe's own: section.key=value, or --help for all of its keys. The same command,
         submitted again, continues where a training run stopped.
 
@@ -120,13 +139,21 @@ def _parser() -> _Parser:
           torchrun --nnodes 2 --nproc_per_node 8 ... -m grr.recipes.pretrain --config mine.yaml
 
         Next: grr caption runs/openmoji photo.png
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("--nproc", type=int, metavar="N", help="processes on this machine, one a GPU, by torchrun")
-    one.add_argument("name", metavar="NAME", help="RECIPE, RECIPE/CONFIG, or a file of one's own: a recipe, or a "
-                     "config in a folder configs/RECIPE")  # fmt: skip
+    one.add_argument(
+        "name",
+        metavar="NAME",
+        help="RECIPE, RECIPE/CONFIG, or a file of one's own: a recipe, or a config in a folder configs/RECIPE",
+    )
     one.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="--config FILE, section.key=value ...")
 
-    one = command(commands.check, "check", "Find what is wrong with a config and its data before hours are spent.", """
+    one = command(
+        commands.check,
+        "check",
+        "Find what is wrong with a config and its data before hours are spent.",
+        """
         Every mistake in the config at once; then the data: how much there is, the first samples, images that cannot be
         read, captions that are cut, duplicates, images without captions, and what training and validation share.
         The exit status is 1 if a line is marked with !, and 2 if the config itself holds a mistake.
@@ -137,20 +164,31 @@ def _parser() -> _Parser:
           grr check --nproc 4 pretrain/cc12m_grr data.shards='/data/*.tar' validation.shards='/data/*.tar'
 
         Next: grr run pretrain --config mine.yaml
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("config", metavar="CONFIG", help="a file, or a name that grr ls lists")
     one.add_argument("overrides", metavar="section.key=value", nargs="*", help="instead of what the file says")
-    one.add_argument("--recipe", metavar="NAME|FILE",
-                     help="whose config it is; default: by its folder, configs/<recipe>/")  # fmt: skip
-    one.add_argument("--nproc", type=int, metavar="N", default=1,
-                     help="processes of the run, on all machines, which batches must fit; default: 1")  # fmt: skip
+    one.add_argument(
+        "--recipe", metavar="NAME|FILE", help="whose config it is; default: by its folder, configs/<recipe>/"
+    )
+    one.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        default=1,
+        help="processes of the run, on all machines, which batches must fit; default: 1",
+    )
     one.add_argument("--all", action="store_true", help="look at every image and caption, not at a sample")
 
     about = "Get T5's vocabulary, or train one."
     unless = "A run whose config names no vocabulary trains one by itself."
     tokenizer: Any = every.add_parser("tokenizer", help=about, description=f"{about}\n\n{unless}")
     kinds = tokenizer.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    one = command(commands.fetch, "fetch", "Get T5's vocabulary, the paper's, and verify its checksum.", """
+    one = command(
+        commands.fetch,
+        "fetch",
+        "Get T5's vocabulary, the paper's, and verify its checksum.",
+        """
         spiece.model of google-t5/t5-base, from a file that you have, or from the Hugging Face hub
         (pip install "grr-coca[hub]").
 
@@ -158,17 +196,27 @@ def _parser() -> _Parser:
           grr tokenizer fetch downloads/spiece.model --output data/spiece.model
 
         Next: grr run pretrain/photos tokenizer.path=spiece.model
-        """, kinds, "grr tokenizer")  # fmt: skip
+        """,
+        kinds,
+        "grr tokenizer",
+    )
     one.add_argument("file", metavar="FILE", nargs="?", help="default: from the hub")
     one.add_argument("--output", metavar="FILE", default="spiece.model", help="default: spiece.model")
-    one = command(commands.train, "train", "Train a vocabulary on captions.", """
+    one = command(
+        commands.train,
+        "train",
+        "Train a vocabulary on captions.",
+        """
         On text files, a caption a line, or on the data of configs; a config may be followed by section.key=value.
 
           grr tokenizer train captions.txt --vocab-size 4000 --output mine.model
           grr tokenizer train mine.yaml data.path=my_photos --vocab-size 4000 --output mine.model
 
         Next: grr run pretrain/photos tokenizer.path=mine.model
-        """, kinds, "grr tokenizer")  # fmt: skip
+        """,
+        kinds,
+        "grr tokenizer",
+    )
     one.add_argument("captions", metavar="CAPTIONS", nargs="+", help="text files, configs, section.key=value")
     one.add_argument("--vocab-size", type=int, metavar="N", required=True, help="ids, at most")
     one.add_argument("--output", metavar="FILE", required=True)
@@ -176,7 +224,11 @@ def _parser() -> _Parser:
 
     model = "a run's folder, its model/, or one of its checkpoints/step_N"
     images = "files, folders with all that is below them, or globs in quotes"
-    one = command(commands.caption, "caption", "Write captions for images with a trained model.", """
+    one = command(
+        commands.caption,
+        "caption",
+        "Write captions for images with a trained model.",
+        """
           grr caption runs/openmoji photo.png
           grr caption runs/openmoji photos 'more/**/*.jpg'
 
@@ -185,11 +237,16 @@ def _parser() -> _Parser:
           grr run caption/default model.path=runs/openmoji run.images=photos
 
         Next: grr embed runs/openmoji photos --index index
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("images", metavar="IMAGES", nargs="+", help=images)
 
-    one = command(commands.classify, "classify", "Name what images show, by the names of classes alone.", """
+    one = command(
+        commands.classify,
+        "classify",
+        "Name what images show, by the names of classes alone.",
+        """
           grr classify runs/openmoji photo.png --classes fox,owl,key
           grr classify runs/openmoji photo.png --classes '"crane, a bird", "crane, a machine"'
           grr classify runs/openmoji photos --classes classes.txt --top 1
@@ -199,25 +256,39 @@ def _parser() -> _Parser:
           grr run classify/default model.path=runs/openmoji run.images=photos 'run.classes=[fox, owl, key]'
 
         Next: grr cp finetune_classifier
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("images", metavar="IMAGES", nargs="+", help=images)
-    one.add_argument("--classes", metavar="A,B,C|FILE", required=True,
-                     help='names, those with a comma in double quotes, or a text file of them, one a line')  # fmt: skip
+    one.add_argument(
+        "--classes",
+        metavar="A,B,C|FILE",
+        required=True,
+        help="names, those with a comma in double quotes, or a text file of them, one a line",
+    )
     one.add_argument("--top", type=int, metavar="N", default=5, help="classes of each image; default: 5")
 
-    one = command(commands.embed, "embed", "Look at images with a trained model, and keep what it saw in an index.", """
+    one = command(
+        commands.embed,
+        "embed",
+        "Look at images with a trained model, and keep what it saw in an index.",
+        """
         Again with other images, it adds them; killed, it goes on.
 
           grr embed runs/openmoji photos --index index
 
         Next: grr search index "a fox and a key"
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("images", metavar="IMAGES", nargs="+", help=images)
     one.add_argument("--index", metavar="FOLDER", default="index", help="default: index")
 
-    one = command(commands.search, "search", "Find images by sentences, or by images that they are like.", """
+    one = command(
+        commands.search,
+        "search",
+        "Find images by sentences, or by images that they are like.",
+        """
         In an index that grr embed made. A query that is a file is an image.
 
           grr search index "a fox and a key"
@@ -226,7 +297,8 @@ def _parser() -> _Parser:
         With a page:
 
           grr run search/default run.index=index 'run.texts=[a fox and a key]'
-        """)  # fmt: skip
+        """,
+    )
     one.add_argument("index", metavar="INDEX", help="the folder of an index")
     one.add_argument("queries", metavar="QUERY", nargs="+", help="a sentence, or an image's file")
     one.add_argument("--model", metavar="MODEL", help="default: where it lay when the index was made")

@@ -45,8 +45,10 @@ class ClipTokenizer(Tokenizer):
         if context < 4:
             raise ValueError(f"ClipTokenizer: context must have room for BOS, a token, EOS and CLS, got {context=}")
         if not is_merges(path):
-            raise ValueError(f"ClipTokenizer: the first line of a list of merges ends with {VERSION}, that of {path} "
-                             f"does not; give {OPEN_CLIP_FILE} or merges.txt")  # fmt: skip
+            raise ValueError(
+                f"ClipTokenizer: the first line of a list of merges ends with {VERSION}, that of {path} "
+                f"does not; give {OPEN_CLIP_FILE} or merges.txt"
+            )
         pairs = [line.strip() for line in _read(path).rstrip().split("\n")[1 : MERGES + 1]]
         if wrong := [pair for pair in pairs if not _is_pair(pair)]:
             raise ValueError(f"ClipTokenizer: a line of {path} must be two pieces, got {wrong[0]!r}; copy it again")
@@ -90,8 +92,9 @@ class ClipTokenizer(Tokenizer):
         pieces = [*letters, *(letter + END for letter in letters), *(first + second for first, second in pairs)]
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self._ids = {piece: i for i, piece in enumerate(pieces)}
-        self._bytes = [bytes(letters[c] for c in piece.removesuffix(END)) + b" " * piece.endswith(END)
-                       for piece in pieces]  # fmt: skip
+        self._bytes = [
+            bytes(letters[c] for c in piece.removesuffix(END)) + b" " * piece.endswith(END) for piece in pieces
+        ]
         self._spell = lru_cache(maxsize=2**16)(self._spelled)
         self.vocab_size = len(pieces) + 3
         self.bos_id, self.eos_id, self.cls_id = range(len(pieces), self.vocab_size)
@@ -140,8 +143,9 @@ def _mend(text: str) -> str:
     try:
         import ftfy
     except ImportError as error:
-        raise ImportError('ClipTokenizer: ftfy, which mends captions, is not installed; pip install "grr-coca[clip]"'
-                          ) from error  # fmt: skip
+        raise ImportError(
+            'ClipTokenizer: ftfy, which mends captions, is not installed; pip install "grr-coca[clip]"'
+        ) from error
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 

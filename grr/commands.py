@@ -102,8 +102,12 @@ def train(options: argparse.Namespace) -> int:
 
     overrides = [word for word in options.captions if OVERRIDE.match(word)]
     sources = [word for word in options.captions if word not in overrides]
-    tokenizer = train_vocabulary([installed.config_file(s) if _is_config(s) else Path(s) for s in sources], overrides,
-                                 Path(options.output), vocab_size=options.vocab_size)  # fmt: skip
+    tokenizer = train_vocabulary(
+        [installed.config_file(s) if _is_config(s) else Path(s) for s in sources],
+        overrides,
+        Path(options.output),
+        vocab_size=options.vocab_size,
+    )
     print(f"{options.output}: {tokenizer.vocab_size:,} ids")
     print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
     return 0
@@ -127,8 +131,10 @@ def classify(options: argparse.Namespace) -> int:
     classes = read_classes(options.classes) if Path(options.classes).is_file() else split_classes(options.classes)
     files = _images(options.images)
     rows = classify_images(_opened(options.model), files, classes, top=options.top)
-    return _told(rows, lambda row: ", ".join(
-        f"{name} {p:.1%}" for name, p in zip(row["classes"], row["probabilities"], strict=True)))  # fmt: skip
+    return _told(
+        rows,
+        lambda row: ", ".join(f"{name} {p:.1%}" for name, p in zip(row["classes"], row["probabilities"], strict=True)),
+    )
 
 
 def embed(options: argparse.Namespace) -> int:
@@ -149,8 +155,10 @@ def search(options: argparse.Namespace) -> int:
     from grr.index import as_text, look_up, open_index
 
     if not Path(options.index, "index.json").is_file():
-        raise FileNotFoundError(f"{options.index} is no index of images; make one of a model and a folder of images: "
-                                f"grr embed MODEL IMAGES --index {quote(options.index)}")  # fmt: skip
+        raise FileNotFoundError(
+            f"{options.index} is no index of images; make one of a model and a folder of images: "
+            f"grr embed MODEL IMAGES --index {quote(options.index)}"
+        )
     trained = _opened(options.model or open_index(options.index).model_path)
     images = [query for query in options.queries if Path(query).is_file()]
     texts = [query for query in options.queries if query not in images]
@@ -202,8 +210,11 @@ def _say_which(recipe: Path, config: Path | None) -> None:
     if recipe.absolute().parent != installed.RECIPES:
         print(f"recipe: {recipe}", file=sys.stderr)
     if config is not None and (other := installed.left_out(config, recipe)) is not None:
-        print(f"recipe: the installed {recipe.stem}, not {other}, which grr run {quote(str(other))} and grr check "
-              f"--recipe {quote(str(other))} take", file=sys.stderr)  # fmt: skip
+        print(
+            f"recipe: the installed {recipe.stem}, not {other}, which grr run {quote(str(other))} and grr check "
+            f"--recipe {quote(str(other))} take",
+            file=sys.stderr,
+        )
 
 
 def _name_of(recipe: Path) -> str:

@@ -34,8 +34,14 @@ class Metric(NamedTuple):
 
 WAYS = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
 RECALLS = {f"{way}_r{k}": f"R@{k} {name}, %" for way, name in WAYS.items() for k in (1, 5, 10)}
-CAPTIONS = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L",
-            "cider": "CIDEr-D"}  # fmt: skip
+CAPTIONS = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr-D",
+}
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 METRICS = [
     Metric("CoCa loss", "loss", lower_is_better=True, factor=1),
@@ -68,8 +74,9 @@ class Comparison(NamedTuple):
     unequal: list[str]  # in what the runs differ beside their models; to be shown wherever the numbers are
 
 
-def compare(models: Mapping[str, Sequence[RunRecord]], *, published: DataSet | None = None,
-            allow_differences: bool = False) -> Comparison:  # fmt: skip
+def compare(
+    models: Mapping[str, Sequence[RunRecord]], *, published: DataSet | None = None, allow_differences: bool = False
+) -> Comparison:
     """Hold the runs of some models against those of the first: means, spreads over seeds, and paired differences.
 
     `published` puts the paper's numbers for that data set beside ours. Raises ValueError if there is only one model;
@@ -80,21 +87,24 @@ def compare(models: Mapping[str, Sequence[RunRecord]], *, published: DataSet | N
         raise ValueError(f"compare: there must be at least two models, got {', '.join(models) or 'none'}")
     unequal = differences(models)
     if unequal and not allow_differences:
-        raise ValueError("\n  ".join([
-            "compare: the runs differ in more than their models, so their numbers say nothing of these; train them "
-            "under equal conditions, or set run.allow_differences=true to see the numbers with these lines above them:",
-            *unequal,
-        ]))  # fmt: skip
+        raise ValueError(
+            "compare: the runs differ in more than their models, so their numbers say nothing of these; train them under "
+            "equal conditions, or set run.allow_differences=true to see the numbers with these lines above them:\n  "
+            + "\n  ".join(unequal)
+        )
     lines = []
     for metric in METRICS:
-        base, *others = ({run.seed: x for run in runs if is_number(x := _value(run, metric))}
-                         for runs in models.values())  # fmt: skip
+        base, *others = (
+            {run.seed: x for run in runs if is_number(x := _value(run, metric))} for runs in models.values()
+        )
         if base or any(others):
-            lines.append(Line(
-                metric,
-                [spread(list(values.values())) if values else None for values in (base, *others)],
-                [difference(values, base) if values and base else None for values in others],
-            ))  # fmt: skip
+            lines.append(
+                Line(
+                    metric,
+                    [spread(list(values.values())) if values else None for values in (base, *others)],
+                    [difference(values, base) if values and base else None for values in others],
+                )
+            )
     return Comparison(models, lines, published, unequal)
 
 

@@ -33,8 +33,14 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
     title = " · ".join(comparison.models)
-    return write_page(folder / "comparison.html", title, _header(title, comparison), _numbers(comparison),
-                      _curves(comparison.models), _what_was_run(comparison))  # fmt: skip
+    return write_page(
+        folder / "comparison.html",
+        title,
+        _header(title, comparison),
+        _numbers(comparison),
+        _curves(comparison.models),
+        _what_was_run(comparison),
+    )
 
 
 # The tables
@@ -67,11 +73,23 @@ def result_table(comparison: Comparison) -> Table:
 def run_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
     """Every run: where it is, which validation its numbers are, and what computed it."""
     header = ["model", "seed", "folder", "at step", "of", "CoCa loss", "commit", "device"]
-    return [header, *(
-        [name, str(run.seed), str(run.folder), f"{run.best_step:,}", f"{run.validations[-1]['step']:,}",
-         f"{run.best['loss']:.4f}", str(run.start.get("commit")), str(run.start.get("device"))]
-        for name, runs in models.items() for run in runs
-    )]  # fmt: skip
+    return [
+        header,
+        *(
+            [
+                name,
+                str(run.seed),
+                str(run.folder),
+                f"{run.best_step:,}",
+                f"{run.validations[-1]['step']:,}",
+                f"{run.best['loss']:.4f}",
+                str(run.start.get("commit")),
+                str(run.start.get("device")),
+            ]
+            for name, runs in models.items()
+            for run in runs
+        ),
+    ]
 
 
 def model_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
@@ -86,8 +104,10 @@ def _size_rows(models: Mapping[str, Sequence[RunRecord]]) -> list[list[str]]:
     """Parameters and cost of each model, where the runs tell."""
     firsts = [runs[0] for runs in models.values()]
     rows = []
-    counts: dict[str, Callable[[RunRecord], Any]] = {"parameters": lambda run: run.start.get("parameters"),
-                                                     "GFLOPs a pair, forward": _gigaflops}  # fmt: skip
+    counts: dict[str, Callable[[RunRecord], Any]] = {
+        "parameters": lambda run: run.start.get("parameters"),
+        "GFLOPs a pair, forward": _gigaflops,
+    }
     for label, count in counts.items():
         base, *others = map(count, firsts)
         if not any(is_number(x) for x in (base, *others)):
@@ -161,8 +181,10 @@ def verdicts(comparison: Comparison) -> list[str]:
                 beyond = "better beyond the spread" if better else "worse beyond the spread"
                 group = beyond if found.beyond_spread else "no more apart than seeds are"
             groups.setdefault(group, []).append(metric.label.removesuffix(", %"))
-        parts = [f"{group} in {'everything' if len(labels) == len(told) else ', '.join(labels)}"
-                 for group, labels in sorted(groups.items())]  # fmt: skip
+        parts = [
+            f"{group} in {'everything' if len(labels) == len(told) else ', '.join(labels)}"
+            for group, labels in sorted(groups.items())
+        ]
         over = " and ".join(sorted({_over(found) for _, found in told}))
         sentences.append(f"{name} against {base}, {over}: {'; '.join(parts)}.")
     return sentences
@@ -176,7 +198,7 @@ def notes(comparison: Comparison) -> list[str]:
         "± behind a value is the standard deviation over seeds; behind a difference, the standard error of its mean.",
         "* the 95 % interval of the difference excludes zero (t-test over seeds), which by chance it does for one of "
         "twenty numbers that do not differ. ? there are too few seeds to know.",
-    ]  # fmt: skip
+    ]
     if comparison.published:
         lines.append("The paper's numbers are those of its table 2: one run each, on its own data.")
     return lines
@@ -191,13 +213,18 @@ def _over(found: Difference) -> str:
 def _written(comparison: Comparison, table: Callable[[Table], str], bullet: str) -> str:
     models = model_table(comparison.models)
     warning = ["The runs differ in more than their models:", *(bullet + line for line in comparison.unequal), ""]
-    return "\n".join([
-        *(warning if comparison.unequal else []),
-        table(result_table(comparison)), "",
-        *(bullet + line for line in verdicts(comparison) + notes(comparison)), "",
-        *([table(models), ""] if len(models) > 1 else []),
-        table(run_table(comparison.models)), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *(warning if comparison.unequal else []),
+            table(result_table(comparison)),
+            "",
+            *(bullet + line for line in verdicts(comparison) + notes(comparison)),
+            "",
+            *([table(models), ""] if len(models) > 1 else []),
+            table(run_table(comparison.models)),
+            "",
+        ]
+    )
 
 
 # The page
@@ -212,8 +239,10 @@ def _numbers(comparison: Comparison) -> str:
     if comparison.unequal:
         warning = "<p>The runs differ in more than their models:</p>" + _list(comparison.unequal)
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
-    return (f"<section><h2>What they reach</h2>{warning}{said}{html(result_table(comparison))}"
-            f"{_list(notes(comparison))}</section>")  # fmt: skip
+    return (
+        f"<section><h2>What they reach</h2>{warning}{said}{html(result_table(comparison))}"
+        f"{_list(notes(comparison))}</section>"
+    )
 
 
 def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
@@ -232,9 +261,11 @@ def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
         chart("Contrastive loss", curves("contrastive_loss"), wide=True),
         chart("R@1 in %, sentence to image", curves("text_to_image_r1", 100), wide=True, low=0),
     ]
-    return ("<section><h2>How they got there</h2><p>Validation over optimizer steps: a thin line for each seed, a "
-            "thick one for their mean. Perplexity has a logarithmic axis.</p>"
-            f"<div class=charts>{''.join(charts)}</div></section>")  # fmt: skip
+    return (
+        "<section><h2>How they got there</h2><p>Validation over optimizer steps: a thin line for each seed, a "
+        "thick one for their mean. Perplexity has a logarithmic axis.</p>"
+        f"<div class=charts>{''.join(charts)}</div></section>"
+    )
 
 
 def _mean_rows(runs: Sequence[RunRecord], key: str) -> list[dict[str, Any]]:
@@ -248,9 +279,10 @@ def _what_was_run(comparison: Comparison) -> str:
     models, conditions = model_table(comparison.models), next(iter(comparison.models.values()))[0].conditions
     equal = "\n".join(f"{key}: {value}" for key, value in sorted(conditions.items()))
     differ = html(models) if len(models) > 1 else ""
-    return (f"<section class=files><h2>What was run</h2>{differ}{html(run_table(comparison.models))}"
-            f"<details><summary>conditions of the first run</summary><pre>{escape(equal)}</pre></details></section>"
-            )  # fmt: skip
+    return (
+        f"<section class=files><h2>What was run</h2>{differ}{html(run_table(comparison.models))}"
+        f"<details><summary>conditions of the first run</summary><pre>{escape(equal)}</pre></details></section>"
+    )
 
 
 def _list(lines: Sequence[str]) -> str:

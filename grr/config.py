@@ -96,8 +96,10 @@ def sections_of(main: Callable[[], object]) -> dict[str, Section]:
         return answer.sections
     finally:
         _asked.reset(token)
-    raise ValueError(f"sections_of: {main.__module__}.{main.__qualname__} reads no config; a recipe's main begins with "
-                     "config.load(...)")  # fmt: skip
+    raise ValueError(
+        f"sections_of: {main.__module__}.{main.__qualname__} reads no config; a recipe's main begins with "
+        "config.load(...)"
+    )
 
 
 def save(cfg: Config, path: Path) -> None:
@@ -222,8 +224,9 @@ def _gather(place: str, source: Any, given: dict[str, Given], mistakes: _Mistake
             given[section] |= {str(key): (value, place) for key, value in (values or {}).items()}
 
 
-def _drop_arguments_of_other_names(overrides: dict[Any, Any], given: dict[str, Given],
-                                   sections: Mapping[str, Section]) -> None:  # fmt: skip
+def _drop_arguments_of_other_names(
+    overrides: dict[Any, Any], given: dict[str, Given], sections: Mapping[str, Section]
+) -> None:
     """Where the command line names another function than the file did, drop what only the file's function takes."""
     for section, values in overrides.items():
         functions, name = sections.get(section), values.get("name") if isinstance(values, dict) else None
@@ -316,8 +319,11 @@ def _arguments(function: Callable[..., Any]) -> tuple[dict[str, _Argument], set[
     """What a config may set, and the names of what only code may."""
     if dataclasses.is_dataclass(function):
         kinds = get_type_hints(function)
-        return {field.name: _Argument(kinds[field.name], _default(field)) for field in dataclasses.fields(function)
-                if field.init}, set()  # fmt: skip
+        return {
+            field.name: _Argument(kinds[field.name], _default(field))
+            for field in dataclasses.fields(function)
+            if field.init
+        }, set()
     arguments, by_code = {}, set()
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         kind = _bare(parameter.annotation)

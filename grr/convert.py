@@ -55,8 +55,10 @@ def read_open_clip(path: str | Path) -> dict[str, Tensor]:
     for name in weights:
         plain = _plain_name(name)
         if plain in own:
-            raise ValueError(f"read_open_clip: {path} has two weights for {plain}: {own[plain]} and {name}; save the "
-                             "weights of one model into a file, and give that")  # fmt: skip
+            raise ValueError(
+                f"read_open_clip: {path} has two weights for {plain}: {own[plain]} and {name}; save the "
+                "weights of one model into a file, and give that"
+            )
         own[plain] = name
     return {plain: weights[name] for plain, name in own.items()}
 
@@ -116,15 +118,19 @@ def _likely_cause(weights: Mapping[str, Tensor], model: CoCa) -> str:
     """What the names and shapes of weights that do not fit say of the model that they are from, and the remedy."""
     if not any(name.split(".")[0] in PARTS for name in weights):
         some = ", ".join(list(weights)[:3])
-        return (f"none of its {len(weights)} names, {some} ..., is of open_clip's CoCa: it is a model of another "
-                "architecture; give the checkpoint of a CoCa")  # fmt: skip
+        return (
+            f"none of its {len(weights)} names, {some} ..., is of open_clip's CoCa: it is a model of another "
+            "architecture; give the checkpoint of a CoCa"
+        )
     if not any(name.startswith("text_decoder.") for name in weights):
         return "it has no text_decoder, which writes captions: it is a CLIP; give the checkpoint of a CoCa"
     theirs, own = weights.get("visual.conv1.weight"), model.state_dict()["vision_encoder.patches.projection.weight"]
     if theirs is not None and theirs.shape != own.shape:
         size = SIZES.get(tuple(theirs.shape), "open_clip_coca, with the sizes that it was trained with")
-        return (f"it is of another size, with patches {list(theirs.shape)} where the model has {list(own.shape)}; set "
-                f"model.name={size}")  # fmt: skip
+        return (
+            f"it is of another size, with patches {list(theirs.shape)} where the model has {list(own.shape)}; set "
+            f"model.name={size}"
+        )
     return "some weights are missing, unknown or of another shape; set the sizes that it was trained with"
 
 
@@ -185,8 +191,10 @@ OUTSIDE_OF_BLOCKS: dict[str, list[tuple[str, Change]]] = {
     "generative_pooler.0.attention.context_norm.bias": [(f"{POOLER}.ln_k.bias", _same)],
     "generative_pooler.0.attention.q.weight": [(f"{POOLER}.attn.q_proj_weight", _same)],
     "generative_pooler.0.attention.q.bias": [(f"{POOLER}.attn.in_proj_bias", _queries)],
-    "generative_pooler.0.attention.kv.weight": [(f"{POOLER}.attn.k_proj_weight", _same),
-                                                (f"{POOLER}.attn.v_proj_weight", _same)],
+    "generative_pooler.0.attention.kv.weight": [
+        (f"{POOLER}.attn.k_proj_weight", _same),
+        (f"{POOLER}.attn.v_proj_weight", _same),
+    ],
     "generative_pooler.0.attention.kv.bias": [(f"{POOLER}.attn.in_proj_bias", _keys_and_values)],
     "generative_pooler.0.attention.out.weight": [(f"{POOLER}.attn.out_proj.weight", _same)],
     "generative_pooler.0.attention.out.bias": [(f"{POOLER}.attn.out_proj.bias", _same)],
@@ -203,7 +211,7 @@ OUTSIDE_OF_BLOCKS: dict[str, list[tuple[str, Change]]] = {
     "multimodal_decoder.head.weight": [("text_decoder.text_projection", _transposed)],
     "logit_scale.log_scale": [("logit_scale", torch.atleast_1d)],
     "logit_scale.bias": [("logit_scale", _zero)],
-}  # fmt: skip
+}
 IN_A_BLOCK: dict[str, tuple[str, Change]] = {
     "attention_norm.": ("ln_1.", _same),
     "attention.qkv.": ("attn.in_proj_", _same),

@@ -45,8 +45,9 @@ def shard_over(model: nn.Module, mesh: DeviceMesh, *, bf16: bool = False) -> Non
     `parallelize` calls it. Raises ValueError if the model is sharded, or computes in bfloat16 without being sharded.
     """
     if isinstance(model.forward, InBFloat16) or any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise ValueError(f"shard_over: a model is sharded once, got one that is {' and '.join(preparations(model))}; "
-                         f"{ORDER}")  # fmt: skip
+        raise ValueError(
+            f"shard_over: a model is sharded once, got one that is {' and '.join(preparations(model))}; {ORDER}"
+        )
     compute, exact = (torch.bfloat16, torch.float32) if bf16 else (None, None)
     for block in blocks(model) if mesh.size(-1) > 1 else ():  # what is not sharded need not be gathered bit by bit
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, exact))
@@ -67,8 +68,10 @@ def materialize(model: nn.Module, device: torch.device, *, seed: int) -> None:
     owners = [(name, m) for name, m in model.named_modules() if m._parameters or m._buffers]
     stuck = [f"{name} ({type(m).__name__})" for name, m in owners if not hasattr(m, "reset_parameters")]
     if stuck:
-        raise ValueError(f"materialize: these modules hold parameters or buffers but cannot fill them: "
-                         f"{', '.join(stuck)}; give them a reset_parameters() method")  # fmt: skip
+        raise ValueError(
+            f"materialize: these modules hold parameters or buffers but cannot fill them: "
+            f"{', '.join(stuck)}; give them a reset_parameters() method"
+        )
     first: dict[int, tuple[nn.Module, str]] = {}  # where a parameter stands first, and where it stands again
     again: list[tuple[nn.Module, str, nn.Module, str]] = []
     for _, module in owners:

@@ -15,8 +15,17 @@ class Drafts:
     is said by the arguments, as in `generate`, which checks them.
     """
 
-    def __init__(self, model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: int, min_tokens: int = 0,
-                 repetition_penalty: float = 1.0, no_repeat_ngram: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: CoCa,
+        images: Tensor,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        min_tokens: int = 0,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram: int = 0,
+    ) -> None:
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.min_tokens, self.repetition_penalty, self.no_repeat_ngram = min_tokens, repetition_penalty, no_repeat_ngram
         device = images.device
@@ -39,8 +48,10 @@ class Drafts:
         logits = self.model.next_token_logits(self.ids[:, -1:], self.context, positions=here, caches=self.caches)
         log_p = logits.masked_fill(self._never, -torch.inf).log_softmax(-1, dtype=self.dtype)  # [rows, v]
         if log_p.isnan().any():
-            raise ValueError("generate: the scores of the next token must be numbers, got NaN; compute in float32, or "
-                             "take a model whose weights are finite")  # fmt: skip
+            raise ValueError(
+                "generate: the scores of the next token must be numbers, got NaN; compute in float32, or "
+                "take a model whose weights are finite"
+            )
         written, n = self.ids[:, 1:], self.no_repeat_ngram  # [rows, count]
         if self.repetition_penalty != 1:
             log_p.scatter_(1, written, log_p.gather(1, written) * self.repetition_penalty)

@@ -19,16 +19,25 @@ from grr.tokenizer import Tokenizer
 SHOWN = 8  # sentences of a report; twice as many images
 
 
-def examine(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, *, candidates: int, image_size: int,
-            crop: Crop) -> tuple[dict[str, float], Examples]:  # fmt: skip
+def examine(
+    model: CoCa,
+    pairs: Pairs,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    *,
+    candidates: int,
+    image_size: int,
+    crop: Crop,
+) -> tuple[dict[str, float], Examples]:
     """Retrieve among, and caption, the first `candidates` images of some pairs; all processes share the work.
 
     Gives all processes the recalls of `retrieval`, `caption_exact`, as `exact` counts, and what a report shows. The
     model may be sharded. Images that cannot be read are left out.
     """
     with unsharded(model):
-        seen = observe(model, pairs, tokenizer, device, image_size=image_size, crop=crop, images=candidates,
-                       generation={})  # fmt: skip
+        seen = observe(
+            model, pairs, tokenizer, device, image_size=image_size, crop=crop, images=candidates, generation={}
+        )
 
     def judge() -> tuple[dict[str, float], Examples]:
         assert seen is not None
@@ -37,22 +46,35 @@ def examine(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.devic
     return on_rank_0(judge)
 
 
-def validate(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, loader: dict[str, Any],
-             loss: dict[str, Any], candidates: int) -> tuple[Losses, dict[str, float], Examples]:  # fmt: skip
+def validate(
+    model: CoCa,
+    pairs: Pairs,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    loader: dict[str, Any],
+    loss: dict[str, Any],
+    candidates: int,
+) -> tuple[Losses, dict[str, float], Examples]:
     """The losses of a training run over all validation pairs, and `examine` of the first images.
 
     loader: arguments of `validation_steps`; loss: those of `evaluation_losses`. Called by all processes alike.
     """
     steps = validation_steps(pairs, tokenizer, **loader)
     losses = evaluation_losses(model, ([batch.to(device) for batch in step] for step in steps), **loss)
-    found, examples = examine(model, pairs, tokenizer, device, candidates=candidates, image_size=loader["image_size"],
-                              crop=loader["crop"])  # fmt: skip
+    found, examples = examine(
+        model, pairs, tokenizer, device, candidates=candidates, image_size=loader["image_size"], crop=loader["crop"]
+    )
     return losses, found, examples
 
 
-def losses(seen: Observation, *, contrastive_batch: int = 768, contrastive_weight: float = 2.0,
-           captioning_weight: float = 1.0,
-           contrastive: Literal["softmax", "sigmoid"] = "softmax") -> dict[str, float]:  # fmt: skip
+def losses(
+    seen: Observation,
+    *,
+    contrastive_batch: int = 768,
+    contrastive_weight: float = 2.0,
+    captioning_weight: float = 1.0,
+    contrastive: Literal["softmax", "sigmoid"] = "softmax",
+) -> dict[str, float]:
     """The paper's numbers: loss, contrastive_loss, captioning_loss and perplexity, and what they were computed with.
 
     The captioning loss is the mean over all tokens. The contrastive loss depends on the size of its batches: it is the
@@ -62,8 +84,10 @@ def losses(seen: Observation, *, contrastive_batch: int = 768, contrastive_weigh
     owners = seen.pairs.image_of[seen.texts]
     size = min(contrastive_batch, len(seen.images))
     if size < 2:
-        raise ValueError("losses: a contrastive loss needs two images or more in a batch, got "
-                         f"{contrastive_batch=} and {len(seen.images)} images")  # fmt: skip
+        raise ValueError(
+            "losses: a contrastive loss needs two images or more in a batch, got "
+            f"{contrastive_batch=} and {len(seen.images)} images"
+        )
     image, text = seen.image_embeddings.double(), seen.text_embeddings.double()
     contrasts = []
     for row in torch.from_numpy(epoch_order(owners, seed=0, epoch=0, batch_size=size)):

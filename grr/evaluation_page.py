@@ -52,8 +52,9 @@ class Part(NamedTuple):
     note: str
 
 
-def write_evaluation(folder: Path, evaluation: Evaluation, examples: Examples | None,
-                     confusions: Confusions | None) -> Path:  # fmt: skip
+def write_evaluation(
+    folder: Path, evaluation: Evaluation, examples: Examples | None, confusions: Confusions | None
+) -> Path:
     """Write folder/evaluation.json and folder/evaluation.html, each whole or not at all; returns the page's path.
 
     evaluation: JSON values, "model", "data" and "results" at least; "made" is added to them: when, with what versions,
@@ -69,14 +70,16 @@ def write_evaluation(folder: Path, evaluation: Evaluation, examples: Examples | 
     os.replace(aside, folder / "evaluation.json")
     shown = "".join(map(_show_part, parts(evaluation["results"])))
     return write_page(
-        folder / "evaluation.html", _title(evaluation), _header(evaluation),
+        folder / "evaluation.html",
+        _title(evaluation),
+        _header(evaluation),
         f"<section><h2>What it can do</h2><div class=retrievals>{shown}</div></section>",
         show_retrievals(examples.retrievals) if examples else "",
         show_captions(examples.captions) if examples else "",
         _show_confusions(confusions) if confusions else "",
         "<section class=files><h2>What was computed</h2><details><summary>evaluation.json</summary>"
         f"<pre>{escape(text)}</pre></details></section>",
-    )  # fmt: skip
+    )
 
 
 def as_text(evaluation: Evaluation) -> str:
@@ -89,10 +92,14 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
     """The results of an evaluation by the kind of task, as they are read."""
     found = []
     if loss := results.get("losses"):
-        note = (f"loss = {loss['contrastive_weight']:g} × contrastive + {loss['captioning_weight']:g} × captioning, "
-                f"contrastive batches of {loss['contrastive_batch']:,}")  # fmt: skip
-        table = [["", "loss", "contrastive", "captioning", "perplexity"],
-                 ["mean", *(number(loss[key]) for key in LOSSES)]]  # fmt: skip
+        note = (
+            f"loss = {loss['contrastive_weight']:g} × contrastive + {loss['captioning_weight']:g} × captioning, "
+            f"contrastive batches of {loss['contrastive_batch']:,}"
+        )
+        table = [
+            ["", "loss", "contrastive", "captioning", "perplexity"],
+            ["mean", *(number(loss[key]) for key in LOSSES)],
+        ]
         found.append(Part("Losses", table, note))
     if recall := results.get("retrieval"):
         ways = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
@@ -100,8 +107,10 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
         table += [[name, *(percent(recall[f"{way}_r{k}"]) for k in (1, 5, 10))] for way, name in ways.items()]
         found.append(Part("Retrieval", table, f"among {recall['candidates']:,} images and their captions"))
     if judged := results.get("captions"):
-        table = [["", "B-1", "B-2", "B-3", "B-4", "ROUGE-L", "CIDEr-D", "exact"],
-                 ["mean", *(f"{judged[key]:.3f}" for key in JUDGEMENTS), percent(judged["exact"])]]  # fmt: skip
+        table = [
+            ["", "B-1", "B-2", "B-3", "B-4", "ROUGE-L", "CIDEr-D", "exact"],
+            ["mean", *(f"{judged[key]:.3f}" for key in JUDGEMENTS), percent(judged["exact"])],
+        ]
         found.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
     if known := {name: results[task] for task, name in CLASSIFIERS.items() if task in results}:
         table = [["", "top 1", "top 5", "mean of classes"]]
@@ -145,8 +154,10 @@ def _show_confusions(confusions: Confusions) -> str:
     told = "".join(f"<li>{escape(_confusion(confusions, i, j))}</li>" for i, j in places)
     told = f"<ul class=notes>{told}</ul>" if told else "<p>Every image is taken for what it is.</p>"
     drawn = _matrix(confusions) if len(wrong) <= MOST else ""
-    return ("<section><h2>What it takes for what</h2><p>Classes found by their names alone: a row for what is shown, a "
-            f"column for what it is taken for.</p>{drawn}{told}</section>")  # fmt: skip
+    return (
+        "<section><h2>What it takes for what</h2><p>Classes found by their names alone: a row for what is shown, a "
+        f"column for what it is taken for.</p>{drawn}{told}</section>"
+    )
 
 
 def _matrix(confusions: Confusions) -> str:

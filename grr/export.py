@@ -87,24 +87,34 @@ class StepGraph(nn.Module):
 
     outputs = ("logits", "next_keys", "next_values")
     free: ClassVar[Axes] = {
-        "ids": {0: "batch"}, "position": {}, "context_keys": {1: "batch"}, "context_values": {1: "batch"},
-        "keys": {1: "batch", 3: "read"}, "values": {1: "batch", 3: "read"},
-    }  # fmt: skip
+        "ids": {0: "batch"},
+        "position": {},
+        "context_keys": {1: "batch"},
+        "context_values": {1: "batch"},
+        "keys": {1: "batch", 3: "read"},
+        "values": {1: "batch", 3: "read"},
+    }
 
     def __init__(self, model: CoCa, image_size: int) -> None:
         super().__init__()
         self.model, self.image_size = model, image_size
 
-    def forward(self, ids: Tensor, position: Tensor, context_keys: Tensor, context_values: Tensor, keys: Tensor,
-                values: Tensor) -> Outputs:  # fmt: skip
+    def forward(
+        self, ids: Tensor, position: Tensor, context_keys: Tensor, context_values: Tensor, keys: Tensor, values: Tensor
+    ) -> Outputs:
         own = [_Handed(*pair) for pair in zip(keys.unbind(), values.unbind(), strict=True)]
         seen = [_Handed(*pair) for pair in zip(context_keys.unbind(), context_values.unbind(), strict=True)]
         own_left, seen_left, none = iter(own), iter(seen), KeyValueCache(0)
         caches = tuple(
-            [BlockCache(none if block.attention is None else next(own_left),
-                        none if block.cross_attention is None else next(seen_left)) for block in _blocks(decoder)]
+            [
+                BlockCache(
+                    none if block.attention is None else next(own_left),
+                    none if block.cross_attention is None else next(seen_left),
+                )
+                for block in _blocks(decoder)
+            ]
             for decoder in (self.model.text_decoder, self.model.multimodal_decoder)
-        )  # fmt: skip
+        )
         context = context_keys[0]  # of the images it is read how many they are; the rest stands in the caches
         logits = self.model.next_token_logits(ids, context, positions=position, caches=(caches[0], caches[1]))
         return logits, *_stacked(own)
@@ -119,8 +129,14 @@ class StepGraph(nn.Module):
         both = [*caches[0], *caches[1]]
         keys, values = _stacked([cache.tokens for cache in both if cache.tokens.length])
         context_keys, context_values = _stacked([cache.context for cache in both if cache.context.length])
-        return {"ids": ids[:, -1:], "position": places[-1:], "context_keys": context_keys,
-                "context_values": context_values, "keys": keys, "values": values}  # fmt: skip
+        return {
+            "ids": ids[:, -1:],
+            "position": places[-1:],
+            "context_keys": context_keys,
+            "context_values": context_values,
+            "keys": keys,
+            "values": values,
+        }
 
 
 Graph = ImageGraph | TextGraph | StepGraph
@@ -136,10 +152,15 @@ def graphs(model: CoCa, image_size: int, context: int, *, pixels: Pixels = "uint
         raise ValueError(f"graphs: pixels must be one of {', '.join(get_args(Pixels))}, got {pixels!r}")
     kinds = {f"{type(p).__name__} of {p.dtype}" for p in model.state_dict().values()}
     if kinds != {"Tensor of torch.float32"}:
-        raise ValueError(f"graphs: a model is exported in float32, not quantised, got {', '.join(sorted(kinds))}; open "
-                         "it with load_pretrained as it was trained")  # fmt: skip
-    return {"image": ImageGraph(model, image_size, pixels), "text": TextGraph(model, context),
-            "step": StepGraph(model, image_size)}  # fmt: skip
+        raise ValueError(
+            f"graphs: a model is exported in float32, not quantised, got {', '.join(sorted(kinds))}; open "
+            "it with load_pretrained as it was trained"
+        )
+    return {
+        "image": ImageGraph(model, image_size, pixels),
+        "text": TextGraph(model, context),
+        "step": StepGraph(model, image_size),
+    }
 
 
 def export_program(graph: Graph) -> ExportedProgram:
@@ -173,8 +194,13 @@ def save_onnx(graph: Graph, program: ExportedProgram, file: Path) -> None:
         raise ImportError('save_onnx: ONNX is not installed; pip install "grr-coca[export]"') from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of itself, and of axes that share a name
-        written = torch.onnx.export(program, input_names=list(graph.free), output_names=list(graph.outputs),
-                                    dynamic_shapes=tuple(graph.free.values()), verbose=False)  # fmt: skip
+        written = torch.onnx.export(
+            program,
+            input_names=list(graph.free),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple(graph.free.values()),
+            verbose=False,
+        )
         assert written is not None
         written.save(file)
 
@@ -202,13 +228,22 @@ def largest_difference(graph: Graph, inputs: dict[str, Tensor], outputs: Sequenc
 def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dict[str, Any]:
     """What somebody needs to know who has the graphs and not this library: as JSON, to be saved beside them."""
     return {
-        "builder": source.builder, "arguments": source.arguments,
-        "image_size": source.arguments["image_size"], "crop": source.crop, "pixels": pixels,
-        "mean": IMAGENET_MEAN, "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are less the mean, by std
+        "builder": source.builder,
+        "arguments": source.arguments,
+        "image_size": source.arguments["image_size"],
+        "crop": source.crop,
+        "pixels": pixels,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are less the mean, by std
         "vocabulary": "clip" if isinstance(tokenizer, ClipTokenizer) else "sentencepiece",
-        "vocab_size": tokenizer.vocab_size, "context": tokenizer.context, "max_tokens": tokenizer.context - 3,
-        "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id, "cls_id": tokenizer.cls_id,
-    }  # fmt: skip
+        "vocab_size": tokenizer.vocab_size,
+        "context": tokenizer.context,
+        "max_tokens": tokenizer.context - 3,
+        "pad_id": tokenizer.pad_id,
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id,
+        "cls_id": tokenizer.cls_id,
+    }
 
 
 class _Handed(KeyValueCache):

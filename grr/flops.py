@@ -40,8 +40,13 @@ def parameters(model: CoCa) -> Towers:
 
     poolers = (model.pooler_norm, model.generative_pooler, model.contrastive_pooler, model.logit_scale)
     decoder = model.multimodal_decoder
-    return Towers(count(model.vision_encoder), count(*poolers), count(model.text_decoder, model.text_projection),
-                  count(decoder.blocks, decoder.norm), count(decoder.head))  # fmt: skip
+    return Towers(
+        count(model.vision_encoder),
+        count(*poolers),
+        count(model.text_decoder, model.text_projection),
+        count(decoder.blocks, decoder.norm),
+        count(decoder.head),
+    )
 
 
 def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Towers:

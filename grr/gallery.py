@@ -36,8 +36,9 @@ def write_classes(path: Path, rows: Sequence[Row], *facts: str) -> Path:
 
 def write_hits(path: Path, found: Sequence[Found], *facts: str) -> Path:
     """Write a page of queries, texts or images, and the images found for each; returns its path."""
-    files = chain.from_iterable([*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)]
-                                for one in found)  # fmt: skip
+    files = chain.from_iterable(
+        [*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)] for one in found
+    )
     shown = dict(thumbnails(dict.fromkeys(files)))
     items = []
     for one in found:
@@ -45,12 +46,16 @@ def write_hits(path: Path, found: Sequence[Found], *facts: str) -> Path:
         if one.is_image:
             image = _picture(shown[one.query], one.query)
             asked = f"<div class=asked><span>like this image</span>{image}{_name(one.query)}</div>"
-        hits = [(_picture(shown[hit.file], f"found in place {place}"), f"{hit.score:.3f}".replace("-", "−"), hit.file)
-                for place, hit in enumerate(one.hits, 1)]  # fmt: skip
+        hits = [
+            (_picture(shown[hit.file], f"found in place {place}"), f"{hit.score:.3f}".replace("-", "−"), hit.file)
+            for place, hit in enumerate(one.hits, 1)
+        ]
         listed = "".join(f"<li>{image}<span>{score}</span>{_name(file)}</li>" for image, score, file in hits)
         items.append(f"<article>{asked}<ol>{listed}</ol></article>")
-    section = ("<section><h2>What was looked for, and the images it finds</h2><p>Nearest first, with the cosine "
-               f"similarity.</p><div class=hits>{''.join(items)}</div></section>")  # fmt: skip
+    section = (
+        "<section><h2>What was looked for, and the images it finds</h2><p>Nearest first, with the cosine "
+        f"similarity.</p><div class=hits>{''.join(items)}</div></section>"
+    )
     title = f"“{found[0].query}”" if len(found) == 1 and not found[0].is_image else "Search"
     return write_page(path, title, header(title, *facts), section)
 

@@ -14,10 +14,22 @@ from grr.tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: int | None = None, min_tokens: int = 0,
-             beams: int = 1, length_penalty: float = 1.0, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, repetition_penalty: float = 1.0, no_repeat_ngram: int = 0,
-             seed: int = 0) -> list[str]:  # fmt: skip
+def generate(
+    model: CoCa,
+    images: Tensor,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    min_tokens: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+    seed: int = 0,
+) -> list[str]:
     """Write a caption for each image: greedy search, beam search with beams > 1, or sampling with temperature > 0.
 
     images: uint8 or normalised float [b, 3, h, w] -> b captions of at least min_tokens and at most max_tokens tokens
@@ -34,12 +46,29 @@ def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: i
     """
     room = tokenizer.context - 3  # BOS, EOS and CLS stand in every row
     max_tokens = room if max_tokens is None else max_tokens
-    _check(images, model.multimodal_decoder.head.out_features, tokenizer, max_tokens=max_tokens,
-           min_tokens=min_tokens, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p,
-           repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
+    _check(
+        images,
+        model.multimodal_decoder.head.out_features,
+        tokenizer,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        beams=beams,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+    )
     with evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
-        drafts = Drafts(model, images, tokenizer, max_tokens=max_tokens, min_tokens=min_tokens,
-                        repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)  # fmt: skip
+        drafts = Drafts(
+            model,
+            images,
+            tokenizer,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram=no_repeat_ngram,
+        )
         if beams > 1:
             captions, _ = beam_search(drafts, beams=beams, length_penalty=length_penalty)
         elif temperature > 0:
@@ -50,8 +79,9 @@ def generate(model: CoCa, images: Tensor, tokenizer: Tokenizer, *, max_tokens: i
     return [tokenizer.decode(row) for row in captions.tolist()]
 
 
-def sample(log_p: Tensor, generator: torch.Generator, temperature: float, top_k: int | None,
-           top_p: float | None) -> Tensor:  # fmt: skip
+def sample(
+    log_p: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
     """Draw one token a row: logarithms of probabilities [b, v], to a constant -> [b]."""
     if top_k is None and top_p is None:
         return torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator).squeeze(1)
@@ -88,43 +118,65 @@ def _write(drafts: Drafts, choose: Callable[[Tensor], Tensor]) -> Tensor:
     return captions
 
 
-def _check(images: Tensor, ids: int, tokenizer: Tokenizer, *, max_tokens: int, min_tokens: int, beams: int,
-           temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float,
-           no_repeat_ngram: int) -> None:  # fmt: skip
+def _check(
+    images: Tensor,
+    ids: int,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    min_tokens: int,
+    beams: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    no_repeat_ngram: int,
+) -> None:
     """Raise ValueError with every rule that is broken."""
     room, words = tokenizer.context - 3, tokenizer.vocab_size - 4  # words: all but PAD, EOS, BOS and CLS
     rules = [
-        (images.ndim == 4 and len(images) > 0,
-         f"images must be [b, 3, h, w], at least one of them, got {list(images.shape)}; a single one is "
-         "image.unsqueeze(0)"),
-        (ids == tokenizer.vocab_size,
-         f"the model writes {ids} ids and the tokenizer reads {tokenizer.vocab_size}; take the tokenizer that the "
-         "model was trained with"),
-        (1 <= max_tokens <= room,
-         f"max_tokens must be from 1 to {room}, the room in the tokenizer's context of {tokenizer.context}, got "
-         f"{max_tokens=}"),
-        (0 <= min_tokens <= max_tokens,
-         f"min_tokens must be from 0 to max_tokens, got {min_tokens=}, {max_tokens=}"),
-        (beams >= 1,
-         f"beams must be 1, for no beam search, or more, got {beams=}"),
-        (0 <= temperature < math.inf,
-         f"temperature must be 0, for no sampling, or more, got {temperature=}"),
-        (beams <= 1 or temperature == 0,
-         f"beam search does not sample, got {beams=}, {temperature=}; leave one of them out"),
-        (temperature != 0 or (top_k is None and top_p is None),
-         f"top_k and top_p are for sampling, got {top_k=}, {top_p=}, {temperature=}; set temperature to 1.0"),
-        (top_k is None or top_k >= 1,
-         f"top_k must be at least 1, got {top_k=}; leave it out to draw from all tokens"),
-        (top_p is None or 0 < top_p <= 1,
-         f"top_p must be above 0 and at most 1, got {top_p=}; leave it out to draw from all tokens"),
-        (0 < repetition_penalty < math.inf,
-         f"repetition_penalty must be positive, and above 1 to discourage repetition, got {repetition_penalty=}"),
-        (no_repeat_ngram >= 0,
-         f"no_repeat_ngram must be 0, for no rule, or more, got {no_repeat_ngram=}"),
-        (no_repeat_ngram == 0 or min_tokens <= words,
-         f"min_tokens must be at most {words}, the words of the vocabulary, where none may come again, got "
-         f"{min_tokens=}, {no_repeat_ngram=}"),
-    ]  # fmt: skip
+        (
+            images.ndim == 4 and len(images) > 0,
+            f"images must be [b, 3, h, w], at least one of them, got {list(images.shape)}; a single one is "
+            "image.unsqueeze(0)",
+        ),
+        (
+            ids == tokenizer.vocab_size,
+            f"the model writes {ids} ids and the tokenizer reads {tokenizer.vocab_size}; take the tokenizer that the "
+            "model was trained with",
+        ),
+        (
+            1 <= max_tokens <= room,
+            f"max_tokens must be from 1 to {room}, the room in the tokenizer's context of {tokenizer.context}, got "
+            f"{max_tokens=}",
+        ),
+        (0 <= min_tokens <= max_tokens, f"min_tokens must be from 0 to max_tokens, got {min_tokens=}, {max_tokens=}"),
+        (beams >= 1, f"beams must be 1, for no beam search, or more, got {beams=}"),
+        (0 <= temperature < math.inf, f"temperature must be 0, for no sampling, or more, got {temperature=}"),
+        (
+            beams <= 1 or temperature == 0,
+            f"beam search does not sample, got {beams=}, {temperature=}; leave one of them out",
+        ),
+        (
+            temperature != 0 or (top_k is None and top_p is None),
+            f"top_k and top_p are for sampling, got {top_k=}, {top_p=}, {temperature=}; set temperature to 1.0",
+        ),
+        (top_k is None or top_k >= 1, f"top_k must be at least 1, got {top_k=}; leave it out to draw from all tokens"),
+        (
+            top_p is None or 0 < top_p <= 1,
+            f"top_p must be above 0 and at most 1, got {top_p=}; leave it out to draw from all tokens",
+        ),
+        (
+            0 < repetition_penalty < math.inf,
+            f"repetition_penalty must be positive, and above 1 to discourage repetition, got {repetition_penalty=}",
+        ),
+        (no_repeat_ngram >= 0, f"no_repeat_ngram must be 0, for no rule, or more, got {no_repeat_ngram=}"),
+        (
+            no_repeat_ngram == 0 or min_tokens <= words,
+            f"min_tokens must be at most {words}, the words of the vocabulary, where none may come again, got "
+            f"{min_tokens=}, {no_repeat_ngram=}",
+        ),
+    ]
     broken = [message for holds, message in rules if not holds]
     if broken:
         raise ValueError("generate: " + "; ".join(broken))

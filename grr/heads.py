@@ -54,14 +54,21 @@ class ImageClassifier(Head):
     Source: CoCa, section 3.2 (a pooler for each task) and 4.2 (image classification).
     """
 
-    def __init__(self, coca: CoCa, *, task_pooler: AttentionPooler, norm: nn.Module, classifier: nn.Linear,
-                 dropout: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self, coca: CoCa, *, task_pooler: AttentionPooler, norm: nn.Module, classifier: nn.Linear, dropout: float = 0.0
+    ) -> None:
         super().__init__(coca, classifier=classifier, dropout=dropout)
         self.task_pooler = task_pooler
         self.norm = norm
 
-    def forward(self, images: Tensor, ids: Tensor | None = None, *, positions: Tensor | None = None,
-                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        images: Tensor,
+        ids: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> Tensor:
         read = self.norm(self.task_pooler(self._context(images, sample_keys))[:, 0])  # [b, d]
         return self._classify(read, sample_keys)  # [b, c]
 
@@ -85,8 +92,9 @@ class ImageTextClassifier(Head):
             head=nn.Identity(),  # type: ignore[arg-type]  # classes are scored instead of words
         )
 
-    def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
-                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None, sample_keys: Tensor | None = None
+    ) -> Tensor:
         if positions is None:
             ids, positions = pack(ids, pad_id=self.pad_id)
         keys = tower_keys(self.text_decoder, sample_keys, TEXT)
@@ -105,8 +113,13 @@ def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> I
     Raises ValueError if there are fewer than two classes.
     """
     classifier = _linear("image_classifier", coca, num_classes)
-    return ImageClassifier(coca, task_pooler=AttentionPooler(coca.dim, 1, coca.pooler_heads), norm=RMSNorm(coca.dim),
-                           classifier=classifier, dropout=dropout)  # fmt: skip
+    return ImageClassifier(
+        coca,
+        task_pooler=AttentionPooler(coca.dim, 1, coca.pooler_heads),
+        norm=RMSNorm(coca.dim),
+        classifier=classifier,
+        dropout=dropout,
+    )
 
 
 def image_text_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageTextClassifier:
@@ -161,12 +174,16 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
     file = source.path / "config.json"
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_progress(source.path)["model"]
     if "head" not in saved:
-        raise ValueError(f"load_classifier: {source.path} is a model without a head; train one on it with "
-                         "recipes/finetune_classifier.py, or open it with grr.pretrained.load_pretrained")  # fmt: skip
+        raise ValueError(
+            f"load_classifier: {source.path} is a model without a head; train one on it with "
+            "recipes/finetune_classifier.py, or open it with grr.pretrained.load_pretrained"
+        )
     head, classes = saved["head"], saved.get("classes")
     if head not in HEADS or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"load_classifier: {source.path} must name a head, one of {', '.join(HEADS)}, and its classes "
-                         f"by texts, got {head!r} and {str(classes)[:80]}; was its description edited?")  # fmt: skip
+        raise ValueError(
+            f"load_classifier: {source.path} must name a head, one of {', '.join(HEADS)}, and its classes "
+            f"by texts, got {head!r} and {str(classes)[:80]}; was its description edited?"
+        )
     with torch.device("meta"):
         model = HEADS[head](build_pretrained(source), len(classes))
     model.to_empty(device=device)
@@ -175,8 +192,9 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
     return LoadedClassifier(model.eval(), saved["classes"], tokenizer, source.arguments["image_size"], source.crop)
 
 
-def describe_classifier(builder: str, arguments: dict[str, Any], crop: Crop, head: str,
-                        classes: list[str]) -> dict[str, Any]:  # fmt: skip
+def describe_classifier(
+    builder: str, arguments: dict[str, Any], crop: Crop, head: str, classes: list[str]
+) -> dict[str, Any]:
     """What `load_classifier` reads: as JSON, to be saved beside the weights."""
     return {**describe(builder, arguments, crop), "head": head, "classes": classes}
 

@@ -12,16 +12,36 @@ from typing import Any
 from grr.config import Config
 
 # How a run is computed: the numbers stay the same to rounding.
-HOW_COMPUTED = frozenset({
-    "run.folder", "run.micro_batch_size", "run.compile", "run.checkpoint_activations", "run.in_memory", "run.replicas",
-    "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.tensorboard", "loader.workers",
-    "loader.prefetch",
-})  # fmt: skip
+HOW_COMPUTED = frozenset(
+    {
+        "run.folder",
+        "run.micro_batch_size",
+        "run.compile",
+        "run.checkpoint_activations",
+        "run.in_memory",
+        "run.replicas",
+        "run.log_every",
+        "run.save_every",
+        "run.save_minutes",
+        "run.keep",
+        "run.tensorboard",
+        "loader.workers",
+        "loader.prefetch",
+    }
+)
 # How long a run lasts, what it reports, and which weights it leaves: the steps that were taken stay true.
 MAY_CHANGE = HOW_COMPUTED | {
-    "run.epochs", "run.max_steps", "run.patience", "run.validate_every", "run.candidates", "run.interpolate",
-    "run.keep_model", "run.accept_changes", "loader.max_bad_fraction", "model.path",
-}  # fmt: skip
+    "run.epochs",
+    "run.max_steps",
+    "run.patience",
+    "run.validate_every",
+    "run.candidates",
+    "run.interpolate",
+    "run.keep_model",
+    "run.accept_changes",
+    "loader.max_bad_fraction",
+    "model.path",
+}
 CONTENT = " (names or captions have changed)"
 BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
 

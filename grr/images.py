@@ -113,8 +113,9 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
     elif crop == "clip":
         width, height = (int(size * side / min(rgb.size)) for side in rgb.size)
         if width * height > MAX_CLIP_PIXELS:
-            raise BadImage(f"{image.width} x {image.height} pixels are too narrow: a side of {size} would take "
-                           f"{width} x {height}")  # fmt: skip
+            raise BadImage(
+                f"{image.width} x {image.height} pixels are too narrow: a side of {size} would take {width} x {height}"
+            )
         left, top = round((width - size) / 2), round((height - size) / 2)
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:

@@ -82,8 +82,10 @@ class Index:
                 rows = ids.gather(1, order)
             start += len(part)
         unit = float(whole_numbers(torch.ones(1, 1), longest=1.0))
-        return [[Hit(self.files[i], score / unit**2) for i, score in zip(*one, strict=True)]
-                for one in zip(rows.tolist(), best.tolist(), strict=True)]  # fmt: skip
+        return [
+            [Hit(self.files[i], score / unit**2) for i, score in zip(*one, strict=True)]
+            for one in zip(rows.tolist(), best.tolist(), strict=True)
+        ]
 
     def _check(self, queries: Tensor, top: int) -> None:
         if top < 1:
@@ -122,8 +124,15 @@ def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
     return Index(folder, description["model"], description["model_path"], files, parts)
 
 
-def embed_files(trained: LoadedModel, files: Sequence[str], folder: str | Path, model_path: str | Path, *,
-                batch_size: int = BATCH, progress: bool = False) -> Outcome:  # fmt: skip
+def embed_files(
+    trained: LoadedModel,
+    files: Sequence[str],
+    folder: str | Path,
+    model_path: str | Path,
+    *,
+    batch_size: int = BATCH,
+    progress: bool = False,
+) -> Outcome:
     """Add image files to the index in folder, which is made if there is none; those that are in it are passed over.
 
     It is written in parts of up to 1000 images, each whole or not at all, so that a run that was killed goes on behind
@@ -157,8 +166,9 @@ def embed_files(trained: LoadedModel, files: Sequence[str], folder: str | Path, 
     return Outcome(len(wanted) - len(bad), before, bad)
 
 
-def look_up(trained: LoadedModel, index: Index, texts: Sequence[str], images: Sequence[str] = (), *,
-            top: int = 10) -> tuple[list[Found], dict[str, str]]:  # fmt: skip
+def look_up(
+    trained: LoadedModel, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
+) -> tuple[list[Found], dict[str, str]]:
     """Look for texts, and for images like those in some files: what was found for each, in this order, and the files
     that cannot be read, and why. Raises ValueError if a text says nothing, or as `Index.search` does.
     """
@@ -185,8 +195,9 @@ def as_text(found: Sequence[Found]) -> str:
 
 
 @torch.no_grad()
-def embed_images(trained: LoadedModel, files: Iterable[str], *,
-                 batch_size: int = BATCH) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:  # fmt: skip
+def embed_images(
+    trained: LoadedModel, files: Iterable[str], *, batch_size: int = BATCH
+) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:
     """Embed image files, a batch at a time: the files that can be read, float32 [b, e] of unit length, and why the
     others cannot. Raises ValueError if the model computes NaN or infinity."""
     model, _, image_size, crop = trained
@@ -208,8 +219,11 @@ def _from_here(file: str) -> str:
 
 def _parts(folder: Path) -> list[Path]:
     """The names of the parts, in the order in which they were written."""
-    numbered = {int(match[1]): file for file in folder.glob("part_*.json")
-                if (match := re.fullmatch(r"part_(\d{5,9})\.json", file.name))}  # fmt: skip
+    numbered = {
+        int(match[1]): file
+        for file in folder.glob("part_*.json")
+        if (match := re.fullmatch(r"part_(\d{5,9})\.json", file.name))
+    }
     return [numbered[number] for number in sorted(numbered)]
 
 
@@ -238,8 +252,9 @@ def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
         embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)  # "c": torch wants to write
         _check_part(names, embeddings)
     except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
-        raise ValueError(f"open_index: {file.with_suffix('')} is damaged: {error}; delete {file.name} and embed its "
-                         "images again") from error  # fmt: skip
+        raise ValueError(
+            f"open_index: {file.with_suffix('')} is damaged: {error}; delete {file.name} and embed its images again"
+        ) from error
     return names, embeddings
 
 
@@ -253,8 +268,10 @@ def _check_part(names: Any, embeddings: Any) -> None:
     for first in range(0, len(embeddings), CHUNK):
         lengths = np.linalg.norm(embeddings[first : first + CHUNK].astype(np.float64), axis=1)
         if len(wrong := np.flatnonzero(~(np.abs(lengths - 1) < MAX_DEVIATION))):  # NaN is not less
-            raise ValueError("embeddings must be finite and of length 1, got a length of "
-                             f"{lengths[wrong[0]]:.3g} in row {first + wrong[0]}")  # fmt: skip
+            raise ValueError(
+                "embeddings must be finite and of length 1, got a length of "
+                f"{lengths[wrong[0]]:.3g} in row {first + wrong[0]}"
+            )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -269,8 +286,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if made_with != FORMAT:
         raise ValueError(f"open_index: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
     if not isinstance(model, str) or not isinstance(path, str):
-        raise ValueError(f"open_index: {file} does not describe an index: model and model_path must be texts, got "
-                         f"{model!r} and {path!r}; was it edited?")  # fmt: skip
+        raise ValueError(
+            f"open_index: {file} does not describe an index: model and model_path must be texts, got "
+            f"{model!r} and {path!r}; was it edited?"
+        )
     return description
 
 

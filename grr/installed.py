@@ -62,9 +62,11 @@ def recipe_of(file: Path, recipe: str | None = None) -> Path:
         return copied
     names = [item.name for item in recipes()]
     if folder.name not in names:
-        raise ValueError(f"{file} lies in no folder configs/<recipe>/, so its recipe must be named: grr run RECIPE "
-                         f"--config {file}, or grr check --recipe RECIPE {file}, for one of {', '.join(names)}, or a "
-                         "file")  # fmt: skip
+        raise ValueError(
+            f"{file} lies in no folder configs/<recipe>/, so its recipe must be named: grr run RECIPE "
+            f"--config {file}, or grr check --recipe RECIPE {file}, for one of {', '.join(names)}, or a "
+            "file"
+        )
     return find(folder.name).path
 
 
@@ -157,8 +159,10 @@ def _with_config(recipe: Item, words: list[str]) -> list[str]:
         return [*words[:place], str(config_file(words[place])), *words[place + 1 :]]
     known = [config.name for config in configs(recipe.path.stem)]
     if known and not {"-h", "--help"} & set(words):
-        raise ValueError(f"{recipe.name} needs a config: grr run {recipe.name} --config FILE, or an installed one, "
-                         f"grr run {' or '.join(known)}")  # fmt: skip
+        raise ValueError(
+            f"{recipe.name} needs a config: grr run {recipe.name} --config FILE, or an installed one, "
+            f"grr run {' or '.join(known)}"
+        )
     return words
 
 

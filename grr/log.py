@@ -103,17 +103,23 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     file = folder / "manifest.json"
     starts = read_starts(folder)
     cuda = torch.cuda.is_available()
-    starts.append({
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "versions": {"grr": grr.__version__, "torch": torch.__version__, "numpy": np.__version__,
-                     "python": platform.python_version()},
-        "commit": _commit(),
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        **facts,
-    })  # fmt: skip
+    starts.append(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "versions": {
+                "grr": grr.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            "commit": _commit(),
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            **facts,
+        }
+    )
     _replace(file, json.dumps({"starts": starts}, indent=2) + "\n")
 
 

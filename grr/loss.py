@@ -23,8 +23,9 @@ def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperat
     return F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)
 
 
-def sigmoid_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.1,
-                 bias: float | Tensor = -10.0) -> Tensor:  # fmt: skip
+def sigmoid_loss(
+    image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.1, bias: float | Tensor = -10.0
+) -> Tensor:
     """Each of the b^2 pairs is judged alone, match or no match; summed over texts, averaged over images.
 
     Both [b, e], of unit length -> scalar. Source: Zhai et al. 2023 (SigLIP), equation 2 and algorithm 1.

@@ -34,8 +34,16 @@ class LowBitAdamW(torch.optim.Optimizer):
     Raises ImportError without torchao.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], bits: Bits, *, whole: Iterable[Tensor] = (), lr: float,
-                 betas: tuple[float, float], eps: float) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        bits: Bits,
+        *,
+        whole: Iterable[Tensor] = (),
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
         try:
             import torchao  # noqa: F401
         except ImportError as error:
@@ -85,8 +93,9 @@ class LowBitAdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):
             if key in state_dict["state"]:
-                self.state[p] = {name: x if name == "step" else x.to(p.device)
-                                 for name, x in state_dict["state"][key].items()}  # fmt: skip
+                self.state[p] = {
+                    name: x if name == "step" else x.to(p.device) for name, x in state_dict["state"][key].items()
+                }
 
     def _begin(self, p: nn.Parameter) -> dict[str, Any]:
         """The state of a parameter before its first update: zeros."""

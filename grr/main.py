@@ -140,8 +140,13 @@ def _times_reported(more: int) -> int:
     from torch._C._distributed_c10d import TCPStore
 
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                         wait_for_workers=False, timeout=timedelta(seconds=10))  # fmt: skip
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=10),
+        )
         return store.add(f"grr/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", more)
     except RuntimeError:  # torchrun is gone
         return more

@@ -43,13 +43,23 @@ class VisionTransformer(nn.Module):
     images of more patches than positions were learned for.
     """
 
-    def __init__(self, *, patches: PatchEmbedding, blocks: Iterable[Block], positions: nn.Module | None = None,
-                 class_token: ClassToken | None = None, norm: nn.Module | None = None, axes: int = 1,
-                 dropout: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        patches: PatchEmbedding,
+        blocks: Iterable[Block],
+        positions: nn.Module | None = None,
+        class_token: ClassToken | None = None,
+        norm: nn.Module | None = None,
+        axes: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if class_token is not None and axes == 2:
-            raise ValueError("VisionTransformer: a class token has neither row nor column, got class_token and axes=2; "
-                             "leave one of them out")  # fmt: skip
+            raise ValueError(
+                "VisionTransformer: a class token has neither row nor column, got class_token and axes=2; "
+                "leave one of them out"
+            )
         self.axes = axes
         self.patches = patches
         self.class_token = class_token or nn.Identity()
@@ -60,14 +70,18 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, *, sample_keys: Tensor | None = None) -> Tensor:
         if not images.is_floating_point():
-            raise ValueError(f"VisionTransformer: images must be normalised floats, got {images.dtype}; "
-                             "grr.images.normalize makes them of bytes")  # fmt: skip
+            raise ValueError(
+                f"VisionTransformer: images must be normalised floats, got {images.dtype}; "
+                "grr.images.normalize makes them of bytes"
+            )
         x = self.class_token(self.patches(images))  # [b, p, d]
         raster = torch.arange(x.shape[1], device=x.device)  # [p]
         if isinstance(self.positions, LearnedPositions) and len(raster) > len(self.positions.weight):
-            raise ValueError(f"VisionTransformer: images of {images.shape[-2]} x {images.shape[-1]} make {len(raster)} "
-                             f"places, but only {len(self.positions.weight)} positions were learned; resize the images "
-                             "or build it with sinusoidal or rotary positions")  # fmt: skip
+            raise ValueError(
+                f"VisionTransformer: images of {images.shape[-2]} x {images.shape[-1]} make {len(raster)} "
+                f"places, but only {len(self.positions.weight)} positions were learned; resize the images "
+                "or build it with sinusoidal or rotary positions"
+            )
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
         entry_keys, block_keys = split_keys(sample_keys, raster, self.blocks, x)
@@ -87,8 +101,15 @@ class TextDecoder(nn.Module):
     sample_keys: int64 [b], the texts' keys for dropout, without which it is drawn from torch's generator.
     """
 
-    def __init__(self, *, embedding: nn.Embedding, blocks: Iterable[Block], positions: nn.Module | None = None,
-                 pad_id: int = 0, dropout: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        embedding: nn.Embedding,
+        blocks: Iterable[Block],
+        positions: nn.Module | None = None,
+        pad_id: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.pad_id = pad_id
         self.embedding = embedding
@@ -96,9 +117,14 @@ class TextDecoder(nn.Module):
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, ids: Tensor, *, positions: Tensor | None = None,
-                caches: Sequence[BlockCache | None] | None = None,
-                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        caches: Sequence[BlockCache | None] | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> Tensor:
         if positions is None:
             ids, positions = pack(ids, pad_id=self.pad_id)
             return unpack(self(ids, positions=positions, sample_keys=sample_keys), positions)
@@ -126,9 +152,15 @@ class MultimodalDecoder(nn.Module):
         self.norm = norm
         self.head = head
 
-    def forward(self, text: Tensor, context: Tensor, *, positions: Tensor | None = None,
-                caches: Sequence[BlockCache | None] | None = None,
-                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        text: Tensor,
+        context: Tensor,
+        *,
+        positions: Tensor | None = None,
+        caches: Sequence[BlockCache | None] | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> Tensor:
         if positions is None:
             positions = torch.arange(text.shape[1], device=text.device)
         x = text
@@ -197,10 +229,19 @@ class CoCa(nn.Module):
     its own from torch's generator. Raises ValueError where what the vision encoder gives has not three axes.
     """
 
-    def __init__(self, *, vision_encoder: nn.Module, generative_pooler: nn.Module, contrastive_pooler: nn.Module,
-                 text_decoder: nn.Module, multimodal_decoder: MultimodalDecoder, logit_scale: LogitScale | None = None,
-                 pooler_norm: nn.Module | None = None, text_projection: nn.Module | None = None,
-                 pad_id: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        vision_encoder: nn.Module,
+        generative_pooler: nn.Module,
+        contrastive_pooler: nn.Module,
+        text_decoder: nn.Module,
+        multimodal_decoder: MultimodalDecoder,
+        logit_scale: LogitScale | None = None,
+        pooler_norm: nn.Module | None = None,
+        text_projection: nn.Module | None = None,
+        pad_id: int = 0,
+    ) -> None:
         super().__init__()
         self.pad_id = pad_id
         self.vision_encoder = vision_encoder
@@ -223,12 +264,20 @@ class CoCa(nn.Module):
         poolers = (AttentionPooler, CrossAttention)
         return next(part.num_heads for part in self.generative_pooler.modules() if isinstance(part, poolers))
 
-    def forward(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
-                labels: Tensor | None = None, sample_keys: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+    def forward(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> CoCaOutput:
         return self._read(self._context(images, sample_keys), ids, positions, labels, sample_keys)
 
-    def embed(self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None,
-              sample_keys: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+    def embed(
+        self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None, sample_keys: Tensor | None = None
+    ) -> CoCaOutput:
         """The embeddings of a forward pass, without what only captions need: same arguments, neither logits nor losses.
 
         It draws the same dropout as `forward` does, so that a forward pass can follow with the same embeddings.
@@ -239,8 +288,9 @@ class CoCa(nn.Module):
         """images -> what the multimodal decoder attends to, [b, n, d]."""
         return self._context(images)
 
-    def from_context(self, context: Tensor, ids: Tensor, *, positions: Tensor | None = None,
-                     labels: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+    def from_context(
+        self, context: Tensor, ids: Tensor, *, positions: Tensor | None = None, labels: Tensor | None = None
+    ) -> CoCaOutput:
         """The forward pass of images whose `image_context` is known: it can be repeated for each of their captions."""
         return self._read(context, ids, positions, labels)
 
@@ -261,8 +311,9 @@ class CoCa(nn.Module):
 
         return empty(self.text_decoder), empty(self.multimodal_decoder)
 
-    def next_token_logits(self, ids: Tensor, context: Tensor, *, positions: Tensor,
-                          caches: tuple[list[BlockCache], list[BlockCache]]) -> Tensor:  # fmt: skip
+    def next_token_logits(
+        self, ids: Tensor, context: Tensor, *, positions: Tensor, caches: tuple[list[BlockCache], list[BlockCache]]
+    ) -> Tensor:
         """Read ids [b, s], which follow those in the caches, and score what comes next: [b, v].
 
         Several captions of one image, one below the other, share a row of the context: ids [b n, s] -> [b n, v].
@@ -276,8 +327,10 @@ class CoCa(nn.Module):
     def _context(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
         if seen.ndim != 3:
-            raise ValueError(f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
-                             f"{len(images)} images; flatten rows and columns into p, and put d last")  # fmt: skip
+            raise ValueError(
+                f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
+                f"{len(images)} images; flatten rows and columns into p, and put d last"
+            )
         return self.generative_pooler(self.pooler_norm(seen))
 
     def _text(self, ids: Tensor, positions: Tensor | None, sample_keys: Tensor | None = None) -> Tensor:
@@ -285,8 +338,14 @@ class CoCa(nn.Module):
         packed = {} if positions is None else {"positions": positions}
         return self.text_decoder(ids, **packed, **keys)
 
-    def _read(self, context: Tensor, ids: Tensor, positions: Tensor | None, labels: Tensor | None,
-              sample_keys: Tensor | None = None) -> CoCaOutput:  # fmt: skip
+    def _read(
+        self,
+        context: Tensor,
+        ids: Tensor,
+        positions: Tensor | None,
+        labels: Tensor | None,
+        sample_keys: Tensor | None = None,
+    ) -> CoCaOutput:
         text = self._text(ids, positions, sample_keys)  # [b, s, d]
         keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
         output = self._output(context, text, ids)
@@ -341,15 +400,18 @@ def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dic
     return {"sample_keys": fold_in(sample_keys, torch.full_like(sample_keys, number))}
 
 
-def split_keys(sample_keys: Tensor | None, positions: Tensor, blocks: Iterable[nn.Module],
-                x: Tensor) -> tuple[DropoutKeys | None, list[dict[str, Any]]]:  # fmt: skip
+def split_keys(
+    sample_keys: Tensor | None, positions: Tensor, blocks: Iterable[nn.Module], x: Tensor
+) -> tuple[DropoutKeys | None, list[dict[str, Any]]]:
     """The keys of what enters the blocks, x [b, s, d], and the argument dropout_keys of each block that takes it."""
     forwards = [type(block).forward for block in blocks]
     if sample_keys is None:
         return None, [{} for _ in forwards]
     rows, columns = dropout_keys(sample_keys, positions, 1 + 3 * len(forwards), x.shape[-1])
-    arguments = [{"dropout_keys": DropoutKeys(own, columns)} if _takes(forward, "dropout_keys") else {}
-                 for forward, own in zip(forwards, rows[1:].split(3), strict=True)]  # fmt: skip
+    arguments = [
+        {"dropout_keys": DropoutKeys(own, columns)} if _takes(forward, "dropout_keys") else {}
+        for forward, own in zip(forwards, rows[1:].split(3), strict=True)
+    ]
     return DropoutKeys(rows[0], columns), arguments
 
 

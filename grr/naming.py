@@ -15,9 +15,17 @@ from grr.zero_shot import TEMPLATES, class_embeddings
 BATCH = 50  # images at a time
 
 
-def classify_files(trained: LoadedModel, files: Sequence[str], classes: Sequence[str], output: Path, *,
-                   templates: tuple[str, ...] = TEMPLATES, top: int = 5, batch_size: int = BATCH,
-                   progress: bool = False) -> Outcome:  # fmt: skip
+def classify_files(
+    trained: LoadedModel,
+    files: Sequence[str],
+    classes: Sequence[str],
+    output: Path,
+    *,
+    templates: tuple[str, ...] = TEMPLATES,
+    top: int = 5,
+    batch_size: int = BATCH,
+    progress: bool = False,
+) -> Outcome:
     """Write the `top` likeliest classes of each file to output, a JSON line each, as they come; see `classify_images`.
 
     Files that output has classes of are passed over, so a run that was killed goes on. No file stops it.
@@ -32,9 +40,15 @@ def classify_files(trained: LoadedModel, files: Sequence[str], classes: Sequence
 
 
 @torch.no_grad()
-def classify_images(trained: LoadedModel, files: Iterable[str], classes: Sequence[str], *,
-                    templates: tuple[str, ...] = TEMPLATES, top: int = 5,
-                    batch_size: int = BATCH) -> Iterator[list[Row]]:  # fmt: skip
+def classify_images(
+    trained: LoadedModel,
+    files: Iterable[str],
+    classes: Sequence[str],
+    *,
+    templates: tuple[str, ...] = TEMPLATES,
+    top: int = 5,
+    batch_size: int = BATCH,
+) -> Iterator[list[Row]]:
     """Classify files, a batch of rows at a time: {"file", "classes", "probabilities"}, the likeliest class first, then
     {"file", "error"} of those that are bad.
 

@@ -58,8 +58,12 @@ class Observation:
 
     def facts(self) -> dict[str, Any]:
         """What an evaluation tells of its data."""
-        return {"fingerprint": self.pairs.fingerprint, "images": len(self.images), "captions": len(self.texts),
-                **_told(self.left_out)}  # fmt: skip
+        return {
+            "fingerprint": self.pairs.fingerprint,
+            "images": len(self.images),
+            "captions": len(self.texts),
+            **_told(self.left_out),
+        }
 
     def picture(self, i: int) -> Tensor:
         """Image i, as the model saw it: uint8 [3, h, w]."""
@@ -82,9 +86,18 @@ class Features:
 
 
 @torch.no_grad()
-def observe(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.device, *, image_size: int, crop: Crop,
-            images: int | None = None, generation: dict[str, Any] | None = None,
-            progress: bool = False) -> Observation | None:  # fmt: skip
+def observe(
+    model: CoCa,
+    pairs: Pairs,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    *,
+    image_size: int,
+    crop: Crop,
+    images: int | None = None,
+    generation: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> Observation | None:
     """Embed some pairs, judge every token of their captions, and write captions, if `generation` holds the options of
     `generate`; the first `images` images alone, if that is not None.
 
@@ -105,8 +118,15 @@ def observe(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.devic
         return _Part(members, torch.stack([image_embeddings[row] for row in range(len(members))]), heard, written)
 
     with evaluating(model):
-        parts, unread = over_images(pairs, list(texts_of), work, device, image_size=image_size, crop=crop,
-                                    progress="pairs" if progress else None)  # fmt: skip
+        parts, unread = over_images(
+            pairs,
+            list(texts_of),
+            work,
+            device,
+            image_size=image_size,
+            crop=crop,
+            progress="pairs" if progress else None,
+        )
     if dist.get_rank() > 0:
         return None
     left_out |= unread
@@ -119,16 +139,34 @@ def observe(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, device: torch.devic
     texts, owners = [t for h in heard for t in h.texts], [row[i] for i in members for _ in texts_of[i]]
     order = np.argsort(texts).tolist()  # captions of one image need not stand side by side
     return Observation(
-        pairs, image_size, crop, members, [texts[k] for k in order], torch.tensor(owners)[order],
-        torch.cat([part.image_embeddings for part in parts]), torch.cat([h.text_embeddings for h in heard])[order],
-        torch.cat([h.token_losses for h in heard])[order], torch.cat([h.tokens for h in heard])[order],
-        heard[0].scale, heard[0].bias, [w for part in parts for w in part.written], left_out,
-    )  # fmt: skip
+        pairs,
+        image_size,
+        crop,
+        members,
+        [texts[k] for k in order],
+        torch.tensor(owners)[order],
+        torch.cat([part.image_embeddings for part in parts]),
+        torch.cat([h.text_embeddings for h in heard])[order],
+        torch.cat([h.token_losses for h in heard])[order],
+        torch.cat([h.tokens for h in heard])[order],
+        heard[0].scale,
+        heard[0].bias,
+        [w for part in parts for w in part.written],
+        left_out,
+    )
 
 
 @torch.no_grad()
-def features(model: CoCa, labelled: Labelled, device: torch.device, *, image_size: int, crop: Crop,
-             patches: bool = False, progress: bool = False) -> Features | None:  # fmt: skip
+def features(
+    model: CoCa,
+    labelled: Labelled,
+    device: torch.device,
+    *,
+    image_size: int,
+    crop: Crop,
+    patches: bool = False,
+    progress: bool = False,
+) -> Features | None:
     """Look at labelled images: embed them and, if asked, keep what the poolers read, which takes n p d numbers.
 
     Called by all processes, each of which holds the whole model; rank 0 has the result, the others None. Images whose
@@ -148,8 +186,15 @@ def features(model: CoCa, labelled: Labelled, device: torch.device, *, image_siz
 
     items = np.flatnonzero(labelled.labels != IGNORE).tolist()
     with evaluating(model):
-        parts, left_out = over_images(labelled, items, work, device, image_size=image_size, crop=crop,
-                                      progress="labelled images" if progress else None)  # fmt: skip
+        parts, left_out = over_images(
+            labelled,
+            items,
+            work,
+            device,
+            image_size=image_size,
+            crop=crop,
+            progress="labelled images" if progress else None,
+        )
     if dist.get_rank() > 0:
         return None
     if not parts:
@@ -158,9 +203,16 @@ def features(model: CoCa, labelled: Labelled, device: torch.device, *, image_siz
     return Features(labelled, embeddings, seen, labels, left_out)
 
 
-def over_images(pairs: Pairs, items: list[int], work: Callable[[Tensor, list[int]], R], device: torch.device, *,
-                image_size: int, crop: Crop,
-                progress: str | None = None) -> tuple[list[R], dict[str, str]]:  # fmt: skip
+def over_images(
+    pairs: Pairs,
+    items: list[int],
+    work: Callable[[Tensor, list[int]], R],
+    device: torch.device,
+    *,
+    image_size: int,
+    crop: Crop,
+    progress: str | None = None,
+) -> tuple[list[R], dict[str, str]]:
     """Hand the images of some pairs, in batches of 50 consecutive ones, to work(uint8 [b, 3, h, w], their items).
 
     Each batch is one process's; rank 0 gets the results in the order of the items, the others get none. The second
@@ -239,8 +291,15 @@ def _hear(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some
     assert output.token_losses is not None
     tokens = (packed[2] != IGNORE).sum(1)  # [m]
     sums = [x.sum() for x in output.token_losses.cpu().double().split(tokens.tolist())]
-    return _Heard(texts, output.image_embeddings.cpu(), output.text_embeddings.cpu(), torch.stack(sums), tokens,
-                  output.scale.item(), output.bias.item())  # fmt: skip
+    return _Heard(
+        texts,
+        output.image_embeddings.cpu(),
+        output.text_embeddings.cpu(),
+        torch.stack(sums),
+        tokens,
+        output.scale.item(),
+        output.bias.item(),
+    )
 
 
 def _told(left_out: dict[str, str]) -> dict[str, Any]:

@@ -28,11 +28,25 @@ from grr.components import (
 from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
 
 
-def open_clip_coca(*, vocab_size: int = 49_409, context: int = 77, image_size: int = 224, patch_size: int = 32,
-                   vision_dim: int = 768, vision_heads: int = 12, vision_layers: int = 12, num_queries: int = 256,
-                   pooler_heads: int = 8, dim: int = 512, num_heads: int = 8, text_layers: int = 12,
-                   multimodal_layers: int = 12, correct_cls_mask: bool = False, dropout: float = 0.0,
-                   temperature: float = 0.07) -> CoCa:  # fmt: skip
+def open_clip_coca(
+    *,
+    vocab_size: int = 49_409,
+    context: int = 77,
+    image_size: int = 224,
+    patch_size: int = 32,
+    vision_dim: int = 768,
+    vision_heads: int = 12,
+    vision_layers: int = 12,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 512,
+    num_heads: int = 8,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = False,
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
     """Build open_clip's CoCa; the defaults are its ViT-B/32.
 
     `dim` is the width of text, of pooled vectors and of embeddings. `vocab_size` and `context` count CLS, which
@@ -43,8 +57,9 @@ def open_clip_coca(*, vocab_size: int = 49_409, context: int = 77, image_size: i
     is not a multiple of patch_size, or a width not of its heads.
     """
     if image_size % patch_size:
-        raise ValueError(f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, "
-                         f"{patch_size=}")  # fmt: skip
+        raise ValueError(
+            f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
+        )
     num_patches = (image_size // patch_size) ** 2
     decoder = TextDecoder if correct_cls_mask else PaddedTextDecoder
     reading_patches = CrossAttention(dim, pooler_heads, context_dim=vision_dim, context_norm=LayerNorm(vision_dim))
@@ -78,14 +93,25 @@ def open_clip_coca(*, vocab_size: int = 49_409, context: int = 77, image_size: i
     )
 
 
-open_clip_coca_vit_b_32 = preset(open_clip_coca, "open_clip_coca_vit_b_32",
+open_clip_coca_vit_b_32 = preset(
+    open_clip_coca,
+    "open_clip_coca_vit_b_32",
     """open_clip's coca_ViT-B-32: 253.6 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
-    mscoco_finetuned_laion2b_s13b_b90k.""")  # fmt: skip
+    mscoco_finetuned_laion2b_s13b_b90k.""",
+)
 
-open_clip_coca_vit_l_14 = preset(open_clip_coca, "open_clip_coca_vit_l_14",
+open_clip_coca_vit_l_14 = preset(
+    open_clip_coca,
+    "open_clip_coca_vit_l_14",
     """open_clip's coca_ViT-L-14: 638.5 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
     mscoco_finetuned_laion2b_s13b_b90k.""",
-    patch_size=14, vision_dim=1024, vision_heads=16, vision_layers=24, dim=768, num_heads=12)  # fmt: skip
+    patch_size=14,
+    vision_dim=1024,
+    vision_heads=16,
+    vision_layers=24,
+    dim=768,
+    num_heads=12,
+)
 
 OPEN_CLIP_MODELS: dict[str, Callable[..., CoCa]] = {
     "open_clip_coca": open_clip_coca,
@@ -104,9 +130,14 @@ class PaddedTextDecoder(TextDecoder):
     `correct_cls_mask`, that no released configuration sets.
     """
 
-    def forward(self, ids: Tensor, *, positions: Tensor | None = None,
-                caches: Sequence[BlockCache | None] | None = None,
-                sample_keys: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        caches: Sequence[BlockCache | None] | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> Tensor:
         if caches is not None:  # a caption that is being written has neither PAD nor CLS
             return super().forward(ids, positions=positions, caches=caches)
         assert isinstance(self.positions, LearnedPositions)

@@ -11,9 +11,17 @@ from grr.components import Block
 from grr.low_bit import LowBitAdamW
 
 
-def adamw(model: nn.Module, *, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 1e-3,
-          eps: float = 1e-8, decay_all: bool = True, layer_decay: float = 1.0,
-          moments: Literal["fp32", "8bit", "4bit", "fp8"] = "fp32") -> torch.optim.Optimizer:  # fmt: skip
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 1e-3,
+    eps: float = 1e-8,
+    decay_all: bool = True,
+    layer_decay: float = 1.0,
+    moments: Literal["fp32", "8bit", "4bit", "fp8"] = "fp32",
+) -> torch.optim.Optimizer:
     """AdamW as the paper has it (section 3.3): one weight decay for all parameters that are not frozen.
 
     With decay_all false, parameters of one axis (norms, biases, temperature) are not decayed, which is the usual
@@ -30,8 +38,10 @@ def adamw(model: nn.Module, *, lr: float = 1e-4, betas: tuple[float, float] = (0
     if not 0 < layer_decay <= 1:
         raise ValueError(f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}")
     if not (0 < lr < math.inf and 0 <= weight_decay < math.inf and 0 <= eps < math.inf):
-        raise ValueError(f"adamw: lr must be above 0, weight_decay and eps at least 0, all of them finite, got {lr=}, "
-                         f"{weight_decay=}, {eps=}")  # fmt: skip
+        raise ValueError(
+            f"adamw: lr must be above 0, weight_decay and eps at least 0, all of them finite, got {lr=}, "
+            f"{weight_decay=}, {eps=}"
+        )
     above = _layers_above(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in model.parameters():
@@ -63,8 +73,15 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         raise ValueError(f"freeze: nothing is left to train when {', '.join(parts)} are frozen; leave one out")
 
 
-def warmup_cosine(step: int, steps_per_epoch: int, peak: float, *, min_lr: float = 1e-6, warmup_steps: int = 0,
-                  cycle_epochs: float = 1.0) -> float:  # fmt: skip
+def warmup_cosine(
+    step: int,
+    steps_per_epoch: int,
+    peak: float,
+    *,
+    min_lr: float = 1e-6,
+    warmup_steps: int = 0,
+    cycle_epochs: float = 1.0,
+) -> float:
     """The learning rate of an optimizer step, counted from 0: linear warm-up, then cosine with warm restarts.
 
     It rises over warmup_steps to `peak`, then falls along half a cosine to min_lr, and starts again at `peak` every
@@ -76,8 +93,10 @@ def warmup_cosine(step: int, steps_per_epoch: int, peak: float, *, min_lr: float
     if min_lr > peak:
         raise ValueError(f"warmup_cosine: min_lr must not be above the optimizer's lr, got {min_lr=}, lr={peak}")
     if warmup_steps < 0 or cycle_epochs <= 0:
-        raise ValueError(f"warmup_cosine: warmup_steps must be at least 0 and cycle_epochs above 0, got "
-                         f"{warmup_steps=}, {cycle_epochs=}")  # fmt: skip
+        raise ValueError(
+            f"warmup_cosine: warmup_steps must be at least 0 and cycle_epochs above 0, got "
+            f"{warmup_steps=}, {cycle_epochs=}"
+        )
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     cycle = max(1, round(cycle_epochs * steps_per_epoch))

@@ -38,8 +38,11 @@ class Pace:
 
         samples_per_second over all processes, data_wait in seconds a step, replaced samples of this process.
         """
-        numbers = {"samples_per_second": self._steps * self._batch_size / (monotonic() - self._since),
-                   "data_wait": self._waited / self._steps, "replaced": self._replaced}  # fmt: skip
+        numbers = {
+            "samples_per_second": self._steps * self._batch_size / (monotonic() - self._since),
+            "data_wait": self._waited / self._steps,
+            "replaced": self._replaced,
+        }
         self._begin()
         return numbers
 

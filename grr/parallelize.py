@@ -15,9 +15,16 @@ from grr.distributed import METHODS, ORDER, blocks, preparations, shard_over
 from grr.float8 import multiply_in_float8
 
 
-def parallelize(model: nn.Module, device: torch.device, *, bf16: bool = False,
-                float8: bool | Literal["emulated"] = False, compile: bool = False,
-                checkpoint_activations: bool = False, replicas: int = 1) -> None:  # fmt: skip
+def parallelize(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    float8: bool | Literal["emulated"] = False,
+    compile: bool = False,
+    checkpoint_activations: bool = False,
+    replicas: int = 1,
+) -> None:
     """Prepare a model in place for training on all processes, before or after it has weights.
 
     float8 converts the linear layers of the blocks (`multiply_in_float8`). compile compiles each block. bf16 computes
@@ -34,8 +41,9 @@ def parallelize(model: nn.Module, device: torch.device, *, bf16: bool = False,
         raise ValueError(f"parallelize: a model is prepared once, got one that is {' and '.join(done)}; {ORDER}")
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % replicas:
-        raise ValueError(f"parallelize: the number of processes must be a multiple of replicas, got {world=}, "
-                         f"{replicas=}")  # fmt: skip
+        raise ValueError(
+            f"parallelize: the number of processes must be a multiple of replicas, got {world=}, {replicas=}"
+        )
     if float8:
         multiply_in_float8(model, device, emulated=float8 == "emulated")
     if compile:

@@ -52,8 +52,7 @@ def find_images(images: str | Path) -> list[str]:
 
 def read_images(files: Iterable[str], *, image_size: int, crop: Crop, batch_size: int) -> Iterator[Batch[str]]:
     """Read image files as a model wants them, in batches, ahead of whoever takes them. No file stops it."""
-    return read_batches(lambda file: load_image(file, size=image_size, crop=crop),
-                        batches(list(files), batch_size))  # fmt: skip
+    return read_batches(lambda file: load_image(file, size=image_size, crop=crop), batches(list(files), batch_size))
 
 
 def thumbnails(files: Iterable[str], *, side: int = SIDE) -> Iterator[tuple[str, Tensor | str]]:

@@ -75,8 +75,9 @@ class LoadedModel(NamedTuple):
     crop: Crop
 
 
-def load_pretrained(path: str | Path, *, device: torch.device | str = "cpu",
-                    dtype: torch.dtype = torch.float32) -> LoadedModel:  # fmt: skip
+def load_pretrained(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """Open a trained model, in evaluation mode: a run's folder, its model/ or one of its checkpoints.
 
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
@@ -171,8 +172,10 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
             "that it was trained from, or open it with grr.heads.load_classifier"
         )
     if source.quantization is not None:
-        raise ValueError(f"load_weights: {source.path} is quantised, by {source.quantization}, and cannot be trained "
-                         "on; give the model it was made from")  # fmt: skip
+        raise ValueError(
+            f"load_weights: {source.path} is quantised, by {source.quantization}, and cannot be trained "
+            "on; give the model it was made from"
+        )
     if (source.path / "progress.json").is_file():
         load_checkpoint_weights(source.path, model)
     else:
@@ -183,15 +186,20 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
 def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
     """Say, if it is so, that a run will cut images otherwise than those its model was trained on."""
     if crop != source.crop:
-        logger.info("the images of %s were cut otherwise; loader.crop=%s goes on as it was trained", source.path,
-                    source.crop)  # fmt: skip
+        logger.info(
+            "the images of %s were cut otherwise; loader.crop=%s goes on as it was trained", source.path, source.crop
+        )
 
 
-def describe(builder: str, arguments: dict[str, Any], crop: Crop,
-             quantization: Scheme | None = None) -> dict[str, Any]:  # fmt: skip
+def describe(builder: str, arguments: dict[str, Any], crop: Crop, quantization: Scheme | None = None) -> dict[str, Any]:
     """What `find_pretrained` reads: as JSON, to be saved beside the weights."""
-    description = {"format": FORMAT, "builder": builder, "arguments": arguments, "rotary_pairing": PAIRING,
-                   "crop": crop}  # fmt: skip
+    description = {
+        "format": FORMAT,
+        "builder": builder,
+        "arguments": arguments,
+        "rotary_pairing": PAIRING,
+        "crop": crop,
+    }
     return description if quantization is None else description | {"quantization": quantization}
 
 
@@ -205,16 +213,22 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
     if made_with != FORMAT:
         raise ValueError(f"find_pretrained: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
     if not isinstance(builder, str) or builder not in MODELS | OPEN_CLIP_MODELS:
-        raise ValueError(f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; "
-                         "add your own builder to that dict before you open its models")  # fmt: skip
+        raise ValueError(
+            f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; "
+            "add your own builder to that dict before you open its models"
+        )
     if pairing != PAIRING:
-        raise ValueError(f"find_pretrained: {file} was trained with the rotary pairing {pairing!r}, this version turns "
-                         f"{PAIRING!r}; permute the channels of its heads")  # fmt: skip
+        raise ValueError(
+            f"find_pretrained: {file} was trained with the rotary pairing {pairing!r}, this version turns "
+            f"{PAIRING!r}; permute the channels of its heads"
+        )
     if crop not in get_args(Crop):
         raise ValueError(f"find_pretrained: {file}: crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
     if quantization is not None and quantization not in SCHEMES:
-        raise ValueError(f"find_pretrained: {file}: quantization must be one of {', '.join(SCHEMES)}, got "
-                         f"{quantization!r}; upgrade GRR")  # fmt: skip
+        raise ValueError(
+            f"find_pretrained: {file}: quantization must be one of {', '.join(SCHEMES)}, got "
+            f"{quantization!r}; upgrade GRR"
+        )
     if head is not None and not isinstance(head, str):
         raise ValueError(f"find_pretrained: {file}: head must be a name, got {head!r}; was it edited?")
     source = Pretrained(path, builder, arguments, tokenizer, crop, quantization, head)
@@ -229,25 +243,35 @@ def _check_arguments(file: Path, source: Pretrained) -> None:
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # of a builder of the user
     for name, given in source.arguments.items():
         if name not in parameters and not any_name:
-            raise ValueError(f"find_pretrained: {file} gives {source.builder} the argument {name!r}, which it does not "
-                             "have; upgrade GRR, or was it edited?")  # fmt: skip
+            raise ValueError(
+                f"find_pretrained: {file} gives {source.builder} the argument {name!r}, which it does not "
+                "have; upgrade GRR, or was it edited?"
+            )
         lowest, highest = RANGES.get(name, (-LARGEST, LARGEST))
         values = given if isinstance(given, list) else [given]
         for value in values[:MOST_VALUES]:
             number = isinstance(value, int | float)
             if not number and not (value is None or (isinstance(value, str) and len(value) < MOST_VALUES)):
-                raise ValueError(f"find_pretrained: {file}: {name} must be a number or a short name, got a "
-                                 f"{type(value).__name__}; was it edited?")  # fmt: skip
+                raise ValueError(
+                    f"find_pretrained: {file}: {name} must be a number or a short name, got a "
+                    f"{type(value).__name__}; was it edited?"
+                )
             if number and not lowest <= value <= highest:  # NaN is not less
-                raise ValueError(f"find_pretrained: {file}: {name} must be from {lowest:,} to {highest:,}, got "
-                                 f"{str(value)[:40]}; was it edited?")  # fmt: skip
+                raise ValueError(
+                    f"find_pretrained: {file}: {name} must be from {lowest:,} to {highest:,}, got "
+                    f"{str(value)[:40]}; was it edited?"
+                )
         if len(values) > MOST_VALUES:
-            raise ValueError(f"find_pretrained: {file}: {name} must have at most {MOST_VALUES} values, got "
-                             f"{len(values):,}; was it edited?")  # fmt: skip
+            raise ValueError(
+                f"find_pretrained: {file}: {name} must have at most {MOST_VALUES} values, got "
+                f"{len(values):,}; was it edited?"
+            )
     for name in ("image_size", "context"):
         if type(source.arguments.get(name)) is not int:
-            raise ValueError(f"find_pretrained: {file}: {name} must be a whole number, got "
-                             f"{source.arguments.get(name)!r}; was it edited?")  # fmt: skip
+            raise ValueError(
+                f"find_pretrained: {file}: {name} must be a whole number, got "
+                f"{source.arguments.get(name)!r}; was it edited?"
+            )
 
 
 def _check_size(file: Path, source: Pretrained) -> None:
@@ -259,8 +283,9 @@ def _check_size(file: Path, source: Pretrained) -> None:
         why = str(error).partition("\n")[0]
         raise ValueError(f"find_pretrained: {file} does not describe a model: {why}; was it edited?") from error
     parameters = sum(p.numel() for p in model.parameters())
-    size = sum(weights.stat().st_size for pattern in ("model.safetensors", "*.distcp")
-               for weights in source.path.glob(pattern))  # fmt: skip
+    size = sum(
+        weights.stat().st_size for pattern in ("model.safetensors", "*.distcp") for weights in source.path.glob(pattern)
+    )
     if size and parameters > MOST_PER_BYTE * size:
         raise ValueError(
             f"find_pretrained: {file} describes a model of {parameters:,} parameters, more than the {size:,} bytes of "

@@ -17,8 +17,15 @@ CONVERGED = 1e-9  # largest entry of the gradient
 logger = logging.getLogger(__name__)
 
 
-def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int, *,
-                 strengths: tuple[float, ...] = STRENGTHS) -> dict[str, float]:  # fmt: skip
+def linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    *,
+    strengths: tuple[float, ...] = STRENGTHS,
+) -> dict[str, float]:
     """Learn classes from features by logistic regression, and judge them on others: `accuracy`, and the strength.
 
     features: [n, d], labels: [n], test_features: [m, d], test_labels: [m]. Features are centred and divided by their
@@ -35,8 +42,9 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
     return {**accuracy(F.linear(test_features, weight, bias), test_labels), "strength": strength}
 
 
-def logistic_regression(features: Tensor, labels: Tensor, classes: int, strength: float, *,
-                        tolerance: float = CONVERGED) -> tuple[Tensor, Tensor]:  # fmt: skip
+def logistic_regression(
+    features: Tensor, labels: Tensor, classes: int, strength: float, *, tolerance: float = CONVERGED
+) -> tuple[Tensor, Tensor]:
     """The weights [c, d] and biases [c] for which the mean cross-entropy + strength / 2 * |weights|^2 is least.
 
     features: float64 [n, d], labels: [n]. With a positive strength there is one such minimum. L-BFGS goes there from
@@ -44,8 +52,14 @@ def logistic_regression(features: Tensor, labels: Tensor, classes: int, strength
     """
     weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
     bias = features.new_zeros(classes).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20_000, tolerance_grad=tolerance, tolerance_change=0.0,
-                                  history_size=20, line_search_fn="strong_wolfe")  # fmt: skip
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=20_000,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -61,9 +75,21 @@ def logistic_regression(features: Tensor, labels: Tensor, classes: int, strength
     return weight.detach(), bias.detach()
 
 
-def attentive_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, classes: int,
-                    num_heads: int, device: torch.device, *, epochs: int = 20, batch_size: int = 128, lr: float = 1e-3,
-                    weight_decay: float = 0.01, seed: int = 0) -> dict[str, float]:  # fmt: skip
+def attentive_probe(
+    features: Tensor,
+    labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    num_heads: int,
+    device: torch.device,
+    *,
+    epochs: int = 20,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> dict[str, float]:
     """Learn one query that attends to the patches of frozen images, and a linear layer on what it reads: `accuracy`.
 
     features: [n, p, d], labels: [n], test_features: [m, p, d], test_labels: [m]. Trained with AdamW along one cosine,

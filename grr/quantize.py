@@ -99,8 +99,11 @@ def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch
     except SafetensorError as error:
         file = folder / "model.safetensors"
         raise ValueError(f"load_quantized: {file} cannot be read: {damage(file)}") from error
-    wrong = [name for name in sorted(form.keys() | saved.keys())
-             if name not in form or name not in saved or form[name].shape != saved[name].shape]  # fmt: skip
+    wrong = [
+        name
+        for name in sorted(form.keys() | saved.keys())
+        if name not in form or name not in saved or form[name].shape != saved[name].shape
+    ]
     if wrong:
         raise ValueError(
             f"load_quantized: {folder / 'model.safetensors'} does not fit the model in {', '.join(wrong)}; quantise "

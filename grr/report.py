@@ -120,8 +120,10 @@ def _key_numbers(validations: list[Row]) -> str:
     candidates = now.get("candidates")
     chance = f"chance {percent(1 / candidates)}" if candidates else ""
     tiles = []
-    for key, label in (("text_to_image", "Sentences that find their image"), ("image_to_text", "Images that find a "
-                       "sentence of theirs")):  # fmt: skip
+    for key, label in (
+        ("text_to_image", "Sentences that find their image"),
+        ("image_to_text", "Images that find a sentence of theirs"),
+    ):
         if is_number(now.get(f"{key}_r1")):
             deeper = [f"R@{k} {percent(now[f'{key}_r{k}'])}" for k in (5, 10) if is_number(now.get(f"{key}_r{k}"))]
             tiles.append((label + ", R@1", percent(now[f"{key}_r1"]), [chance, *deeper]))
@@ -147,13 +149,18 @@ def _key_numbers(validations: list[Row]) -> str:
 
 def _overfitting(validations: list[Row]) -> str:
     """From which step on the validation loss only rose, as a sentence; nothing while the last is the lowest."""
-    losses = [(row["loss"], row["step"]) for row in validations
-              if row.get("split") == "validation" and is_number(row.get("loss"))]  # fmt: skip
+    losses = [
+        (row["loss"], row["step"])
+        for row in validations
+        if row.get("split") == "validation" and is_number(row.get("loss"))
+    ]
     if not losses or min(losses)[1] == losses[-1][1]:
         return ""
     low, step = min(losses)
-    return (f" The lowest validation loss, {number(low)}, was at step {step:,}; it was {number(losses[-1][0])} at step "
-            f"{losses[-1][1]:,}: from step {step:,} on the run overfits.")  # fmt: skip
+    return (
+        f" The lowest validation loss, {number(low)}, was at step {step:,}; it was {number(losses[-1][0])} at step "
+        f"{losses[-1][1]:,}: from step {step:,} on the run overfits."
+    )
 
 
 def _was(before: Row | None, key: str) -> list[str]:
@@ -183,14 +190,18 @@ def _curves(rows: list[Row], *, softmax: bool) -> str:
     train, held_out = ([row for row in rows if row.get("split") == split] for split in ("train", "validation"))
 
     def both(key: str, factor: float = 1) -> list[Series]:
-        return [series(train, key, "train", "a", factor=factor, style="noisy"),
-                series(held_out, key, "validation", "b", factor=factor)]  # fmt: skip
+        return [
+            series(train, key, "train", "a", factor=factor, style="noisy"),
+            series(held_out, key, "validation", "b", factor=factor),
+        ]
 
     def alone(key: str, style: Literal["plain", "noisy"] = "plain") -> list[Series]:
         return [series(train, key, "train", "a", style=style)]
 
-    recalls = [series(held_out, "text_to_image_r1", "sentence to image", "c", factor=100),
-               series(held_out, "image_to_text_r1", "image to sentence", "d", factor=100)]  # fmt: skip
+    recalls = [
+        series(held_out, "text_to_image_r1", "sentence to image", "c", factor=100),
+        series(held_out, "image_to_text_r1", "image to sentence", "d", factor=100),
+    ]
     kept = kept_step(rows[-1]) if rows and rows[-1].get("split") == "final" else None
     kept = kept if kept is not None else next((kept_step(row) for row in reversed(held_out)), None)
     chances = _chances(train, held_out) if softmax else []
@@ -206,10 +217,12 @@ def _curves(rows: list[Row], *, softmax: bool) -> str:
     ]
     if not any(charts):
         return ""
-    return ("<section><h2>How it learned</h2><p>Over optimizer steps. A faint point is one line of the training log; "
-            "the line through them is their running mean; a vertical line marks the weights that are kept. Perplexity "
-            "and gradient norm have logarithmic axes.</p>"
-            f"<div class=charts>{''.join(charts)}</div></section>")  # fmt: skip
+    return (
+        "<section><h2>How it learned</h2><p>Over optimizer steps. A faint point is one line of the training log; "
+        "the line through them is their running mean; a vertical line marks the weights that are kept. Perplexity "
+        "and gradient norm have logarithmic axes.</p>"
+        f"<div class=charts>{''.join(charts)}</div></section>"
+    )
 
 
 def show_retrievals(retrievals: list[Retrieval]) -> str:
@@ -229,10 +242,11 @@ def show_retrievals(retrievals: list[Retrieval]) -> str:
         items.append(
             f"<article><blockquote>{escape(one.query)}</blockquote><ol>{''.join(found)}</ol>{missed}</article>"
         )
-    return ("<section><h2>A sentence of the validation data, and the images it finds</h2>"
-            "<p>Nearest first, with the cosine "
-            f"similarity; the right image is outlined.</p><div class=retrievals>{''.join(items)}</div></section>"
-            )  # fmt: skip
+    return (
+        "<section><h2>A sentence of the validation data, and the images it finds</h2>"
+        "<p>Nearest first, with the cosine "
+        f"similarity; the right image is outlined.</p><div class=retrievals>{''.join(items)}</div></section>"
+    )
 
 
 def show_captions(captions: list[Caption]) -> str:
@@ -247,11 +261,15 @@ def show_captions(captions: list[Caption]) -> str:
         written += ' <b class=check title="right to the letter">✓</b></p>' if exact else "</p>"
         more = "".join(f"<li>{escape(other)}</li>" for other in others)
         more = f"<details><summary>{len(others)} more</summary><ul>{more}</ul></details>" if more else ""
-        items.append(f"<figure>{picture(one.image, first)}<figcaption>{written}<p class=true>{escape(first)}</p>{more}"
-                     "</figcaption></figure>")  # fmt: skip
-    return ("<section><h2>An image, and the caption it writes</h2><p>Below each image what the model wrote, then, "
-            "smaller, its reference caption; ✓ where the two are equal.</p>"
-            f"<div class=captions>{''.join(items)}</div></section>")  # fmt: skip
+        items.append(
+            f"<figure>{picture(one.image, first)}<figcaption>{written}<p class=true>{escape(first)}</p>{more}"
+            "</figcaption></figure>"
+        )
+    return (
+        "<section><h2>An image, and the caption it writes</h2><p>Below each image what the model wrote, then, "
+        "smaller, its reference caption; ✓ where the two are equal.</p>"
+        f"<div class=captions>{''.join(items)}</div></section>"
+    )
 
 
 def show_answers(answers: list[Answer]) -> str:
@@ -262,13 +280,17 @@ def show_answers(answers: list[Answer]) -> str:
     for one in answers:
         right = "none of the classes" if one.right is None else one.right
         check = ' <b class=check title="right">✓</b>' if one.given == one.right else ""
-        items.append(f"<figure>{picture(one.image, f'{one.text}: {right}')}<figcaption>"
-                     f"<p class=true>{escape(one.text)}</p><p class=written>{escape(one.given)}{check}</p>"
-                     f"{'' if check else f'<p class=true>{escape(right)}</p>'}</figcaption></figure>")  # fmt: skip
-    return ("<section><h2>An image of the validation data, and its answer</h2>"
-            "<p>Below each image what was asked or said of it, "
-            "then the answer of the model, ✓ where it is right, and else, smaller, the right one.</p>"
-            f"<div class=captions>{''.join(items)}</div></section>")  # fmt: skip
+        items.append(
+            f"<figure>{picture(one.image, f'{one.text}: {right}')}<figcaption>"
+            f"<p class=true>{escape(one.text)}</p><p class=written>{escape(one.given)}{check}</p>"
+            f"{'' if check else f'<p class=true>{escape(right)}</p>'}</figcaption></figure>"
+        )
+    return (
+        "<section><h2>An image of the validation data, and its answer</h2>"
+        "<p>Below each image what was asked or said of it, "
+        "then the answer of the model, ✓ where it is right, and else, smaller, the right one.</p>"
+        f"<div class=captions>{''.join(items)}</div></section>"
+    )
 
 
 def _words(caption: str) -> str:
@@ -291,5 +313,4 @@ def picture(image: Tensor, alt: str) -> str:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=85, subsampling=0)
     data = base64.b64encode(file.getvalue()).decode()
-    return (f'<img src="data:image/jpeg;base64,{data}" width={small.width} height={small.height} '
-            f'alt="{escape(alt)}">')  # fmt: skip
+    return f'<img src="data:image/jpeg;base64,{data}" width={small.width} height={small.height} alt="{escape(alt)}">'

@@ -26,9 +26,14 @@ class Outcome(NamedTuple):
         return 0 if self.done else 1
 
 
-def write_results(output: Path, files: Sequence[str], made_with: dict[str, Any],
-                  work: Callable[[list[str]], Iterable[list[Row]]], *,
-                  progress: str | None = None) -> Outcome:  # fmt: skip
+def write_results(
+    output: Path,
+    files: Sequence[str],
+    made_with: dict[str, Any],
+    work: Callable[[list[str]], Iterable[list[Row]]],
+    *,
+    progress: str | None = None,
+) -> Outcome:
     """Add what work(files) gives, batch by batch, to output, a line of JSON a file: each batch is on disk as it comes.
 
     Files that something came of before are passed over; those that nothing came of are tried again. `made_with`, JSON
@@ -46,8 +51,10 @@ def write_results(output: Path, files: Sequence[str], made_with: dict[str, Any],
         known = {row["file"] for row in whole}
         left = [file for file in files if file not in known]
         done, bad = len(files) - len(left), dict[str, str]()
-        with output.open("ab") as lines, tqdm(total=len(files), initial=done, desc=progress, unit="image",
-                                              disable=progress is None) as bar:  # fmt: skip
+        with (
+            output.open("ab") as lines,
+            tqdm(total=len(files), initial=done, desc=progress, unit="image", disable=progress is None) as bar,
+        ):
             for rows in work(left) if left else ():
                 lines.write(b"".join(map(_line, rows)))
                 lines.flush()
@@ -66,8 +73,12 @@ def told(outcome: Outcome, *, what: str) -> str:
     first = f"{outcome.done:,} images {what}" + (f", {outcome.before:,} of them before" if outcome.before else "")
     if not outcome.bad:
         return first
-    return "\n".join([f"{first}; {len(outcome.bad):,} could not be read:",
-                      *(f"  {printable(file)}: {printable(why)}" for file, why in outcome.bad.items())])  # fmt: skip
+    return "\n".join(
+        [
+            f"{first}; {len(outcome.bad):,} could not be read:",
+            *(f"  {printable(file)}: {printable(why)}" for file, why in outcome.bad.items()),
+        ]
+    )
 
 
 def _refuse_other(output: Path, made: dict[str, Any]) -> None:
@@ -80,11 +91,16 @@ def _refuse_other(output: Path, made: dict[str, Any]) -> None:
             f"write_results: {output} is there already, and {_beside(output).name}, which says what it was made with, "
             "is not beside it; set another file, or move that one away"
         ) from None
-    changed = [f"{key}: {there.get(key)} there, {made.get(key)} here" for key in sorted(there.keys() | made.keys())
-               if there.get(key) != made.get(key)]  # fmt: skip
+    changed = [
+        f"{key}: {there.get(key)} there, {made.get(key)} here"
+        for key in sorted(there.keys() | made.keys())
+        if there.get(key) != made.get(key)
+    ]
     if changed:
-        raise ValueError(f"write_results: {output} was made with something else ({'; '.join(changed)}); set another "
-                         "file or folder, or delete that one to begin anew")  # fmt: skip
+        raise ValueError(
+            f"write_results: {output} was made with something else ({'; '.join(changed)}); set another "
+            "file or folder, or delete that one to begin anew"
+        )
 
 
 def _rows(output: Path) -> Iterator[Row]:

@@ -9,8 +9,9 @@ CHUNK = 512  # texts compared with all images at a time: with 30,000 images, 123
 BITS = 26  # a product of two numbers of 26 bits fits into the 53 that float64 keeps
 
 
-def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor, *,
-              chunk: int = CHUNK) -> dict[str, float]:  # fmt: skip
+def retrieval(
+    image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor, *, chunk: int = CHUNK
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions, as fractions: image_to_text_r1 ... text_to_image_r10.
 
     image_embeddings: [n, e], text_embeddings: [m, e], image_of_text: [m], the row of each text's image. An image is
@@ -20,8 +21,9 @@ def retrieval(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: 
     Raises ValueError if there is no text, if shapes do not fit, or if an embedding is not finite.
     """
     _check(image_embeddings, text_embeddings, image_of_text)
-    image, text = (whole_numbers(x, longest=x.double().norm(dim=1).max().item())
-                   for x in (image_embeddings, text_embeddings))  # fmt: skip
+    image, text = (
+        whole_numbers(x, longest=x.double().norm(dim=1).max().item()) for x in (image_embeddings, text_embeddings)
+    )
     owner = image_of_text.to(image.device)
     chunks = list(zip(text.split(chunk), owner.split(chunk), strict=True))
     right = torch.cat([(some * image[own]).sum(1) for some, own in chunks])  # [m]: each text with its own image
@@ -68,5 +70,6 @@ def _check(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Ten
     for name, x in (("image_embeddings", image_embeddings), ("text_embeddings", text_embeddings)):
         if not x.isfinite().all():
             row = int((~x.isfinite()).any(1).nonzero()[0, 0])
-            raise ValueError(f"retrieval: {name} must be finite, got {x[row, :4].tolist()} ... in row {row}; "
-                             "did training diverge?")  # fmt: skip
+            raise ValueError(
+                f"retrieval: {name} must be finite, got {x[row, :4].tolist()} ... in row {row}; did training diverge?"
+            )

@@ -28,8 +28,10 @@ class Captioner:
         folder = Path(folder)
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if self.config["vocabulary"] != "sentencepiece":
-            raise ValueError(f"Captioner: {folder} has the vocabulary of CLIP, which this example does not read; the "
-                             "graphs take ids of open_clip's tokenizer, laid out as in text_inputs")  # fmt: skip
+            raise ValueError(
+                f"Captioner: {folder} has the vocabulary of CLIP, which this example does not read; the "
+                "graphs take ids of open_clip's tokenizer, laid out as in text_inputs"
+            )
         self.pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.image, self.text, self.step = (
             InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])

@@ -97,8 +97,10 @@ def read_models(models: Sequence[str]) -> dict[str, list[RunRecord]]:
         runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.seed)
         for one, other in itertools.pairwise(runs):
             if one.seed == other.seed:
-                raise ValueError(f"read_models: {one.folder} and {other.folder} ({name}) both have the seed "
-                                 f"{one.seed}; name the folders of one model more closely")  # fmt: skip
+                raise ValueError(
+                    f"read_models: {one.folder} and {other.folder} ({name}) both have the seed "
+                    f"{one.seed}; name the folders of one model more closely"
+                )
         result[name] = runs
     return result
 
@@ -160,9 +162,13 @@ def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Of what an evaluation was made."""
     prints = {f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint") for name in ("data", "labelled")}
     images = {"evaluation.images": (evaluation.get("data") or {}).get("images")}
-    return {**prints, **images, "evaluation.generation": evaluation.get("generation"),
-            "evaluation.precision": (evaluation.get("model") or {}).get("precision"),
-            "evaluation.tasks": sorted(evaluation.get("results", {}))}  # fmt: skip
+    return {
+        **prints,
+        **images,
+        "evaluation.generation": evaluation.get("generation"),
+        "evaluation.precision": (evaluation.get("model") or {}).get("precision"),
+        "evaluation.tasks": sorted(evaluation.get("results", {})),
+    }
 
 
 def _named(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ class SoftReset(NamedTuple):
     best_step: int = -1  # of the best loss
 
 
-def soft_reset(state: SoftReset, step: int, loss: float, *, patience: int = 3, regimes: int = 3,
-               factor: float = 100.0) -> SoftReset:  # fmt: skip
+def soft_reset(
+    state: SoftReset, step: int, loss: float, *, patience: int = 3, regimes: int = 3, factor: float = 100.0
+) -> SoftReset:
     """Judge a validation after `step` optimizer steps. What to do next is the `decision` of the new state:
 
     - improved: keep these weights, the loss is below all before it
@@ -34,12 +35,15 @@ def soft_reset(state: SoftReset, step: int, loss: float, *, patience: int = 3, r
     Source: GRR-CoCa, section 3.3. Raises ValueError if an argument is out of range, or the first loss is not finite.
     """
     if patience < 1 or regimes < 1 or not factor >= 1:
-        raise ValueError(f"soft_reset: patience, regimes and factor must be at least 1, got {patience=}, {regimes=}, "
-                         f"{factor=}")  # fmt: skip
+        raise ValueError(
+            f"soft_reset: patience, regimes and factor must be at least 1, got {patience=}, {regimes=}, {factor=}"
+        )
     assert state.decision != "stop", "the run has ended"
     if state.best_loss is None and not math.isfinite(loss):
-        raise ValueError(f"soft_reset: the loss must be finite where a fine-tuning starts, got {loss}; are the weights "
-                         "of model.path whole?")  # fmt: skip
+        raise ValueError(
+            f"soft_reset: the loss must be finite where a fine-tuning starts, got {loss}; are the weights "
+            "of model.path whole?"
+        )
     state = state._replace(step=step)
     if state.best_loss is None or loss < state.best_loss:
         return state._replace(decision="improved", stale=0, best_loss=loss, best_step=step)

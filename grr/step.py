@@ -45,9 +45,16 @@ class Losses(NamedTuple):
         return {**self._asdict(), "perplexity": self.perplexity}
 
 
-def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, contrastive_weight: float = 2.0,
-                      captioning_weight: float = 1.0, contrastive: Literal["softmax", "sigmoid"] = "softmax",
-                      negatives: Literal["global", "local"] = "global") -> Losses:  # fmt: skip
+def global_batch_step(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    seed: int,
+    *,
+    contrastive_weight: float = 2.0,
+    captioning_weight: float = 1.0,
+    contrastive: Literal["softmax", "sigmoid"] = "softmax",
+    negatives: Literal["global", "local"] = "global",
+) -> Losses:
     """Add the gradients of one optimizer step to the model, and give its losses.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
@@ -70,8 +77,7 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
                 (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
             captioning.append(_sum(output).detach())
         total = torch.stack([c.detach() for c in contrasts]).sum().item()
-        return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives,
-                       batches)  # fmt: skip
+        return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches)
 
     leaves = []
     with torch.no_grad():
@@ -84,19 +90,29 @@ def global_batch_step(model: nn.Module, batches: Sequence[Batch], seed: int, *, 
     (contrastive_weight * contrast).backward()
     for i, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
         output = _forward(model, batch, seed, i)
-        carried = [(x * x_leaf.grad).sum() for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
-                   if x.requires_grad and x_leaf.grad is not None]  # fmt: skip
+        carried = [
+            (x * x_leaf.grad).sum()
+            for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
+            if x.requires_grad and x_leaf.grad is not None
+        ]
         with recomputing(model):
             (share * _sum(output) + sum(carried)).backward()
         captioning.append(_sum(output).detach())
-    return _losses(contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives,
-                   batches)  # fmt: skip
+    return _losses(
+        contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches
+    )
 
 
 @torch.no_grad()
-def evaluation_losses(model: nn.Module, steps: Iterable[Sequence[Batch]], *, contrastive_weight: float = 2.0,
-                      captioning_weight: float = 1.0, contrastive: Literal["softmax", "sigmoid"] = "softmax",
-                      negatives: Literal["global", "local"] = "global") -> Losses:  # fmt: skip
+def evaluation_losses(
+    model: nn.Module,
+    steps: Iterable[Sequence[Batch]],
+    *,
+    contrastive_weight: float = 2.0,
+    captioning_weight: float = 1.0,
+    contrastive: Literal["softmax", "sigmoid"] = "softmax",
+    negatives: Literal["global", "local"] = "global",
+) -> Losses:
     """The same losses without gradients and without dropout, over many global batches, as `validation_steps` cuts them.
 
     The captioning loss is the mean over all tokens of all batches. The contrastive loss is the mean over the batches
@@ -172,8 +188,9 @@ def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[B
 
 def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutput:
     keys = seed_dropout(batch, seed, index)
-    output: CoCaOutput = model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels,
-                               sample_keys=keys)  # fmt: skip
+    output: CoCaOutput = model(
+        batch.images, batch.ids, positions=batch.positions, labels=batch.labels, sample_keys=keys
+    )
     return output
 
 
@@ -213,8 +230,14 @@ def _count_tokens(batches: Sequence[Batch]) -> int:
     return int(all_sum(sum(int((b.labels != IGNORE).sum()) for b in batches))[0])
 
 
-def _losses(contrast: float, captioning: float, contrastive_weight: float, captioning_weight: float, negatives: str,
-            batches: Sequence[Batch]) -> Losses:  # fmt: skip
+def _losses(
+    contrast: float,
+    captioning: float,
+    contrastive_weight: float,
+    captioning_weight: float,
+    negatives: str,
+    batches: Sequence[Batch],
+) -> Losses:
     """Make one process's parts whole: captioning is its share of the global mean."""
     world = dist.get_world_size()
     all_contrast, captioning = all_sum(contrast, captioning)

@@ -41,8 +41,9 @@ class Job:
         return command
 
 
-def plan(folder: Path, stages: Sequence[str], variants: Sequence[str], seeds: Sequence[int],
-         overrides: Sequence[str] = ()) -> list[Job]:  # fmt: skip
+def plan(
+    folder: Path, stages: Sequence[str], variants: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()
+) -> list[Job]:
     """All runs, in the order they are worth having: every variant of the first seed, then of the next.
 
     stages: "name: recipe arguments", in which {stage} is the folder of the same variant and seed in an earlier one.
@@ -54,12 +55,19 @@ def plan(folder: Path, stages: Sequence[str], variants: Sequence[str], seeds: Se
     more = _entries("overrides", overrides, faults)
     faults += [f"overrides: there is no stage {name}" for name in more if name not in commands]
     faults += [f"seeds: {seed} stands there twice" for seed in sorted(set(seeds)) if seeds.count(seed) > 1]
-    faults += [f"{what}: there must be at least one" for what, given in
-               {"stages": stages, "variants": variants, "seeds": seeds}.items() if not given]  # fmt: skip
+    faults += [
+        f"{what}: there must be at least one"
+        for what, given in {"stages": stages, "variants": variants, "seeds": seeds}.items()
+        if not given
+    ]
     for i, (stage, words) in enumerate(commands.items()):
         earlier = list(commands)[:i]
-        faults += [f"stages: {{{name}}} in {stage} must be a stage before it, one of {', '.join(earlier) or 'none'}"
-                   for word in words for name in PLACEHOLDER.findall(word) if name not in earlier]  # fmt: skip
+        faults += [
+            f"stages: {{{name}}} in {stage} must be a stage before it, one of {', '.join(earlier) or 'none'}"
+            for word in words
+            for name in PLACEHOLDER.findall(word)
+            if name not in earlier
+        ]
         if not words:
             faults.append(f"stages: {stage} has no command")
     if faults:
@@ -71,8 +79,13 @@ def plan(folder: Path, stages: Sequence[str], variants: Sequence[str], seeds: Se
             folders = {stage: folder / stage / f"{variant}-{seed}" for stage in commands}
             before = None
             for stage, words in commands.items():
-                own = [*_filled(words, folders), *(change if before is None else []), *more.get(stage, []),
-                       f"run.folder={folders[stage]}", f"run.seed={seed}"]  # fmt: skip
+                own = [
+                    *_filled(words, folders),
+                    *(change if before is None else []),
+                    *more.get(stage, []),
+                    f"run.folder={folders[stage]}",
+                    f"run.seed={seed}",
+                ]
                 before = Job(stage, variant, seed, folders[stage], own, before)
                 jobs.append(before)
     return jobs

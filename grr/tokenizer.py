@@ -94,8 +94,9 @@ class Tokenizer:
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model)
 
 
-def train_tokenizer(captions: Iterable[str], path: str | Path, *, vocab_size: int = 512,
-                    context: int = 64) -> Tokenizer:  # fmt: skip
+def train_tokenizer(
+    captions: Iterable[str], path: str | Path, *, vocab_size: int = 512, context: int = 64
+) -> Tokenizer:
     """Train a vocabulary of at most vocab_size ids, BOS and CLS among them, and write it to path.
 
     Byte-pair merges (Sennrich et al. 2016) with T5's special ids, the same for the same captions: even a few sentences
@@ -107,10 +108,21 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, *, vocab_size: in
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in lines if line), model_writer=model, vocab_size=vocab_size - 2,
-            model_type="bpe", character_coverage=1.0, hard_vocab_limit=False, pad_id=PAD, eos_id=EOS, unk_id=UNK,
-            bos_id=-1, input_sentence_size=2_000_000, shuffle_input_sentence=True, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=(line for line in lines if line),
+            model_writer=model,
+            vocab_size=vocab_size - 2,
+            model_type="bpe",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         raise ValueError(
             f"train_tokenizer: no vocabulary of {vocab_size=} can be trained on these captions ({error}); "
@@ -134,8 +146,9 @@ def load_tokenizer(path: str | Path, *, context: int = 64) -> Tokenizer:
     return kind(path, context=context)
 
 
-def open_tokenizer(captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512,
-                   context: int = 64) -> Tokenizer:  # fmt: skip
+def open_tokenizer(
+    captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512, context: int = 64
+) -> Tokenizer:
     """A run's tokenizer, the same in all processes, and kept in `file`: the vocabulary at `path` (T5's spiece.model,
     say), or without a path the one already in `file`, or else one of vocab_size ids trained on the captions.
     """

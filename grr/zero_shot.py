@@ -17,8 +17,14 @@ TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an 
 
 
 @torch.no_grad()
-def class_embeddings(model: CoCa, tokenizer: Tokenizer, classes: Sequence[str], device: torch.device, *,
-                     templates: tuple[str, ...] = TEMPLATES) -> Tensor:  # fmt: skip
+def class_embeddings(
+    model: CoCa,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    device: torch.device,
+    *,
+    templates: tuple[str, ...] = TEMPLATES,
+) -> Tensor:
     """Embed c classes, each as the direction of the mean of its descriptions: float32 [c, e], unit length.
 
     A description is a template with the class's name in the place of {}. The scores of images are then

@@ -49,9 +49,18 @@ from grr.step import global_batch_step
 from grr.tokenizer import EOS, PAD, UNK, Tokenizer
 
 Part = Literal["training", "towers", "captions"]
-Variant = Literal["fp32", "fp32 compile", "fp32 checkpoint", "fp32 compile checkpoint",
-                  "bf16", "bf16 compile", "bf16 checkpoint", "bf16 compile checkpoint",
-                  "bf16 float8", "bf16 compile float8"]  # fmt: skip
+Variant = Literal[
+    "fp32",
+    "fp32 compile",
+    "fp32 checkpoint",
+    "fp32 compile checkpoint",
+    "bf16",
+    "bf16 compile",
+    "bf16 checkpoint",
+    "bf16 compile checkpoint",
+    "bf16 float8",
+    "bf16 compile float8",
+]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIGA = 1e9
 TABLE = "{:<17}{:<44}{:>9}{:>11}{:>10}{:>10}{:>9}{:>8}{:>8}"
@@ -97,8 +106,13 @@ def main() -> None:
     rates = Rates({word: matmul_rate(run, device, DTYPES[word]) for word in precisions(run)}, read_rate(run, device))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in cfg.build("model").parameters())
-    result = {"machine": machine(device), "rates": rates._asdict(), "model": cfg.model, "parameters": parameters,
-              "rows": []}  # fmt: skip
+    result = {
+        "machine": machine(device),
+        "rates": rates._asdict(),
+        "model": cfg.model,
+        "parameters": parameters,
+        "rows": [],
+    }
     print(headline(result), flush=True)
 
     # the model: a row for each thing measured
@@ -113,16 +127,16 @@ def refuse(cfg: config.Config) -> None:
     """Say at once all that would fail later, as `grr check` does."""
     run, room = Run(**cfg.run), cfg.model["context"] - 3  # the most tokens of a caption
     processes = os.environ.get("WORLD_SIZE", "1")
-    faults = {
-        f"one process is measured, got {processes}; start it without torchrun": processes != "1",
-        f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {run.micro_batch_size}":
-            run.batch_size % run.micro_batch_size,
-        f"the model's context has room for captions of 1 to {room} tokens, got written_tokens={run.written_tokens}":
-            not 1 <= run.written_tokens <= room,
-        f"caption_tokens must be null or a mean from 1 to {room}, got {run.caption_tokens}":
-            any(mean is not None and not 1 <= mean <= room for mean in run.caption_tokens),
-    }  # fmt: skip
-    wrong = [fault for fault, found in faults.items() if found]
+    micro, tokens = run.micro_batch_size, run.written_tokens
+    wrong = []
+    if processes != "1":
+        wrong.append(f"one process is measured, got {processes}; start it without torchrun")
+    if run.batch_size % micro:
+        wrong.append(f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {micro}")
+    if not 1 <= tokens <= room:
+        wrong.append(f"the model's context has room for captions of 1 to {room} tokens, got written_tokens={tokens}")
+    if any(mean is not None and not 1 <= mean <= room for mean in run.caption_tokens):
+        wrong.append(f"caption_tokens must be null or a mean from 1 to {room}, got {run.caption_tokens}")
     if wrong:
         raise ValueError("benchmark: " + "; ".join(wrong))
 
@@ -136,8 +150,7 @@ def training(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -
         yield from while_memory_lasts("training step", variant, training_of(variant, cfg, run, device, rates))
 
 
-def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.device,
-                rates: Rates) -> Iterator[Row]:  # fmt: skip
+def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """The rows of one variant; when they are done, nothing holds its model any more."""
     model = trained_model(variant, cfg, run, device)
     optimizer = adamw(model, **cfg.optimizer)
@@ -145,23 +158,36 @@ def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.de
         batches = [b.to(device) for b in random_batches(run, tokens, **sizes(cfg))]
         act = partial(step, model, optimizer, batches, run, cfg.loss)
         flops = training_flops(add_flops(batch_flops(cfg, batch) for batch in batches))
-        yield {"what": "training step", "variant": variant, "tokens": max(b.ids.shape[1] for b in batches),
-               "caption_tokens": tokens, "samples": run.batch_size, **measured(act, run, device),
-               **limit(flops, "flops", rates.flops_per_second[precision(variant)])}  # fmt: skip
+        yield {
+            "what": "training step",
+            "variant": variant,
+            "tokens": max(b.ids.shape[1] for b in batches),
+            "caption_tokens": tokens,
+            "samples": run.batch_size,
+            **measured(act, run, device),
+            **limit(flops, "flops", rates.flops_per_second[precision(variant)]),
+        }
 
 
 def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.device) -> nn.Module:
     torch.compiler.reset()  # else blocks of an earlier variant count against the limit of compiled versions
     with torch.device("meta"):
         model = cfg.build("model")
-    parallelize(model, device, bf16="bf16" in variant, float8="float8" in variant, compile="compile" in variant,
-                checkpoint_activations="checkpoint" in variant)  # fmt: skip
+    parallelize(
+        model,
+        device,
+        bf16="bf16" in variant,
+        float8="float8" in variant,
+        compile="compile" in variant,
+        checkpoint_activations="checkpoint" in variant,
+    )
     materialize(model, device, seed=run.seed)
     return model
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], run: Run,
-         loss: dict[str, Any]) -> None:  # fmt: skip
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], run: Run, loss: dict[str, Any]
+) -> None:
     global_batch_step(model, batches, reset_seed(run.seed, 0), **loss)
     clip_gradients(model, run.clip)
     optimizer.step()
@@ -186,12 +212,21 @@ def towers_of(word: str, cfg: config.Config, run: Run, device: torch.device, rat
     for what, act, flops in (
         ("encode_image", partial(model.encode_image, batch.images), cost.vision + cost.poolers),
         ("encode_text", partial(model.encode_text, ids, positions=positions), cost.text),
-        ("decoder, logits", partial(decode, model.multimodal_decoder, text, context, positions),
-         cost.multimodal + cost.head),
+        (
+            "decoder, logits",
+            partial(decode, model.multimodal_decoder, text, context, positions),
+            cost.multimodal + cost.head,
+        ),
         ("forward, logits", partial(model, batch.images, ids, positions=positions), cost.total),
-    ):  # fmt: skip
-        yield {"what": what, "variant": word, "tokens": ids.shape[1], "samples": b,
-               **measured(act, run, device), **limit(b * flops, "flops", rates.flops_per_second[word])}  # fmt: skip
+    ):
+        yield {
+            "what": what,
+            "variant": word,
+            "tokens": ids.shape[1],
+            "samples": b,
+            **measured(act, run, device),
+            **limit(b * flops, "flops", rates.flops_per_second[word]),
+        }
 
 
 def decode(decoder: MultimodalDecoder, text: Tensor, context: Tensor, positions: Tensor) -> Tensor:
@@ -215,9 +250,15 @@ def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, r
     model = loaded_model(word, cfg, run, device)
 
     def row(act: Callable[[], object], variant: str, count: int, beams: int) -> Row:
-        return {"what": "captions", "variant": variant, "tokens": n, "samples": count, "beams": beams,
-                **measured(act, run, device),
-                **limit(n * token_bytes(model), "bytes", rates.bytes_per_second)}  # fmt: skip
+        return {
+            "what": "captions",
+            "variant": variant,
+            "tokens": n,
+            "samples": count,
+            "beams": beams,
+            **measured(act, run, device),
+            **limit(n * token_bytes(model), "bytes", rates.bytes_per_second),
+        }
 
     for count, beams in product(run.images, run.beams):
         images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
@@ -296,8 +337,9 @@ def sizes(cfg: config.Config) -> dict[str, int]:
     return {key: cfg.model[key] for key in ("vocab_size", "context", "image_size")}
 
 
-def random_batches(run: Run, tokens: int | None, *, vocab_size: int, context: int, image_size: int,
-                   count: int | None = None) -> list[Batch]:  # fmt: skip
+def random_batches(
+    run: Run, tokens: int | None, *, vocab_size: int, context: int, image_size: int, count: int | None = None
+) -> list[Batch]:
     """Micro-batches of noise, with captions of any words: as long as there is room for, or of Poisson lengths.
 
     A batch is as long as its longest caption, so with captions of 15 tokens on average it is not 15 tokens long.
@@ -328,8 +370,13 @@ def batch_flops(cfg: config.Config, batch: Batch) -> Towers:
     cost = partial(forward_flops, MODELS[cfg.model["name"]], **arguments(cfg))
     read, scored = cost(text_length=batch.ids.shape[1]), cost(text_length=batch.labels.shape[1])
     b, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
-    return Towers(vision=b * read.vision, poolers=b * read.poolers, text=b * read.text,
-                 multimodal=b * scored.multimodal, head=labelled * cost(text_length=1).head)  # fmt: skip
+    return Towers(
+        vision=b * read.vision,
+        poolers=b * read.poolers,
+        text=b * read.text,
+        multimodal=b * scored.multimodal,
+        head=labelled * cost(text_length=1).head,
+    )
 
 
 def add_flops(flops: Iterable[Towers]) -> Towers:
@@ -354,8 +401,11 @@ def measured(act: Callable[[], object], run: Run, device: torch.device) -> Row:
         act()
         synchronize(device)
         times.append(time.perf_counter() - before)
-    return {"seconds": statistics.median(times[run.warmup :]), "warmup_seconds": sum(times[: run.warmup]),
-            "peak_bytes": peak_bytes(device) if told else None}  # fmt: skip
+    return {
+        "seconds": statistics.median(times[run.warmup :]),
+        "warmup_seconds": sum(times[: run.warmup]),
+        "peak_bytes": peak_bytes(device) if told else None,
+    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -424,12 +474,14 @@ def headline(result: dict[str, Any]) -> str:
     m, rates = result["machine"], result["rates"]
     processor = m["cpu"] if m["device"] == "CPU" else f"{m['device']}, {m['cpu']}"
     products = (f"{word} {rate / GIGA:,.0f} GFLOP/s" for word, rate in rates["flops_per_second"].items())
-    return "\n".join([
-        f"{result['model']['name']}, {result['parameters']:,} parameters",
-        f"{processor}, {m['threads']} threads, torch {m['torch']}",
-        f"at best {', '.join(products)}; reads {rates['bytes_per_second'] / GIGA:,.1f} GB/s\n",
-        TABLE.format("", "", "seconds", "samples/s", "G/s", "of limit", "peak GB", "faster", "memory"),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"{result['model']['name']}, {result['parameters']:,} parameters",
+            f"{processor}, {m['threads']} threads, torch {m['torch']}",
+            f"at best {', '.join(products)}; reads {rates['bytes_per_second'] / GIGA:,.1f} GB/s\n",
+            TABLE.format("", "", "seconds", "samples/s", "G/s", "of limit", "peak GB", "faster", "memory"),
+        ]
+    )
 
 
 def add(result: dict[str, Any], row: Row) -> str:
@@ -448,9 +500,17 @@ def add(result: dict[str, Any], row: Row) -> str:
     words = [row["variant"], f"{row['tokens']} tokens", f"{row['samples']} at a time"]
     words += [f"{row['beams']} beams"] if row.get("beams", 1) > 1 else []
     peak, memory = (f"{row['peak_bytes'] / GIGA:.2f}", f"{row['memory']:.2f}") if row["peak_bytes"] else ("-", "-")
-    return TABLE.format(row["what"], ", ".join(words), f"{row['seconds']:.4g}", f"{row['samples_per_second']:.4g}",
-                        f"{row['amount'] / row['seconds'] / GIGA:,.1f}", f"{row['of_limit']:.1%}", peak,
-                        f"{row['faster']:.2f}", memory)  # fmt: skip
+    return TABLE.format(
+        row["what"],
+        ", ".join(words),
+        f"{row['seconds']:.4g}",
+        f"{row['samples_per_second']:.4g}",
+        f"{row['amount'] / row['seconds'] / GIGA:,.1f}",
+        f"{row['of_limit']:.1%}",
+        peak,
+        f"{row['faster']:.2f}",
+        memory,
+    )
 
 
 def _text(file: Path) -> str:

@@ -60,8 +60,9 @@ def main() -> int:
     trained = load_pretrained(cfg.model["path"], device=device, dtype=dtype)
 
     # classify
-    outcome = classify_files(trained, files, classes, output, top=run.top, batch_size=run.batch_size, progress=True,
-                             **cfg.zero_shot)  # fmt: skip
+    outcome = classify_files(
+        trained, files, classes, output, top=run.top, batch_size=run.batch_size, progress=True, **cfg.zero_shot
+    )
     rows = read_results(output)
     page = write_classes(output.with_suffix(".html"), rows, cfg.model["path"], f"{len(classes):,} classes")
 
@@ -80,8 +81,9 @@ def refuse(cfg: config.Config) -> None:
     """Raises ValueError if the classes are not named, or named twice; `grr check` asks, too."""
     run = Run(**cfg.run)
     if bool(run.classes) == (run.classes_file is not None):
-        raise ValueError("classify: the classes must be named once, got "
-                         f"{run.classes=}, {run.classes_file=}; set one of them")  # fmt: skip
+        raise ValueError(
+            f"classify: the classes must be named once, got {run.classes=}, {run.classes_file=}; set one of them"
+        )
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ def main() -> None:
     merges = Path(run.merges) if run.merges else installed_merges()
     tokenizer = ClipTokenizer(merges, context=cfg.model["context"])
     if tokenizer.vocab_size != cfg.model["vocab_size"]:
-        raise ValueError(f"convert: {merges} gives {tokenizer.vocab_size} ids, model.vocab_size is "
-                         f"{cfg.model['vocab_size']}; give the merges that the model was trained with")  # fmt: skip
+        raise ValueError(
+            f"convert: {merges} gives {tokenizer.vocab_size} ids, model.vocab_size is "
+            f"{cfg.model['vocab_size']}; give the merges that the model was trained with"
+        )
 
     # weights: the model is built without memory, and takes those that were read
     print(f"reading {run.checkpoint}", flush=True)
@@ -61,8 +63,10 @@ def refuse_missing(run: Run) -> None:
     """Raises ValueError naming every file and package that is not there, before anything is read."""
     faults = []
     if not Path(run.checkpoint).is_file():
-        faults.append(f"there is no file {run.checkpoint}; run.checkpoint is open_clip_pytorch_model.bin or "
-                      "open_clip_model.safetensors of a CoCa of open_clip's")  # fmt: skip
+        faults.append(
+            f"there is no file {run.checkpoint}; run.checkpoint is open_clip_pytorch_model.bin or "
+            "open_clip_model.safetensors of a CoCa of open_clip's"
+        )
     if run.merges is None:
         try:
             installed_merges()

@@ -52,10 +52,17 @@ class Model:
 
 def main() -> None:
     cfg = config.load(
-        run=Run, model=Model, data=DATASETS | config.NONE, losses=losses, generation=generate,
-        labelled=LABELLED | config.NONE, labelled_train=LABELLED | config.NONE, zero_shot=class_embeddings,
-        linear_probe=linear_probe, attentive_probe=attentive_probe,
-    )  # fmt: skip
+        run=Run,
+        model=Model,
+        data=DATASETS | config.NONE,
+        losses=losses,
+        generation=generate,
+        labelled=LABELLED | config.NONE,
+        labelled_train=LABELLED | config.NONE,
+        zero_shot=class_embeddings,
+        linear_probe=linear_probe,
+        attentive_probe=attentive_probe,
+    )
     run = Run(**cfg.run)
     refuse(cfg)
     device = start()
@@ -107,20 +114,31 @@ def main() -> None:
             results["linear_probe"] = linear_probe(a, b, c, d, classes, **cfg.linear_probe)
         if "attentive_probe" in run.tasks:
             results["attentive_probe"] = attentive_probe(
-                train.patches, train.labels, test.patches, test.labels, classes, model.pooler_heads, device,
+                train.patches,
+                train.labels,
+                test.patches,
+                test.labels,
+                classes,
+                model.pooler_heads,
+                device,
                 **cfg.attentive_probe,
-            )  # fmt: skip
+            )
 
     # write
     evaluation = {
-        "model": {"path": str(source.path), "builder": source.builder, "precision": str(dtype).removeprefix("torch."),
-                  "parameters": sum(p.numel() for p in model.parameters()), "step": step_of(source)},
+        "model": {
+            "path": str(source.path),
+            "builder": source.builder,
+            "precision": str(dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "step": step_of(source),
+        },
         "data": {**cfg.data, **seen.facts()} if seen else None,
         "labelled": {**cfg.labelled, **test.facts()} if test else None,
         "labelled_train": {**cfg.labelled_train, **train.facts()} if train else None,
         "generation": cfg.generation if "captions" in run.tasks else None,
         "results": results,
-    }  # fmt: skip
+    }
     page = write_evaluation(folder, evaluation, examples(seen) if seen else None, confusions)
     print(as_text(evaluation))
     logging.info(f"see {page}, and evaluation.json beside it")
@@ -132,8 +150,10 @@ def refuse(cfg: config.Config) -> None:
     for section, wanted in needs.items():
         for task in cfg.run["tasks"]:
             if task in wanted and vars(cfg)[section]["name"] == "none":
-                raise ValueError(f"evaluate: the task {task} needs the section {section}, and there is none; add it to "
-                                 f"the config, or leave {task} out of run.tasks")  # fmt: skip
+                raise ValueError(
+                    f"evaluate: the task {task} needs the section {section}, and there is none; add it to "
+                    f"the config, or leave {task} out of run.tasks"
+                )
 
 
 def run_of(source: Pretrained) -> Path:

@@ -81,9 +81,16 @@ class Start:
 
 def main() -> int:
     cfg = config.load(
-        run=Run, model=Start, data=DATASETS, validation=DATASETS, loader=training_steps, loss=global_batch_step,
-        optimizer=adamw, schedule=warmup_cosine, control=soft_reset,
-    )  # fmt: skip
+        run=Run,
+        model=Start,
+        data=DATASETS,
+        validation=DATASETS,
+        loader=training_steps,
+        loss=global_batch_step,
+        optimizer=adamw,
+        schedule=warmup_cosine,
+        control=soft_reset,
+    )
     run = Run(**cfg.run)
     folder = Path(run.folder)
     device = start()
@@ -100,45 +107,76 @@ def main() -> int:
     tell_of_other_crop(source, cfg.loader["crop"])
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = math.inf if run.epochs is None else run.epochs * per_epoch
-    loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,
-              "image_size": source.arguments["image_size"], "pin_memory": device.type == "cuda",
-              **cfg.loader}  # fmt: skip
+    loader = {
+        "rank": rank,
+        "world": world,
+        "batch_size": run.batch_size,
+        "micro_batch_size": run.micro_batch_size,
+        "image_size": source.arguments["image_size"],
+        "pin_memory": device.type == "cuda",
+        **cfg.loader,
+    }
 
     # model: built without memory, sharded, then filled, so no process ever holds all of it
     description = describe(source.builder, source.arguments | {"dropout": cfg.model["dropout"]}, cfg.loader["crop"])
     with torch.device("meta"):
         model = build_pretrained(source, dropout=cfg.model["dropout"])
     freeze(model, run.freeze)
-    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
-                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
+    parallelize(
+        model,
+        device,
+        bf16=run.bf16,
+        float8=run.float8,
+        compile=run.compile,
+        checkpoint_activations=run.checkpoint_activations,
+        replicas=run.replicas,
+    )
     materialize(model, device, seed=run.seed)
     load_weights(source, model)
     optimizer = adamw(model, **cfg.optimizer)
     average = Average(model, decay=run.average)
 
     # resume, if there is something to resume
-    fingerprints = {"start": weights_digest(source), "data": pairs.fingerprint, "validation": held_out.fingerprint,
-                    "tokenizer": tokenizer.fingerprint}  # fmt: skip
+    fingerprints = {
+        "start": weights_digest(source),
+        "data": pairs.fingerprint,
+        "validation": held_out.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+    }
     saver = Saver(
-        folder, model, optimizer, run_identity(cfg, **fingerprints), description=description, average=average.weights,
-        save_every=run.save_every, save_minutes=run.save_minutes, keep=run.keep,
-    )  # fmt: skip
+        folder,
+        model,
+        optimizer,
+        run_identity(cfg, **fingerprints),
+        description=description,
+        average=average.weights,
+        save_every=run.save_every,
+        save_minutes=run.save_minutes,
+        keep=run.keep,
+    )
     progress = saver.resume(accepted=run.accept_changes)
     step, control = (progress["step"], SoftReset(**progress["control"])) if progress else (0, SoftReset())
     if progress:
         logging.info(f"learning-rate regime {control.regime}; {in_words(control)}")
     end = {"step": step, "best_step": control.best_step, "interpolate": run.interpolate}
     if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: has_ended(folder, **end)):
-        logging.info(f"{folder} finished before, after step {step}: the model of step {control.best_step} is in "
-                     f"{folder / 'model'}; see {folder / 'report.html'}")  # fmt: skip
+        logging.info(
+            f"{folder} finished before, after step {step}: the model of step {control.best_step} is in "
+            f"{folder / 'model'}; see {folder / 'report.html'}"
+        )
         lock.release()
         return 0
     saver.resume_best(control.best_step)
     on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
-    facts = {"parameters": sum(p.numel() for p in model.parameters()),
-             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-             **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch,
-             "world_size": world, "batch_size": run.batch_size, **fingerprints}  # fmt: skip
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **pair_counts(pairs, held_out),
+        "steps_per_epoch": per_epoch,
+        "world_size": world,
+        "batch_size": run.batch_size,
+        **fingerprints,
+    }
     known = step if progress else -1  # lines up to here are kept; that of step 0, too, is only true once it is saved
     log = open_log(folder, cfg, facts, step=known, tensorboard=run.tensorboard) if rank == 0 else None
     if log and saver.changes:
@@ -174,19 +212,35 @@ def main() -> int:
             bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
             if log and step % run.log_every == 0:
-                log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
-                          **pace.line())  # fmt: skip
+                log.write(
+                    split="train",
+                    step=step,
+                    epoch=step / per_epoch,
+                    **losses.numbers(),
+                    lr=lr,
+                    grad_norm=norm,
+                    **pace.line(),
+                )
 
         if step % per_epoch == 0:
             with pace.paused():
                 with average.applied():
-                    losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss,
-                                                       run.candidates)  # fmt: skip
+                    losses, found, examples = validate(
+                        model, held_out, tokenizer, device, loader, cfg.loss, run.candidates
+                    )
                 control = soft_reset(control, step, losses.loss, **cfg.control)
                 if log:
-                    log.write(split="validation", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
-                              decision=control.decision, regime=control.regime, best_loss=control.best_loss,
-                              best_step=control.best_step)  # fmt: skip
+                    log.write(
+                        split="validation",
+                        step=step,
+                        epoch=step / per_epoch,
+                        **losses.numbers(),
+                        **found,
+                        decision=control.decision,
+                        regime=control.regime,
+                        best_loss=control.best_loss,
+                        best_step=control.best_step,
+                    )
                     write_report(folder, title=title, examples=examples)
                     bar.write(f"{summary(step, losses, found)}; {in_words(control)}")
                 if control.decision == "improved":  # on disk before a checkpoint names it
@@ -207,8 +261,15 @@ def main() -> int:
     losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
     save_model(folder / "model", model, description, folder / "tokenizer.model")
     if log:
-        log.write(split="final", step=step, epoch=step / per_epoch, **losses.numbers(), **found,
-                  best_step=control.best_step, interpolate=run.interpolate)  # fmt: skip
+        log.write(
+            split="final",
+            step=step,
+            epoch=step / per_epoch,
+            **losses.numbers(),
+            **found,
+            best_step=control.best_step,
+            interpolate=run.interpolate,
+        )
         write_report(folder, title=title, examples=examples)
     logging.info(f"finished: the model of {summary(control.best_step, losses, found)}")
     logging.info(f"it is in {folder / 'model'}; see {folder / 'report.html'}")

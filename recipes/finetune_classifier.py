@@ -82,9 +82,17 @@ def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
 
 def main() -> int:
     cfg = config.load(
-        run=Run, model={"pretrained": pretrained, **MODELS}, head=HEADS, tokenizer=open_tokenizer, data=LABELLED,
-        validation=LABELLED, loader=training_steps, loss=classification_step, optimizer=adamw, schedule=warmup_cosine,
-    )  # fmt: skip
+        run=Run,
+        model={"pretrained": pretrained, **MODELS},
+        head=HEADS,
+        tokenizer=open_tokenizer,
+        data=LABELLED,
+        validation=LABELLED,
+        loader=training_steps,
+        loss=classification_step,
+        optimizer=adamw,
+        schedule=warmup_cosine,
+    )
     run = Run(**cfg.run)
     folder = Path(run.folder)
     device = start()
@@ -114,31 +122,61 @@ def main() -> int:
     with torch.device("meta"):
         model = cfg.build("head", cfg.build("model"), len(pairs.classes))
     freeze(model, run.freeze)
-    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
-                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
+    parallelize(
+        model,
+        device,
+        bf16=run.bf16,
+        float8=run.float8,
+        compile=run.compile,
+        checkpoint_activations=run.checkpoint_activations,
+        replicas=run.replicas,
+    )
     materialize(model, device, seed=run.seed)
     if source is not None:
         load_parts(source, model)
     optimizer = adamw(model, **cfg.optimizer)
-    loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,
-              "image_size": arguments["image_size"], "pin_memory": device.type == "cuda", **cfg.loader}  # fmt: skip
+    loader = {
+        "rank": rank,
+        "world": world,
+        "batch_size": run.batch_size,
+        "micro_batch_size": run.micro_batch_size,
+        "image_size": arguments["image_size"],
+        "pin_memory": device.type == "cuda",
+        **cfg.loader,
+    }
 
     # resume, if there is something to resume
-    fingerprints = {"start": weights_digest(source) if source else None, "data": pairs.fingerprint,
-                    "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint}  # fmt: skip
+    fingerprints = {
+        "start": weights_digest(source) if source else None,
+        "data": pairs.fingerprint,
+        "validation": held_out.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+    }
     saver = Saver(
-        folder, model, optimizer, run_identity(cfg, **fingerprints), description=description,
-        save_every=run.save_every, save_minutes=run.save_minutes, keep=run.keep,
-    )  # fmt: skip
+        folder,
+        model,
+        optimizer,
+        run_identity(cfg, **fingerprints),
+        description=description,
+        save_every=run.save_every,
+        save_minutes=run.save_minutes,
+        keep=run.keep,
+    )
     progress = saver.resume(accepted=run.accept_changes) or {"step": 0, "best": -1.0, "best_step": -1}
     step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
     saver.resume_best(best["best_step"])
     blind = blind_accuracy(pairs, held_out)
-    facts = {"parameters": sum(p.numel() for p in model.parameters()),
-             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-             "classes": len(pairs.classes), **pair_counts(pairs, held_out),
-             "blind_accuracy": blind, "steps_per_epoch": per_epoch, "world_size": world, "batch_size": run.batch_size,
-             **fingerprints}  # fmt: skip
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "classes": len(pairs.classes),
+        **pair_counts(pairs, held_out),
+        "blind_accuracy": blind,
+        "steps_per_epoch": per_epoch,
+        "world_size": world,
+        "batch_size": run.batch_size,
+        **fingerprints,
+    }
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
     if log and saver.changes:
         log.write(split="change", step=step, changes=saver.changes)
@@ -170,23 +208,37 @@ def main() -> int:
         bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
         if log and (step % run.log_every == 0 or step == last):
-            log.write(split="train", step=step, epoch=step / per_epoch, **scores._asdict(), lr=lr, grad_norm=norm,
-                      **pace.line())  # fmt: skip
+            log.write(
+                split="train",
+                step=step,
+                epoch=step / per_epoch,
+                **scores._asdict(),
+                lr=lr,
+                grad_norm=norm,
+                **pace.line(),
+            )
 
         if step % validate_every == 0 or step == last:
             with pace.paused():
-                scores = classification_scores(model, held_out, tokenizer, device, image_size=arguments["image_size"],
-                                               crop=cfg.loader["crop"])  # fmt: skip
+                scores = classification_scores(
+                    model, held_out, tokenizer, device, image_size=arguments["image_size"], crop=cfg.loader["crop"]
+                )
                 if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
                     best = {"best": scores.accuracy, "best_step": step}
                     saver.save_best(step, **best)
-                shown = answers(model, held_out, tokenizer, device, image_size=arguments["image_size"],
-                                crop=cfg.loader["crop"])  # fmt: skip
+                shown = answers(
+                    model, held_out, tokenizer, device, image_size=arguments["image_size"], crop=cfg.loader["crop"]
+                )
                 if log:
                     log.write(
-                        split="validation", step=step, epoch=step / per_epoch, **scores._asdict(), blind_accuracy=blind,
-                        best_accuracy=best["best"], best_step=best["best_step"],
-                    )  # fmt: skip
+                        split="validation",
+                        step=step,
+                        epoch=step / per_epoch,
+                        **scores._asdict(),
+                        blind_accuracy=blind,
+                        best_accuracy=best["best"],
+                        best_step=best["best_step"],
+                    )
                     write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
                     bar.write(
                         f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
@@ -200,8 +252,9 @@ def main() -> int:
         saver.save(step, **best)
     load_checkpoint_weights(saver.best(best["best_step"]), model)
     save_model(folder / "model", model, description, folder / "tokenizer.model")
-    logging.info(f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see "
-                 f"{folder / 'report.html'}")  # fmt: skip
+    logging.info(
+        f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see {folder / 'report.html'}"
+    )
     lock.release()
     return 0
 

@@ -68,9 +68,16 @@ class Run:
 
 def main() -> int:
     cfg = config.load(
-        run=Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS, loader=training_steps,
-        loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
-    )  # fmt: skip
+        run=Run,
+        model=MODELS,
+        tokenizer=open_tokenizer,
+        data=DATASETS,
+        validation=DATASETS,
+        loader=training_steps,
+        loss=global_batch_step,
+        optimizer=adamw,
+        schedule=warmup_cosine,
+    )
     run = Run(**cfg.run)
     folder = Path(run.folder)
     device = start()
@@ -87,25 +94,45 @@ def main() -> int:
     last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
     validate_every = run.validate_every or per_epoch
     image_size, crop = cfg.model["image_size"], cfg.loader["crop"]
-    loader = {"rank": rank, "world": world, "batch_size": run.batch_size, "micro_batch_size": run.micro_batch_size,
-              "image_size": image_size, "pin_memory": device.type == "cuda", **cfg.loader}  # fmt: skip
+    loader = {
+        "rank": rank,
+        "world": world,
+        "batch_size": run.batch_size,
+        "micro_batch_size": run.micro_batch_size,
+        "image_size": image_size,
+        "pin_memory": device.type == "cuda",
+        **cfg.loader,
+    }
 
     # model: built without memory, sharded, then filled, so no process ever holds all of it
     cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
     description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, crop)
     with torch.device("meta"):
         model = cfg.build("model")
-    parallelize(model, device, bf16=run.bf16, float8=run.float8, compile=run.compile,
-                checkpoint_activations=run.checkpoint_activations, replicas=run.replicas)  # fmt: skip
+    parallelize(
+        model,
+        device,
+        bf16=run.bf16,
+        float8=run.float8,
+        compile=run.compile,
+        checkpoint_activations=run.checkpoint_activations,
+        replicas=run.replicas,
+    )
     materialize(model, device, seed=run.seed)
     optimizer = adamw(model, **cfg.optimizer)
 
     # resume, if there is something to resume
     fingerprints = {"data": pairs.fingerprint, "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint}
     saver = Saver(
-        folder, model, optimizer, run_identity(cfg, **fingerprints), description=description,
-        save_every=run.save_every, save_minutes=run.save_minutes, keep=run.keep,
-    )  # fmt: skip
+        folder,
+        model,
+        optimizer,
+        run_identity(cfg, **fingerprints),
+        description=description,
+        save_every=run.save_every,
+        save_minutes=run.save_minutes,
+        keep=run.keep,
+    )
     progress = saver.resume(accepted=run.accept_changes) or {"step": 0, "best_loss": None, "best_step": -1}
     step = progress["step"]
     last = max(last, step)  # run.epochs may have been lowered
@@ -115,9 +142,14 @@ def main() -> int:
         lock.release()
         return 0
     saver.resume_best(best["best_step"])
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), **pair_counts(pairs, held_out),
-             "steps_per_epoch": per_epoch, "world_size": world, "batch_size": run.batch_size,
-             **fingerprints}  # fmt: skip
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **pair_counts(pairs, held_out),
+        "steps_per_epoch": per_epoch,
+        "world_size": world,
+        "batch_size": run.batch_size,
+        **fingerprints,
+    }
     log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
     if log and saver.changes:
         log.write(split="change", step=step, changes=saver.changes)
@@ -151,8 +183,15 @@ def main() -> int:
         bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
         if log and (step % run.log_every == 0 or step == last):
-            log.write(split="train", step=step, epoch=step / per_epoch, **losses.numbers(), lr=lr, grad_norm=norm,
-                      **pace.line())  # fmt: skip
+            log.write(
+                split="train",
+                step=step,
+                epoch=step / per_epoch,
+                **losses.numbers(),
+                lr=lr,
+                grad_norm=norm,
+                **pace.line(),
+            )
             if not report.is_file():
                 write_report(folder, title=title, examples=None)
 
@@ -182,11 +221,19 @@ def main() -> int:
         losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
     save_model(folder / "model", model, description, folder / "tokenizer.model")
     if log:
-        log.write(split="final", step=last, epoch=last / per_epoch, **losses.numbers(), **found, model_step=kept,
-                  keep_model=run.keep_model)  # fmt: skip
+        log.write(
+            split="final",
+            step=last,
+            epoch=last / per_epoch,
+            **losses.numbers(),
+            **found,
+            model_step=kept,
+            keep_model=run.keep_model,
+        )
         write_report(folder, title=title, examples=examples)
-    logging.info(f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}; "
-                 f"see {report}")  # fmt: skip
+    logging.info(
+        f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}; see {report}"
+    )
     lock.release()
     return 0
 

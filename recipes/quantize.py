@@ -50,8 +50,9 @@ from grr.quantize import check_scheme, quantize, quantized_state
 from grr.table import aligned
 from grr.tokenizer import open_tokenizer
 
-Variant = Literal["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped",
-                  "int4_weight_only"]  # fmt: skip
+Variant = Literal[
+    "fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"
+]
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}  # variants that are not quantised
 DEFAULT: list[Variant] = ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped"]
 
@@ -75,8 +76,13 @@ def pretrained(*, path: str) -> CoCa:
 
 
 def main() -> None:
-    cfg = config.load(run=Run, model={"pretrained": pretrained, **MODELS}, tokenizer=open_tokenizer, data=DATASETS,
-                      generation=generate)  # fmt: skip
+    cfg = config.load(
+        run=Run,
+        model={"pretrained": pretrained, **MODELS},
+        tokenizer=open_tokenizer,
+        data=DATASETS,
+        generation=generate,
+    )
     run, folder = Run(**cfg.run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -108,8 +114,15 @@ def main() -> None:
             row[what] = taken / len(images)
 
     parameters = sum(p.numel() for p in models[0].model.parameters())
-    result = {"machine": machine(device), "model": str(source.path), "parameters": parameters, "data": cfg.data,
-              "generation": cfg.generation, "batch_size": len(images), "rows": rows}  # fmt: skip
+    result = {
+        "machine": machine(device),
+        "model": str(source.path),
+        "parameters": parameters,
+        "data": cfg.data,
+        "generation": cfg.generation,
+        "batch_size": len(images),
+        "rows": rows,
+    }
     (folder / "quantization.json").write_text(json.dumps(result, indent=2) + "\n")
     print(headline(result))
     print(aligned(table(rows)))
@@ -120,11 +133,14 @@ def check(run: Run, source: Pretrained | None, device: torch.device) -> None:
     if dist.get_world_size() > 1:
         raise ValueError(f"quantize: one process does it, got {dist.get_world_size()}; start it without torchrun")
     if source is None and run.images != 0:
-        raise ValueError(f"quantize: a model that no one trained has no quality to judge, got run.images={run.images}; "
-                         "set run.images=0, or model.name=pretrained and model.path")  # fmt: skip
+        raise ValueError(
+            f"quantize: a model that no one trained has no quality to judge, got run.images={run.images}; "
+            "set run.images=0, or model.name=pretrained and model.path"
+        )
     if source is not None and source.quantization is not None:
-        raise ValueError(f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it "
-                         "was made from")  # fmt: skip
+        raise ValueError(
+            f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it was made from"
+        )
     for variant in run.variants:
         if variant not in PLAIN:
             check_scheme(variant, device, dtype_of(variant, run))
@@ -162,11 +178,21 @@ def opened(variant: Variant, run: Run, device: torch.device) -> LoadedModel:
     return load_pretrained(Path(run.folder) / variant, device=device, dtype=dtype_of(variant, run))
 
 
-def judge(it: LoadedModel, pairs: Pairs, run: Run, generation: dict[str, Any],
-          device: torch.device) -> dict[str, float]:  # fmt: skip
+def judge(
+    it: LoadedModel, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device
+) -> dict[str, float]:
     """What a variant finds and says of images."""
-    seen = observe(it.model, pairs, it.tokenizer, device, image_size=it.image_size, crop=it.crop, images=run.images,
-                   generation=generation, progress=True)  # fmt: skip
+    seen = observe(
+        it.model,
+        pairs,
+        it.tokenizer,
+        device,
+        image_size=it.image_size,
+        crop=it.crop,
+        images=run.images,
+        generation=generation,
+        progress=True,
+    )
     assert seen is not None  # there is one process, rank 0
     return {**recalls(seen), **captioning(seen, it.tokenizer)}
 
@@ -203,15 +229,21 @@ def synchronize(device: torch.device) -> None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-    return {"device": name, "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__}  # fmt: skip
+    return {
+        "device": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def headline(result: dict[str, Any]) -> str:
     m = result["machine"]
     judged = f", judged by {result['rows'][0]['candidates']} images" if "candidates" in result["rows"][0] else ""
-    return (f"{result['model']}, {result['parameters']:,} parameters{judged}; timed with {result['batch_size']} images "
-            f"at a time on {m['device']}, {m['capability']}, {m['threads']} threads, torch {m['torch']}\n")  # fmt: skip
+    return (
+        f"{result['model']}, {result['parameters']:,} parameters{judged}; timed with {result['batch_size']} images "
+        f"at a time on {m['device']}, {m['capability']}, {m['threads']} threads, torch {m['torch']}\n"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -221,8 +253,9 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     lines = [header + ["image->text R@1", "text->image R@1", "CIDEr-D", "exact"] * judged]
     for row in rows:
         cost = {"bytes": 1e6, "image_seconds": 1e-3, "caption_seconds": 1e-3}
-        shown = [word for key, unit in cost.items()
-                 for word in (f"{row[key] / unit:.2f}", f"{row[key] / rows[0][key]:.2f}")]  # fmt: skip
+        shown = [
+            word for key, unit in cost.items() for word in (f"{row[key] / unit:.2f}", f"{row[key] / rows[0][key]:.2f}")
+        ]
         quality = [f"{row[key]:.1%}" for key in ("image_to_text_r1", "text_to_image_r1") if judged]
         quality += [f"{row['cider']:.3f}", f"{row['exact']:.1%}"] if judged else []
         lines.append([row["variant"], row["dtype"], *shown, *quality])

@@ -121,9 +121,11 @@ def warn_of_other_commands(finished: Iterable[Job]) -> None:
         command = job.command()
         now = set(command[recipe_place(command) :])
         if then != now:
-            print(f"{job.name} is finished, but was another command: {shlex.join(sorted(then - now)) or 'nothing'} "
-                  f"there, {shlex.join(sorted(now - then)) or 'nothing'} here; remove {job.folder} to run it again",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{job.name} is finished, but was another command: {shlex.join(sorted(then - now)) or 'nothing'} "
+                f"there, {shlex.join(sorted(now - then)) or 'nothing'} here; remove {job.folder} to run it again",
+                file=sys.stderr,
+            )
 
 
 def is_finished(job: Job) -> bool:
@@ -152,8 +154,14 @@ def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
     with (job.folder / LOG).open("ab") as log:
         log.write(f"\n$ {shlex.join(words)}\n".encode())
         log.flush()
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def signals_from_now_on() -> list[int]:

@@ -58,25 +58,56 @@ def library_files() -> list[Path]:
     ids=["components", "grr", "recipes"],
 )
 def test_nothing_is_imported_against_the_direction(files: list[Path], may_import: Callable[[str], bool]):
-    wrong = [f"{path.relative_to(ROOT)}: {name}" for path in files for name in imports(path.read_text())
-             if not may_import(name)]  # fmt: skip
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in imports(path.read_text())
+        if not may_import(name)
+    ]
     assert not wrong
 
 
 @pytest.mark.parametrize(
     ("may_import", "allowed", "refused"),
     [
-        (component_may_import, ["import math", "import torch.nn.functional as F", "from .norms import RMSNorm"],
-         ["import numpy", "from grr.images import normalize", "from ..images import normalize", "from .. import model",
-          "import components.norms", "def f():\n    import grr"]),
-        (library_may_import, ["from grr.components import Block", "import numpy", "from .images import normalize"],
-         ["import recipes.pretrain", "from grr import recipes", "from grr.recipes.pretrain import Run",
-          "from ..recipes import pretrain", "from . import recipes", "import components"]),
-        (recipe_may_import, ["from grr.optim import adamw", "import torch.distributed", "from pathlib import Path"],
-         ["from pretrain import Run", "from .pretrain import Run", "import recipes", "from grr.recipes import pretrain",
-          "from components import Block", "from a_helper_beside_it import f"]),
+        (
+            component_may_import,
+            ["import math", "import torch.nn.functional as F", "from .norms import RMSNorm"],
+            [
+                "import numpy",
+                "from grr.images import normalize",
+                "from ..images import normalize",
+                "from .. import model",
+                "import components.norms",
+                "def f():\n    import grr",
+            ],
+        ),
+        (
+            library_may_import,
+            ["from grr.components import Block", "import numpy", "from .images import normalize"],
+            [
+                "import recipes.pretrain",
+                "from grr import recipes",
+                "from grr.recipes.pretrain import Run",
+                "from ..recipes import pretrain",
+                "from . import recipes",
+                "import components",
+            ],
+        ),
+        (
+            recipe_may_import,
+            ["from grr.optim import adamw", "import torch.distributed", "from pathlib import Path"],
+            [
+                "from pretrain import Run",
+                "from .pretrain import Run",
+                "import recipes",
+                "from grr.recipes import pretrain",
+                "from components import Block",
+                "from a_helper_beside_it import f",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_import_would_be_seen(may_import: Callable[[str], bool], allowed: list[str], refused: list[str]):
     seen = {source: all(map(may_import, imports(source))) for source in allowed + refused}
     assert [source for source, fine in seen.items() if fine] == allowed
@@ -108,9 +139,15 @@ def test_whatever_waits_has_a_deadline():
     assert {file: lines for file, lines in found.items() if lines} == {}
 
 
-@pytest.mark.parametrize("source", [
-    "subprocess.run(['a'], check=True)", "process.communicate()[0]", "process.wait()", "barrier.wait()",
-    "while not done():\n    time.sleep(1)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "subprocess.run(['a'], check=True)",
+        "process.communicate()[0]",
+        "process.wait()",
+        "barrier.wait()",
+        "while not done():\n    time.sleep(1)",
+    ],
+)
 def test_a_wait_without_a_deadline_would_be_seen(source: str):
     assert list(waits_without_a_deadline(source)) == [1]

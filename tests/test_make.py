@@ -38,11 +38,14 @@ def python(folder: Path, before: str) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize(("before", "said"), [
-    ("sys.version_info = (3, 10, 9)", "Python must be 3.11 or newer"),
-    ('sys.modules["ensurepip"] = None', "has no module venv; install it (on Debian and Ubuntu: apt-get install"),
-    ('sys.modules["venv"] = None', "has no module venv; install it (on Debian and Ubuntu: apt-get install"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("sys.version_info = (3, 10, 9)", "Python must be 3.11 or newer"),
+        ('sys.modules["ensurepip"] = None', "has no module venv; install it (on Debian and Ubuntu: apt-get install"),
+        ('sys.modules["venv"] = None', "has no module venv; install it (on Debian and Ubuntu: apt-get install"),
+    ],
+)
 def test_a_python_that_cannot_do_it_is_named_with_the_remedy_in_a_line(clone, before, said):
     done = make(clone, "test", f"PYTHON={python(clone, before)}")
     assert done.returncode == 2

@@ -68,8 +68,10 @@ def blind_accuracy(train: Labelled, held_out: Labelled) -> float:
             classes_of[text][label] += 1
     answer_of = {text: _most_common(counts) for text, counts in classes_of.items()}
     otherwise = _most_common(sum(classes_of.values(), Counter()))
-    right = [answer_of.get(text, otherwise) == label
-             for text, label in zip(held_out.captions, held_out.labels.tolist(), strict=True)]  # fmt: skip
+    right = [
+        answer_of.get(text, otherwise) == label
+        for text, label in zip(held_out.captions, held_out.labels.tolist(), strict=True)
+    ]
     return sum(right) / len(right)
 
 
@@ -100,8 +102,9 @@ def image_folder(*, path: str, classes_from: str | None = None) -> Labelled:
     return labelled
 
 
-def vqa_v2(*, questions: str, annotations: str, images: str, answers: int = 3129,
-           classes_from: str | None = None) -> Labelled:  # fmt: skip
+def vqa_v2(
+    *, questions: str, annotations: str, images: str, answers: int = 3129, classes_from: str | None = None
+) -> Labelled:
     """Visual question answering as VQA v2 (Goyal et al. 2017) comes: v2_OpenEnded_mscoco_train2014_questions.json,
     v2_mscoco_train2014_annotations.json, and the folder of COCO's images, or the one that holds it (train2014/).
 

@@ -72,10 +72,23 @@ def steps_per_epoch(pairs: Pairs, batch_size: int) -> int:
     return num_batches(pairs.image_of, batch_size=batch_size)
 
 
-def training_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, seed: int, start_step: int,
-                   batch_size: int, micro_batch_size: int, image_size: int, pin_memory: bool, *, workers: int = 2,
-                   prefetch: int = 4, crop: Crop = "squash",
-                   max_bad_fraction: float = 0.1) -> Iterator[list[Batch]]:  # fmt: skip
+def training_steps(
+    pairs: Pairs,
+    tokenizer: Tokenizer,
+    rank: int,
+    world: int,
+    seed: int,
+    start_step: int,
+    batch_size: int,
+    micro_batch_size: int,
+    image_size: int,
+    pin_memory: bool,
+    *,
+    workers: int = 2,
+    prefetch: int = 4,
+    crop: Crop = "squash",
+    max_bad_fraction: float = 0.1,
+) -> Iterator[list[Batch]]:
     """The micro-batches of this process for each optimizer step, counted from 0, from start_step on without end.
 
     A step reads batch_size samples: a row of `epoch_order`, of which micro-batch m of process r holds the columns from
@@ -93,13 +106,26 @@ def training_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, se
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
     columns = [column for start in starts for column in range(start, start + micro_batch_size)]
     rows = _training_rows(pairs.image_of, seed, start_step, per_epoch, batch_size, columns)
-    return _steps(rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop,
-                  max_bad_fraction)  # fmt: skip
+    return _steps(
+        rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
+    )
 
 
-def validation_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, batch_size: int,
-                     micro_batch_size: int, image_size: int, pin_memory: bool, *, workers: int = 2, prefetch: int = 4,
-                     crop: Crop = "squash", max_bad_fraction: float = 0.1) -> Iterator[list[Batch]]:  # fmt: skip
+def validation_steps(
+    pairs: Pairs,
+    tokenizer: Tokenizer,
+    rank: int,
+    world: int,
+    batch_size: int,
+    micro_batch_size: int,
+    image_size: int,
+    pin_memory: bool,
+    *,
+    workers: int = 2,
+    prefetch: int = 4,
+    crop: Crop = "squash",
+    max_bad_fraction: float = 0.1,
+) -> Iterator[list[Batch]]:
     """The micro-batches of this process for a validation: every pair once, in batches that never change.
 
     First come the contrastive batches, of min(batch_size, number of images) pairs each, no two of one image: the first
@@ -111,31 +137,47 @@ def validation_steps(pairs: Pairs, tokenizer: Tokenizer, rank: int, world: int, 
     _check_batches(batch_size, micro_batch_size, world)
     images = len(np.unique(pairs.image_of))
     if images < 2:
-        raise ValueError(f"data: a validation needs two images or more, to contrast one with another, got {images}; "
-                         "add images to the section validation")  # fmt: skip
+        raise ValueError(
+            f"data: a validation needs two images or more, to contrast one with another, got {images}; "
+            "add images to the section validation"
+        )
     size = min(batch_size, images)
     rounds = math.ceil(size / (world * micro_batch_size))
     micro_batch_size = math.ceil(size / (world * rounds))
     rows = _validation_rows(pairs.image_of, size, micro_batch_size, rank, world)
-    return _steps(rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop,
-                  max_bad_fraction)  # fmt: skip
+    return _steps(
+        rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
+    )
 
 
 def _check_batches(batch_size: int, micro_batch_size: int, world: int) -> None:
     if batch_size <= 0 or micro_batch_size <= 0 or batch_size % (world * micro_batch_size):
         share = gcd(batch_size // world, micro_batch_size) if batch_size > 0 and batch_size % world == 0 else 0
         remedy = f"run.micro_batch_size={share} fits" if share > 0 else "change either size"
-        raise ValueError(f"data: batch_size must be a multiple of processes * micro_batch_size, got {batch_size=}, "
-                         f"{world=}, {micro_batch_size=}; {remedy}")  # fmt: skip
+        raise ValueError(
+            f"data: batch_size must be a multiple of processes * micro_batch_size, got {batch_size=}, "
+            f"{world=}, {micro_batch_size=}; {remedy}"
+        )
 
 
-def _steps(rows: Iterable["_Row"], pairs: Pairs, tokenizer: Tokenizer, micro_batch_size: int, image_size: int,
-           pin_memory: bool, workers: int, prefetch: int, crop: Crop,
-           max_bad_fraction: float) -> Iterator[list[Batch]]:  # fmt: skip
+def _steps(
+    rows: Iterable["_Row"],
+    pairs: Pairs,
+    tokenizer: Tokenizer,
+    micro_batch_size: int,
+    image_size: int,
+    pin_memory: bool,
+    workers: int,
+    prefetch: int,
+    crop: Crop,
+    max_bad_fraction: float,
+) -> Iterator[list[Batch]]:
     """Check the arguments, lay the pipeline, and have it stopped when the program ends."""
     if workers < 0 or prefetch < 1 or not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"data: it takes workers >= 0, prefetch >= 1 and max_bad_fraction from 0 to 1, "
-                         f"got {workers=}, {prefetch=}, {max_bad_fraction=}")  # fmt: skip
+        raise ValueError(
+            f"data: it takes workers >= 0, prefetch >= 1 and max_bad_fraction from 0 to 1, "
+            f"got {workers=}, {prefetch=}, {max_bad_fraction=}"
+        )
     stop = threading.Event()
     read = in_thread(partial(_read, pairs=pairs, tokenizer=tokenizer, image_size=image_size, crop=crop))
     node = ParallelMapper(IterableWrapper(_places(rows, stop)), read, workers, method="thread", snapshot_frequency=0)
@@ -186,8 +228,9 @@ class _Sample(NamedTuple):
     label: int | None = None
 
 
-def _training_rows(groups: NDArray[np.int64], seed: int, start_step: int, per_epoch: int, batch_size: int,
-                   columns: Sequence[int]) -> Iterator[_Row]:  # fmt: skip
+def _training_rows(
+    groups: NDArray[np.int64], seed: int, start_step: int, per_epoch: int, batch_size: int, columns: Sequence[int]
+) -> Iterator[_Row]:
     """The global batches from start_step on, without end."""
     drawn = -1
     for number in count(start_step):
@@ -197,16 +240,20 @@ def _training_rows(groups: NDArray[np.int64], seed: int, start_step: int, per_ep
         yield _Row(seed, epoch, k, order[k], columns)
 
 
-def _validation_rows(groups: NDArray[np.int64], size: int, micro_batch_size: int, rank: int,
-                     world: int) -> Iterator[_Row]:  # fmt: skip
+def _validation_rows(
+    groups: NDArray[np.int64], size: int, micro_batch_size: int, rank: int, world: int
+) -> Iterator[_Row]:
     """Contrastive batches of `size` pairs, then the pairs that none of them holds."""
     order = epoch_order(groups, seed=0, epoch=0, batch_size=size)
     left = np.setdiff1d(np.arange(len(groups)), order)
     batches = [(samples, True) for samples in order]
     batches += [(left[start : start + size], False) for start in range(0, len(left), size)]
     for k, (samples, contrast) in enumerate(batches):
-        starts = range(rank * micro_batch_size, world * micro_batch_size * math.ceil(
-            len(samples) / (world * micro_batch_size)), world * micro_batch_size)  # fmt: skip
+        starts = range(
+            rank * micro_batch_size,
+            world * micro_batch_size * math.ceil(len(samples) / (world * micro_batch_size)),
+            world * micro_batch_size,
+        )
         columns = [column for start in starts for column in range(start, start + micro_batch_size)]
         yield _Row(0, 0, k, samples, columns, True, contrast)
 
@@ -276,8 +323,9 @@ def _collate(samples: list[_Sample], pad_id: int) -> tuple[Batch | None, list[_B
     return batch, bad, place.last
 
 
-def _consume(node: BaseNode[tuple[Batch | None, list[_Bad], bool]], max_bad_fraction: float,
-             stop: threading.Event) -> Generator[list[Batch], None, None]:  # fmt: skip
+def _consume(
+    node: BaseNode[tuple[Batch | None, list[_Bad], bool]], max_bad_fraction: float, stop: threading.Event
+) -> Generator[list[Batch], None, None]:
     """Gather micro-batches to steps, and watch how many samples are bad. Closing it ends the threads of node."""
     tried = 0
     all_bad: list[_Bad] = []
@@ -289,13 +337,17 @@ def _consume(node: BaseNode[tuple[Batch | None, list[_Bad], bool]], max_bad_frac
                 logger.warning("bad sample %s, %s: %s", printable(name), done, printable(cause))
             all_bad += bad
             if batch is None:
-                raise ValueError(f"data: no readable sample was found for a place in a batch, among those tried: "
-                                 f"{_some(bad)}; check where the data lie, take bad samples out, or lower batch_size "
-                                 f"so that there are images to spare")  # fmt: skip
+                raise ValueError(
+                    f"data: no readable sample was found for a place in a batch, among those tried: "
+                    f"{_some(bad)}; check where the data lie, take bad samples out, or lower batch_size "
+                    f"so that there are images to spare"
+                )
             tried += len(batch.names) + len(bad)
             if tried >= ENOUGH and len(all_bad) > max_bad_fraction * tried:
-                raise ValueError(f"data: more than {max_bad_fraction=} of the samples are bad, {len(all_bad)} of "
-                                 f"{tried}: {_some(all_bad)}; mend them, or raise max_bad_fraction")  # fmt: skip
+                raise ValueError(
+                    f"data: more than {max_bad_fraction=} of the samples are bad, {len(all_bad)} of "
+                    f"{tried}: {_some(all_bad)}; mend them, or raise max_bad_fraction"
+                )
             step.append(batch)
             if last:
                 yield step

@@ -28,8 +28,14 @@ GLYPH = 96  # pixels an object is rendered at, once
 Scene = tuple[str, str, str, str]  # first object, relation, second object, colour of the background
 
 
-def openmoji(*, split: Literal["train", "validation"] = "train", relation: bool = False, scenes: int = 6000,
-             held_out: int = 500, seed: int = 0) -> "Scenes":  # fmt: skip
+def openmoji(
+    *,
+    split: Literal["train", "validation"] = "train",
+    relation: bool = False,
+    scenes: int = 6000,
+    held_out: int = 500,
+    seed: int = 0,
+) -> "Scenes":
     """Two of forty objects side by side on a coloured background: "an apple and a fox on a blue background".
 
     The sentence names them in the order of the alphabet, wherever they stand. With `relation` it says where they stand,
@@ -43,8 +49,10 @@ def openmoji(*, split: Literal["train", "validation"] = "train", relation: bool 
     relations = ("above", "to the left of") if relation else ("and",)
     every = [(a, r, b, c) for a, b in named for r in relations for c in COLOURS]
     if scenes < 1 or held_out < 1 or scenes + held_out > len(every):
-        raise ValueError(f"openmoji: scenes and held_out must be at least 1, and together at most {len(every)}, got "
-                         f"{scenes=}, {held_out=}")  # fmt: skip
+        raise ValueError(
+            f"openmoji: scenes and held_out must be at least 1, and together at most {len(every)}, got "
+            f"{scenes=}, {held_out=}"
+        )
     random.Random(seed).shuffle(every)  # held out by what is said, so no sentence of validation is ever trained on
     return Scenes(every[:held_out] if split == "validation" else every[held_out : held_out + scenes], seed)
 

@@ -27,8 +27,10 @@ def openmoji_classes(*, split: Split = "train", pictures: int = 12, held_out: in
     is out of range.
     """
     if pictures < 1 or not 0 < held_out < len(COLOURS):
-        raise ValueError(f"openmoji_classes: it takes pictures >= 1 and held_out from 1 to {len(COLOURS) - 1}, got "
-                         f"{pictures=}, {held_out=}")  # fmt: skip
+        raise ValueError(
+            f"openmoji_classes: it takes pictures >= 1 and held_out from 1 to {len(COLOURS) - 1}, got "
+            f"{pictures=}, {held_out=}"
+        )
     objects = []
     for name in OBJECTS:
         colours = random.Random(f"{seed} {name}").sample(list(COLOURS), len(COLOURS))
@@ -49,8 +51,11 @@ def openmoji_questions(*, split: Split = "train", scenes: int = 3000, held_out: 
     asked = [_questions(s, random.Random(f"{seed} {s}")) for s in pictures.scenes]
     classes = [*sorted(OBJECTS), *sorted(COLOURS), "no", "yes"]
     answers = (answer for questions in asked for _, answer in questions)
-    return Labelled(Remarks(pictures, [[question for question, _ in questions] for questions in asked]), classes,
-                    _numbers(classes, answers))  # fmt: skip
+    return Labelled(
+        Remarks(pictures, [[question for question, _ in questions] for questions in asked]),
+        classes,
+        _numbers(classes, answers),
+    )
 
 
 def openmoji_entailment(*, split: Split = "train", scenes: int = 3000, held_out: int = 200, seed: int = 0) -> Labelled:

@@ -20,8 +20,15 @@ from grr.images import Crop, load_image
 
 MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]
-SPLITS = {"train": "train", "restval": "train", "test": "test",
-          "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}  # fmt: skip
+SPLITS = {
+    "train": "train",
+    "restval": "train",
+    "test": "test",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+}
 
 
 class Texts:

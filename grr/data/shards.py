@@ -49,8 +49,9 @@ Index = dict[str, NDArray[Any]]
 Sample = dict[str, list[Member]]  # kind -> the members of a key
 
 
-def webdataset(*, shards: str, split: str | None = None, validation_fraction: float = 0.05,
-               cache: str | None = None) -> Pairs:  # fmt: skip
+def webdataset(
+    *, shards: str, split: str | None = None, validation_fraction: float = 0.05, cache: str | None = None
+) -> Pairs:
     """Tar shards of KEY.jpg (or .png, .webp ...) with KEY.txt (or .caption, .text) or, without one, the caption of
     KEY.json; the key is all before the last dot.
 

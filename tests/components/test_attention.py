@@ -97,8 +97,10 @@ def test_reading_with_a_cache_and_a_mask_is_reading_the_whole_with_the_mask(piec
     mask = torch.rand(2, 1, s, s, generator=torch.Generator().manual_seed(seed)) < 0.5
     mask |= torch.eye(s, dtype=torch.bool)  # a token that sees nothing has no answer
     ends = torch.tensor(pieces).cumsum(0).tolist()
-    read = [module(part, mask=mask[:, :, end - part.shape[1] : end, :end], cache=cache)
-            for part, end in zip(x.split(pieces, dim=1), ends, strict=True)]  # fmt: skip
+    read = [
+        module(part, mask=mask[:, :, end - part.shape[1] : end, :end], cache=cache)
+        for part, end in zip(x.split(pieces, dim=1), ends, strict=True)
+    ]
     torch.testing.assert_close(torch.cat(read, dim=1), module(x, mask=mask))
 
 
@@ -210,8 +212,10 @@ def test_reading_in_any_pieces_is_reading_the_whole(pieces, spare, seed):
     module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2), qk_norm=True), seed)
     s = sum(pieces)
     x, at, cache = normal(2, s, D, seed=seed), torch.arange(s), KeyValueCache(s + spare)
-    read = [module(part, positions=place, cache=cache)
-            for part, place in zip(x.split(pieces, dim=1), at.split(pieces), strict=True)]  # fmt: skip
+    read = [
+        module(part, positions=place, cache=cache)
+        for part, place in zip(x.split(pieces, dim=1), at.split(pieces), strict=True)
+    ]
     torch.testing.assert_close(torch.cat(read, dim=1), module(x, positions=at))
     assert cache.length == s
 

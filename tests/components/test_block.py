@@ -57,8 +57,12 @@ def test_the_context_is_read_between_the_two(b, s, t, seed):
 @given(b=st.integers(1, 3), s=st.integers(1, 6), t=st.integers(1, 6))
 def test_a_block_may_read_its_context_alone(b, s, t):
     whole, x, context = a_block(context=True), some(b, s, D), some(b, t, D)
-    block = Block(cross_attention_norm=whole.cross_attention_norm, cross_attention=whole.cross_attention,
-                  feed_forward_norm=whole.feed_forward_norm, feed_forward=whole.feed_forward)  # fmt: skip
+    block = Block(
+        cross_attention_norm=whole.cross_attention_norm,
+        cross_attention=whole.cross_attention,
+        feed_forward_norm=whole.feed_forward_norm,
+        feed_forward=whole.feed_forward,
+    )
     y = x + whole.cross_attention(whole.cross_attention_norm(x), context)
     cache = BlockCache(tokens=KeyValueCache(0), context=KeyValueCache(t))
     expected = y + whole.feed_forward(whole.feed_forward_norm(y))
@@ -89,8 +93,10 @@ def test_reading_with_a_cache_in_any_pieces_is_reading_the_whole(pieces):
     s = sum(pieces)
     block, x, context, at = a_block(context=True), some(2, s, D), some(2, 5, D), torch.arange(s)
     cache = BlockCache(tokens=KeyValueCache(s), context=KeyValueCache(5))
-    read = [block(part, positions=place, context=context, cache=cache)
-            for part, place in zip(x.split(pieces, dim=1), at.split(pieces), strict=True)]  # fmt: skip
+    read = [
+        block(part, positions=place, context=context, cache=cache)
+        for part, place in zip(x.split(pieces, dim=1), at.split(pieces), strict=True)
+    ]
     torch.testing.assert_close(torch.cat(read, dim=1), block(x, positions=at, context=context))
 
 
@@ -116,8 +122,9 @@ class RunningMean(nn.Module):
 
 
 def test_parts_of_a_users_own_drop_in():
-    block = Block(attention_norm=nn.Identity(), attention=RunningMean(), feed_forward_norm=nn.Identity(),
-                  feed_forward=nn.Tanh())  # fmt: skip
+    block = Block(
+        attention_norm=nn.Identity(), attention=RunningMean(), feed_forward_norm=nn.Identity(), feed_forward=nn.Tanh()
+    )
     x = torch.tensor([[[1.0], [3.0], [8.0]]])
     y = torch.tensor([[[2.0], [5.0], [12.0]]])  # 1 + 1, 3 + 2, 8 + 4
     torch.testing.assert_close(block(x), y + y.tanh())

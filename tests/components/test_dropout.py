@@ -32,8 +32,9 @@ def folded(key: int, number: int) -> int:
 @given(seed=seeds, p=st.floats(0.01, 0.99))
 def test_a_mask_is_the_formula_in_integers(seed, p):
     found = masks(seed, p, b=2, s=3, uses=2, d=4)
-    for (use, b, s, d), kept in zip(torch.cartesian_prod(*map(torch.arange, found.shape)).tolist(),
-                                    found.flatten().tolist(), strict=True):  # fmt: skip
+    for (use, b, s, d), kept in zip(
+        torch.cartesian_prod(*map(torch.arange, found.shape)).tolist(), found.flatten().tolist(), strict=True
+    ):
         row = folded(folded(folded(seed, b), s), use) >> 32 | 1
         column = folded(0, d) >> 32 | 1
         # signed, as int32 is: 0x80000000 is the smallest number, so half a turn is added

@@ -138,8 +138,9 @@ def test_the_axial_one_turns_half_of_the_pairs_with_the_row_and_half_with_the_co
 def test_the_mixed_one_turns_every_pair_with_row_and_column_by_its_own_frequencies(k, seed):
     x, at = normal(2, HEADS, 5, k, seed=seed), somewhere(2, 5, seed=seed)
     embed = MixedRotaryEmbedding(k, HEADS)
-    angles = [[[row * f + column * g for f, g in head] for row, column in at.tolist()]
-              for head in embed.frequencies.tolist()]  # fmt: skip
+    angles = [
+        [[row * f + column * g for f, g in head] for row, column in at.tolist()] for head in embed.frequencies.tolist()
+    ]
     torch.testing.assert_close(embed(x, at).double(), turned(x, torch.tensor(angles)), atol=1e-4, rtol=0)
 
 

@@ -61,8 +61,16 @@ def examples(page: str) -> list[Example]:
     found = []
     for comments, language, text in FENCE.findall(read(page)):
         test, reason = (re.search(rf"<!-- {word}: (.*) -->", comments) for word in ("test", "not run"))
-        found.append(Example(language, text, comments, test[1] if test else "", "<!-- fails -->" in comments,
-                             reason[1] if reason else ""))  # fmt: skip
+        found.append(
+            Example(
+                language,
+                text,
+                comments,
+                test[1] if test else "",
+                "<!-- fails -->" in comments,
+                reason[1] if reason else "",
+            )
+        )
     return found
 
 
@@ -75,8 +83,16 @@ def run(example: Example, folder: Path) -> str:
         command = ["bash", "-e", "-o", "pipefail", "-c", f"{text} {example.arguments}"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # readers have none
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=300, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert (done.returncode != 0) == example.fails, f"{text}\n--- ended with {done.returncode}\n{done.stdout[-4000:]}"
     return done.stdout
 
@@ -189,8 +205,18 @@ def uneven_batches(folder: Path) -> None:
     photos(folder / "photos", [f"{i}.png" for i in range(COUNT)])
     pairs = DATASETS["folder"](path=str(folder / "photos"))
     tokenizer = train_tokenizer(pairs.captions, folder / "t.model", vocab_size=30, context=16)
-    training_steps(pairs, tokenizer, rank=0, world=2, seed=0, start_step=0, batch_size=8, micro_batch_size=8,
-                   image_size=16, pin_memory=False)  # fmt: skip
+    training_steps(
+        pairs,
+        tokenizer,
+        rank=0,
+        world=2,
+        seed=0,
+        start_step=0,
+        batch_size=8,
+        micro_batch_size=8,
+        image_size=16,
+        pin_memory=False,
+    )
 
 
 RAISED = {

@@ -11,8 +11,11 @@ def test_every_test_that_the_page_names_exists():
     files = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")}
     named = re.findall(r"(test_\w+\.py)(?:::(test_\w+))?(\.\.\.)?", PAGE)
     assert len(named) > 100
-    missing = [(file, test) for file, test, cut in named
-               if file not in files or (test and f"def {test}{'' if cut else '('}" not in files[file])]  # fmt: skip
+    missing = [
+        (file, test)
+        for file, test, cut in named
+        if file not in files or (test and f"def {test}{'' if cut else '('}" not in files[file])
+    ]
     assert missing == []
 
 

@@ -13,8 +13,15 @@ from waiting import started, wait_until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs/pretrain.sbatch"
-TINY = ["run.candidates=4", "run.batch_size=32", "run.micro_batch_size=16", "data.scenes=320", "validation.held_out=64",
-        "model.dim=32", "run.save_every=1000"]  # fmt: skip
+TINY = [
+    "run.candidates=4",
+    "run.batch_size=32",
+    "run.micro_batch_size=16",
+    "data.scenes=320",
+    "validation.held_out=64",
+    "model.dim=32",
+    "run.save_every=1000",
+]
 
 # What Slurm does for the script: one task a node, and signals to the tasks of a step.
 SRUN = """#!/bin/bash
@@ -41,9 +48,17 @@ def cluster(tmp_path) -> dict[str, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
-                         "GPUS": "1", "PORT": str(port), "TASKS": str(tmp_path / "tasks"), "OMP_NUM_THREADS": "1",
-                         "RECIPE": str(ROOT / "recipes/pretrain.py")}  # fmt: skip
+    return os.environ | {
+        "PATH": path,
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "GPUS": "1",
+        "PORT": str(port),
+        "TASKS": str(tmp_path / "tasks"),
+        "OMP_NUM_THREADS": "1",
+        "RECIPE": str(ROOT / "recipes/pretrain.py"),
+    }
 
 
 def submit(folder: Path, cluster: dict[str, str], *overrides: str) -> AbstractContextManager[subprocess.Popen]:

@@ -87,16 +87,24 @@ def main(folder: Path) -> None:
     shown = [image for r in examples.retrievals for image in r.images] + [c.image for c in examples.captions]
     if seen is not None:
         tensors = [seen.image_of_text, seen.image_embeddings, seen.text_embeddings, seen.token_losses, seen.tokens]
-        print("RESULT " + json.dumps({
-            "batches": batches,
-            "rows": [seen.images, seen.texts, list(seen.left_out.items()), seen.written],
-            "tensors": digest(*tensors),
-            "losses": losses(seen, contrastive_batch=32),
-            "recalls": recalls(seen),
-            "captions": captioning(seen, tokenizer),
-            "features": [digest(looked.embeddings, looked.patches, looked.labels), list(looked.left_out.items())],
-            "examined": [metrics, digest(*shown), [c.written for c in examples.captions]],
-        }))  # fmt: skip
+        print(
+            "RESULT "
+            + json.dumps(
+                {
+                    "batches": batches,
+                    "rows": [seen.images, seen.texts, list(seen.left_out.items()), seen.written],
+                    "tensors": digest(*tensors),
+                    "losses": losses(seen, contrastive_batch=32),
+                    "recalls": recalls(seen),
+                    "captions": captioning(seen, tokenizer),
+                    "features": [
+                        digest(looked.embeddings, looked.patches, looked.labels),
+                        list(looked.left_out.items()),
+                    ],
+                    "examined": [metrics, digest(*shown), [c.written for c in examples.captions]],
+                }
+            )
+        )
     dist.destroy_process_group()
 
 

@@ -51,8 +51,15 @@ def micro_batches(size: int) -> list[Batch]:
 
 def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
     with torch.device("meta"):
-        model = grr_coca_tiny(vision_layers=1, text_layers=2, multimodal_layers=1, learned_temperature=learned,
-                              logit_bias=-1.0, temperature=0.1, dropout=dropout)  # fmt: skip
+        model = grr_coca_tiny(
+            vision_layers=1,
+            text_layers=2,
+            multimodal_layers=1,
+            learned_temperature=learned,
+            logit_bias=-1.0,
+            temperature=0.1,
+            dropout=dropout,
+        )
         model = model.double()
     if prepare:
         parallelize(model, torch.device("cpu"))
@@ -105,12 +112,17 @@ def measured() -> list[dict[str, Any]]:
             mine = gradients(ours)
             assert mine.keys() == exact.keys()
             largest = max(g.abs().max() for g in exact.values())
-            rows.append({
-                **case, "micro_batch_size": size,
-                "losses": max(abs(a - b) / abs(b) for a, b in zip(found[:3], losses, strict=True)),
-                "gradients": max(((mine[name] - g).abs().max() / max(g.abs().max(), 1e-3 * largest)).item()
-                                 for name, g in exact.items()),
-            })  # fmt: skip
+            rows.append(
+                {
+                    **case,
+                    "micro_batch_size": size,
+                    "losses": max(abs(a - b) / abs(b) for a, b in zip(found[:3], losses, strict=True)),
+                    "gradients": max(
+                        ((mine[name] - g).abs().max() / max(g.abs().max(), 1e-3 * largest)).item()
+                        for name, g in exact.items()
+                    ),
+                }
+            )
     return rows
 
 

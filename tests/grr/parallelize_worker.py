@@ -25,9 +25,19 @@ from grr.packing import IGNORE, pack_captions
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
 
-SIZES = {"vocab_size": 512, "context": 64, "image_size": 32, "patch_size": 16, "dim": 32, "num_heads": 2,
-         "vision_layers": 1, "text_layers": 1, "multimodal_layers": 1, "vision_ffn_multiplier": 2.5,
-         "dropout": 0.2}  # fmt: skip
+SIZES = {
+    "vocab_size": 512,
+    "context": 64,
+    "image_size": 32,
+    "patch_size": 16,
+    "dim": 32,
+    "num_heads": 2,
+    "vision_layers": 1,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+    "vision_ffn_multiplier": 2.5,
+    "dropout": 0.2,
+}
 PAIRS, MICRO_BATCHES, SEED = 144, 2, 7  # two micro-batches of each process
 OPTIONS = {"bf16": True, "compile": True, "checkpoint_activations": True, "float8": "emulated"}
 SUBSETS = [dict(chosen) for n in range(5) for chosen in itertools.combinations(OPTIONS.items(), n)]
@@ -75,8 +85,9 @@ def expected() -> tuple[list[float], dict[str, Tensor]]:
     model = model.double()
     images, rows = global_batch()
     ids, following = torch.tensor(rows)[:, :-1], torch.tensor(rows)[:, 1:]
-    output = model(images.double().div(255).sub(MEAN).div(STD), ids,
-                   sample_keys=fold_in(reset_seed(SEED), torch.arange(PAIRS)))  # fmt: skip
+    output = model(
+        images.double().div(255).sub(MEAN).div(STD), ids, sample_keys=fold_in(reset_seed(SEED), torch.arange(PAIRS))
+    )
     contrast = contrastive_loss(output.image_embeddings, output.text_embeddings, 0.07)
     captioning = captioning_loss(output.logits, following.masked_fill((following == 0) | (following == 511), IGNORE))
     (2 * contrast + captioning).backward()

@@ -47,8 +47,16 @@ def micro_batches(step: int, micro: int) -> list[Batch]:
     return batches
 
 
-def main(micro: int = 1, steps: int = 5, replicas: int = 1, bf16: bool = False, checkpointed: bool = False,
-         dropout: float = 0.0, loss: dict[str, str] | None = None, model: dict | None = None) -> None:  # fmt: skip
+def main(
+    micro: int = 1,
+    steps: int = 5,
+    replicas: int = 1,
+    bf16: bool = False,
+    checkpointed: bool = False,
+    dropout: float = 0.0,
+    loss: dict[str, str] | None = None,
+    model: dict | None = None,
+) -> None:
     device = start()
     with torch.device("meta"):
         coca = grr_coca_tiny(dropout=dropout, **(model or {}))

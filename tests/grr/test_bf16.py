@@ -51,9 +51,13 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in full.items()}
 
 
-@pytest.mark.parametrize("options", [
-    {"dropout": 0.3}, {"tied_embeddings": True, "vision_position": "rope_mixed", "learned_temperature": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.3},
+        {"tied_embeddings": True, "vision_position": "rope_mixed", "learned_temperature": True},
+    ],
+)
 def test_losses_and_gradients_are_those_of_fsdp_bit_for_bit(options):
     ours, theirs = built(alone, **options), built(in_fsdp, **options)
     assert global_batch_step(ours, batches(2), 3) == global_batch_step(theirs, batches(2), 3)

@@ -107,8 +107,12 @@ def test_every_named_model_shows_its_arguments_and_says_what_it_is(name):
 def test_help_shows_what_a_preset_takes_and_its_own_defaults():
     text = pydoc.plain(pydoc.render_doc(grr_coca_tiny))
     assert "function grr_coca_tiny in module grr.builders" in text
-    for part in ("vision_norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'", "dim: int = 64", "-> grr.model.CoCa",
-                 "trains on a laptop CPU"):  # fmt: skip
+    for part in (
+        "vision_norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'",
+        "dim: int = 64",
+        "-> grr.model.CoCa",
+        "trains on a laptop CPU",
+    ):
         assert part in text
     assert inspect.signature(grr_coca_2b).parameters.keys() == inspect.signature(coca).parameters.keys()
 
@@ -128,10 +132,12 @@ def test_every_block_and_every_tower_has_the_dropout_that_is_asked_for(builder):
 
 def test_a_tower_drops_what_its_first_block_reads():
     for tower, x in (
-        (vision_transformer(num_layers=0, image_size=32, patch_size=8, dim=64, num_heads=2, dropout=0.5),
-         torch.rand(2, 3, 32, 32)),
+        (
+            vision_transformer(num_layers=0, image_size=32, patch_size=8, dim=64, num_heads=2, dropout=0.5),
+            torch.rand(2, 3, 32, 32),
+        ),
         (text_decoder(num_layers=0, vocab_size=512, dim=64, num_heads=2, dropout=0.5), torch.randint(1, 512, (2, 9))),
-    ):  # fmt: skip
+    ):
         torch.manual_seed(0)
         kept, dropped = tower.eval()(x), tower.train()(x)
         assert 0.3 < (dropped == 0).double().mean() < 0.7
@@ -170,10 +176,18 @@ def test_blocks_do_not_start_from_the_same_weights():
     assert not torch.equal(blocks[0].attention.qkv.weight, blocks[1].attention.qkv.weight)
 
 
-@pytest.mark.parametrize("option", [
-    {"qk_norm": True}, {"pooler_norm": True}, {"tied_embeddings": True}, {"learned_temperature": True},
-    {"text_position": "learned"}, {"text_position": "sinusoidal"}, {"vision_position": "rope_mixed"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"qk_norm": True},
+        {"pooler_norm": True},
+        {"tied_embeddings": True},
+        {"learned_temperature": True},
+        {"text_position": "learned"},
+        {"text_position": "sinusoidal"},
+        {"vision_position": "rope_mixed"},
+    ],
+)
 def test_what_leaves_the_paper_is_an_option_that_runs_and_learns(option):
     model = grr_coca_tiny(**option)
     output = model(torch.rand(2, 3, 32, 32), torch.tensor([[510, 7, 1, 511], [510, 8, 1, 511]]))
@@ -234,13 +248,16 @@ def test_compiled_and_bfloat16_models_are_the_same_function():
     assert (half.image_embeddings * expected.image_embeddings).sum(-1).min() > 0.999
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"image_size": 100}, "image_size must be a multiple of patch_size, got image_size=100, patch_size=8"),
-    ({"vision_norm": "batchnorm"}, "norm must be one of rmsnorm, layernorm, got 'batchnorm'"),
-    ({"text_position": "rope_2d"}, "position must be one of rope, sinusoidal, learned, got 'rope_2d'"),
-    ({"num_heads": 3}, "dim must be a multiple of num_heads, got dim=64, num_heads=3"),
-    ({"temperature": 0.0}, "temperature must be positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 100}, "image_size must be a multiple of patch_size, got image_size=100, patch_size=8"),
+        ({"vision_norm": "batchnorm"}, "norm must be one of rmsnorm, layernorm, got 'batchnorm'"),
+        ({"text_position": "rope_2d"}, "position must be one of rope, sinusoidal, learned, got 'rope_2d'"),
+        ({"num_heads": 3}, "dim must be a multiple of num_heads, got dim=64, num_heads=3"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+    ],
+)
 def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         grr_coca_tiny(**arguments)

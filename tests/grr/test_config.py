@@ -257,18 +257,25 @@ def named(tmp_path: Path, *overrides: str, text: str = NAMED) -> dict[str, objec
 
 def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
     assert named(tmp_path, "data.path=photos", "data.name=folder") == {
-        "name": "folder", "path": "photos", "split": "train", "validation_fraction": 0.05}  # fmt: skip
+        "name": "folder",
+        "path": "photos",
+        "split": "train",
+        "validation_fraction": 0.05,
+    }
     assert named(tmp_path, "data.name=none") == {"name": "none"}
     assert named(tmp_path, "data.name=karpathy")["annotations"] == "a.json"
 
 
-@pytest.mark.parametrize(("overrides", "text", "said"), [
-    (["data.name=folder"], NAMED, r"data\.path: folder needs this argument"),
-    (["data.name=folder", "data.path=x"], NAMED.replace("images", "imges"), r"data\.imges: folder takes no such"),
-    (["data.name=folder", "data.path=x", "data.images=b"], NAMED, r"line:\n  data\.images: folder takes no such"),
-    (["data.name=foldr"], NAMED, r"data\.name: must be one of .* got 'foldr' \(did you mean folder\?\)"),
-    (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "text", "said"),
+    [
+        (["data.name=folder"], NAMED, r"data\.path: folder needs this argument"),
+        (["data.name=folder", "data.path=x"], NAMED.replace("images", "imges"), r"data\.imges: folder takes no such"),
+        (["data.name=folder", "data.path=x", "data.images=b"], NAMED, r"line:\n  data\.images: folder takes no such"),
+        (["data.name=foldr"], NAMED, r"data\.name: must be one of .* got 'foldr' \(did you mean folder\?\)"),
+        (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
+    ],
+)
 def test_another_name_hides_no_mistake(tmp_path, overrides, text, said):
     with pytest.raises(ConfigError, match=said):
         named(tmp_path, *overrides, text=text)
@@ -305,8 +312,15 @@ run_main(main)
 def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.CompletedProcess[str]:
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "tiny.yaml").write_text("run: {steps: 3}\nmodel: {name: grr_coca_tiny}")
-    return subprocess.run([sys.executable, "recipe.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          env={"RANK": rank, "OMP_NUM_THREADS": "1"}, check=False, timeout=120)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "recipe.py", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"RANK": rank, "OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=120,
+    )
 
 
 def test_a_recipe_with_a_bad_config_says_what_is_wrong_and_leaves_with_2(tmp_path):
@@ -350,8 +364,14 @@ class Meant:
     names: list[str] = field(default_factory=list)  # what: "a" or b
 
 
-def meant(image: int, *, share: float = 0.5,  # of it
-          mode: Annotated[Literal["a", "b"], "which"] = "a", dim: int = 3, size: int = 4) -> None:  # fmt: skip
+def meant(
+    image: int,
+    *,
+    share: float = 0.5,  # of it
+    mode: Annotated[Literal["a", "b"], "which"] = "a",
+    dim: int = 3,
+    size: int = 4,
+) -> None:
     """A function."""
 
 
@@ -376,7 +396,10 @@ def test_every_key_of_every_recipe_has_a_meaning(item):
 
 def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
     (tmp_path / "c.yaml").write_text("run: {folder: x}")
-    for word, names in {"A man, standing": ["A man, standing"], "[A man, standing]": ["A man", "standing"],
-                        '["A man, standing"]': ["A man, standing"]}.items():  # fmt: skip
+    for word, names in {
+        "A man, standing": ["A man, standing"],
+        "[A man, standing]": ["A man", "standing"],
+        '["A man, standing"]': ["A man, standing"],
+    }.items():
         cfg = config.load(["--config", str(tmp_path / "c.yaml"), f"run.names={word}"], run=Meant)
         assert cfg.run["names"] == names

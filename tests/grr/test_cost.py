@@ -17,8 +17,15 @@ from grr.data.pairs import Texts
 from grr.images import BadImage
 from grr.tokenizer import train_tokenizer
 
-SIZES = {"image_size": 16, "patch_size": 8, "dim": 32, "num_heads": 2, "vision_layers": 1, "text_layers": 1,
-         "multimodal_layers": 1}  # fmt: skip
+SIZES = {
+    "image_size": 16,
+    "patch_size": 8,
+    "dim": 32,
+    "num_heads": 2,
+    "vision_layers": 1,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+}
 
 
 class Grey(Pairs):
@@ -40,8 +47,18 @@ def tokenizer(tmp_path_factory):
 
 
 def planned(folder: Path, **changes) -> Planned:
-    plan = {"folder": folder, "batch_size": 8, "micro_batch_size": 4, "processes": 1, "steps": 30, "keep": 2,
-            "replicas": 1, "workers": 2, "optimizer": {"lr": 1e-3}, "loss": {"negatives": "global"}}  # fmt: skip
+    plan = {
+        "folder": folder,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "processes": 1,
+        "steps": 30,
+        "keep": 2,
+        "replicas": 1,
+        "workers": 2,
+        "optimizer": {"lr": 1e-3},
+        "loss": {"negatives": "global"},
+    }
     return Planned(**plan | changes)
 
 
@@ -116,14 +133,27 @@ def test_a_model_that_is_too_slow_for_this_machine_is_not_built(tmp_path, tokeni
 seconds = st.floats(1e-3, 1e3)
 
 
-@given(batch=st.sampled_from([64, 128]), micro=st.sampled_from([16, 64, 128]), processes=st.sampled_from([1, 2]),
-       steps=st.integers(1, 9999), computing=seconds, reading=seconds, updating=seconds,
-       negatives=st.sampled_from(["global", "local"]))  # fmt: skip
+@given(
+    batch=st.sampled_from([64, 128]),
+    micro=st.sampled_from([16, 64, 128]),
+    processes=st.sampled_from([1, 2]),
+    steps=st.integers(1, 9999),
+    computing=seconds,
+    reading=seconds,
+    updating=seconds,
+    negatives=st.sampled_from(["global", "local"]),
+)
 def test_the_minutes_are_those_of_the_slower_of_computing_and_reading(
     batch, micro, processes, steps, computing, reading, updating, negatives
 ):
-    run = planned(Path("x"), batch_size=batch, micro_batch_size=micro, processes=processes, steps=steps,
-                  loss={"negatives": negatives})  # fmt: skip
+    run = planned(
+        Path("x"),
+        batch_size=batch,
+        micro_batch_size=micro,
+        processes=processes,
+        steps=steps,
+        loss={"negatives": negatives},
+    )
     text = _time(run, Measured(16, computing, reading, updating, 0.0)).said
     share = batch / processes / 16
     again = share * 16 > micro and negatives == "global"  # embeddings first, then each micro-batch again

@@ -119,9 +119,11 @@ def test_the_split_of_a_folder_moves_no_image_when_others_come(tmp_path):
 
 
 def test_real_flickr_tables_are_read(shared_data, tmp_path):
-    for source, name in (("flickr30k_kaggle_style.head200.csv", "captions.csv"),
-                         ("flickr8k_kaggle_captions.head200.txt", "captions.txt"),
-                         ("flickr8k.token.head400.txt", "flickr8k.token.txt")):  # fmt: skip
+    for source, name in (
+        ("flickr30k_kaggle_style.head200.csv", "captions.csv"),
+        ("flickr8k_kaggle_captions.head200.txt", "captions.txt"),
+        ("flickr8k.token.head400.txt", "flickr8k.token.txt"),
+    ):
         place = tmp_path / name
         place.mkdir()
         shutil.copy(shared_data / "formats" / source, place / name)
@@ -200,14 +202,21 @@ def test_a_shard_without_text_uses_json_and_one_without_image_is_counted(tmp_pat
     assert pairs.skipped == 1
 
 
-@pytest.mark.parametrize(("name", "arguments", "message"), [
-    ("folder", {"path": "nowhere"}, "folder: there is no folder nowhere"),
-    ("folder", {"path": "."}, "must hold one of captions.csv, .*write a captions.csv with the columns"),
-    ("coco", {"annotations": "a.json", "images": "."}, "coco: there is no file of annotations a.json"),
-    ("karpathy", {"annotations": "a.json", "images": ".", "split": "train"}, "there is no file of annotations a.json"),
-    ("rocov2", {"path": ".", "split": "train"}, "there is no file train_captions.csv"),
-    ("webdataset", {"shards": "*.tar"}, r"there is no file \*.tar; shards must be a file, a folder, a glob"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("folder", {"path": "nowhere"}, "folder: there is no folder nowhere"),
+        ("folder", {"path": "."}, "must hold one of captions.csv, .*write a captions.csv with the columns"),
+        ("coco", {"annotations": "a.json", "images": "."}, "coco: there is no file of annotations a.json"),
+        (
+            "karpathy",
+            {"annotations": "a.json", "images": ".", "split": "train"},
+            "there is no file of annotations a.json",
+        ),
+        ("rocov2", {"path": ".", "split": "train"}, "there is no file train_captions.csv"),
+        ("webdataset", {"shards": "*.tar"}, r"there is no file \*.tar; shards must be a file, a folder, a glob"),
+    ],
+)
 def test_what_is_not_there_is_named(tmp_path, monkeypatch, name, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=message):
@@ -235,8 +244,11 @@ def test_a_list_of_captions_is_a_pair_for_each(tmp_path):
 def test_names_are_one_image_however_they_are_spelled(tmp_path, form):
     name = "café.png"
     picture(tmp_path / "x" / unicodedata.normalize(form, name))
-    spellings = [unicodedata.normalize(own, f"{way}{name}") for own in ("NFC", "NFD") for way in
-                 ("x/", "./x/", "x//", "x\\", "x/y/../")]  # fmt: skip
+    spellings = [
+        unicodedata.normalize(own, f"{way}{name}")
+        for own in ("NFC", "NFD")
+        for way in ("x/", "./x/", "x//", "x\\", "x/y/../")
+    ]
     (tmp_path / "captions.csv").write_text(
         "image,caption\n" + "".join(f"{s},fox {i}\n" for i, s in enumerate(spellings))
     )
@@ -331,18 +343,22 @@ def test_what_cannot_be_understood_is_refused_with_its_line_and_a_remedy(tmp_pat
 
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     picture(tmp_path / "a.png")
-    for name, text in (("captions.csv", "image,caption\na.png,x\n"), ("captions.txt", "a.png#0\tx\n"),
-                       ("captions.jsonl", '{"image": "a.png", "caption": "x"}\n')):  # fmt: skip
+    for name, text in (
+        ("captions.csv", "image,caption\na.png,x\n"),
+        ("captions.txt", "a.png#0\tx\n"),
+        ("captions.jsonl", '{"image": "a.png", "caption": "x"}\n'),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert list(folder(path=str(tmp_path)).ids) == ["a.png#0"]
         (tmp_path / name).unlink()
 
 
 def test_real_tables_of_addresses_and_real_results_are_refused_with_what_was_found(shared_data, tmp_path):
-    for name, message in (("cc12m_like_with_header.tsv", r"got the columns \['url', 'caption'\]"),
-                          ("cc3m_validation.head200.tsv", "must name image files"),
-                          ("roco_v1_test_captions.head200.tsv", "must name the columns image and caption, got"),
-                          ):  # fmt: skip
+    for name, message in (
+        ("cc12m_like_with_header.tsv", r"got the columns \['url', 'caption'\]"),
+        ("cc3m_validation.head200.tsv", "must name image files"),
+        ("roco_v1_test_captions.head200.tsv", "must name the columns image and caption, got"),
+    ):
         shutil.copy(shared_data / "formats" / name, tmp_path / "captions.tsv")
         with pytest.raises(ValueError, match=message):
             folder(path=str(tmp_path))
@@ -351,12 +367,15 @@ def test_real_tables_of_addresses_and_real_results_are_refused_with_what_was_fou
         coco(annotations=str(results), images=str(tmp_path))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("picture,words\na.png,x\n", r"must name the columns image and caption, got \['picture', 'words'\]"),
-    ("image,caption\na.png,x, y\n", r"line 2 has 3 fields and the header 2 \(separator: comma\); put captions"),
-    ("image,caption\n", "the table in .* names no image; add a row for each caption"),
-    ("image,caption,split\na.png,x,some\n", "split must be train, validation or test, got 'some'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture,words\na.png,x\n", r"must name the columns image and caption, got \['picture', 'words'\]"),
+        ("image,caption\na.png,x, y\n", r"line 2 has 3 fields and the header 2 \(separator: comma\); put captions"),
+        ("image,caption\n", "the table in .* names no image; add a row for each caption"),
+        ("image,caption,split\na.png,x,some\n", "split must be train, validation or test, got 'some'"),
+    ],
+)
 def test_a_table_that_cannot_be_meant_is_refused(tmp_path, text, message):
     picture(tmp_path / "a.png")
     (tmp_path / "captions.csv").write_text(text)
@@ -430,8 +449,24 @@ def changed(index: dict[str, np.ndarray], fault: str) -> None:
         index["records"] = index["records"][:-3]
 
 
-@pytest.mark.parametrize("fault", ["outside", "negative", "too few", "missing", "floats", "texts", "not text", "images",
-                                   "counts", "noise", "compressed", "a pipe", "empty"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "outside",
+        "negative",
+        "too few",
+        "missing",
+        "floats",
+        "texts",
+        "not text",
+        "images",
+        "counts",
+        "noise",
+        "compressed",
+        "a pipe",
+        "empty",
+    ],
+)
 def test_an_index_that_does_not_fit_its_shard_is_made_again(shard, fault):
     pairs = webdataset(shards=str(shard))
     file = shard / ".grr_index/0.tar.npz"

@@ -69,8 +69,12 @@ def written(file: Path, content: object) -> str:
 # --- through the loader --------------------------------------------------------------------------------------------
 
 
-@given(n=st.integers(8, 40), seed=st.integers(0, 99), bad=st.sets(st.integers(0, 39), max_size=2),
-       workers=st.sampled_from([0, 2]))  # fmt: skip
+@given(
+    n=st.integers(8, 40),
+    seed=st.integers(0, 99),
+    bad=st.sets(st.integers(0, 39), max_size=2),
+    workers=st.sampled_from([0, 2]),
+)
 def test_a_label_stays_with_its_image_through_any_batch_also_where_another_stands_in(tokenizer, n, seed, bad, workers):
     labels = np.random.default_rng(seed).integers(0, 3, n)
     pairs = labelled(["what is this"] * n, labels.tolist(), bad=tuple(bad))
@@ -101,8 +105,12 @@ def test_labelled_pairs_may_be_any_pairs():
 
 def test_a_fingerprint_tells_other_labels_classes_and_texts():
     whole = labelled(["x", "y"], [0, 1])
-    others = [labelled(["x", "y"], [1, 0]), labelled(["x", "y"], [0, 1], "acb"), labelled(["x", "z"], [0, 1]),
-              labelled(["x", "y"], [0, 1], ["ab", "", "c"])]  # fmt: skip
+    others = [
+        labelled(["x", "y"], [1, 0]),
+        labelled(["x", "y"], [0, 1], "acb"),
+        labelled(["x", "z"], [0, 1]),
+        labelled(["x", "y"], [0, 1], ["ab", "", "c"]),
+    ]
     assert len({x.fingerprint for x in [whole, *others]}) == 5
     assert labelled(["x", "y"], [0, 1]).fingerprint == whole.fingerprint
 
@@ -126,11 +134,14 @@ def test_a_text_that_was_never_heard_gets_the_most_frequent_class():
     assert blind_accuracy(train, labelled(["x", "new", "new"], [0, 1, IGNORE])) == 2 / 3
 
 
-@pytest.mark.parametrize(("theirs", "message"), [
-    ("acb", "got 3 classes instead of 3, and of number 1 'c' instead of 'b'; let validation.classes_from name"),
-    ("ab", "got 2 classes instead of 3, and of number 2 None instead of 'c'"),
-    ("abcd", "got 4 classes instead of 3, and of number 3 'd' instead of None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ("acb", "got 3 classes instead of 3, and of number 1 'c' instead of 'b'; let validation.classes_from name"),
+        ("ab", "got 2 classes instead of 3, and of number 2 None instead of 'c'"),
+        ("abcd", "got 4 classes instead of 3, and of number 3 'd' instead of None"),
+    ],
+)
 def test_validation_with_other_classes_is_refused_even_if_only_their_order_differs(theirs, message):
     ours = labelled(["x", "y"], [0, 1])
     refuse_other_classes(ours, labelled(["z"], [1]))
@@ -318,17 +329,30 @@ def vqa(tmp_path: Path, split: str, rows: list[tuple[int, str, str]], *, below: 
     numbered = list(enumerate(rows))
     asked = [{"image_id": i, "question": q, "question_id": n} for n, (i, q, _) in numbered]
     questions = {"data_subtype": split, "task_type": "Open-Ended", "questions": asked}
-    answers = {"data_subtype": split, "annotations": [
-        {"image_id": i, "question_id": n, "multiple_choice_answer": a, "answers": [{"answer": a}] * 10}
-        for n, (i, _, a) in reversed(numbered)]}  # fmt: skip
+    answers = {
+        "data_subtype": split,
+        "annotations": [
+            {"image_id": i, "question_id": n, "multiple_choice_answer": a, "answers": [{"answer": a}] * 10}
+            for n, (i, _, a) in reversed(numbered)
+        ],
+    }
     for image in {i for i, _, _ in rows}:
         picture(tmp_path / "images" / (split if below else ".") / f"COCO_{split}_{image:012d}.jpg")
-    return {"questions": written(tmp_path / f"{split}_q.json", questions), "images": str(tmp_path / "images"),
-            "annotations": written(tmp_path / f"{split}_a.json", answers)}  # fmt: skip
+    return {
+        "questions": written(tmp_path / f"{split}_q.json", questions),
+        "images": str(tmp_path / "images"),
+        "annotations": written(tmp_path / f"{split}_a.json", answers),
+    }
 
 
-TRAIN = [(7, "what is it", "cat"), (7, "is it red", "yes"), (9, "is it blue", "yes"), (9, "what", "a rare thing"),
-         (12, "is it", "no"), (12, "who is it", "no")]  # fmt: skip
+TRAIN = [
+    (7, "what is it", "cat"),
+    (7, "is it red", "yes"),
+    (9, "is it blue", "yes"),
+    (9, "what", "a rare thing"),
+    (12, "is it", "no"),
+    (12, "who is it", "no"),
+]
 
 
 @pytest.mark.parametrize("below", [True, False])
@@ -336,8 +360,13 @@ def test_vqa_takes_the_most_frequent_answers_as_classes_and_leaves_the_rest_out(
     data = vqa_v2(**vqa(tmp_path, "train2014", TRAIN, below=below), answers=3)
     assert data.classes == ["no", "yes", "a rare thing"]  # by frequency, then by the alphabet
     read = list(zip(data.captions, answers_of(data), data.image_of, strict=True))
-    assert read == [("is it red", "yes", 0), ("is it blue", "yes", 1), ("what", "a rare thing", 1), ("is it", "no", 2),
-                    ("who is it", "no", 2)]  # fmt: skip
+    assert read == [
+        ("is it red", "yes", 0),
+        ("is it blue", "yes", 1),
+        ("what", "a rare thing", 1),
+        ("is it", "no", 2),
+        ("who is it", "no", 2),
+    ]
     assert data.ids[0].endswith("COCO_train2014_000000000007.jpg#0")
     assert data.load(0, size=4, crop="squash").shape == (3, 4, 4)
 
@@ -353,8 +382,11 @@ def test_vqa_validates_on_all_questions_with_the_answers_of_training(tmp_path):
 
 def test_vqa_files_of_two_splits_are_told_apart(tmp_path):
     train, val = vqa(tmp_path, "train2014", TRAIN), vqa(tmp_path, "val2014", TRAIN[:2])
-    with pytest.raises(ValueError, match=r"val2014_a.json must hold an answer to each question of .*train2014_q.json, "
-                                         "but there is none for 2; are the two of one split"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"val2014_a.json must hold an answer to each question of .*train2014_q.json, "
+        "but there is none for 2; are the two of one split",
+    ):
         vqa_v2(**{**train, "annotations": val["annotations"]})
     with pytest.raises(ValueError, match="must hold an object with questions and data_subtype"):
         vqa_v2(**{**train, "questions": train["annotations"]})
@@ -363,8 +395,18 @@ def test_vqa_files_of_two_splits_are_told_apart(tmp_path):
 
 
 def entailment(tmp_path: Path, judgements: list[str]) -> dict[str, str]:
-    rows = [{"Flickr30K_ID": str(100 + i // 2), "sentence1": "a premise", "sentence2": f"no.  {i}", "gold_label": g,
-             "annotator_labels": [g], "captionID": "x", "pairID": "y"} for i, g in enumerate(judgements)]  # fmt: skip
+    rows = [
+        {
+            "Flickr30K_ID": str(100 + i // 2),
+            "sentence1": "a premise",
+            "sentence2": f"no.  {i}",
+            "gold_label": g,
+            "annotator_labels": [g],
+            "captionID": "x",
+            "pairID": "y",
+        }
+        for i, g in enumerate(judgements)
+    ]
     (tmp_path / "snli_ve_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         picture(tmp_path / "images" / f"{row['Flickr30K_ID']}.jpg")

@@ -69,8 +69,9 @@ def painted(images: int = 12, captions: int = 3, **more) -> Painted:
 
 
 def training(pairs, rank=0, world=1, *, seed=7, start_step=0, batch_size=8, micro_batch_size=2, image_size=4, **config):
-    return training_steps(pairs, Letters(), rank, world, seed, start_step, batch_size, micro_batch_size, image_size,
-                          False, **config)  # fmt: skip
+    return training_steps(
+        pairs, Letters(), rank, world, seed, start_step, batch_size, micro_batch_size, image_size, False, **config
+    )
 
 
 def validation(pairs, rank=0, world=1, *, batch_size=8, micro_batch_size=2, image_size=4, **config):
@@ -89,8 +90,15 @@ def flat(steps: Iterable[list[Batch]], n: int) -> list[list[tuple]]:
         for b in step:
             for i, name in enumerate(b.names):
                 tokens = int((b.ids[i] != 0).sum())
-                row.append((name, b.images[i].flatten().tolist(), b.ids[i, :tokens].tolist(),
-                            b.positions[i, :tokens].tolist(), b.labels[i, : tokens - 2].tolist()))  # fmt: skip
+                row.append(
+                    (
+                        name,
+                        b.images[i].flatten().tolist(),
+                        b.ids[i, :tokens].tolist(),
+                        b.positions[i, :tokens].tolist(),
+                        b.labels[i, : tokens - 2].tolist(),
+                    )
+                )
         result.append(row)
     return result
 
@@ -284,8 +292,13 @@ def test_validation_reads_batches_that_never_change(workers):
     assert once[:whole] == names(training(pairs, seed=0), whole)
 
 
-@given(images=st.integers(2, 40), captions=st.integers(1, 3), world=st.integers(1, 4), micro=st.integers(1, 5),
-       rounds=st.integers(1, 3))  # fmt: skip
+@given(
+    images=st.integers(2, 40),
+    captions=st.integers(1, 3),
+    world=st.integers(1, 4),
+    micro=st.integers(1, 5),
+    rounds=st.integers(1, 3),
+)
 def test_validation_holds_every_pair_once_and_contrasts_batches_of_one_size(images, captions, world, micro, rounds):
     """For any number of processes; every process makes the same number of calls of the same shapes."""
     pairs = painted(images, captions)
@@ -405,8 +418,11 @@ def test_a_sample_has_the_dropout_keys_of_its_place_in_the_global_batch(monkeypa
         monkeypatch.setattr(dist, "get_rank", lambda: rank)
         monkeypatch.setattr(dist, "get_world_size", lambda: world)
         (step,) = islice(training(painted(), rank, world, micro_batch_size=size), 1)
-        return {name: key for i, batch in enumerate(step)
-                for name, key in zip(batch.names, seed_dropout(batch, 3, i).tolist(), strict=True)}  # fmt: skip
+        return {
+            name: key
+            for i, batch in enumerate(step)
+            for name, key in zip(batch.names, seed_dropout(batch, 3, i).tolist(), strict=True)
+        }
 
     whole = keys(0, 1, 8)
     assert len(set(whole.values())) == 8

@@ -76,8 +76,11 @@ def test_every_reader_of_files_has_a_law_here():
 
 
 @many
-@given(rows=st.lists(st.tuples(IMAGE, st.text(st.one_of(LETTERS, st.sampled_from('\n",;\t|')), max_size=12), SPLIT)),
-       separator=st.sampled_from(",;"), split=st.sampled_from([None, "train", "test"]))  # fmt: skip
+@given(
+    rows=st.lists(st.tuples(IMAGE, st.text(st.one_of(LETTERS, st.sampled_from('\n",;\t|')), max_size=12), SPLIT)),
+    separator=st.sampled_from(",;"),
+    split=st.sampled_from([None, "train", "test"]),
+)
 def test_a_quoted_table_of_any_captions_is_read_as_it_was_written(photos, rows, separator, split):
     rows = [("a.png", "first", "train"), ("a.png", "first", "test"), *rows]
     text = io.StringIO()
@@ -123,8 +126,11 @@ def test_a_table_with_tabs_that_was_quoted_is_read_or_its_line_is_named(photos, 
 
 
 @many
-@given(captions=st.lists(QUOTES.map(lambda text: text.replace(",", "")), max_size=8), first=st.booleans(),
-       separator=st.sampled_from(",;|\t"))  # fmt: skip
+@given(
+    captions=st.lists(QUOTES.map(lambda text: text.replace(",", "")), max_size=8),
+    first=st.booleans(),
+    separator=st.sampled_from(",;|\t"),
+)
 def test_a_quotation_mark_swallows_no_row_of_a_table_nobody_quoted(photos, captions, first, separator):
     rows = [("a.png", "first"), *(("b.png", f"{c}x") for c in captions)]
     order = (lambda i, c: (i, c)) if first else (lambda i, c: (c, i))
@@ -148,8 +154,9 @@ def test_a_caption_in_json_is_text_or_a_list_of_texts_or_an_error_that_names_the
             folder(path=str(photos))
         return
     pairs = folder(path=str(photos))
-    assert list(pairs.captions) == [one_line(c) for (i, _), own in zip(rows, captions, strict=True) if i
-                                    for c in own if c.split()]  # fmt: skip
+    assert list(pairs.captions) == [
+        one_line(c) for (i, _), own in zip(rows, captions, strict=True) if i for c in own if c.split()
+    ]
     balanced(pairs.records, sum(max(1, len(own)) if i else 1 for (i, _), own in zip(rows, captions, strict=True)))
 
 
@@ -281,10 +288,22 @@ KEYS = st.sampled_from(["0", "v1.0_a", "22.05", "dir/1", "./dir/2", "é"])
 MEMBERS = st.tuples(
     KEYS,
     st.sampled_from(["jpg", "JPEG", "png", "webp", "txt", "caption", "text", "json", "cls"]),
-    st.sampled_from([GOOD_TEXT, b"", b" \n", b"\xff\xfe", b"caf\xe9", b'{"caption": ["x", "y"]}', b'{"caption": null}',
-                     b'{"caption": NaN}', b"[" * 100_000, b"7"]),
+    st.sampled_from(
+        [
+            GOOD_TEXT,
+            b"",
+            b" \n",
+            b"\xff\xfe",
+            b"caf\xe9",
+            b'{"caption": ["x", "y"]}',
+            b'{"caption": null}',
+            b'{"caption": NaN}',
+            b"[" * 100_000,
+            b"7",
+        ]
+    ),
     st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]),
-)  # fmt: skip
+)
 
 
 def write_shard(file: Path, members: list[tuple[str, str, bytes, bytes]], form: int = tarfile.PAX_FORMAT) -> None:
@@ -297,8 +316,10 @@ def write_shard(file: Path, members: list[tuple[str, str, bytes, bytes]], form: 
 
 
 @many
-@given(members=st.lists(MEMBERS, max_size=14), form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT,
-       tarfile.PAX_FORMAT]))  # fmt: skip
+@given(
+    members=st.lists(MEMBERS, max_size=14),
+    form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
 def test_shards_of_any_members_count_every_key_once_for_each_time_it_occurs(tmp_path_factory, members, form):
     root = tmp_path_factory.mktemp("shards")
     members = [("good", "jpg", GOOD_IMAGE, tarfile.REGTYPE), ("good", "txt", GOOD_TEXT, tarfile.REGTYPE), *members]
@@ -330,8 +351,10 @@ def test_shards_of_any_members_count_every_key_once_for_each_time_it_occurs(tmp_
 
 
 def test_parts_of_a_split_are_all_records_of_the_shards(tmp_path):
-    write_shard(tmp_path / "0.tar", [(str(k), e, b'{"caption": ["x", "y"]}', tarfile.REGTYPE) for k in range(40)
-                                     for e in ("jpg", "json")])  # fmt: skip
+    write_shard(
+        tmp_path / "0.tar",
+        [(str(k), e, b'{"caption": ["x", "y"]}', tarfile.REGTYPE) for k in range(40) for e in ("jpg", "json")],
+    )
     parts = [webdataset(shards=str(tmp_path), split=s, validation_fraction=0.3) for s in ("train", "validation")]
     for part in parts:
         balanced(part.records, 80)

@@ -137,8 +137,12 @@ def test_sparse_files_are_odd_and_their_maps_are_passed_over(shard):
     records = b"23 GNU.sparse.major=1\n\n"
     new = header("pax", len(records), tarfile.XHDTYPE) + padded(records) + header("new.jpg", 3) + padded(b"xyz")
     found = members_of(shard, old + new + GOOD)
-    assert [(item.name, item.fault) for item in found] == [("hole.jpg", "a sparse file"), ("new.jpg", "a sparse file"),
-                                                           ("good.jpg", ""), ("good.txt", "")]  # fmt: skip
+    assert [(item.name, item.fault) for item in found] == [
+        ("hole.jpg", "a sparse file"),
+        ("new.jpg", "a sparse file"),
+        ("good.jpg", ""),
+        ("good.txt", ""),
+    ]
 
 
 @given(content=st.binary(max_size=200))

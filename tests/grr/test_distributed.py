@@ -21,8 +21,13 @@ from grr.parallelize import parallelize
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-OPTIONS = {"vision_position": "rope_mixed", "text_position": "learned", "qk_norm": True, "pooler_norm": True,
-           "learned_temperature": True}  # fmt: skip
+OPTIONS = {
+    "vision_position": "rope_mixed",
+    "text_position": "learned",
+    "qk_norm": True,
+    "pooler_norm": True,
+    "learned_temperature": True,
+}
 
 
 def filled(*, seed: int = 0, sharded: bool = True, **options) -> nn.Module:
@@ -53,8 +58,11 @@ def test_clipping_tells_the_norm_before_of_plain_and_of_sharded_parameters():
     images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[510, 7, 1, 511], [510, 8, 1, 511]])
     for model in (filled(), filled(sharded=False)):
         model(images, ids).logits.square().sum().backward()
-        grads = {n: g.full_tensor() if hasattr(g, "full_tensor") else g
-                 for n, p in model.named_parameters() if (g := p.grad) is not None}  # fmt: skip
+        grads = {
+            n: g.full_tensor() if hasattr(g, "full_tensor") else g
+            for n, p in model.named_parameters()
+            if (g := p.grad) is not None
+        }
         norm = sum(g.double().square().sum() for g in grads.values()).sqrt().item()
         before = {n: g.clone() for n, g in grads.items()}
         assert clip_gradients(model, 0.5) == pytest.approx(norm, rel=1e-5)

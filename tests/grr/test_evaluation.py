@@ -27,15 +27,25 @@ def observed(owners: list[int], seed: int, **changes) -> Observation:
     """Random numbers, as if a model had given them: of images 0 ... max(owners), with caption t of image owners[t]."""
     generator = torch.Generator().manual_seed(seed)
     pairs = Noise([10 * i + 3 for i in owners])
-    unit = [torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
-            for n in (max(owners) + 1, len(owners))]  # fmt: skip
+    unit = [
+        torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
+        for n in (max(owners) + 1, len(owners))
+    ]
     values = {
-        "pairs": pairs, **SEEN, "images": [owners.index(i) for i in range(max(owners) + 1)],
-        "texts": list(range(len(owners))), "image_of_text": torch.tensor(owners), "image_embeddings": unit[0],
-        "text_embeddings": unit[1], "token_losses": 5 * torch.rand(len(owners), generator=generator).double(),
-        "tokens": torch.randint(1, 9, (len(owners),), generator=generator), "scale": 4.0, "bias": -1.0, "written": [],
+        "pairs": pairs,
+        **SEEN,
+        "images": [owners.index(i) for i in range(max(owners) + 1)],
+        "texts": list(range(len(owners))),
+        "image_of_text": torch.tensor(owners),
+        "image_embeddings": unit[0],
+        "text_embeddings": unit[1],
+        "token_losses": 5 * torch.rand(len(owners), generator=generator).double(),
+        "tokens": torch.randint(1, 9, (len(owners),), generator=generator),
+        "scale": 4.0,
+        "bias": -1.0,
+        "written": [],
         "left_out": {},
-    }  # fmt: skip
+    }
     return Observation(**values | changes)
 
 
@@ -50,8 +60,13 @@ some_owners = st.builds(owned, st.integers(2, 9), st.lists(st.integers(0, 99), m
 @given(owners=some_owners, batch=st.integers(2, 12), seed=st.integers(0, 999), sigmoid=st.booleans())
 def test_the_losses_are_their_formulas_in_float64(owners, batch, seed, sigmoid):
     seen = observed(owners, seed)
-    found = losses(seen, contrastive_batch=batch, contrastive_weight=0.5, captioning_weight=3.0,
-                   contrastive="sigmoid" if sigmoid else "softmax")  # fmt: skip
+    found = losses(
+        seen,
+        contrastive_batch=batch,
+        contrastive_weight=0.5,
+        captioning_weight=3.0,
+        contrastive="sigmoid" if sigmoid else "softmax",
+    )
     size = min(batch, max(owners) + 1)
     image, text = seen.image_embeddings.numpy().astype(np.float64), seen.text_embeddings.numpy().astype(np.float64)
     contrasts = []

@@ -27,10 +27,17 @@ RESULTS = {
 def evaluation(**results: dict) -> dict:
     return {
         "model": {"path": "runs/<x>", "builder": "grr_coca", "parameters": 394_548_926, "precision": "float32"},
-        "data": {"name": "coco", "split": "test", "images": 1000, "captions": 5000, "left_out": 2,
-                 "left_out_names": {"a.jpg#0": "cut"}},
-        "labelled": None, "results": results,
-    }  # fmt: skip
+        "data": {
+            "name": "coco",
+            "split": "test",
+            "images": 1000,
+            "captions": 5000,
+            "left_out": 2,
+            "left_out_names": {"a.jpg#0": "cut"},
+        },
+        "labelled": None,
+        "results": results,
+    }
 
 
 def examples() -> Examples:
@@ -65,10 +72,20 @@ def test_the_file_is_the_evaluation_and_what_is_no_number_becomes_null(tmp_path)
 
 def test_the_page_shows_all_parts_quotes_what_it_is_given_and_loads_nothing(tmp_path):
     page = write_evaluation(tmp_path, evaluation(**RESULTS), examples(), confusions()).read_text()
-    for text in ("grr_coca on coco (test)", "394,548,926 parameters", "1,000 images, 5,000 captions, 2 left out",
-                 "3.051", "12.52", "68.8\u202f%", "1.234", "CIDEr-D from 0 to 10",
-                 "fox taken for &lt;owl&gt;: 3 of 10", "a fox &amp; an",
-                 "a &lt;b&gt;fox&lt;/b&gt;", "</html>"):  # fmt: skip
+    for text in (
+        "grr_coca on coco (test)",
+        "394,548,926 parameters",
+        "1,000 images, 5,000 captions, 2 left out",
+        "3.051",
+        "12.52",
+        "68.8\u202f%",
+        "1.234",
+        "CIDEr-D from 0 to 10",
+        "fox taken for &lt;owl&gt;: 3 of 10",
+        "a fox &amp; an",
+        "a &lt;b&gt;fox&lt;/b&gt;",
+        "</html>",
+    ):
         assert text in page, text
     assert "<owl>" not in page
     assert "<b>fox" not in page

@@ -44,8 +44,14 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     train_tokenizer([f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS], folder / "t.model", vocab_size=100)
     tokenizer = Spelled(folder / "t.model", context=CONTEXT)
-    arguments = {"vocab_size": tokenizer.vocab_size, "context": CONTEXT, "image_size": 32, "qk_norm": True,
-                 "vision_layers": 1, "text_layers": 1}  # fmt: skip
+    arguments = {
+        "vocab_size": tokenizer.vocab_size,
+        "context": CONTEXT,
+        "image_size": 32,
+        "qk_norm": True,
+        "vision_layers": 1,
+        "text_layers": 1,
+    }
     torch.manual_seed(0)
     model = grr_coca_tiny(**arguments).eval()
     with torch.no_grad():
@@ -74,8 +80,12 @@ def some_images(count: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.slow
 @settings(max_examples=12)
-@given(name=st.sampled_from(["image", "text", "step"]), batch=st.integers(1, 5), tokens=st.integers(3, 12),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    name=st.sampled_from(["image", "text", "step"]),
+    batch=st.integers(1, 5),
+    tokens=st.integers(3, 12),
+    seed=st.integers(0, 99),
+)
 def test_a_file_gives_what_the_model_gives_for_any_number_of_images_and_tokens(exported, name, batch, tokens, seed):
     _, _, parts, folder = exported
     torch.manual_seed(seed)
@@ -103,9 +113,14 @@ def test_steps_from_an_empty_cache_give_the_logits_of_the_whole_caption(exported
     keys = values = np.zeros((3, 3, 2, 0, 32), dtype=np.float32)
     expected = model(images, ids, positions=torch.arange(9)).logits
     for place in range(9):
-        inputs = {"ids": ids[:, place : place + 1].numpy(), "position": np.array([place]), "keys": keys,
-                  "values": values, "context_keys": seen["context_keys"],
-                  "context_values": seen["context_values"]}  # fmt: skip
+        inputs = {
+            "ids": ids[:, place : place + 1].numpy(),
+            "position": np.array([place]),
+            "keys": keys,
+            "values": values,
+            "context_keys": seen["context_keys"],
+            "context_values": seen["context_values"],
+        }
         logits, keys, values = captioner.step.run(["logits", "next_keys", "next_values"], inputs)
         np.testing.assert_allclose(logits, expected[:, place].numpy(), atol=1e-4, rtol=1e-5)
 
@@ -118,8 +133,10 @@ def test_captions_are_those_of_generate_token_for_token(exported):
     for row in captioner.write(captioner.see(images.numpy())).tolist():
         end = row.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in row else len(row)
         written.append(row[:end])
-    expected = [[int(i) for i in caption.split() if int(i) != tokenizer.pad_id]
-                for caption in generate(model, images, tokenizer)]  # fmt: skip
+    expected = [
+        [int(i) for i in caption.split() if int(i) != tokenizer.pad_id]
+        for caption in generate(model, images, tokenizer)
+    ]
     assert written == expected
     assert len(set(map(tuple, written))) >= 4  # it was not one caption all along
     assert len(set(map(len, written))) >= 2
@@ -163,13 +180,38 @@ def test_an_image_is_read_as_the_library_reads_it(exported, tmp_path, crop, mode
 
 OTHERS = {
     "coca": lambda: coca(
-        vocab_size=90, context=16, image_size=32, patch_size=8, dim=32, num_heads=2, vision_layers=1, text_layers=1,
-        multimodal_layers=1, vision_position="rope_mixed", text_norm="layernorm", text_feed_forward="mlp",
-        text_position="sinusoidal", pooler_norm=True, tied_embeddings=True),
+        vocab_size=90,
+        context=16,
+        image_size=32,
+        patch_size=8,
+        dim=32,
+        num_heads=2,
+        vision_layers=1,
+        text_layers=1,
+        multimodal_layers=1,
+        vision_position="rope_mixed",
+        text_norm="layernorm",
+        text_feed_forward="mlp",
+        text_position="sinusoidal",
+        pooler_norm=True,
+        tied_embeddings=True,
+    ),
     "open_clip_coca": lambda: open_clip_coca(
-        vocab_size=90, context=16, image_size=32, patch_size=8, vision_dim=48, vision_heads=3, vision_layers=1,
-        num_queries=6, pooler_heads=4, dim=32, num_heads=2, text_layers=1, multimodal_layers=1),
-}  # fmt: skip
+        vocab_size=90,
+        context=16,
+        image_size=32,
+        patch_size=8,
+        vision_dim=48,
+        vision_heads=3,
+        vision_layers=1,
+        num_queries=6,
+        pooler_heads=4,
+        dim=32,
+        num_heads=2,
+        text_layers=1,
+        multimodal_layers=1,
+    ),
+}
 
 
 @pytest.mark.slow

@@ -34,8 +34,11 @@ def ruined(request, colour_run, tmp_path) -> Path:
     return tmp_path / "ruined"
 
 
-@given(sizes=st.lists(st.integers(0, 5), max_size=4), bad=st.sets(st.integers(0, 3)),
-       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]))  # fmt: skip
+@given(
+    sizes=st.lists(st.integers(0, 5), max_size=4),
+    bad=st.sets(st.integers(0, 3)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
+)
 def test_the_tensors_that_are_not_finite_are_those_named(sizes, bad, dtype):
     weights = {f"w{i}": torch.zeros(size).to(dtype) for i, size in enumerate(sizes)}
     for i in bad:

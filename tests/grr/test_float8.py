@@ -61,12 +61,21 @@ class OneLayer(nn.Module):
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__()
         identity = nn.Identity()
-        self.block = Block(attention_norm=identity, attention=identity, feed_forward_norm=identity,
-                           feed_forward=nn.Linear(columns, rows))  # fmt: skip
+        self.block = Block(
+            attention_norm=identity,
+            attention=identity,
+            feed_forward_norm=identity,
+            feed_forward=nn.Linear(columns, rows),
+        )
 
 
-@given(tokens=st.integers(1, 40), columns=st.integers(1, 6), rows=st.integers(1, 6), log_scale=st.integers(-3, 3),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    tokens=st.integers(1, 40),
+    columns=st.integers(1, 6),
+    rows=st.integers(1, 6),
+    log_scale=st.integers(-3, 3),
+    seed=st.integers(0, 99),
+)
 def test_a_product_is_that_of_numbers_of_8_bits_both_ways(tokens, columns, rows, log_scale, seed):
     model = OneLayer(16 * columns, 16 * rows)
     multiply_in_float8(model, CPU, emulated=True)
@@ -90,8 +99,13 @@ def test_a_product_is_that_of_numbers_of_8_bits_both_ways(tokens, columns, rows,
 def test_the_blocks_layers_with_even_sides_multiply_so_and_no_others():
     model, uneven = a_model(float8=True), a_model(float8=True, vision_ffn_multiplier=2.7)  # 2.7 * 64 = 172
     plain = a_model(float8=False)
-    inside = {f"{name}.{inner}" for name, block in plain.named_modules() if isinstance(block, Block)
-              for inner, layer in block.named_modules() if isinstance(layer, nn.Linear)}  # fmt: skip
+    inside = {
+        f"{name}.{inner}"
+        for name, block in plain.named_modules()
+        if isinstance(block, Block)
+        for inner, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
     layers = {name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)}
     changed = {name for name, layer in model.named_modules() if type(layer) is not type(plain.get_submodule(name))}
     assert changed == inside < layers

@@ -41,35 +41,48 @@ def argument(builder, name: str) -> int:
     return inspect.signature(builder).parameters[name].default
 
 
-small = st.fixed_dictionaries({
-    "vision_norm": st.sampled_from(["rmsnorm", "layernorm"]),
-    "vision_feed_forward": st.sampled_from(["geglu", "mlp"]),
-    "vision_position": st.sampled_from(["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]),
-    "text_norm": st.sampled_from(["rmsnorm", "layernorm"]),
-    "text_feed_forward": st.sampled_from(["geglu", "mlp"]),
-    "text_position": st.sampled_from(["rope", "sinusoidal"]),
-    "vocab_size": st.integers(4, 99),
-    "context": st.integers(4, 12),
-    "vision_layers": st.integers(1, 2),
-    "text_layers": st.integers(1, 2),
-    "multimodal_layers": st.integers(1, 2),
-    "vision_ffn_multiplier": st.none() | st.floats(0.5, 5),
-    "text_ffn_multiplier": st.floats(0.5, 5),
-    "qk_norm": st.booleans(),
-    "pooler_norm": st.booleans(),
-    "tied_embeddings": st.booleans(),
-    "learned_temperature": st.booleans(),
-})  # fmt: skip
+small = st.fixed_dictionaries(
+    {
+        "vision_norm": st.sampled_from(["rmsnorm", "layernorm"]),
+        "vision_feed_forward": st.sampled_from(["geglu", "mlp"]),
+        "vision_position": st.sampled_from(["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]),
+        "text_norm": st.sampled_from(["rmsnorm", "layernorm"]),
+        "text_feed_forward": st.sampled_from(["geglu", "mlp"]),
+        "text_position": st.sampled_from(["rope", "sinusoidal"]),
+        "vocab_size": st.integers(4, 99),
+        "context": st.integers(4, 12),
+        "vision_layers": st.integers(1, 2),
+        "text_layers": st.integers(1, 2),
+        "multimodal_layers": st.integers(1, 2),
+        "vision_ffn_multiplier": st.none() | st.floats(0.5, 5),
+        "text_ffn_multiplier": st.floats(0.5, 5),
+        "qk_norm": st.booleans(),
+        "pooler_norm": st.booleans(),
+        "tied_embeddings": st.booleans(),
+        "learned_temperature": st.booleans(),
+    }
+)
 
 
 @settings(max_examples=15)
-@given(arguments=small, num_heads=st.integers(1, 3), head_dim=st.sampled_from([4, 8]), patch_size=st.integers(1, 5),
-       side=st.integers(1, 4), text_length=st.integers(1, 14))  # fmt: skip
-def test_the_formula_is_torchs_count_whatever_the_switches(arguments, num_heads, head_dim, patch_size, side,
-                                                           text_length):  # fmt: skip
+@given(
+    arguments=small,
+    num_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8]),
+    patch_size=st.integers(1, 5),
+    side=st.integers(1, 4),
+    text_length=st.integers(1, 14),
+)
+def test_the_formula_is_torchs_count_whatever_the_switches(
+    arguments, num_heads, head_dim, patch_size, side, text_length
+):
     image_size = side * patch_size
-    arguments |= {"dim": num_heads * head_dim, "num_heads": num_heads, "image_size": image_size,
-                  "patch_size": patch_size}  # fmt: skip
+    arguments |= {
+        "dim": num_heads * head_dim,
+        "num_heads": num_heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
     model = built(grr_coca, **arguments)
     towers, total = counted(model, image_size, text_length)
     assert forward_flops(grr_coca, text_length=text_length, **arguments) == towers

@@ -52,11 +52,18 @@ def test_captions_stand_beside_their_images_and_bad_files_at_the_end(tmp_path):
     red, blue = pictures(tmp_path, "red.png", "blue.png")
     odd = str(tmp_path / ODD)
     Image.new("RGB", (4, 4), "lime").save(odd)
-    rows = [{"file": red, "caption": "one <i>"}, {"file": "torn.jpg", "error": "cut & gone"},
-            {"file": blue, "caption": "two"}, {"file": odd, "caption": ""}]  # fmt: skip
+    rows = [
+        {"file": red, "caption": "one <i>"},
+        {"file": "torn.jpg", "error": "cut & gone"},
+        {"file": blue, "caption": "two"},
+        {"file": odd, "caption": ""},
+    ]
     page = Page(write_captions(tmp_path / "page.html", rows, "runs/<mine>"))
     assert [(colour(image), image.size, alt) for image, alt in page.images] == [
-        ((1, 0, 0), (224, 112), "one <i>"), ((0, 0, 1), (224, 112), "two"), ((0, 1, 0), (4, 4), "")]  # fmt: skip
+        ((1, 0, 0), (224, 112), "one <i>"),
+        ((0, 0, 1), (224, 112), "two"),
+        ((0, 1, 0), (4, 4), ""),
+    ]
     for text in ("one <i>", "(nothing)", ODD, "runs/<mine>", "3 images", "1 could not be read", "torn.jpg: cut & gone"):
         assert text in page.text
     assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)

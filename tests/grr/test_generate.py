@@ -71,9 +71,16 @@ def ids_of(captions: list[str]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def next_log_probabilities(model, image: Tensor, tok: Tokenizer, prefixes: list[list[int]], *, min_tokens: int = 0,
-                           repetition_penalty: float = 1.0,
-                           no_repeat_ngram: int = 0) -> list[list[float]]:  # fmt: skip
+def next_log_probabilities(
+    model,
+    image: Tensor,
+    tok: Tokenizer,
+    prefixes: list[list[int]],
+    *,
+    min_tokens: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+) -> list[list[float]]:
     """Whole prefixes, of one length, computed anew, and the rules one token at a time."""
     ids = torch.tensor([[tok.bos_id, *written] for written in prefixes])
     logits = model(image.expand(len(ids), -1, -1, -1), ids).logits[:, -1]
@@ -99,15 +106,20 @@ def greedily(model, image: Tensor, tok: Tokenizer, max_tokens: int, **rules) -> 
     return written
 
 
-def with_beams(model, image: Tensor, tok: Tokenizer, max_tokens: int, beams: int, length_penalty: float,
-               **rules) -> tuple[float, list[int]]:  # fmt: skip
+def with_beams(
+    model, image: Tensor, tok: Tokenizer, max_tokens: int, beams: int, length_penalty: float, **rules
+) -> tuple[float, list[int]]:
     """The rule of `beam_search`, in lists."""
     drafts: list[tuple[float, list[int]]] = [(0.0, [])]
     captions: list[tuple[float, list[int]]] = []
     for length in range(1, max_tokens + 1):
         following = next_log_probabilities(model, image, tok, [written for _, written in drafts], **rules)
-        longer = [(total + p, [*written, token]) for (total, written), log_p in zip(drafts, following, strict=True)
-                  for token, p in enumerate(log_p) if p > -math.inf]  # fmt: skip
+        longer = [
+            (total + p, [*written, token])
+            for (total, written), log_p in zip(drafts, following, strict=True)
+            for token, p in enumerate(log_p)
+            if p > -math.inf
+        ]
         longer.sort(reverse=True)
         ended = [d for d in longer[:beams] if d[1][-1] == tok.eos_id or length == max_tokens]
         captions += [(total / length**length_penalty, written) for total, written in ended]
@@ -117,17 +129,24 @@ def with_beams(model, image: Tensor, tok: Tokenizer, max_tokens: int, beams: int
     return max(captions)
 
 
-rules = st.fixed_dictionaries({
-    "min_tokens": st.integers(0, 6), "no_repeat_ngram": st.integers(0, 3),
-    "repetition_penalty": st.sampled_from([0.7, 1.0, 1.5, 1e9]),
-})  # fmt: skip
+rules = st.fixed_dictionaries(
+    {
+        "min_tokens": st.integers(0, 6),
+        "no_repeat_ngram": st.integers(0, 3),
+        "repetition_penalty": st.sampled_from([0.7, 1.0, 1.5, 1e9]),
+    }
+)
 searches = st.one_of(
     st.fixed_dictionaries({"beams": st.integers(1, 4), "length_penalty": st.sampled_from([-0.5, 0.0, 1.0, 2.0])}),
-    st.fixed_dictionaries({
-        "temperature": st.sampled_from([0.3, 1.0, 3.0]), "top_k": st.sampled_from([None, 1, 5, 1000]),
-        "top_p": st.sampled_from([None, 0.1, 0.9, 1.0]), "seed": st.integers(0, 9),
-    }),
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.3, 1.0, 3.0]),
+            "top_k": st.sampled_from([None, 1, 5, 1000]),
+            "top_p": st.sampled_from([None, 0.1, 0.9, 1.0]),
+            "seed": st.integers(0, 9),
+        }
+    ),
+)
 
 
 # Laws
@@ -171,9 +190,17 @@ def test_a_batch_is_written_as_its_images_one_at_a_time(tok, beams, count, seed,
     assert generate(model, images, tok, beams=beams) == alone
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
-    (1.0, None, None), (0.5, None, None), (2.0, 4, None), (1.0, None, 0.8), (1.5, 5, 0.6), (1.0, None, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, None, None),
+        (0.5, None, None),
+        (2.0, 4, None),
+        (1.0, None, 0.8),
+        (1.5, 5, 0.6),
+        (1.0, None, 1.0),
+    ],
+)
 def test_tokens_are_drawn_as_often_as_the_cut_softmax_says(temperature, top_k, top_p):
     logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0, -1.0, 1.5, 0.0, -3.0])
     weights = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist()) if x > -math.inf}
@@ -214,11 +241,16 @@ def test_captions_are_drawn_as_often_as_the_model_says(few):
 # Agreement
 
 
-@pytest.mark.parametrize("options", [
-    {"text_position": "rope"}, {"text_position": "learned"}, {"text_position": "sinusoidal"},
-    {"text_position": "rope", "qk_norm": True, "pooler_norm": True},
-    {"text_norm": "layernorm", "text_feed_forward": "mlp", "text_position": "sinusoidal", "qk_norm": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"text_position": "rope"},
+        {"text_position": "learned"},
+        {"text_position": "sinusoidal"},
+        {"text_position": "rope", "qk_norm": True, "pooler_norm": True},
+        {"text_norm": "layernorm", "text_feed_forward": "mlp", "text_position": "sinusoidal", "qk_norm": True},
+    ],
+)
 def test_captions_are_those_of_the_plain_computation(tok, options):
     captions, lengths = set(), set()
     for seed, rule in enumerate([{}, {}, {"no_repeat_ngram": 2}, {"min_tokens": 4, "repetition_penalty": 1.3}]):
@@ -233,8 +265,13 @@ def test_captions_are_those_of_the_plain_computation(tok, options):
     assert len(lengths) >= 3
 
 
-@given(beams=st.integers(2, 4), length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]), rules=rules,
-       sure=st.sampled_from([0.1, 0.3, 1.0]), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    beams=st.integers(2, 4),
+    length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]),
+    rules=rules,
+    sure=st.sampled_from([0.1, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
 def test_beam_search_is_its_rule_in_plain_lists(few, beams, length_penalty, rules, sure, seed):
     rules = rules | {"min_tokens": min(rules["min_tokens"], few.vocab_size - 4)}
     model, images = a_model(few, seed), some_images(3, seed)
@@ -258,8 +295,11 @@ def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_
         ids = torch.tensor([[few.bos_id, *caption[:-1]] for caption in whole])
         drafts = Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens)
         captions, scores = beam_search(drafts, beams=few.vocab_size**longest, length_penalty=length_penalty)
-        narrow = beam_search(Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens), beams=2,
-                             length_penalty=length_penalty)[1]  # fmt: skip
+        narrow = beam_search(
+            Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens),
+            beams=2,
+            length_penalty=length_penalty,
+        )[1]
     for image, row, score, less in zip(images, captions.tolist(), scores.tolist(), narrow.tolist(), strict=True):
         with torch.no_grad():
             logits = model(image.expand(len(ids), -1, -1, -1), ids).logits  # [captions, 4, v]
@@ -363,22 +403,31 @@ def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
     assert [module.training for module in model.modules()] == before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"max_tokens": 0}, "max_tokens must be from 1 to 13, the room in the tokenizer's context of 16, got max_tokens=0"),
-    ({"max_tokens": 14}, "max_tokens must be from 1 to 13"),
-    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be from 0 to max_tokens, got min_tokens=4, max_tokens=3"),
-    ({"beams": 0}, "beams must be 1, for no beam search, or more, got beams=0"),
-    ({"temperature": -1.0}, "temperature must be 0, for no sampling, or more, got temperature=-1.0"),
-    ({"temperature": math.nan}, "temperature must be 0"),
-    ({"beams": 2, "temperature": 1.0}, "beam search does not sample, got beams=2, temperature=1.0; leave one of them"),
-    ({"top_k": 5}, "top_k and top_p are for sampling, got top_k=5, top_p=None, .*; set temperature to 1.0"),
-    ({"top_p": 0.5}, "top_k and top_p are for sampling"),
-    ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got top_k=0; leave it out"),
-    ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got top_p=0.0; leave it out"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, and above 1 to discourage repetition, got"),
-    ({"no_repeat_ngram": -1}, "no_repeat_ngram must be 0, for no rule, or more, got no_repeat_ngram=-1"),
-    ({"beams": 0, "max_tokens": 99}, "max_tokens must .*; beams must be 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"max_tokens": 0},
+            "max_tokens must be from 1 to 13, the room in the tokenizer's context of 16, got max_tokens=0",
+        ),
+        ({"max_tokens": 14}, "max_tokens must be from 1 to 13"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be from 0 to max_tokens, got min_tokens=4, max_tokens=3"),
+        ({"beams": 0}, "beams must be 1, for no beam search, or more, got beams=0"),
+        ({"temperature": -1.0}, "temperature must be 0, for no sampling, or more, got temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature must be 0"),
+        (
+            {"beams": 2, "temperature": 1.0},
+            "beam search does not sample, got beams=2, temperature=1.0; leave one of them",
+        ),
+        ({"top_k": 5}, "top_k and top_p are for sampling, got top_k=5, top_p=None, .*; set temperature to 1.0"),
+        ({"top_p": 0.5}, "top_k and top_p are for sampling"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got top_k=0; leave it out"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got top_p=0.0; leave it out"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, and above 1 to discourage repetition, got"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be 0, for no rule, or more, got no_repeat_ngram=-1"),
+        ({"beams": 0, "max_tokens": 99}, "max_tokens must .*; beams must be 1"),
+    ],
+)
 def test_arguments_that_make_no_sense_are_refused(tok, arguments, message):
     with pytest.raises(ValueError, match=f"generate: {message}"):
         generate(a_model(tok, 0), some_images(1), tok, **arguments)
@@ -401,6 +450,9 @@ def test_one_image_without_a_batch_and_no_image_at_all_are_refused(tok, shape):
 
 
 def test_another_models_tokenizer_is_refused(tok, few):
-    with pytest.raises(ValueError, match=rf"generate: the model writes {tok.vocab_size} ids and the tokenizer reads "
-                       rf"{few.vocab_size}; take the tokenizer that the model was trained with"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=rf"generate: the model writes {tok.vocab_size} ids and the tokenizer reads "
+        rf"{few.vocab_size}; take the tokenizer that the model was trained with",
+    ):
         generate(a_model(tok, 0), some_images(1), few)

@@ -29,10 +29,22 @@ COCAS = {
         vision_position="rope_2d", text_position="learned", pooler_norm=True, tied_embeddings=True, **more
     ),
     "open_clip": lambda **more: open_clip_coca(
-        vocab_size=512, context=16, image_size=32, patch_size=8, vision_dim=48, vision_heads=2, vision_layers=1,
-        num_queries=5, pooler_heads=2, dim=64, num_heads=2, text_layers=1, multimodal_layers=1, **more,
+        vocab_size=512,
+        context=16,
+        image_size=32,
+        patch_size=8,
+        vision_dim=48,
+        vision_heads=2,
+        vision_layers=1,
+        num_queries=5,
+        pooler_heads=2,
+        dim=64,
+        num_heads=2,
+        text_layers=1,
+        multimodal_layers=1,
+        **more,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=COCAS)
@@ -75,8 +87,11 @@ def test_an_image_text_classifier_reads_the_vector_that_the_vocabulary_would_be_
     torch.testing.assert_close(head(images(), packed, positions=positions), expected)
 
 
-@given(lengths=st.lists(st.integers(0, 13), min_size=1, max_size=4), seed=st.integers(0, 99),
-       name=st.sampled_from(list(COCAS)))  # fmt: skip
+@given(
+    lengths=st.lists(st.integers(0, 13), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    name=st.sampled_from(list(COCAS)),
+)
 def test_a_batch_trimmed_to_its_longest_text_scores_as_texts_alone(lengths, seed, name):
     torch.manual_seed(seed)
     head = image_text_classifier(COCAS[name](), 3).eval()

@@ -185,9 +185,10 @@ def test_a_small_file_takes_little_memory_whatever_it_inflates_to(tmp_path):
         "text": png_with(b"zTXt", b"x\0\0" + zeros),
         "international text": png_with(b"iTXt", b"x\0\1\0\0\0" + zeros),
         "frame of a GIF": bytes(gif),
-        "second page of a TIFF": encoded(Image.new("1", (8, 8)), "TIFF", save_all=True, append_images=[page],
-                                         compression="group4"),
-    }  # fmt: skip
+        "second page of a TIFF": encoded(
+            Image.new("1", (8, 8)), "TIFF", save_all=True, append_images=[page], compression="group4"
+        ),
+    }
     for name, data in bombs.items():
         assert len(data) < 1_000_000
         (tmp_path / name).write_bytes(data)

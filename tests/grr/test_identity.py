@@ -55,14 +55,26 @@ def test_a_recipe_compares_every_key_that_is_not_listed_as_free(recipe):
     cfg = config.Config({}, {section: dict.fromkeys(names, 1) for section, names in keys.items()})
     compared = set(run_identity(cfg, data="a", validation="b", tokenizer="c")) - {"data", "validation", "tokenizer"}
     assert compared == {f"{s}.{key}" for s, names in keys.items() for key in names} - MAY_CHANGE
-    for key in ("run.seed", "run.batch_size", "run.clip", "run.bf16", "optimizer.lr", "optimizer.weight_decay",
-                "schedule.min_lr", "loader.crop"):  # fmt: skip
+    for key in (
+        "run.seed",
+        "run.batch_size",
+        "run.clip",
+        "run.bf16",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "schedule.min_lr",
+        "loader.crop",
+    ):
         assert key in compared
 
 
 def test_every_key_that_may_change_is_one_of_a_recipe():
-    known = {f"{s}.{key}" for r in ("pretrain", "finetune", "finetune_classifier") for s, keys in sections(r).items()
-             for key in keys}  # fmt: skip
+    known = {
+        f"{s}.{key}"
+        for r in ("pretrain", "finetune", "finetune_classifier")
+        for s, keys in sections(r).items()
+        for key in keys
+    }
     assert known >= MAY_CHANGE
 
 

@@ -40,8 +40,13 @@ def test_every_mode_becomes_what_a_person_sees(mode):
         values = np.asarray(source.convert("L")).astype(np.float64)
         scale, kind = (1 / 255, np.float32) if mode == "F" else (257, np.int32 if mode == "I" else np.uint16)
         image = Image.fromarray((values * scale).astype(kind))
-        image = image if mode in ("I", "F") else Image.frombytes(
-            mode, image.size, (values * 257).astype(">u2" if mode.endswith("B") else "<u2").tobytes())  # fmt: skip
+        image = (
+            image
+            if mode in ("I", "F")
+            else Image.frombytes(
+                mode, image.size, (values * 257).astype(">u2" if mode.endswith("B") else "<u2").tobytes()
+            )
+        )
     elif mode in ("La", "RGBa"):
         image = source.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
     elif mode == "LAB":
@@ -66,9 +71,17 @@ def test_every_mode_becomes_what_a_person_sees(mode):
         assert (seen.int() - expected.int()).abs().float().mean() < 4
 
 
-@pytest.mark.parametrize(("kind", "options"), [
-    ("PNG", {}), ("JPEG", {"quality": 95}), ("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("BMP", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {"quality": 95}),
+        ("GIF", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("BMP", {}),
+    ],
+)
 def test_every_format_is_read(kind, options):
     seen = load_image(encoded(photo(), kind, **options), size=32)
     assert (seen.int() - to_tensor(photo(), size=32).int()).abs().float().mean() < 6
@@ -84,8 +97,15 @@ def test_a_path_bytes_and_a_file_are_the_same_image(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_honoured(orientation):
     upright = photo()
-    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-            7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    undo = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -126,8 +146,11 @@ def test_clip_resizes_the_whole_and_then_cuts_out_the_middle(width, height, size
     assert min(wide, high) == size
     assert max(wide, high) == pytest.approx(factor * max(width, height), abs=1)
     left, top = np.floor((wide - size) / 2), np.floor((high - size) / 2)  # the middle, or half a pixel beside it
-    cuts = [whole[int(y) : int(y) + size, int(x) : int(x) + size] for y in (top, top + (high - size) % 2)
-            for x in (left, left + (wide - size) % 2)]  # fmt: skip
+    cuts = [
+        whole[int(y) : int(y) + size, int(x) : int(x) + size]
+        for y in (top, top + (high - size) % 2)
+        for x in (left, left + (wide - size) % 2)
+    ]
     assert any(np.array_equal(cut, seen.permute(1, 2, 0)) for cut in cuts)
 
 
@@ -159,8 +182,11 @@ def test_no_bytes_raise_anything_but_bad_image(data):
         load_image(data, size=8)
 
 
-@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]), cut=st.floats(0, 1),
-       noise=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5))  # fmt: skip
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]),
+    cut=st.floats(0, 1),
+    noise=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5),
+)
 def test_a_damaged_file_is_read_or_refused(kind, cut, noise):
     data = bytearray(encoded(photo(), kind))
     for place, value in noise:

@@ -55,8 +55,14 @@ def made_of(parts: list[torch.Tensor]) -> Index:
     return Index(Path("nowhere"), "", "", [f"{i}.jpg" for i in range(count)], [part.numpy() for part in parts])
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), q=st.integers(1, 3), top=st.integers(1, 12),
-       chunk=st.integers(1, 10), copies=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    q=st.integers(1, 3),
+    top=st.integers(1, 12),
+    chunk=st.integers(1, 10),
+    copies=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_a_search_equals_brute_force_whatever_the_chunks_and_equal_images_stand_in_their_order(
     lengths, q, top, chunk, copies, seed
 ):
@@ -78,12 +84,15 @@ def test_a_search_equals_brute_force_whatever_the_chunks_and_equal_images_stand_
         assert [hit.score for hit in hits] == pytest.approx([exact[i, j].item() for i in rows], abs=1e-6)
 
 
-@pytest.mark.parametrize(("queries", "top", "message"), [
-    (torch.ones(1, 8), 1, "queries must be of unit length"),
-    (torch.full((1, 8), torch.nan), 1, "queries must be of unit length"),
-    (torch.ones(1, 7), 1, r"queries must be \[q, 8\], as wide as the index, got \[1, 7\]"),
-    (torch.eye(8), 0, "top must be at least 1, got top=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("queries", "top", "message"),
+    [
+        (torch.ones(1, 8), 1, "queries must be of unit length"),
+        (torch.full((1, 8), torch.nan), 1, "queries must be of unit length"),
+        (torch.ones(1, 7), 1, r"queries must be \[q, 8\], as wide as the index, got \[1, 7\]"),
+        (torch.eye(8), 0, "top must be at least 1, got top=0"),
+    ],
+)
 def test_a_query_that_does_not_fit_is_refused(queries, top, message):
     with pytest.raises(ValueError, match=f"search: {message}"):
         made_of([torch.eye(8)]).search(queries, top=top)
@@ -108,11 +117,18 @@ def test_texts_and_images_find_the_images_of_their_colour(trained, pictures, tmp
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     Image.new("RGB", (50, 30), "yellow").save(tmp_path / "asked.jpg")
     (tmp_path / "bad.jpg").touch()
-    found, bad = look_up(trained, open_index(tmp_path / "index", trained), ["a blue picture", "a black picture"],
-                         [str(tmp_path / "bad.jpg"), str(tmp_path / "asked.jpg")], top=2)  # fmt: skip
+    found, bad = look_up(
+        trained,
+        open_index(tmp_path / "index", trained),
+        ["a blue picture", "a black picture"],
+        [str(tmp_path / "bad.jpg"), str(tmp_path / "asked.jpg")],
+        top=2,
+    )
     assert [(one.is_image, [Path(hit.file).name for hit in one.hits]) for one in found] == [
-        (False, ["blue0.png", "blue1.png"]), (False, ["black0.png", "black1.png"]),
-        (True, ["yellow0.png", "yellow1.png"])]  # fmt: skip
+        (False, ["blue0.png", "blue1.png"]),
+        (False, ["black0.png", "black1.png"]),
+        (True, ["yellow0.png", "yellow1.png"]),
+    ]
     assert bad == {str(tmp_path / "bad.jpg"): "not a readable image: the file is empty"}
     assert as_text(found[:1]).splitlines()[0] == "a blue picture"
     assert as_text(found[:1]).splitlines()[1].endswith("blue0.png")
@@ -164,8 +180,10 @@ def test_an_index_of_another_model_is_refused(trained, another, pictures, tmp_pa
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     other = load_pretrained(another)
     message = rf"index was made by another model, \w+ from {colour_run}, not by this one, .*; give that model, or embed"
-    for use in (lambda: open_index(tmp_path / "index", other),
-                lambda: embed_files(other, pictures, tmp_path / "index", another)):  # fmt: skip
+    for use in (
+        lambda: open_index(tmp_path / "index", other),
+        lambda: embed_files(other, pictures, tmp_path / "index", another),
+    ):
         with pytest.raises(ValueError, match=message):
             use()
     assert len(open_index(tmp_path / "index", trained)) == 12
@@ -197,21 +215,24 @@ def test_no_index_an_empty_one_and_a_newer_one_are_told_apart(trained, tmp_path,
         open_index(tmp_path / "index")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "part_00000.npy").unlink(),
-    lambda folder: (folder / "part_00000.npy").write_bytes((folder / "part_00000.npy").read_bytes()[:300]),
-    lambda folder: (folder / "part_00000.json").write_text('["a.jpg"]'),
-    lambda folder: (folder / "part_00000.json").write_text("["),
-    lambda folder: (folder / "part_00000.json").write_text("[" * 100_000),
-    lambda folder: (folder / "part_00000.json").write_text(json.dumps([["a.jpg"]] * 12)),
-    lambda folder: np.save(folder / "part_00000.npy", np.zeros((12, 64), np.float16)),
-    lambda folder: np.save(folder / "part_00000.npy", np.full((12, 64), np.nan, np.float32)),
-    lambda folder: np.save(folder / "part_00000.npy", np.zeros((12, 64), np.float32)),
-    lambda folder: np.save(folder / "part_00000.npy", np.full((12, 64), 1e30, np.float32)),
-    lambda folder: np.save(folder / "part_00000.npy", np.array([None] * 12), allow_pickle=True),
-    lambda folder: np.savez((folder / "part_00000.npy").open("wb"), np.zeros((12, 64), np.float32)),
-    lambda folder: ((folder / "part_00000.npy").unlink(), os.mkfifo(folder / "part_00000.npy")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "part_00000.npy").unlink(),
+        lambda folder: (folder / "part_00000.npy").write_bytes((folder / "part_00000.npy").read_bytes()[:300]),
+        lambda folder: (folder / "part_00000.json").write_text('["a.jpg"]'),
+        lambda folder: (folder / "part_00000.json").write_text("["),
+        lambda folder: (folder / "part_00000.json").write_text("[" * 100_000),
+        lambda folder: (folder / "part_00000.json").write_text(json.dumps([["a.jpg"]] * 12)),
+        lambda folder: np.save(folder / "part_00000.npy", np.zeros((12, 64), np.float16)),
+        lambda folder: np.save(folder / "part_00000.npy", np.full((12, 64), np.nan, np.float32)),
+        lambda folder: np.save(folder / "part_00000.npy", np.zeros((12, 64), np.float32)),
+        lambda folder: np.save(folder / "part_00000.npy", np.full((12, 64), 1e30, np.float32)),
+        lambda folder: np.save(folder / "part_00000.npy", np.array([None] * 12), allow_pickle=True),
+        lambda folder: np.savez((folder / "part_00000.npy").open("wb"), np.zeros((12, 64), np.float32)),
+        lambda folder: ((folder / "part_00000.npy").unlink(), os.mkfifo(folder / "part_00000.npy")),
+    ],
+)
 def test_a_damaged_part_is_named_with_what_to_do(trained, pictures, tmp_path, colour_run, damage):
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     damage(tmp_path / "index")

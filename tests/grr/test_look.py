@@ -34,8 +34,9 @@ from grr.tokenizer import load_tokenizer, train_tokenizer
 
 ROWS = st.lists(
     st.tuples(st.sampled_from(["a.png", "b.png", "c.png", "d.png"]), st.sampled_from(["fox", "owl", "key"])),
-    min_size=1, max_size=12,
-)  # fmt: skip
+    min_size=1,
+    max_size=12,
+)
 
 
 def data(rows, name="data", root="photos") -> Data:
@@ -79,8 +80,12 @@ def test_empty_captions_of_pairs_without_records_are_counted(captions):
 
 
 def test_what_was_skipped_is_counted_and_named():
-    rows = [Row("a.png", "x", "t line 2"), Row("", "y", "t line 3"), Row("b.png", " ", "t line 4"),
-            Row("b.png", ["x", "", ""], "t line 5")]  # fmt: skip
+    rows = [
+        Row("a.png", "x", "t line 2"),
+        Row("", "y", "t line 3"),
+        Row("b.png", " ", "t line 4"),
+        Row("b.png", ["x", "", ""], "t line 5"),
+    ]
     findings = list(counted(Data("data", image_files(Path("photos"), rows)), every=False))
     assert findings == [
         Finding("records", "6 in the files = 2 read + 4 skipped"),

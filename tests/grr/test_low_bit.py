@@ -57,8 +57,13 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @settings(max_examples=60)
-@given(bits=st.sampled_from(BITS), rows=st.integers(1, 80), columns=st.integers(1, 700),
-       log_scale=st.integers(-6, 4), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    bits=st.sampled_from(BITS),
+    rows=st.integers(1, 80),
+    columns=st.integers(1, 700),
+    log_scale=st.integers(-6, 4),
+    seed=st.integers(0, 99),
+)
 def test_no_moment_moves_by_more_than_half_a_step_of_its_block(bits, rows, columns, log_scale, seed):
     layer = nn.Linear(columns, rows)
     optimizer = adamw(layer, betas=(0.9, 0.99), moments=bits)
@@ -91,8 +96,9 @@ def test_no_moment_moves_by_more_than_half_a_step_of_its_block(bits, rows, colum
 def test_the_first_update_is_adamws_and_later_ones_stay_near(bits):
     models = [grr_coca_tiny() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    ours, exact = (adamw(model, lr=1e-2, decay_all=False, moments=m)
-                   for model, m in zip(models, (bits, "fp32"), strict=True))  # fmt: skip
+    ours, exact = (
+        adamw(model, lr=1e-2, decay_all=False, moments=m) for model, m in zip(models, (bits, "fp32"), strict=True)
+    )
     start = torch.cat([p.detach().flatten() for p in models[0].parameters()])
     for steps in (range(1), range(1, 20)):
         for model, optimizer in zip(models, (ours, exact), strict=True):
@@ -151,8 +157,13 @@ def test_compiled_as_on_a_gpu_it_is_the_same_update(bits, monkeypatch):
 def test_a_shard_holds_the_moments_of_its_rows(tmp_path):
     """Three processes, which no width of the model is a multiple of; loaded where one holds all, and trained on."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    done = subprocess.run([*launcher, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*launcher, str(WORKER), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for bits in BITS:
         alone = trained(3, bits=bits)

@@ -36,8 +36,14 @@ def program(folder: Path, body: str, *launcher: str, **environment: str) -> subp
     imports = "import torch.distributed as dist; from grr.distributed import all_sum, start" if "start" in body else ""
     indented = "\n".join(f"    {line}" for line in body.splitlines())
     (folder / "recipe.py").write_text(PROGRAM.format(imports=imports, body=indented))
-    return subprocess.run([sys.executable, *launcher, "recipe.py"], cwd=folder, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *launcher, "recipe.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def launched(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
@@ -62,8 +68,18 @@ def test_what_grr_and_the_recipe_raise_is_a_users_mistake(kind):
     assert not is_user_mistake(caught_from("raise kind('data: nothing is there')", "grrr", kind=kind))
 
 
-@pytest.mark.parametrize("code", ["int('ten')", "{}['key']", "raise KeyError(3)", "torch.zeros(2) + torch.zeros(3)",
-                                  "torch.zeros(2).view(3)", "json.loads('{')", "(a, b) = [1]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "int('ten')",
+        "{}['key']",
+        "raise KeyError(3)",
+        "torch.zeros(2) + torch.zeros(3)",
+        "torch.zeros(2).view(3)",
+        "json.loads('{')",
+        "(a, b) = [1]",
+    ],
+)
 def test_what_a_library_or_a_built_in_function_raises_is_a_bug(code):
     import json
 
@@ -93,16 +109,19 @@ def test_a_full_disk_is_told_in_the_systems_words(capsys):
     assert capsys.readouterr().err == "pretrain: runs/mine/x.pt: No space left on device\n"
 
 
-@pytest.mark.parametrize(("name", "said", "line"), [
-    ("sweep", "sweep: jobs must be at least 1", "sweep: jobs must be at least 1"),
-    ("grr check", "check: a run has a process", "grr check: a run has a process"),
-    ("grr check", "grr check: a run has a process", "grr check: a run has a process"),
-    ("pretrain", "data: no file", "pretrain: data: no file"),
-    ("pretrain", "data: it says\nbad\n\n", "pretrain: data: it says bad"),
-    ("compare", "compare: these differ:\n  a\n  b", "compare: these differ:\n  a\n  b"),
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("sweep", "sweep: jobs must be at least 1", "sweep: jobs must be at least 1"),
+        ("grr check", "check: a run has a process", "grr check: a run has a process"),
+        ("grr check", "grr check: a run has a process", "grr check: a run has a process"),
+        ("pretrain", "data: no file", "pretrain: data: no file"),
+        ("pretrain", "data: it says\nbad\n\n", "pretrain: data: it says bad"),
+        ("compare", "compare: these differ:\n  a\n  b", "compare: these differ:\n  a\n  b"),
         ("sweep", "sweep:\n  a\n  b", "sweep:\n  a\n  b"),
-    ("pretrain", "", "pretrain: ValueError"),
-])  # fmt: skip
+        ("pretrain", "", "pretrain: ValueError"),
+    ],
+)
 def test_a_line_begins_with_the_programs_name_once(name, said, line, capsys, monkeypatch):
     monkeypatch.setattr("grr.main.is_user_mistake", lambda error: True)
 
@@ -120,16 +139,19 @@ def test_a_line_begins_with_the_programs_name_once(name, said, line, capsys, mon
 CTRL_C = "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
 
 
-@pytest.mark.parametrize(("body", "status", "said"), [
-    ("pass", 0, ""),
-    ("return 143", 143, ""),
-    ("raise SystemExit(130)", 130, ""),
-    ("refuse()", 1, "recipe: data: nothing is there\n"),
-    ("open('gone.txt')", 1, "recipe: gone.txt: No such file or directory\n"),
-    (CTRL_C, 130, ""),
-    ("start(); all_sum(1)", 0, ""),
-    ("start(); refuse()", 1, "recipe: data: nothing is there\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("pass", 0, ""),
+        ("return 143", 143, ""),
+        ("raise SystemExit(130)", 130, ""),
+        ("refuse()", 1, "recipe: data: nothing is there\n"),
+        ("open('gone.txt')", 1, "recipe: gone.txt: No such file or directory\n"),
+        (CTRL_C, 130, ""),
+        ("start(); all_sum(1)", 0, ""),
+        ("start(); refuse()", 1, "recipe: data: nothing is there\n"),
+    ],
+)
 def test_a_recipe_exits_with_its_status_and_at_most_its_mistake(body, status, said, tmp_path):
     done = program(tmp_path, body)
     assert (done.returncode, done.stderr) == (status, said)
@@ -169,13 +191,17 @@ ONE = "recipe: data: nothing is there\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [
-    "refuse()",
-    "start(); refuse()",
-    "start()\nif dist.get_rank() == 1: refuse()\nall_sum(1)",  # rank 0 waits for it
-    "start()\nif dist.get_rank() == 0: refuse()\nall_sum(1)",
-    "if os.environ['RANK'] == '1': refuse()\ntime.sleep(60)",  # rank 0 knows nothing of it
-], ids=["before", "all", "rank 1", "rank 0", "rank 1 before"])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        "refuse()",
+        "start(); refuse()",
+        "start()\nif dist.get_rank() == 1: refuse()\nall_sum(1)",  # rank 0 waits for it
+        "start()\nif dist.get_rank() == 0: refuse()\nall_sum(1)",
+        "if os.environ['RANK'] == '1': refuse()\ntime.sleep(60)",  # rank 0 knows nothing of it
+    ],
+    ids=["before", "all", "rank 1", "rank 0", "rank 1 before"],
+)
 def test_many_processes_print_a_mistake_once(body, tmp_path):
     done = launched(tmp_path, body)
     assert (done.returncode, done.stderr) == (1, ONE)
@@ -192,12 +218,16 @@ def test_torchruns_own_report_comes_after_the_mistake_and_ends_with_it(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("body", "status", "said"), [
-    ("start(); all_sum(1)", 0, ""),
-    ("start(); raise SystemExit(143)", 143, ""),
-    ("start()\nif dist.get_rank() == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 137, "SIGKILL"),
-    ("start(); int('ten')", 1, "ValueError: invalid literal"),
-], ids=["finished", "interrupted", "killed", "bug"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("start(); all_sum(1)", 0, ""),
+        ("start(); raise SystemExit(143)", 143, ""),
+        ("start()\nif dist.get_rank() == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 137, "SIGKILL"),
+        ("start(); int('ten')", 1, "ValueError: invalid literal"),
+    ],
+    ids=["finished", "interrupted", "killed", "bug"],
+)
 def test_grr_run_exits_as_its_processes_do(body, status, said, tmp_path):
     done = launched(tmp_path, body)
     assert done.returncode == status, done.stderr

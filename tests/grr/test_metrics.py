@@ -132,8 +132,9 @@ def test_cider_d_is_its_formula_over_dense_vectors(corpus):
     references, hypotheses = corpus
     total = 0.0
     for n in range(1, 5):
-        every = sorted({gram for own, h in zip(references, hypotheses, strict=True) for x in [*own, h]
-                        for gram in grams(x, n)})  # fmt: skip
+        every = sorted(
+            {gram for own, h in zip(references, hypotheses, strict=True) for x in [*own, h] for gram in grams(x, n)}
+        )
         found = np.array([sum(any(gram in grams(x, n) for x in own) for own in references) for gram in every])
         idf = np.log(len(references) / np.maximum(1, found))
 
@@ -160,8 +161,14 @@ def test_the_numbers_and_words_of_the_official_pipeline_on_500_images(shared_dat
         assert [" ".join(split_words(r)) for r in golden["refs"][key]] == golden["ptb_refs"][key]
     references, hypotheses = zip(*((golden["refs"][key], golden["hyp"][key]) for key in golden["hyp"]), strict=True)
     metrics = caption_metrics(list(references), list(hypotheses))
-    names = {"bleu_1": "Bleu_1", "bleu_2": "Bleu_2", "bleu_3": "Bleu_3", "bleu_4": "Bleu_4", "rouge_l": "ROUGE_L",
-             "cider": "CIDEr"}  # fmt: skip
+    names = {
+        "bleu_1": "Bleu_1",
+        "bleu_2": "Bleu_2",
+        "bleu_3": "Bleu_3",
+        "bleu_4": "Bleu_4",
+        "rouge_l": "ROUGE_L",
+        "cider": "CIDEr",
+    }
     assert metrics == pytest.approx({name: golden["scores"][theirs] for name, theirs in names.items()}, abs=1e-9)
 
 

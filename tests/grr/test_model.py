@@ -196,8 +196,10 @@ def test_a_class_token_has_no_place_on_two_axes():
 def test_the_vector_at_cls_is_projected_to_the_width_of_an_embedding():
     torch.manual_seed(0)
     plain = grr_coca_tiny()
-    parts = {name: getattr(plain, name) for name in ("vision_encoder", "generative_pooler", "text_decoder",
-                                                     "multimodal_decoder")}  # fmt: skip
+    parts = {
+        name: getattr(plain, name)
+        for name in ("vision_encoder", "generative_pooler", "text_decoder", "multimodal_decoder")
+    }
     narrow, projection = torch.nn.Linear(64, 5), torch.nn.Linear(64, 5)
     model = CoCa(**parts, contrastive_pooler=narrow, text_projection=projection)
     ids, images = rows([[7, 8]]), some_images(1)

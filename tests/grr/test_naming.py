@@ -67,13 +67,16 @@ def test_classes_are_read_from_a_text_file(tmp_path):
         read_classes(tmp_path / "nowhere.txt")
 
 
-@pytest.mark.parametrize(("typed", "names"), [
-    ("fox, owl,key", ["fox", "owl", "key"]),
-    ('"crane, a bird", "crane, a machine"', ["crane, a bird", "crane, a machine"]),
-    ('"crane, a bird",fox,', ["crane, a bird", "fox"]),
-    (" red  fox ,", ["red fox"]),
-    ("", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("fox, owl,key", ["fox", "owl", "key"]),
+        ('"crane, a bird", "crane, a machine"', ["crane, a bird", "crane, a machine"]),
+        ('"crane, a bird",fox,', ["crane, a bird", "fox"]),
+        (" red  fox ,", ["red fox"]),
+        ("", []),
+    ],
+)
 def test_typed_names_are_separated_by_commas_outside_quotes(typed, names):
     assert split_classes(typed) == names
 

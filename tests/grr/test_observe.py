@@ -58,8 +58,12 @@ def test_what_cannot_be_read_is_left_out_and_named_and_changes_nothing_else(mode
         several_captions(12), bad=(2, 7), silent=(0, 5)
     )  # the only caption of image 0, one of image 5's three
     seen = observe(model, pairs, tokenizer, CPU, **SEEN)
-    assert seen.left_out == {"0.png#0": "its caption is empty", "5.png#5": "its caption is empty",
-                             "2.png#2": "half of it is missing", "7.png#7": "half of it is missing"}  # fmt: skip
+    assert seen.left_out == {
+        "0.png#0": "its caption is empty",
+        "5.png#5": "its caption is empty",
+        "2.png#2": "half of it is missing",
+        "7.png#7": "half of it is missing",
+    }
     assert [int(pairs.image_of[i]) for i in seen.images] == [j for j in range(12) if j not in (0, 2, 7)]
     kept = [t for t, j in enumerate(pairs.image_of) if j not in (0, 2, 7) and t != 5]
     assert seen.texts == kept
@@ -112,8 +116,9 @@ def test_an_image_with_several_labels_is_refused(model):
 @given(count=st.integers(0, 3 * BATCH), bad=st.sets(st.integers(0, 3 * BATCH), max_size=70))
 def test_batches_are_consecutive_images_whatever_is_missing(count, bad):
     pairs = Noise(list(range(3 * BATCH + 1)), bad=tuple(bad))
-    done, unread = over_images(pairs, list(range(count)), lambda x, items: (len(x), items), CPU, image_size=2,
-                               crop="squash")  # fmt: skip
+    done, unread = over_images(
+        pairs, list(range(count)), lambda x, items: (len(x), items), CPU, image_size=2, crop="squash"
+    )
     blocks = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     expected = [[i for i in block if i not in bad] for block in blocks]
     assert done == [(len(items), items) for items in expected if items]

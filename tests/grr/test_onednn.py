@@ -17,8 +17,14 @@ def replaced(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "forward" in m.__dict__]
 
 
-@given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=3), inputs=st.integers(1, 70), outputs=st.integers(1, 70),
-       bias=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 def test_it_is_the_linear_layer_for_any_sizes(rows, inputs, outputs, bias, dtype, seed):
     torch.manual_seed(seed)
     linear = nn.Linear(inputs, outputs, bias=bias)

@@ -56,9 +56,21 @@ CONFIGS = {
     },
 }  # fmt: skip
 BUILDERS = {"coca_ViT-B-32": open_clip_coca_vit_b_32, "coca_ViT-L-14": open_clip_coca_vit_l_14}
-TINY = {"vocab_size": 51, "context": 11, "image_size": 24, "patch_size": 8, "vision_dim": 48, "vision_heads": 3,
-        "vision_layers": 2, "num_queries": 6, "pooler_heads": 4, "dim": 32, "num_heads": 2, "text_layers": 2,
-        "multimodal_layers": 3}  # fmt: skip
+TINY = {
+    "vocab_size": 51,
+    "context": 11,
+    "image_size": 24,
+    "patch_size": 8,
+    "vision_dim": 48,
+    "vision_heads": 3,
+    "vision_layers": 2,
+    "num_queries": 6,
+    "pooler_heads": 4,
+    "dim": 32,
+    "num_heads": 2,
+    "text_layers": 2,
+    "multimodal_layers": 3,
+}
 PAD, BOS, EOS, CLS, ROOM = 0, 48, 49, 50, 8
 
 
@@ -104,8 +116,19 @@ class Pooler(nn.Module):
 
 
 class Visual(nn.Module):
-    def __init__(self, embed: int, *, image_size: int, layers: int, width: int, patch_size: int, attn_pooler_heads: int,
-                 head_width: int = 64, attn_pooler_queries: int = 256, **_: object) -> None:  # fmt: skip
+    def __init__(
+        self,
+        embed: int,
+        *,
+        image_size: int,
+        layers: int,
+        width: int,
+        patch_size: int,
+        attn_pooler_heads: int,
+        head_width: int = 64,
+        attn_pooler_queries: int = 256,
+        **_: object,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
@@ -129,8 +152,9 @@ class Visual(nn.Module):
 class Text(nn.Module):
     correct_cls_mask = False
 
-    def __init__(self, embed: int, *, context_length: int, vocab_size: int, width: int, heads: int, layers: int,
-                 **_: object) -> None:  # fmt: skip
+    def __init__(
+        self, embed: int, *, context_length: int, vocab_size: int, width: int, heads: int, layers: int, **_: object
+    ) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.cls_emb = nn.Parameter(torch.empty(width))
@@ -432,8 +456,17 @@ def test_greedy_captions_are_those_of_open_clips_generate():
     pytest.importorskip("transformers", reason="pip install transformers==4.56.2")
     forbid_what_is_never_written(peer)
     images = some_images(8)
-    rows = peer.generate(as_clip_has_them(images), generation_type="top_k", top_k=1, sot_token_id=BOS, eos_token_id=EOS,
-                         pad_token_id=PAD, seq_len=ROOM + 2, min_seq_len=3, max_seq_len=10).tolist()  # fmt: skip
+    rows = peer.generate(
+        as_clip_has_them(images),
+        generation_type="top_k",
+        top_k=1,
+        sot_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        seq_len=ROOM + 2,
+        min_seq_len=3,
+        max_seq_len=10,
+    ).tolist()
     expected = [Spelled().decode(row[1:-1]) for row in rows]  # without BOS, and the EOS at the end that it forces
     assert generate(ours(peer), images, Spelled(), min_tokens=2) == expected
 
@@ -529,28 +562,49 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, capsys, content,
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (lambda file: file.write_bytes(b"garbage" * 9), "it is truncated or damaged, at 63 bytes"),
-    (lambda file: (save_file({"a": torch.ones(99)}, file), os.truncate(file, 40)),
-     r"it is truncated: its header has \d+ bytes and the file 40"),
-    (lambda file: (save_file({"a": torch.ones(99)}, file), os.truncate(file, 200)), "it is truncated or damaged, at"),
-    (lambda file: torch.save({"a": torch.ones(2)}, file), "it was written by torch.save; name it .pt"),
-    (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "it is a Git LFS pointer of 43"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda file: file.write_bytes(b"garbage" * 9), "it is truncated or damaged, at 63 bytes"),
+        (
+            lambda file: (save_file({"a": torch.ones(99)}, file), os.truncate(file, 40)),
+            r"it is truncated: its header has \d+ bytes and the file 40",
+        ),
+        (
+            lambda file: (save_file({"a": torch.ones(99)}, file), os.truncate(file, 200)),
+            "it is truncated or damaged, at",
+        ),
+        (lambda file: torch.save({"a": torch.ones(2)}, file), "it was written by torch.save; name it .pt"),
+        (
+            lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "it is a Git LFS pointer of 43",
+        ),
+    ],
+)
 def test_damaged_safetensors_are_refused_with_the_likely_cause(tmp_path, content, message):
     content(tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=rf"read_open_clip: .*weights.safetensors cannot be read: {message}"):
         read_open_clip(tmp_path / "weights.safetensors")
 
 
-@given(prefix=st.lists(st.sampled_from(["module", "_orig_mod", "model", "state_dict", "coca", "_fsdp_wrapped_module"]),
-                       max_size=4),
-       inside=st.booleans(), keys=st.lists(st.sampled_from(["state_dict", "model", "module"]), max_size=3))  # fmt: skip
+@given(
+    prefix=st.lists(
+        st.sampled_from(["module", "_orig_mod", "model", "state_dict", "coca", "_fsdp_wrapped_module"]), max_size=4
+    ),
+    inside=st.booleans(),
+    keys=st.lists(st.sampled_from(["state_dict", "model", "module"]), max_size=3),
+)
 def test_any_chain_of_prefixes_and_containers_is_taken_off(tmp_path_factory, prefix, inside, keys):
-    weights = {"visual.conv1.weight": torch.ones(2), "text_decoder.cross_attn.0.ln_1.weight": torch.ones(3),
-               "text.cls_emb": torch.ones(4), "logit_scale": torch.ones(())}  # fmt: skip
-    named = {".".join([*prefix, name.replace("visual.", "visual._orig_mod." if inside else "visual.")]): value
-             for name, value in weights.items()}  # fmt: skip
+    weights = {
+        "visual.conv1.weight": torch.ones(2),
+        "text_decoder.cross_attn.0.ln_1.weight": torch.ones(3),
+        "text.cls_emb": torch.ones(4),
+        "logit_scale": torch.ones(()),
+    }
+    named = {
+        ".".join([*prefix, name.replace("visual.", "visual._orig_mod." if inside else "visual.")]): value
+        for name, value in weights.items()
+    }
     for key in keys:
         named = {key: named, "epoch": 3, "optimizer": {"state": {}}}
     file = tmp_path_factory.mktemp("prefixes") / "weights.pt"
@@ -563,8 +617,12 @@ def test_any_chain_of_prefixes_and_containers_is_taken_off(tmp_path_factory, pre
 def test_weights_that_do_not_fit_are_named(model):
     weights = dict(randomised(Reference(**CONFIGS["tiny"])).state_dict())
     del weights["text.cls_emb"]
-    weights |= {"visual.head.weight": torch.ones(2), "text.ln_final.bias": torch.ones(7),
-                "visual.attn_pool.attn.v_proj_weight": torch.ones(32, 40), "text.attn_mask": torch.ones(2)}  # fmt: skip
+    weights |= {
+        "visual.head.weight": torch.ones(2),
+        "text.ln_final.bias": torch.ones(7),
+        "visual.attn_pool.attn.v_proj_weight": torch.ones(32, 40),
+        "text.attn_mask": torch.ones(2),
+    }
     with pytest.raises(ValueError, match="does not fit the model: some weights are missing, unknown or of") as refused:
         convert_open_clip(weights, model)
     lines = str(refused.value).splitlines()
@@ -577,12 +635,20 @@ def test_weights_that_do_not_fit_are_named(model):
     ]
 
 
-@pytest.mark.parametrize(("weights", "cause"), [
-    ({"a": torch.ones(1)}, "none of its 1 names, a ..., is of open_clip's CoCa: it is a model of another architecture"),
-    ({"visual.proj": torch.ones(1)}, "it has no text_decoder, which writes captions: it is a CLIP"),
-    ({"text_decoder.ln_final.bias": torch.ones(1), "visual.conv1.weight": torch.ones(1024, 3, 14, 14)},
-     r"it is of another size, with patches \[1024, 3, 14, 14\] where .*; set model.name=open_clip_coca_vit_l_14"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "cause"),
+    [
+        (
+            {"a": torch.ones(1)},
+            "none of its 1 names, a ..., is of open_clip's CoCa: it is a model of another architecture",
+        ),
+        ({"visual.proj": torch.ones(1)}, "it has no text_decoder, which writes captions: it is a CLIP"),
+        (
+            {"text_decoder.ln_final.bias": torch.ones(1), "visual.conv1.weight": torch.ones(1024, 3, 14, 14)},
+            r"it is of another size, with patches \[1024, 3, 14, 14\] where .*; set model.name=open_clip_coca_vit_l_14",
+        ),
+    ],
+)
 def test_weights_of_another_model_are_refused_with_the_likely_cause(model, weights, cause):
     with pytest.raises(ValueError, match=f"does not fit the model: {cause}") as refused:
         convert_open_clip(weights, model)
@@ -594,8 +660,11 @@ def test_weights_that_are_not_finite_are_not_converted(model, value):
     weights = dict(randomised(Reference(**CONFIGS["tiny"])).state_dict())
     weights["text.ln_final.bias"] = weights["text.ln_final.bias"].clone()
     weights["text.ln_final.bias"][2] = value
-    with pytest.raises(ValueError, match=r"convert_open_clip: every weight must be a finite number, .* in 1 of \d+ "
-                                         r"tensors of the checkpoint: text.ln_final.bias; "):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"convert_open_clip: every weight must be a finite number, .* in 1 of \d+ "
+        r"tensors of the checkpoint: text.ln_final.bias; ",
+    ):
         convert_open_clip(weights, model)
 
 

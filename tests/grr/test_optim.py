@@ -167,10 +167,13 @@ def test_numbers_that_no_optimizer_can_use_are_refused(arguments):
         adamw(grr_coca_tiny(), **arguments)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"min_lr": 2.0}, "min_lr must not be above the optimizer's lr, got min_lr=2.0, lr=1.0"),
-    ({"min_lr": 0.0, "cycle_epochs": 0}, "cycle_epochs above 0, got warmup_steps=0, cycle_epochs=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_lr": 2.0}, "min_lr must not be above the optimizer's lr, got min_lr=2.0, lr=1.0"),
+        ({"min_lr": 0.0, "cycle_epochs": 0}, "cycle_epochs above 0, got warmup_steps=0, cycle_epochs=0"),
+    ],
+)
 def test_a_wrong_schedule_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         warmup_cosine(0, 10, 1.0, **arguments)

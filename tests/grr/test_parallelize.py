@@ -122,9 +122,13 @@ def test_a_model_that_was_prepared_before_is_refused_with_the_order(first, secon
         parallelize(model, CPU, **again)
 
 
-@pytest.mark.parametrize("prepare", [
-    lambda model: shard_over(model, init_device_mesh("cpu", (1,))), lambda model: parallelize(model, CPU, bf16=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda model: shard_over(model, init_device_mesh("cpu", (1,))),
+        lambda model: parallelize(model, CPU, bf16=True),
+    ],
+)
 def test_what_is_sharded_or_computes_in_bfloat16_is_not_sharded_again_nor_converted(prepare):
     model = built()
     prepare(model)

@@ -132,5 +132,9 @@ def test_a_thumbnail_is_whole_and_small_and_keeps_its_shape(tmp_path):
     (tmp_path / "d.png").write_bytes(b"no")
     seen = dict(thumbnails(find_images(tmp_path), side=100))
     shapes = [list(x.shape) if isinstance(x, torch.Tensor) else x for x in seen.values()]
-    assert shapes == [[3, 40, 100], [3, 40, 10], [3, 1, 100], "not a readable image: its content is none of "
-                      + ", ".join(_formats())]  # fmt: skip
+    assert shapes == [
+        [3, 40, 100],
+        [3, 40, 10],
+        [3, 1, 100],
+        "not a readable image: its content is none of " + ", ".join(_formats()),
+    ]

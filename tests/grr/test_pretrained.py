@@ -84,8 +84,9 @@ def test_arguments_may_be_changed_for_training_on(finished):
     model = build_pretrained(source, dropout=0.3)
     load_weights(source, model)
     assert model.vision_encoder.blocks[0].dropout.p == 0.3
-    assert torch.equal(model.state_dict()["multimodal_decoder.head.weight"],
-                       finished[1].state_dict()["multimodal_decoder.head.weight"])  # fmt: skip
+    assert torch.equal(
+        model.state_dict()["multimodal_decoder.head.weight"], finished[1].state_dict()["multimodal_decoder.head.weight"]
+    )
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -111,27 +112,30 @@ def test_a_description_that_does_not_fit_is_refused(finished, tmp_path, change, 
         find_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"dim": 10**9}, r"dim must be from 1 to 65,536, got 1000000000; was it edited\?"),
-    ({"dim": 65_536}, r"describes a model of [\d,]+ parameters, more than the [\d,]+ bytes of weights beside"),
-    ({"vision_layers": 10**6}, "vision_layers must be from 0 to 1,000"),
-    ({"text_layers": 1000}, "describes a model of [\\d,]+ parameters, more than"),
-    ({"image_size": 10**6}, "image_size must be from 1 to 4,096"),
-    ({"image_size": True}, "image_size must be a whole number, got True"),
-    ({"vocab_size": 2**40}, "vocab_size must be from 5 to 16,777,216"),
-    ({"num_heads": -1}, "num_heads must be from 1 to 4,096, got -1"),
-    ({"num_heads": 3}, "does not describe a model: .*num_heads"),
-    ({"patch_size": 0}, "patch_size must be from 1 to"),
-    ({"dropout": float("nan")}, "dropout must be from 0 to 1, got nan"),
-    ({"logit_bias": float("inf")}, "logit_bias must be from -16,777,216 to 16,777,216, got inf"),
-    ({"vision_norm": {"a": 1}}, "vision_norm must be a number or a short name, got a dict"),
-    ({"vision_norm": "x" * 1000}, "vision_norm must be a number or a short name, got a str"),
-    ({"vision_norm": "batch"}, "does not describe a model: .*batch"),
-    ({"dim": [64] * 1000}, "dim must have at most 100 values, got 1,000"),
-    ({"dim": [64, 64]}, "does not describe a model"),
-    ({"shell": "rm"}, "gives grr_coca_tiny the argument 'shell', which it does not have"),
-    ({"context": None}, "context must be a whole number, got None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 10**9}, r"dim must be from 1 to 65,536, got 1000000000; was it edited\?"),
+        ({"dim": 65_536}, r"describes a model of [\d,]+ parameters, more than the [\d,]+ bytes of weights beside"),
+        ({"vision_layers": 10**6}, "vision_layers must be from 0 to 1,000"),
+        ({"text_layers": 1000}, "describes a model of [\\d,]+ parameters, more than"),
+        ({"image_size": 10**6}, "image_size must be from 1 to 4,096"),
+        ({"image_size": True}, "image_size must be a whole number, got True"),
+        ({"vocab_size": 2**40}, "vocab_size must be from 5 to 16,777,216"),
+        ({"num_heads": -1}, "num_heads must be from 1 to 4,096, got -1"),
+        ({"num_heads": 3}, "does not describe a model: .*num_heads"),
+        ({"patch_size": 0}, "patch_size must be from 1 to"),
+        ({"dropout": float("nan")}, "dropout must be from 0 to 1, got nan"),
+        ({"logit_bias": float("inf")}, "logit_bias must be from -16,777,216 to 16,777,216, got inf"),
+        ({"vision_norm": {"a": 1}}, "vision_norm must be a number or a short name, got a dict"),
+        ({"vision_norm": "x" * 1000}, "vision_norm must be a number or a short name, got a str"),
+        ({"vision_norm": "batch"}, "does not describe a model: .*batch"),
+        ({"dim": [64] * 1000}, "dim must have at most 100 values, got 1,000"),
+        ({"dim": [64, 64]}, "does not describe a model"),
+        ({"shell": "rm"}, "gives grr_coca_tiny the argument 'shell', which it does not have"),
+        ({"context": None}, "context must be a whole number, got None"),
+    ],
+)
 @pytest.mark.parametrize("where", ["model", "checkpoints/step_3"])
 def test_arguments_that_no_model_has_are_refused_before_anything_is_built(finished, tmp_path, change, message, where):
     shutil.copytree(finished[0], tmp_path / "run")
@@ -143,14 +147,20 @@ def test_arguments_that_no_model_has_are_refused_before_anything_is_built(finish
         load_pretrained(tmp_path / "run" / where)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ('{"format": ', "is not JSON"),
-    ("[" * 100_000, "is not JSON"),
-    ("[1, 2]", "does not describe a model"),
-    ("9" * 10_000, "is not JSON"),
-    (" " * (2**24 + 1), "is not JSON .*at most 16,777,216 are read"),
-    ('{"format": 1, "builder": ["a"], "arguments": {}, "rotary_pairing": 0, "crop": 0}', r"names the builder \['a'\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": ', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1, 2]", "does not describe a model"),
+        ("9" * 10_000, "is not JSON"),
+        (" " * (2**24 + 1), "is not JSON .*at most 16,777,216 are read"),
+        (
+            '{"format": 1, "builder": ["a"], "arguments": {}, "rotary_pairing": 0, "crop": 0}',
+            r"names the builder \['a'\]",
+        ),
+    ],
+)
 @pytest.mark.parametrize("where", ["model/config.json", "checkpoints/step_3/progress.json"])
 def test_a_description_that_is_not_one_is_refused(finished, tmp_path, content, message, where):
     shutil.copytree(finished[0], tmp_path / "run")

@@ -40,8 +40,13 @@ def newton(x: torch.Tensor, labels: torch.Tensor, classes: int, strength: float)
 
 
 @settings(max_examples=20)
-@given(n=st.integers(8, 40), d=st.integers(1, 6), classes=st.integers(2, 4),
-       strength=st.sampled_from([1e-3, 0.03, 1.0]), seed=st.integers(0, 999))  # fmt: skip
+@given(
+    n=st.integers(8, 40),
+    d=st.integers(1, 6),
+    classes=st.integers(2, 4),
+    strength=st.sampled_from([1e-3, 0.03, 1.0]),
+    seed=st.integers(0, 999),
+)
 def test_the_gradient_at_a_solution_is_zero_and_every_step_away_is_uphill(n, d, classes, strength, seed):
     x, labels = blobs(n, d, classes, noise=0.7, seed=seed)
     x = x.double()

@@ -21,8 +21,12 @@ from grr.tokenizer import train_tokenizer
 
 torchao = pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 ANYWHERE = [scheme for scheme in SCHEMES if scheme != "int4_weight_only"]
-STEP = {"int8_weight_only": 1 / 254, "int8_dynamic": 1 / 254, "float8_weight_only": 1 / 16,
-        "int4_grouped": 1 / 15 * (1 + 16 / 256)}  # fmt: skip
+STEP = {
+    "int8_weight_only": 1 / 254,
+    "int8_dynamic": 1 / 254,
+    "float8_weight_only": 1 / 16,
+    "int4_grouped": 1 / 15 * (1 + 16 / 256),
+}
 # half a step, of the largest number of a row or group: int8 has 127 steps on either side of zero, int4 7.5 whose size
 # is rounded to bfloat16, by up to 1/256, e4m3 three binary digits behind the first one
 ARGUMENTS = {"vocab_size": 96, "context": 16, "image_size": 32, "dim": 64, "tied_embeddings": True}
@@ -57,9 +61,13 @@ def saved(scheme: str, vocabulary: Path, folder: Path) -> tuple[Path, nn.Module]
 
 
 @settings(max_examples=60)
-@given(scheme=st.sampled_from(ANYWHERE), rows=st.integers(1, 40),
-       columns=st.integers(16, 64) | st.sampled_from([GROUP, 3 * GROUP]), log_scale=st.integers(-4, 4),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    scheme=st.sampled_from(ANYWHERE),
+    rows=st.integers(1, 40),
+    columns=st.integers(16, 64) | st.sampled_from([GROUP, 3 * GROUP]),
+    log_scale=st.integers(-4, 4),
+    seed=st.integers(0, 99),
+)
 def test_no_weight_moves_by_more_than_half_a_step_of_its_row(scheme, rows, columns, log_scale, seed):
     layer = nn.Linear(columns, rows)
     with torch.no_grad():
@@ -94,8 +102,17 @@ def test_every_matrix_of_a_layer_is_quantised_and_nothing_else(scheme):
 @pytest.mark.parametrize("build", [grr_coca_tiny, original_coca])
 @torch.no_grad()
 def test_embeddings_and_logits_stay_close(scheme, build):
-    sizes = {"vocab_size": 96, "context": 16, "image_size": 32, "patch_size": 8, "dim": 64, "num_heads": 2,
-             "vision_layers": 2, "text_layers": 2, "multimodal_layers": 2}  # fmt: skip
+    sizes = {
+        "vocab_size": 96,
+        "context": 16,
+        "image_size": 32,
+        "patch_size": 8,
+        "dim": 64,
+        "num_heads": 2,
+        "vision_layers": 2,
+        "text_layers": 2,
+        "multimodal_layers": 2,
+    }
     torch.manual_seed(0)
     plain, model = build(**sizes).eval(), build(**sizes).eval()
     model.load_state_dict(plain.state_dict())

@@ -55,14 +55,27 @@ class Page(HTMLParser):
             self.texts[element] += data
 
     def text(self, tag: str, class_: str | None = None) -> list[str]:
-        return [text for (name, attributes), text in zip(self.elements, self.texts, strict=True)
-                if name == tag and attributes.get("class") == class_]  # fmt: skip
+        return [
+            text
+            for (name, attributes), text in zip(self.elements, self.texts, strict=True)
+            if name == tag and attributes.get("class") == class_
+        ]
 
 
 def train(step: int, **values: float | None) -> dict:
-    return {"split": "train", "step": step, "epoch": step / 100, "loss": 3.0, "contrastive_loss": 1.0,
-            "captioning_loss": 1.0, "perplexity": math.e, "lr": 1e-3, "grad_norm": 1.0, "samples_per_second": 400.0,
-            "data_wait": 0.01} | values  # fmt: skip
+    return {
+        "split": "train",
+        "step": step,
+        "epoch": step / 100,
+        "loss": 3.0,
+        "contrastive_loss": 1.0,
+        "captioning_loss": 1.0,
+        "perplexity": math.e,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "samples_per_second": 400.0,
+        "data_wait": 0.01,
+    } | values
 
 
 def validation(step: int, **values: float | None) -> dict:
@@ -110,8 +123,9 @@ def points(chart: str, kind: str) -> np.ndarray:
 def ruler(ticks: list[tuple[str, str]], at: np.ndarray, *, log: bool) -> np.ndarray:
     units = {"k": "e3", "M": "e6"}
     places = np.array([float(place) for place, _ in ticks])
-    labels = np.array([float(re.sub("[kM]$", lambda m: units[m[0]], x.replace("−", "-").replace(",", "")))
-                       for _, x in ticks])  # fmt: skip
+    labels = np.array(
+        [float(re.sub("[kM]$", lambda m: units[m[0]], x.replace("−", "-").replace(",", ""))) for _, x in ticks]
+    )
     labels = np.log(labels) if log else labels
     slope = (labels[-1] - labels[0]) / (places[-1] - places[0])
     read = labels[0] + slope * (at - places[0])
@@ -133,8 +147,15 @@ def test_what_a_caption_says_is_shown_as_said_and_changes_nothing_else(text):
 
 
 @given(values=st.lists(st.floats(0.01, 1000), min_size=2, max_size=40), every=st.integers(1, 50_000))
-@pytest.mark.parametrize(("title", "key"), [("Loss", "loss"), ("Samples a second", "samples_per_second"),
-                                            ("Gradient norm", "grad_norm"), ("Perplexity", "perplexity")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("title", "key"),
+    [
+        ("Loss", "loss"),
+        ("Samples a second", "samples_per_second"),
+        ("Gradient norm", "grad_norm"),
+        ("Perplexity", "perplexity"),
+    ],
+)
 def test_a_curve_read_off_its_axes_is_the_log(title, key, values, every):
     rows = [train(every * (i + 1), **{key: value}) for i, value in enumerate(values)]
     with TemporaryDirectory() as name:
@@ -184,9 +205,11 @@ def test_a_validation_and_the_way_to_go_are_told_in_figures(tmp_path):
     assert page.text("dd") == [
         "93.4\u202f%chance 0.2\u202f%R@5 25.0\u202f%R@10 50.0\u202f%",
         "5.0\u202f%chance 0.2\u202f%R@5 25.0\u202f%R@10 50.0\u202f%",
-        "25.0\u202f%25.0\u202f% at step 150", "3.0003.000 at step 150", "1.2001.200 at step 150",
+        "25.0\u202f%25.0\u202f% at step 150",
+        "3.0003.000 at step 150",
+        "1.2001.200 at step 150",
         "3.5004.000 at step 150",
-    ]  # fmt: skip
+    ]
     assert "of 250" in report_header(tmp_path, "run:\n  epochs: 6\n  max_steps: 250\n", rows)
 
 
@@ -255,16 +278,21 @@ def test_the_right_image_is_outlined_and_each_image_is_the_one_handed_over(tmp_p
 
 
 def test_only_a_caption_equal_to_a_reference_up_to_spaces_gets_its_mark(tmp_path):
-    captions = [Caption(picture(), written, ["a fox", "the  red fox"]) for written in
-                ("a fox", "the red fox", "A fox", "a fo", "")]  # fmt: skip
+    captions = [
+        Caption(picture(), written, ["a fox", "the  red fox"])
+        for written in ("a fox", "the red fox", "A fox", "a fo", "")
+    ]
     captions.append(Caption(picture(), "", []))
     page = Page(report(tmp_path, [], examples=Examples([], captions)))
     assert ["✓" in text for text in page.text("p", "written")] == [True, True, False, False, False, False]
 
 
 def test_right_answers_are_told_in_figures_and_only_they_get_their_mark(tmp_path):
-    rows = [{"split": split, "step": step, "loss": 2.0, "accuracy": step / 40, "blind_accuracy": 0.125}
-            for step in (10, 20) for split in ("train", "validation")]  # fmt: skip
+    rows = [
+        {"split": split, "step": step, "loss": 2.0, "accuracy": step / 40, "blind_accuracy": 0.125}
+        for step in (10, 20)
+        for split in ("train", "validation")
+    ]
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     shown = [Answer(image, HOSTILE, "fox", "fox"), Answer(image, "why", HOSTILE, "owl"), Answer(image, "", "bee", None)]
     source = report(tmp_path, rows, examples=Examples([], [], shown))
@@ -294,13 +322,19 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
     assert not re.search(r"https?:|url\(|@import|//\w+\.", re.sub(r"base64,[^\"]*", "", source))
 
 
-@pytest.mark.parametrize("rows", [
-    [], [train(1)], [validation(0)], [train(0, epoch=0.0)],
-    [train(10, loss=None, contrastive_loss=None, lr=None, epoch=None, grad_norm=math.inf, perplexity=math.nan)],
-    [validation(10, caption_exact=None, candidates=None, text_to_image_r1=None, text_to_image_r5=None)],
-    [{"split": "train", "step": 5}, {"split": "validation", "step": 5}],
-    [train(10, grad_norm=0.0, loss=-3.0, samples_per_second=0.0)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [train(1)],
+        [validation(0)],
+        [train(0, epoch=0.0)],
+        [train(10, loss=None, contrastive_loss=None, lr=None, epoch=None, grad_norm=math.inf, perplexity=math.nan)],
+        [validation(10, caption_exact=None, candidates=None, text_to_image_r1=None, text_to_image_r5=None)],
+        [{"split": "train", "step": 5}, {"split": "validation", "step": 5}],
+        [train(10, grad_norm=0.0, loss=-3.0, samples_per_second=0.0)],
+    ],
+)
 def test_a_run_that_has_just_begun_has_a_page(tmp_path, rows):
     source = report(tmp_path, rows, examples=Examples([], []))
     Page(source)

@@ -47,8 +47,11 @@ def test_a_file_cut_at_any_byte_is_completed_and_nothing_whole_is_done_again(cut
         again = Worker(tuple(bad))
         outcome = write_results(output, NAMES, MADE, again)
         rows = read_results(output)
-    assert outcome == Outcome(len(NAMES) - len(bad), len(NAMES) - len(again.asked), dict.fromkeys(
-        (name for name in NAMES if name in bad), "torn"))  # fmt: skip
+    assert outcome == Outcome(
+        len(NAMES) - len(bad),
+        len(NAMES) - len(again.asked),
+        dict.fromkeys((name for name in NAMES if name in bad), "torn"),
+    )
     assert sorted(map(str, rows)) == sorted(str(again.row(name)) for name in NAMES)
     intact = [json.loads(line)["file"] for line in kept.split(b"\n")[:-1]]
     assert sorted(again.asked) == sorted(set(NAMES) - (set(intact) - bad))
@@ -95,10 +98,13 @@ def test_nothing_done_is_a_failure(tmp_path):
     assert write_results(tmp_path / "out.jsonl", ["f.jpg"], MADE, Worker(bad=("f.jpg",))).status == 1
 
 
-@pytest.mark.parametrize(("made", "message"), [
-    ({**MADE, "model": "n"}, r"made with something else \(model: m there, n here\); set another"),
-    ({"model": "m"}, r"made with something else \(generation: \{'beams': 2\} there, None here\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({**MADE, "model": "n"}, r"made with something else \(model: m there, n here\); set another"),
+        ({"model": "m"}, r"made with something else \(generation: \{'beams': 2\} there, None here\)"),
+    ],
+)
 def test_results_of_something_else_are_refused_and_left_alone(tmp_path, made, message):
     output = tmp_path / "out.jsonl"
     write_results(output, NAMES, MADE, Worker())

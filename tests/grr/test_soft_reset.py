@@ -13,8 +13,9 @@ from grr.optim import warmup_cosine
 from grr.soft_reset import SoftReset, in_words, soft_reset
 
 LOSSES = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.nan, math.inf]), max_size=40)
-CONTROL = st.fixed_dictionaries({"patience": st.integers(1, 4), "regimes": st.integers(1, 4),
-                                 "factor": st.sampled_from([1.0, 10.0, 100.0])})  # fmt: skip
+CONTROL = st.fixed_dictionaries(
+    {"patience": st.integers(1, 4), "regimes": st.integers(1, 4), "factor": st.sampled_from([1.0, 10.0, 100.0])}
+)
 
 
 def judged(losses: Sequence[float], **control: float) -> list[SoftReset]:
@@ -90,11 +91,14 @@ def test_each_decision_is_said_in_words():
     ]
 
 
-@pytest.mark.parametrize(("arguments", "got"), [
-    ({"patience": 0}, "got patience=0, regimes=3, factor=100.0"),
-    ({"regimes": 0}, "got patience=3, regimes=0, factor=100.0"),
-    ({"factor": 0.5}, "got patience=3, regimes=3, factor=0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ({"patience": 0}, "got patience=0, regimes=3, factor=100.0"),
+        ({"regimes": 0}, "got patience=3, regimes=0, factor=100.0"),
+        ({"factor": 0.5}, "got patience=3, regimes=3, factor=0.5"),
+    ],
+)
 def test_an_argument_out_of_range_is_named(arguments, got):
     with pytest.raises(ValueError, match=f"soft_reset: patience, regimes and factor must be at least 1, {got}"):
         soft_reset(SoftReset(), 0, 1.0, **arguments)

@@ -65,11 +65,14 @@ def test_a_difference_far_beyond_the_spread_is_seen():
     assert difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).beyond_spread is False
 
 
-@pytest.mark.parametrize(("ours", "theirs", "pairs", "mean"), [
-    ({0: 3.0}, {0: 1.0, 1: 5.0}, 1, 2.0),   # one seed in common, the other side has more
-    ({7: 3.0}, {0: 1.0, 1: 5.0}, 0, 0.0),   # none in common
-    ({0: 3.0}, {0: 1.0}, 1, 2.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs", "pairs", "mean"),
+    [
+        ({0: 3.0}, {0: 1.0, 1: 5.0}, 1, 2.0),  # one seed in common, the other side has more
+        ({7: 3.0}, {0: 1.0, 1: 5.0}, 0, 0.0),  # none in common
+        ({0: 3.0}, {0: 1.0}, 1, 2.0),
+    ],
+)
 def test_where_one_side_has_a_single_run_no_spread_is_claimed(ours, theirs, pairs, mean):
     found = difference(ours, theirs)
     assert (found.pairs, found.mean) == (pairs, mean)

@@ -39,8 +39,12 @@ def split(images: torch.Tensor, rows: list[list[int]], pieces: int) -> list[Batc
 
 
 @settings(max_examples=15)
-@given(pieces=st.sampled_from([1, 2, 4]), contrastive=st.sampled_from(["softmax", "sigmoid"]), seed=st.integers(0, 99),
-       learned=st.booleans())  # fmt: skip
+@given(
+    pieces=st.sampled_from([1, 2, 4]),
+    contrastive=st.sampled_from(["softmax", "sigmoid"]),
+    seed=st.integers(0, 99),
+    learned=st.booleans(),
+)
 def test_any_split_gives_the_losses_and_gradients_of_the_formula_on_the_whole_batch(pieces, contrastive, seed, learned):
     torch.manual_seed(seed)
     model = grr_coca_tiny(learned_temperature=learned, logit_bias=-1.0).double()
@@ -149,10 +153,17 @@ def assert_same(one: dict, other: dict, tolerance: float = TOLERANCE) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "arguments"), [
-    (1, {"micro": 4}), (2, {"micro": 1}), (2, {"micro": 2}), (4, {"micro": 1}), (4, {"micro": 1, "replicas": 2}),
-    (1, {"micro": 1, "checkpointed": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        (1, {"micro": 4}),
+        (2, {"micro": 1}),
+        (2, {"micro": 2}),
+        (4, {"micro": 1}),
+        (4, {"micro": 1, "replicas": 2}),
+        (1, {"micro": 1, "checkpointed": True}),
+    ],
+)
 def test_five_steps_are_the_same_on_any_number_of_processes(processes, arguments):
     assert_same(run(processes, **arguments), run(1, micro=1))
 

@@ -50,31 +50,60 @@ def test_a_pattern_of_one_variant_matches_no_other(variants):
 
 
 def test_a_command_is_what_a_user_would_type():
-    jobs = plan(Path("runs/x"), [PRETRAIN, FINETUNE], ["grr: model.name=grr_coca data.shards='my data/*.tar'"], [3],
-                ["finetune: run.epochs=1 optimizer.betas='[0, 1]'"])  # fmt: skip
+    jobs = plan(
+        Path("runs/x"),
+        [PRETRAIN, FINETUNE],
+        ["grr: model.name=grr_coca data.shards='my data/*.tar'"],
+        [3],
+        ["finetune: run.epochs=1 optimizer.betas='[0, 1]'"],
+    )
     assert [job.words for job in jobs] == [
-        ["recipes/pretrain.py", "--config", "tiny.yaml", "model.dim=64", "model.name=grr_coca",
-         "data.shards=my data/*.tar", "run.folder=runs/x/pretrain/grr-3", "run.seed=3"],
-        ["--nproc", "2", "finetune/photos", "model.path=runs/x/pretrain/grr-3",
-         "run.epochs=1", "optimizer.betas=[0, 1]", "run.folder=runs/x/finetune/grr-3", "run.seed=3"],
-    ]  # fmt: skip
+        [
+            "recipes/pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "model.dim=64",
+            "model.name=grr_coca",
+            "data.shards=my data/*.tar",
+            "run.folder=runs/x/pretrain/grr-3",
+            "run.seed=3",
+        ],
+        [
+            "--nproc",
+            "2",
+            "finetune/photos",
+            "model.path=runs/x/pretrain/grr-3",
+            "run.epochs=1",
+            "optimizer.betas=[0, 1]",
+            "run.folder=runs/x/finetune/grr-3",
+            "run.seed=3",
+        ],
+    ]
 
 
-@pytest.mark.parametrize(("stages", "variants", "seeds", "overrides", "says"), [
-    ([], ["a:"], [0], [], "stages: there must be at least one"),
-    ([PRETRAIN], [], [0], [], "variants: there must be at least one"),
-    ([PRETRAIN], ["a:"], [], [], "seeds: there must be at least one"),
-    ([PRETRAIN], ["a:"], [0, 1, 0], [], "seeds: 0 stands there twice"),
-    ([PRETRAIN], ["a:", "a: b=1"], [0], [], "variants: a stands there twice"),
-    ([PRETRAIN], ["2-d: b=1"], [0], [], 'variants: must be "name: words", the name of letters, digits and _, got '),
-    ([PRETRAIN], ["model.name=grr_coca"], [0], [], 'variants: must be "name: words"'),
-    ([PRETRAIN], ["a: b='1"], [0], [], r"variants: a cannot be split into words \(No closing quotation\)"),
-    (["pretrain:"], ["a:"], [0], [], "stages: pretrain has no command"),
-    ([FINETUNE, PRETRAIN], ["a:"], [0], [], "{pretrain} in finetune must be a stage before it, one of none"),
-    ([PRETRAIN, "finetune: x.py path={pretrian}"], ["a:"], [0], [], "{pretrian} in finetune must be a stage before it, "
-     "one of pretrain"),
-    ([PRETRAIN], ["a:"], [0], ["finetune: run.epochs=1"], "overrides: there is no stage finetune"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stages", "variants", "seeds", "overrides", "says"),
+    [
+        ([], ["a:"], [0], [], "stages: there must be at least one"),
+        ([PRETRAIN], [], [0], [], "variants: there must be at least one"),
+        ([PRETRAIN], ["a:"], [], [], "seeds: there must be at least one"),
+        ([PRETRAIN], ["a:"], [0, 1, 0], [], "seeds: 0 stands there twice"),
+        ([PRETRAIN], ["a:", "a: b=1"], [0], [], "variants: a stands there twice"),
+        ([PRETRAIN], ["2-d: b=1"], [0], [], 'variants: must be "name: words", the name of letters, digits and _, got '),
+        ([PRETRAIN], ["model.name=grr_coca"], [0], [], 'variants: must be "name: words"'),
+        ([PRETRAIN], ["a: b='1"], [0], [], r"variants: a cannot be split into words \(No closing quotation\)"),
+        (["pretrain:"], ["a:"], [0], [], "stages: pretrain has no command"),
+        ([FINETUNE, PRETRAIN], ["a:"], [0], [], "{pretrain} in finetune must be a stage before it, one of none"),
+        (
+            [PRETRAIN, "finetune: x.py path={pretrian}"],
+            ["a:"],
+            [0],
+            [],
+            "{pretrian} in finetune must be a stage before it, one of pretrain",
+        ),
+        ([PRETRAIN], ["a:"], [0], ["finetune: run.epochs=1"], "overrides: there is no stage finetune"),
+    ],
+)
 def test_what_is_wrong_is_named(stages, variants, seeds, overrides, says):
     with pytest.raises(ValueError, match=says):
         plan(Path("runs"), stages, variants, seeds, overrides)
@@ -95,7 +124,11 @@ def test_a_stage_starts_an_installed_recipe_or_a_file_below_the_current_folder(t
     own = ["run.folder=runs/a/b-0", "run.seed=0"]
     assert started("pretrain/photos") == [str(installed.RECIPES / "pretrain.py"), "--config", str(photos.path), *own]
     assert started("--nproc", "2", "pretrain", "--config", "pretrain/photos") == [
-        "-m", "grr.launch", "--nproc_per_node=2", *started("pretrain/photos")]  # fmt: skip
+        "-m",
+        "grr.launch",
+        "--nproc_per_node=2",
+        *started("pretrain/photos"),
+    ]
     Path("deep").mkdir()
     Path("deep/mine.py").touch()
     assert started("deep/mine.py", "x=1") == ["deep/mine.py", "x=1", *own]

@@ -30,8 +30,17 @@ from grr.builders import (
 from grr.model import CoCa, TextDecoder, VisionTransformer
 from grr.open_clip import open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
 """
-COCAS = ["coca", "grr_coca", "baseline_coca", "original_coca", "grr_coca_tiny", "grr_coca_small", "grr_coca_large",
-         "grr_coca_2b", "original_coca_2b"]  # fmt: skip
+COCAS = [
+    "coca",
+    "grr_coca",
+    "baseline_coca",
+    "original_coca",
+    "grr_coca_tiny",
+    "grr_coca_small",
+    "grr_coca_large",
+    "grr_coca_2b",
+    "original_coca_2b",
+]
 OPEN_CLIPS = ["open_clip_coca", "open_clip_coca_vit_b_32", "open_clip_coca_vit_l_14"]
 VITS = ["vision_transformer", "grr_vit", "baseline_vit"]
 WRONG = {
@@ -66,8 +75,18 @@ def errors(request, tmp_path_factory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("calls")
     (folder / "wrong.py").write_text(IMPORTS + "\n".join(WRONG) + "\n")
     (folder / "right.py").write_text(IMPORTS + "\n".join(RIGHT) + "\n")
-    words = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--show-absolute-path", "wrong.py",
-             "right.py", "--cache-dir", str(request.config.cache.mkdir("mypy"))]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--no-error-summary",
+        "--show-absolute-path",
+        "wrong.py",
+        "right.py",
+        "--cache-dir",
+        str(request.config.cache.mkdir("mypy")),
+    ]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     errors: dict[str, list[str]] = {}

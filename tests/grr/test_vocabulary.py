@@ -80,8 +80,14 @@ def test_without_network_it_says_so_in_a_line_and_what_to_do(tmp_path, hub, caps
 def test_the_real_hub_without_network_is_told_the_same(tmp_path):
     pytest.importorskip("huggingface_hub", reason='pip install "grr-coca[hub]"')
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-m", "grr.cli", "tokenizer", "fetch"], cwd=tmp_path, env=offline,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "grr.cli", "tokenizer", "fetch"],
+        cwd=tmp_path,
+        env=offline,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert "fetch_t5: the Hugging Face hub does not give spiece.model of google-t5/t5-base (" in done.stderr
     assert "Traceback" not in done.stderr
@@ -103,8 +109,9 @@ def test_the_data_of_a_config_give_the_vocabulary_that_its_run_would_train(tmp_p
     from grr.data import DATASETS
     from grr.installed import find
 
-    made = train_vocabulary([find("pretrain/openmoji").path], ["data.scenes=50"], tmp_path / "own.model",
-                            vocab_size=100)  # fmt: skip
+    made = train_vocabulary(
+        [find("pretrain/openmoji").path], ["data.scenes=50"], tmp_path / "own.model", vocab_size=100
+    )
     captions = DATASETS["openmoji"](scenes=50).captions
     assert made.fingerprint == train_tokenizer(captions, tmp_path / "same.model", vocab_size=100).fingerprint
     with pytest.raises(ValueError, match=r"tiny.yaml has no section data"):

@@ -31,8 +31,10 @@ def model(tok) -> CoCa:
 # --- class_embeddings ------------------------------------------------------------------------------------------------
 
 
-@given(classes=st.lists(st.sampled_from(CLASSES), min_size=1, unique=True),
-       templates=st.lists(st.sampled_from([*TEMPLATES, "{} {at sea}"]), min_size=1, max_size=6))  # fmt: skip
+@given(
+    classes=st.lists(st.sampled_from(CLASSES), min_size=1, unique=True),
+    templates=st.lists(st.sampled_from([*TEMPLATES, "{} {at sea}"]), min_size=1, max_size=6),
+)
 def test_a_class_is_the_direction_of_the_mean_of_its_descriptions(model, tok, classes, templates):
     found = class_embeddings(model.train(), tok, classes, CPU, templates=tuple(templates))
     assert model.training  # as it was before, and no dropout in between

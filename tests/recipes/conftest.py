@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ("model.image_size=32 model.dim=32 model.num_heads=2 model.vision_layers=1 model.text_layers=1 "
-        "model.multimodal_layers=1 data.scenes=80 data.held_out=20 validation.scenes=80 validation.held_out=20 "
-        "run.batch_size=16 run.micro_batch_size=16 run.log_every=1 run.epochs=2 run.validate_every=null "
-        "tokenizer.vocab_size=128")  # fmt: skip
+TINY = (
+    "model.image_size=32 model.dim=32 model.num_heads=2 model.vision_layers=1 model.text_layers=1 "
+    "model.multimodal_layers=1 data.scenes=80 data.held_out=20 validation.scenes=80 validation.held_out=20 "
+    "run.batch_size=16 run.micro_batch_size=16 run.log_every=1 run.epochs=2 run.validate_every=null "
+    "tokenizer.vocab_size=128"
+)
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +45,12 @@ def swept(tiny_sweep) -> Path:
 def recipe(name: str, *words: str, **options) -> subprocess.CompletedProcess:
     """Run a recipe as a user does, from the top of the checkout."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, f"recipes/{name}", *words], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=environment, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, f"recipes/{name}", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        **options,
+    )

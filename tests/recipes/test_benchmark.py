@@ -42,8 +42,13 @@ def run(words: list[str], **options) -> subprocess.CompletedProcess:
 # --- what is measured on -------------------------------------------------------------------------------------------
 
 
-@given(mean=st.none() | st.integers(1, 20), b=st.integers(1, 6), steps=st.integers(1, 3), context=st.integers(4, 24),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    mean=st.none() | st.integers(1, 20),
+    b=st.integers(1, 6),
+    steps=st.integers(1, 3),
+    context=st.integers(4, 24),
+    seed=st.integers(0, 99),
+)
 def test_made_up_captions_are_as_long_as_asked_and_labelled_to_their_end(mean, b, steps, context, seed):
     room = context - 3
     knobs = Run(batch_size=b * steps, micro_batch_size=b, seed=seed)
@@ -79,8 +84,9 @@ def test_a_caption_of_numbers_is_laid_out_as_the_tokenizer_lays_out_words(tokeni
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(["a bad cab", "dead bee", "ace"], tmp_path_factory.mktemp("t") / "t.model", vocab_size=30,
-                           context=16)  # fmt: skip
+    return train_tokenizer(
+        ["a bad cab", "dead bee", "ace"], tmp_path_factory.mktemp("t") / "t.model", vocab_size=30, context=16
+    )
 
 
 # --- what it costs -------------------------------------------------------------------------------------------------
@@ -89,10 +95,20 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 @pytest.mark.parametrize("tokens", [None, 1, 5])
 @pytest.mark.parametrize("name", ["grr_coca_tiny", "baseline_coca"])
 def test_the_cost_of_a_batch_is_torchs_count(name, tokens):
-    small = [f"model.{key}={value}" for key, value in {
-        "vocab_size": 60, "context": 16, "image_size": 16, "patch_size": 8, "dim": 16, "num_heads": 2,
-        "vision_layers": 1, "text_layers": 2, "multimodal_layers": 1,
-    }.items()]  # fmt: skip
+    small = [
+        f"model.{key}={value}"
+        for key, value in {
+            "vocab_size": 60,
+            "context": 16,
+            "image_size": 16,
+            "patch_size": 8,
+            "dim": 16,
+            "num_heads": 2,
+            "vision_layers": 1,
+            "text_layers": 2,
+            "multimodal_layers": 1,
+        }.items()
+    ]
     cfg = load(CONFIGS[0], f"model.name={name}", *small)
     with torch.device("meta"):
         model = cfg.build("model")
@@ -139,8 +155,11 @@ def test_every_row_obeys_the_laws_of_its_numbers(measured):
     assert list(dict.fromkeys(row["what"] for row in result["rows"])) == kinds
     for row in result["rows"]:
         first, seconds = rows(result, row["what"])[0], row["seconds"]
-        rate = result["rates"]["bytes_per_second"] if row["unit"] == "bytes" else (
-            result["rates"]["flops_per_second"][row["variant"].split()[0]])  # fmt: skip
+        rate = (
+            result["rates"]["bytes_per_second"]
+            if row["unit"] == "bytes"
+            else (result["rates"]["flops_per_second"][row["variant"].split()[0]])
+        )
         assert row["samples_per_second"] == pytest.approx(row["samples"] / seconds)
         assert row[f"{row['unit']}_per_second"] == pytest.approx(row["amount"] / seconds)
         assert row["limit_seconds"] == pytest.approx(row["amount"] / rate)
@@ -200,8 +219,15 @@ def test_the_machine_is_named_and_a_line_printed_for_each_row(measured):
 def test_what_memory_does_not_suffice_for_is_a_row_and_the_next_variant_follows(tmp_path):
     tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
     huge = 10**15  # pairs or images, more than a process has addresses for
-    words = ["run.variants=[fp32, bf16]", f"run.batch_size={huge}", f"run.micro_batch_size={huge}", "run.iterations=1",
-             f"run.images=[1,{huge}]", "run.beams=[1]", "run.folder=out"]  # fmt: skip
+    words = [
+        "run.variants=[fp32, bf16]",
+        f"run.batch_size={huge}",
+        f"run.micro_batch_size={huge}",
+        "run.iterations=1",
+        f"run.images=[1,{huge}]",
+        "run.beams=[1]",
+        "run.folder=out",
+    ]
     done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out/benchmark.json").read_text())
@@ -238,8 +264,9 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
     words = ["run.batch_size=9", "run.written_tokens=14", "run.caption_tokens=[0]"]
     tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
     under_torchrun = {"RANK": "0", "WORLD_SIZE": "2"}
-    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path,
-               env=under_torchrun)  # fmt: skip
+    done = run(
+        [sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path, env=under_torchrun
+    )
     assert done.returncode != 0
     for part in (
         "benchmark: one process is measured, got 2; start it without torchrun",

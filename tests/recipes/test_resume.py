@@ -25,9 +25,14 @@ LONGER = ("run.max_steps=6", "run.save_every=2")
 
 def several(*commands: list[str]) -> list[dict]:
     """The ends of some command lines, run in one process: exit status and standard error."""
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("several_runs.py"))], text=True, timeout=600,
-                          input=json.dumps([words[1:] for words in commands]), capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("several_runs.py"))],
+        text=True,
+        timeout=600,
+        input=json.dumps([words[1:] for words in commands]),
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ENDS ")] or [done.stderr[-3000:]]
     return json.loads(line.removeprefix("ENDS "))
 
@@ -46,19 +51,30 @@ def copies(begun: Path, place: Path, count: int) -> list[Path]:
 
 
 CHANGES = {
-    "model.num_heads": (2, 4), "model.image_size": (32, 64), "model.vision_position": ("rope", "rope_2d"),
-    "model.temperature": (0.07, 0.5), "model.dropout": (0.1, 0.2), "loss.negatives": ("global", "local"),
-    "loss.captioning_weight": (1.0, 100.0), "loader.crop": ("squash", "center"), "optimizer.lr": (0.001, 0.002),
-    "optimizer.weight_decay": (0.001, 0.9), "schedule.min_lr": (1e-05, 2e-05), "run.seed": (0, 1),
-    "run.clip": (1.0, 2.0), "run.bf16": (False, True),
-}  # fmt: skip
+    "model.num_heads": (2, 4),
+    "model.image_size": (32, 64),
+    "model.vision_position": ("rope", "rope_2d"),
+    "model.temperature": (0.07, 0.5),
+    "model.dropout": (0.1, 0.2),
+    "loss.negatives": ("global", "local"),
+    "loss.captioning_weight": (1.0, 100.0),
+    "loader.crop": ("squash", "center"),
+    "optimizer.lr": (0.001, 0.002),
+    "optimizer.weight_decay": (0.001, 0.9),
+    "schedule.min_lr": (1e-05, 2e-05),
+    "run.seed": (0, 1),
+    "run.clip": (1.0, 2.0),
+    "run.bf16": (False, True),
+}
 
 
 def test_a_run_is_resumed_with_what_defines_it_and_with_nothing_else(begun, tmp_path):
     """Every change is refused with both values, and changes no file; what may change is taken."""
     *folders, allowed = copies(begun, tmp_path, len(CHANGES) + 2)
-    commands = [command(folder, *LONGER, f"{key}={new}") for folder, (key, (_, new)) in
-                zip(folders, CHANGES.items(), strict=False)]  # fmt: skip
+    commands = [
+        command(folder, *LONGER, f"{key}={new}")
+        for folder, (key, (_, new)) in zip(folders, CHANGES.items(), strict=False)
+    ]
     commands.append(command(folders[-1], *LONGER, "validation.held_out=24"))
     commands.append(command(allowed, *LONGER, "run.micro_batch_size=8", "run.keep=1", "loader.workers=0"))
     *ends, last, taken = several(*commands)
@@ -139,8 +155,17 @@ def test_a_last_checkpoint_that_a_kill_left_aside_is_put_in_place(begun, tmp_pat
 
 
 def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path):
-    wrong = ["run.keep=0", "run.candidates=0", "run.log_every=0", "run.save_every=0", "run.max_steps=0",
-             "run.epochs=-1", "run.clip=-1", "optimizer.lr=.nan", "run.save_minutes=0"]  # fmt: skip
+    wrong = [
+        "run.keep=0",
+        "run.candidates=0",
+        "run.log_every=0",
+        "run.save_every=0",
+        "run.max_steps=0",
+        "run.epochs=-1",
+        "run.clip=-1",
+        "optimizer.lr=.nan",
+        "run.save_minutes=0",
+    ]
     ends = several(*(command(tmp_path / "run", option) for option in wrong))
     for option, end in zip(wrong, ends, strict=True):
         key = option.partition("=")[0].partition(".")[2]
@@ -184,8 +209,13 @@ def test_the_model_is_the_best_one_or_the_last_as_asked(tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_and_exits_with_the_status_of_its_signal(tmp_path, number, status):
     folder = tmp_path / "run"
-    with started(command(folder, "run.epochs=400"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                 env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip
+    with started(
+        command(folder, "run.epochs=400"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
         wait_until(lambda: len(training(folder)) > 2, process)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)
@@ -199,8 +229,12 @@ def test_an_interrupted_run_saves_and_exits_with_the_status_of_its_signal(tmp_pa
 
 def test_workers_leave_saved_when_their_torchrun_is_killed(tmp_path):
     folder = tmp_path / "run"
-    with started(command(folder, "run.epochs=400", "run.save_every=100000", processes=2), stdout=subprocess.DEVNULL,
-                 stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as launcher:  # fmt: skip
+    with started(
+        command(folder, "run.epochs=400", "run.save_every=100000", processes=2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as launcher:
         wait_until(lambda: len(training(folder)) > 2, launcher)
         found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, timeout=30)
         workers = [int(pid) for pid in found.stdout.split()]

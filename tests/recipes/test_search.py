@@ -50,8 +50,9 @@ def test_texts_and_an_image_find_their_colours_by_the_model_that_made_the_index(
     words = ["run.texts=[a green picture, a white picture]", "run.images=asked.jpg", "run.top=4"]
     assert run(monkeypatch, "search", *words) == 0
     blocks = capsys.readouterr().out.split("\n\n")
-    for block, query, name in zip(blocks, ["a green picture", "a white picture", "asked.jpg"],
-                                  ["green", "white", "black"], strict=True):  # fmt: skip
+    for block, query, name in zip(
+        blocks, ["a green picture", "a white picture", "asked.jpg"], ["green", "white", "black"], strict=True
+    ):
         lines = block.splitlines()
         assert lines[0] == query
         assert [line.split("  ")[-1] for line in lines[1:5]] == [f"mine/{name} {i}.png" for i in range(4)]
@@ -88,13 +89,19 @@ def test_nothing_to_look_for_is_an_error(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_copied_recipes_run_from_another_folder(here, colour_run):
-    for name, words in {"embed": [f"model.path={colour_run}", "run.images=mine/*.png"],
-                        "search": ["run.texts=[a red picture]"]}.items():  # fmt: skip
+    for name, words in {
+        "embed": [f"model.path={colour_run}", "run.images=mine/*.png"],
+        "search": ["run.texts=[a red picture]"],
+    }.items():
         shutil.copy(RECIPES / f"{name}.py", f"my_{name}.py")
         shutil.copy(RECIPES / f"configs/{name}/default.yaml", f"{name}.yaml")
-        done = subprocess.run([sys.executable, f"my_{name}.py", "--config", f"{name}.yaml", *words], text=True,
-                              capture_output=True, timeout=120,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, f"my_{name}.py", "--config", f"{name}.yaml", *words],
+            text=True,
+            capture_output=True,
+            timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Warning" not in done.stderr
     assert "mine/red 0.png" in done.stdout.splitlines()[1]

@@ -56,8 +56,14 @@ def sweep(folder: Path, *overrides: str) -> list[str]:
 
 
 def run(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(sweep(folder, *overrides), cwd=folder, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **environment})  # fmt: skip
+    return subprocess.run(
+        sweep(folder, *overrides),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture
@@ -134,9 +140,13 @@ def test_a_run_that_ends_without_a_model_is_no_finished_one(grid):
 def test_asked_to_stop_it_lets_its_runs_save_and_the_same_command_continues(grid, number):
     words = sweep(grid, "run.jobs=2", "run.overrides=['first: do=wait']")
     with started(
-        words, cwd=grid, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        words,
+        cwd=grid,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"},
-    ) as process:  # fmt: skip
+    ) as process:
         wait_until(lambda: sum(" of " in x.read_text() for x in grid.glob("runs/*/*/log.txt")) == 2, process)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -150,8 +160,10 @@ def test_asked_to_stop_it_lets_its_runs_save_and_the_same_command_continues(grid
 
 
 def test_asked_twice_it_kills_runs_that_do_not_listen(grid):
-    (grid / "recipe.py").write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                                    "print('deaf', flush=True)\ntime.sleep(60)\n")  # fmt: skip
+    (grid / "recipe.py").write_text(
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('deaf', flush=True)\ntime.sleep(60)\n"
+    )
     with started(sweep(grid), cwd=grid, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: any("deaf" in x.read_text() for x in grid.glob("runs/*/*/log.txt")), process)
         process.send_signal(signal.SIGINT)
@@ -199,8 +211,13 @@ def test_a_sweep_of_pre_training_trains_each_model_as_its_command_alone_would(sw
 
 @pytest.mark.slow
 def test_what_a_trial_left_is_not_taken_for_the_sweep_without_a_word(swept, tiny_sweep):
-    done = subprocess.run(sweep(tiny_sweep.parent, 'run.overrides=["pretrain: run.max_steps=3"]'), cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        sweep(tiny_sweep.parent, 'run.overrides=["pretrain: run.max_steps=3"]'),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0
     assert "pretrain grr-1 is finished, but was another command: nothing there, run.max_steps=3 here" in done.stderr
     assert f"remove {swept / 'pretrain/grr-1'} to run it again" in done.stderr
@@ -221,9 +238,17 @@ def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
         assert Path(recipe).is_file()
         if Path(recipe).name == "pretrain.py":
             cfg = config.load(
-                words, run=pretrain.Run, model=MODELS, tokenizer=open_tokenizer, data=DATASETS, validation=DATASETS,
-                loader=training_steps, loss=global_batch_step, optimizer=adamw, schedule=warmup_cosine,
-            )  # fmt: skip
+                words,
+                run=pretrain.Run,
+                model=MODELS,
+                tokenizer=open_tokenizer,
+                data=DATASETS,
+                validation=DATASETS,
+                loader=training_steps,
+                loss=global_batch_step,
+                optimizer=adamw,
+                schedule=warmup_cosine,
+            )
             assert (cfg.run["folder"], cfg.run["seed"]) == (str(job.folder), job.seed)
 
 

@@ -24,8 +24,15 @@ from typing import Any
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.link")
-MODEL = ["model.image_size=32", "model.dim=32", "model.num_heads=2", "model.vision_layers=1", "model.text_layers=1",
-         "model.multimodal_layers=1", "model.dropout=0.1"]  # fmt: skip
+MODEL = [
+    "model.image_size=32",
+    "model.dim=32",
+    "model.num_heads=2",
+    "model.vision_layers=1",
+    "model.text_layers=1",
+    "model.multimodal_layers=1",
+    "model.dropout=0.1",
+]
 SCENES = ["data.scenes=80", "data.held_out=20", "validation.scenes=80", "validation.held_out=20"]
 RUN = ["run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "run.save_every=2", "run.keep=1"]
 OPERATIONS = {"pretrain": 60, "finetune": 60, "finetune_classifier": 60, "caption": 10, "embed": 16}  # about, in a run
@@ -67,18 +74,57 @@ def commands(folder: Path, pretrained: Path, photos: Path) -> dict[str, list[str
     """The command of each recipe; all that it writes is below folder."""
     config, configs = RECIPES / "configs", photos.parent
     return {
-        "pretrain": ["pretrain.py", "--config", f"{config}/pretrain/openmoji.yaml", *MODEL, *SCENES, *RUN,
-                     "tokenizer.vocab_size=128", "run.epochs=3", "run.validate_every=5", f"run.folder={folder}"],
-        "finetune": ["finetune.py", "--config", f"{configs}/finetune.yaml", *RUN, *SCENES, "run.epochs=3",
-                     f"model.path={pretrained}", f"run.folder={folder}"],
-        "finetune_classifier": ["finetune_classifier.py", "--config", f"{configs}/classifier.yaml", *RUN,
-                                "run.max_steps=12", "run.validate_every=5", f"model.path={pretrained}",
-                                f"run.folder={folder}"],
-        "caption": ["caption.py", "--config", f"{config}/caption/default.yaml", f"model.path={pretrained}",
-                    f"run.images={photos}", f"run.folder={folder}", "run.batch_size=2"],
-        "embed": ["embed.py", "--config", f"{config}/embed/default.yaml", f"model.path={pretrained}",
-                  f"run.images={photos}", f"run.index={folder}", "run.batch_size=2"],
-    }  # fmt: skip
+        "pretrain": [
+            "pretrain.py",
+            "--config",
+            f"{config}/pretrain/openmoji.yaml",
+            *MODEL,
+            *SCENES,
+            *RUN,
+            "tokenizer.vocab_size=128",
+            "run.epochs=3",
+            "run.validate_every=5",
+            f"run.folder={folder}",
+        ],
+        "finetune": [
+            "finetune.py",
+            "--config",
+            f"{configs}/finetune.yaml",
+            *RUN,
+            *SCENES,
+            "run.epochs=3",
+            f"model.path={pretrained}",
+            f"run.folder={folder}",
+        ],
+        "finetune_classifier": [
+            "finetune_classifier.py",
+            "--config",
+            f"{configs}/classifier.yaml",
+            *RUN,
+            "run.max_steps=12",
+            "run.validate_every=5",
+            f"model.path={pretrained}",
+            f"run.folder={folder}",
+        ],
+        "caption": [
+            "caption.py",
+            "--config",
+            f"{config}/caption/default.yaml",
+            f"model.path={pretrained}",
+            f"run.images={photos}",
+            f"run.folder={folder}",
+            "run.batch_size=2",
+        ],
+        "embed": [
+            "embed.py",
+            "--config",
+            f"{config}/embed/default.yaml",
+            f"model.path={pretrained}",
+            f"run.images={photos}",
+            f"run.index={folder}",
+            "run.batch_size=2",
+        ],
+    }
 
 
 def submit(words: list[str], folder: Path, *, kill_at: int = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -129,8 +175,11 @@ def loop(recipe: str, *, kills: int, processes: int, seed: int, work: Path, pret
         lost.append(f"the last submission failed: {done.stderr.splitlines()[-1:]}")
     ours, theirs = left_behind(folder), left_behind(whole)
     lost += [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-    print(f"{recipe}, {processes} process(es): {killed} kills in {rounds + 1} runs, "
-          f"{'; '.join(lost) if lost else 'nothing lost, ' + ', '.join(theirs)}", flush=True)  # fmt: skip
+    print(
+        f"{recipe}, {processes} process(es): {killed} kills in {rounds + 1} runs, "
+        f"{'; '.join(lost) if lost else 'nothing lost, ' + ', '.join(theirs)}",
+        flush=True,
+    )
     return not lost
 
 
@@ -159,10 +208,17 @@ def main() -> int:
         (work / "finetune.yaml").write_text(FINETUNE)
         (work / "classifier.yaml").write_text(CLASSIFIER)
         return sum(
-            not loop(recipe, kills=options.kills, processes=options.processes, seed=options.seed, work=work,
-                     pretrained=pretrained / "model", photos=photos)
+            not loop(
+                recipe,
+                kills=options.kills,
+                processes=options.processes,
+                seed=options.seed,
+                work=work,
+                pretrained=pretrained / "model",
+                photos=photos,
+            )
             for recipe in options.recipes
-        )  # fmt: skip
+        )
 
 
 def paint(folder: Path) -> None:
