@@ -88,9 +88,9 @@ def compare(
     unequal = differences(models)
     if unequal and not allow_differences:
         raise ValueError(
-            "compare: the runs differ in more than their models, so their numbers say nothing of these; train them under "
-            "equal conditions, or set run.allow_differences=true to see the numbers with these lines above them:\n  "
-            + "\n  ".join(unequal)
+            "compare: the runs differ in more than their models, so their numbers say nothing of these; train them "
+            "under equal conditions, or set run.allow_differences=true to see the numbers with these lines above them:"
+            + "".join(f"\n  {line}" for line in unequal)
         )
     lines = []
     for metric in METRICS:
