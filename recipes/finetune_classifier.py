@@ -20,6 +20,7 @@ from grr import config
 from grr.builders import MODELS
 from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
 from grr.classification import answers, classification_scores, classification_step
+from grr.config.ranges import check_ranges
 from grr.data import (
     LABELLED,
     blind_accuracy,
@@ -38,7 +39,6 @@ from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.parallelize import parallelize
 from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
-from grr.ranges import check_ranges
 from grr.report import Examples, write_report
 from grr.saver import Saver
 from grr.step import check_finite

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from grr import config
 from grr.builders import MODELS
 from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
+from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.evaluate import validate
@@ -28,7 +29,6 @@ from grr.optim import adamw, describe_end, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.parallelize import parallelize
 from grr.pretrained import describe
-from grr.ranges import check_ranges
 from grr.report import write_report
 from grr.saver import Saver
 from grr.step import check_finite, global_batch_step

@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from grr.keys import MEANINGS
+from grr.config.keys import MEANINGS
 
 Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 
