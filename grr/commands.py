@@ -13,7 +13,7 @@ from shlex import quote
 from typing import Any
 
 from grr import installed
-from grr.printable import printable, printable_lines
+from grr.files.printable import printable, printable_lines
 
 # --- recipes and configs -------------------------------------------------------------------------------------------
 

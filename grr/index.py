@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.checkpoint import RunLock
-from grr.files import open_regular_file, read_regular_file
+from grr.files.printable import printable
+from grr.files.regular import open_regular_file, read_regular_file
 from grr.finite import check_finite_outputs
 from grr.pictures import batches, read_images
 from grr.pretrained import LoadedModel, fingerprint
-from grr.printable import printable
 from grr.results import Outcome
 from grr.retrieval import whole_numbers
 from grr.zero_shot import embed_texts

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from grr.config import ConfigError
-from grr.printable import PrintableRecord, printable_lines
+from grr.files.printable import PrintableRecord, printable_lines
 
 # Loggers that warn of optional parts that were not installed, and of calls that these libraries make of themselves.
 NOISY = ("torchao", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")

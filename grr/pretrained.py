@@ -18,7 +18,7 @@ from grr.builders import MODELS
 from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.distributed import on_rank_0
-from grr.files import read_regular_file
+from grr.files.regular import read_regular_file
 from grr.finite import check_finite_weights
 from grr.images import Crop
 from grr.model import CoCa

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from grr.checkpoint import RunLock
-from grr.printable import printable
+from grr.files.printable import printable
 
 Row = dict[str, Any]  # "file", and what came of it, or "error" and why nothing did
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from grr.printable import printable
+from grr.files.printable import printable
 
 Table = Sequence[Sequence[str]]
 

@@ -14,12 +14,12 @@ import torch
 
 from grr import config
 from grr.captioning import caption_files
+from grr.files.printable import printable
 from grr.gallery import write_captions
 from grr.generate import generate
 from grr.main import run_main
 from grr.pictures import find_images
 from grr.pretrained import load_pretrained
-from grr.printable import printable
 from grr.results import read_results, told
 
 PRINTED = 10  # captions

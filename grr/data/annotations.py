@@ -8,7 +8,7 @@ from typing import Any
 
 from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, split_name
 from grr.data.records import Records
-from grr.files import read_regular_file
+from grr.files.regular import read_regular_file
 
 MAX_BYTES = 2**32  # of a JSON file
 FIRST = 100  # images that are looked for

@@ -26,9 +26,9 @@ from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import Pairs
 from grr.distributed import reset_seed
+from grr.files.printable import printable
 from grr.images import BadImage, Crop
 from grr.packing import IGNORE, pack_captions
-from grr.printable import printable
 from grr.threads import in_thread
 from grr.tokenizer import Tokenizer
 

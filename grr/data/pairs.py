@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grr.data.records import Records, file_name, record_captions
-from grr.files import read_regular_file
+from grr.files.regular import read_regular_file
 from grr.images import Crop, load_image
 
 MAX_BYTES = 2**29  # of an image file

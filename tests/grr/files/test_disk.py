@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grr.disk import disk_errors
+from grr.files.disk import disk_errors
 
 FULL = Path("/dev/full")  # every write to it fails for want of space
 

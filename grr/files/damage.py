@@ -3,7 +3,7 @@
 import struct
 from pathlib import Path
 
-from grr.files import open_regular_file
+from grr.files.regular import open_regular_file
 
 HEAD = 1024  # bytes that tell what a file is
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.files import open_regular_file, read_regular_file
+from grr.files.regular import open_regular_file, read_regular_file
 
 
 @pytest.fixture(scope="module")
