@@ -39,7 +39,7 @@ from grr.optim import freeze, warmup_cosine
 from grr.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.step import global_batch_step
 from grr.sweep import plan
-from grr.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
 
 HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
 SIZE = 224  # of images, where neither a config nor a model says it

@@ -21,7 +21,7 @@ from grr.observe import over_images
 from grr.packing import IGNORE, pack_captions
 from grr.report import Answer
 from grr.step import seed_dropout
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 SHOWN = 24  # answers of the report
 

@@ -88,7 +88,7 @@ def check(options: argparse.Namespace) -> int:
 
 def fetch(options: argparse.Namespace) -> int:
     """Put T5's vocabulary in its place, if it is whole."""
-    from grr.vocabulary import fetch_t5
+    from grr.tokenizers.vocabulary import fetch_t5
 
     print(f"{fetch_t5(options.file, Path(options.output))}: T5's vocabulary, whole")
     print(f"next: grr run pretrain/photos tokenizer.path={quote(options.output)}")
@@ -98,7 +98,7 @@ def fetch(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     """Train a vocabulary on captions."""
     from grr.config import OVERRIDE
-    from grr.vocabulary import train_vocabulary
+    from grr.tokenizers.vocabulary import train_vocabulary
 
     overrides = [word for word in options.captions if OVERRIDE.match(word)]
     sources = [word for word in options.captions if word not in overrides]

@@ -21,7 +21,7 @@ from grr.distributed import clip_gradients, start
 from grr.images import Crop
 from grr.optim import adamw
 from grr.step import global_batch_step
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 SECONDS = 4.0  # that a step may take and be followed by one of twice as many pairs
 AT_MOST = 20.0  # seconds that the first step may be expected to take

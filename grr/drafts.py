@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from grr.model import CoCa
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 
 class Drafts:

@@ -14,7 +14,7 @@ from grr.observe import Observation, observe
 from grr.report import Caption, Examples, Retrieval
 from grr.retrieval import retrieval
 from grr.step import Losses, evaluation_losses
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 SHOWN = 8  # sentences of a report; twice as many images
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from grr.clip_tokenizer import ClipTokenizer
 from grr.components import Block, BlockCache, KeyValueCache
 from grr.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from grr.model import CoCa
 from grr.pretrained import Pretrained
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.clip import ClipTokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 EXAMPLE = Path(__file__).with_name("run_onnx.py")  # a script for the folder of an export, which uses it without torch
 Pixels = Literal["uint8", "float32"]

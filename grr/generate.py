@@ -10,7 +10,7 @@ from grr.beam import beam_search
 from grr.drafts import Drafts
 from grr.model import CoCa, evaluating
 from grr.onednn import onednn_linears
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 
 @torch.no_grad()

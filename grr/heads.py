@@ -20,7 +20,7 @@ from grr.images import Crop
 from grr.model import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
 from grr.packing import pack
 from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
-from grr.tokenizer import Tokenizer, load_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 
 
 class Head(nn.Module):

@@ -22,7 +22,7 @@ from grr.images import Crop, normalize
 from grr.model import CoCa, evaluating
 from grr.packing import IGNORE, pack_captions
 from grr.pictures import batches, read_batches
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 R = TypeVar("R")
 BATCH = 50  # images at a time

@@ -24,7 +24,7 @@ from grr.images import Crop
 from grr.model import CoCa
 from grr.open_clip import OPEN_CLIP_MODELS
 from grr.quantize import SCHEMES, Scheme, load_quantized
-from grr.tokenizer import Tokenizer, load_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 
 FORMAT = 1
 MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000

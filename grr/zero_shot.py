@@ -10,7 +10,7 @@ from torch import Tensor
 from grr.finite import check_finite_outputs
 from grr.model import CoCa, evaluating
 from grr.packing import pack_captions
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 BATCH = 200  # texts at a time
 TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an image that shows a {}")

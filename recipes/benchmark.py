@@ -46,7 +46,7 @@ from grr.optim import adamw
 from grr.packing import IGNORE, pack_captions
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
-from grr.tokenizer import EOS, PAD, UNK, Tokenizer
+from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
 
 Part = Literal["training", "towers", "captions"]
 Variant = Literal[
@@ -325,7 +325,7 @@ class Numbers:
         self.bos_id, self.cls_id = self.vocab_size - 2, self.vocab_size - 1
 
     def encode(self, tokens: list[int]) -> list[int]:
-        """Lay out a caption as grr.tokenizer does: context + 1 ids."""
+        """Lay out a caption as grr.tokenizers.sentencepiece does: context + 1 ids."""
         padding = [PAD] * (self.context - 3 - len(tokens))
         return [self.bos_id, *tokens, EOS, *padding, self.cls_id, PAD]
 

@@ -16,11 +16,11 @@ import torch
 
 from grr import config
 from grr.checkpoint import save_model
-from grr.clip_tokenizer import ClipTokenizer, installed_merges
 from grr.convert import convert_open_clip, read_open_clip
 from grr.main import run_main
 from grr.open_clip import OPEN_CLIP_MODELS
 from grr.pretrained import describe
+from grr.tokenizers.clip import ClipTokenizer, installed_merges
 
 
 @dataclass

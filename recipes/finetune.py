@@ -37,7 +37,7 @@ from grr.report import write_report
 from grr.saver import Saver
 from grr.soft_reset import SoftReset, in_words, soft_reset
 from grr.step import check_finite, global_batch_step
-from grr.tokenizer import load_tokenizer
+from grr.tokenizers.sentencepiece import load_tokenizer
 
 
 @dataclass

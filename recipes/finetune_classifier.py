@@ -42,7 +42,7 @@ from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop
 from grr.report import Examples, write_report
 from grr.saver import Saver
 from grr.step import check_finite
-from grr.tokenizer import open_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer
 
 
 @dataclass

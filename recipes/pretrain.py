@@ -32,7 +32,7 @@ from grr.pretrained import describe
 from grr.report import write_report
 from grr.saver import Saver
 from grr.step import check_finite, global_batch_step
-from grr.tokenizer import open_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer
 
 
 @dataclass

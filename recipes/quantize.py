@@ -48,7 +48,7 @@ from grr.pretrained import (
 )
 from grr.quantize import check_scheme, quantize, quantized_state
 from grr.table import aligned
-from grr.tokenizer import open_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer
 
 Variant = Literal[
     "fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"

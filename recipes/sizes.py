@@ -19,7 +19,7 @@ from grr.flops import Towers, forward_flops, parameters, training_flops
 from grr.main import run_main
 from grr.sweep import plan
 from grr.table import aligned
-from grr.tokenizer import open_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer
 
 
 def main() -> None:

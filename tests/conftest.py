@@ -16,7 +16,7 @@ from grr.distributed import start
 from grr.loss import contrastive_loss
 from grr.packing import pack_captions
 from grr.pretrained import describe
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 

@@ -30,7 +30,7 @@ from grr.files.printable import printable
 from grr.images import BadImage, Crop
 from grr.packing import IGNORE, pack_captions
 from grr.threads import in_thread
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops
 ENOUGH = 100  # samples read before max_bad_fraction is applied

@@ -20,7 +20,7 @@ from grr.data.shards import TarShards
 from grr.images import SUFFIXES, Crop
 from grr.packing import IGNORE
 from grr.pictures import batches, read_batches
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 IMAGES = 500  # looked at in each data set, unless all are
 CAPTIONS = 20_000  # whose tokens are counted, unless all are

@@ -6,7 +6,7 @@ from PIL import Image
 
 from grr.pictures import find_images
 from grr.pretrained import LoadedModel, load_pretrained
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from grr.images import BadImage, Crop
 from grr.model import CoCa
 from grr.observe import features, observe, over_images
 from grr.parallelize import parallelize
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}

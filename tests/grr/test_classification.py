@@ -15,7 +15,7 @@ from grr.data.pairs import Texts
 from grr.heads import image_classifier, image_text_classifier
 from grr.images import BadImage
 from grr.packing import IGNORE, pack_captions
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

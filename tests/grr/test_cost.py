@@ -15,7 +15,7 @@ from grr.cost import Measured, Planned, _memory, _time, free_memory, run_cost
 from grr.data import Pairs
 from grr.data.pairs import Texts
 from grr.images import BadImage
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 SIZES = {
     "image_size": 16,

@@ -29,7 +29,7 @@ from grr.data.openmoji_tasks import CURTAIN
 from grr.data.pairs import Texts
 from grr.images import BadImage
 from grr.packing import IGNORE
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 GENERATED = ["openmoji_classes", "openmoji_questions", "openmoji_entailment"]
 

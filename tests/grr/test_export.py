@@ -20,7 +20,7 @@ from grr.generate import generate
 from grr.images import FORMATS, load_image, normalize
 from grr.open_clip import open_clip_coca
 from grr.pretrained import describe, find_pretrained
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')

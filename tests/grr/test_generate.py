@@ -17,7 +17,7 @@ from grr.builders import grr_coca_tiny
 from grr.distributed import materialize, shard_over, start, unsharded
 from grr.drafts import Drafts
 from grr.generate import generate, sample
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
 CONTEXT = 16

@@ -18,7 +18,7 @@ from grr.open_clip import open_clip_coca
 from grr.optim import adamw
 from grr.packing import pack, pack_captions
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

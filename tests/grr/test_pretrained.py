@@ -17,7 +17,7 @@ from grr.pretrained import (
     load_weights,
     tell_of_other_crop,
 )
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

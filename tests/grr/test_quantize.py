@@ -17,7 +17,7 @@ from grr.checkpoint import save_model_state
 from grr.generate import generate
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.quantize import GROUP, SCHEMES, quantize, quantized_state
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 torchao = pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 ANYWHERE = [scheme for scheme in SCHEMES if scheme != "int4_weight_only"]

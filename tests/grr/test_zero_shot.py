@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from grr.builders import grr_coca_tiny
 from grr.model import CoCa
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 from grr.zero_shot import TEMPLATES, accuracy, class_embeddings
 
 CLASSES = ["fox", "red fox", "owl", "loaf of {bread}", "boat on a hill", "0-1"]

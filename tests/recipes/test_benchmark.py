@@ -21,7 +21,7 @@ from grr.distributed import materialize
 from grr.optim import adamw
 from grr.packing import IGNORE
 from grr.step import global_batch_step
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from grr.clip_tokenizer import ClipTokenizer
 from grr.convert import convert_open_clip
 from grr.generate import generate
 from grr.images import to_tensor
 from grr.open_clip import open_clip_coca
 from grr.pretrained import build_pretrained, find_pretrained, load_pretrained
+from grr.tokenizers.clip import ClipTokenizer
 
 pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/convert.py"

@@ -18,7 +18,7 @@ from grr.checkpoint import save_model
 from grr.generate import generate
 from grr.images import load_image
 from grr.pretrained import describe, load_pretrained
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')

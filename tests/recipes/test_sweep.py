@@ -21,7 +21,7 @@ from grr.log import read_metrics, read_starts
 from grr.optim import adamw, warmup_cosine
 from grr.step import global_batch_step
 from grr.sweep import plan
-from grr.tokenizer import open_tokenizer
+from grr.tokenizers.sentencepiece import open_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs/sweep").glob("*.yaml"))

@@ -48,7 +48,7 @@ class Tokenizer:
         if special != (PAD, EOS, UNK):
             raise ValueError(
                 f"Tokenizer: pad, eos and unk must have the ids 0, 1 and 2, as in T5, got {special} from {path}; "
-                "train with pad_id=0, eos_id=1, unk_id=2, or with grr.tokenizer.train_tokenizer"
+                "train with pad_id=0, eos_id=1, unk_id=2, or with grr.tokenizers.sentencepiece.train_tokenizer"
             )
         self._count: int = self._pieces.get_piece_size()
         sentinels = T5_SENTINELS if self.fingerprint == T5_SHA256 else 0
@@ -140,7 +140,7 @@ def load_tokenizer(path: str | Path, *, context: int = 64) -> Tokenizer:
 
     Raises as `Tokenizer` and `ClipTokenizer` do.
     """
-    from grr.clip_tokenizer import ClipTokenizer, is_merges  # which builds on this file
+    from grr.tokenizers.clip import ClipTokenizer, is_merges  # which builds on this file
 
     kind = ClipTokenizer if is_merges(path) else Tokenizer
     return kind(path, context=context)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grr import installed
 from grr.check import read_config
-from grr.tokenizer import T5_SHA256, Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer, train_tokenizer
 
 REPOSITORY, FILE = "google-t5/t5-base", "spiece.model"  # on the Hugging Face hub
 

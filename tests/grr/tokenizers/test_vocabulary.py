@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from grr.cli import main
-from grr.tokenizer import Tokenizer, train_tokenizer
-from grr.vocabulary import fetch_t5, train_vocabulary
+from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers.vocabulary import fetch_t5, train_vocabulary
 
 CAPTIONS = ["a red fox on a hill", "a blue owl in a boat", "", "a green key on a table"]
 

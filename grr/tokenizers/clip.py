@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from grr.tokenizer import Tokenizer
+from grr.tokenizers.sentencepiece import Tokenizer
 
 MERGES = 48_894  # those that CLIP takes of OpenAI's list, for 49,408 ids in all
 VERSION = "#version: 0.2"  # the end of a list's first line

@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, and the byte-pair encoding of CLIP."""
