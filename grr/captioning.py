@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from grr.data.image_files import read_images
 from grr.generate import generate
-from grr.pictures import read_images
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome, Row, write_results
 

@@ -17,7 +17,7 @@ from torch import nn
 from grr import config, installed
 from grr.cost import Planned, run_cost
 from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
-from grr.data.look import (
+from grr.data.inspect import (
     CAPTIONS,
     Data,
     Finding,

@@ -179,7 +179,7 @@ def _opened(model: str) -> Any:
 
 
 def _images(words: Iterable[str]) -> list[str]:
-    from grr.pictures import find_images
+    from grr.data.image_files import find_images
 
     return list(dict.fromkeys(file for word in words for file in find_images(word)))
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grr.data import Pairs, training_steps
-from grr.data.look import Finding
+from grr.data.images import Crop
+from grr.data.inspect import Finding
 from grr.distributed import clip_gradients, start
-from grr.images import Crop
 from grr.optim import adamw
 from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import Tokenizer

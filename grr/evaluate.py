@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 
 from grr.data import Pairs, epoch_order, validation_steps
+from grr.data.images import Crop
 from grr.distributed import on_rank_0, unsharded
-from grr.images import Crop
 from grr.loss import contrastive_loss, sigmoid_loss
 from grr.metrics import caption_metrics
 from grr.model import CoCa

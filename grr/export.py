@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from grr.components import Block, BlockCache, KeyValueCache
-from grr.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from grr.model import CoCa
 from grr.pretrained import Pretrained
 from grr.tokenizers.clip import ClipTokenizer
@@ -31,7 +31,7 @@ class ImageGraph(nn.Module):
     """images -> image_embeddings [b, e], context_keys and context_values [l, b, h, n, k].
 
     The latter are what the l blocks that read the image know of its n vectors, in h heads of width k.
-    images: [b, 3, h, w], bytes for pixels="uint8", or for "float32" normalised as `grr.images.normalize` does.
+    images: [b, 3, h, w], bytes for pixels="uint8", or for "float32" normalised as `grr.data.images.normalize` does.
     """
 
     outputs = ("image_embeddings", "context_keys", "context_values")

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from grr.charts import percent
+from grr.data.image_files import thumbnails
 from grr.index import Found
 from grr.page import header, write_page
-from grr.pictures import thumbnails
 from grr.report import picture
 from grr.results import Row
 

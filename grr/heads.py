@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from grr.checkpoint import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
-from grr.images import Crop
+from grr.data.collate import pack
+from grr.data.images import Crop
 from grr.model import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
-from grr.packing import pack
 from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 

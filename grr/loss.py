@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from grr.packing import IGNORE
+from grr.data.collate import IGNORE
 
 CHUNK = 2048  # labelled tokens whose logits exist at a time: 2,048 x 32,102 float32 are 263 MB
 

@@ -25,9 +25,9 @@ from grr.components import (
     dropout_keys,
     fold_in,
 )
-from grr.images import normalize
+from grr.data.collate import IGNORE, pack, unpack
+from grr.data.images import normalize
 from grr.loss import at_least_float32, token_losses
-from grr.packing import IGNORE, pack, unpack
 
 VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # what the keys of one sample differ by: the places of its dropout
 
@@ -72,7 +72,7 @@ class VisionTransformer(nn.Module):
         if not images.is_floating_point():
             raise ValueError(
                 f"VisionTransformer: images must be normalised floats, got {images.dtype}; "
-                "grr.images.normalize makes them of bytes"
+                "grr.data.images.normalize makes them of bytes"
             )
         x = self.class_token(self.patches(images))  # [b, p, d]
         raster = torch.arange(x.shape[1], device=x.device)  # [p]

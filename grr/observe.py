@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.data import Labelled, Pairs
+from grr.data.collate import IGNORE, pack_captions
+from grr.data.image_files import batches, read_batches
+from grr.data.images import Crop, normalize
 from grr.generate import generate
-from grr.images import Crop, normalize
 from grr.model import CoCa, evaluating
-from grr.packing import IGNORE, pack_captions
-from grr.pictures import batches, read_batches
 from grr.tokenizers.sentencepiece import Tokenizer
 
 R = TypeVar("R")

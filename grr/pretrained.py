@@ -17,10 +17,10 @@ from torch import nn
 from grr.builders import MODELS
 from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
+from grr.data.images import Crop
 from grr.distributed import on_rank_0
 from grr.files.regular import read_regular_file
 from grr.finite import check_finite_weights
-from grr.images import Crop
 from grr.model import CoCa
 from grr.open_clip import OPEN_CLIP_MODELS
 from grr.quantize import SCHEMES, Scheme, load_quantized

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from grr.bf16 import recomputing
 from grr.components import fold_in
 from grr.data import Batch
+from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
 from grr.distributed import all_sum, gather, reset_seed
 from grr.loss import contrastive_loss, sigmoid_loss
 from grr.model import CoCaOutput, evaluating
-from grr.packing import IGNORE
 
 
 class Losses(NamedTuple):

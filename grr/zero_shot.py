@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grr.data.collate import pack_captions
 from grr.finite import check_finite_outputs
 from grr.model import CoCa, evaluating
-from grr.packing import pack_captions
 from grr.tokenizers.sentencepiece import Tokenizer
 
 BATCH = 200  # texts at a time

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from grr import config
 from grr.builders import MODELS
 from grr.data import Batch
+from grr.data.collate import IGNORE, pack_captions
 from grr.distributed import (
     blocks,
     clip_gradients,
@@ -43,7 +44,6 @@ from grr.generate import generate
 from grr.main import run_main
 from grr.model import CoCa, MultimodalDecoder
 from grr.optim import adamw
-from grr.packing import IGNORE, pack_captions
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from grr import config
+from grr.data.image_files import find_images
 from grr.index import embed_files
 from grr.main import run_main
-from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 from grr.results import told
 

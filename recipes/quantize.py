@@ -31,10 +31,10 @@ from grr import config
 from grr.builders import MODELS
 from grr.checkpoint import save_model, save_model_state
 from grr.data import DATASETS, Pairs
+from grr.data.images import BadImage
 from grr.distributed import materialize, start
 from grr.evaluate import captioning, recalls
 from grr.generate import generate
-from grr.images import BadImage
 from grr.main import run_main
 from grr.model import CoCa
 from grr.observe import observe

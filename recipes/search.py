@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from grr import config
+from grr.data.image_files import find_images
 from grr.files.printable import printable
 from grr.gallery import write_hits
 from grr.index import as_text, look_up, open_index
 from grr.main import run_main
-from grr.pictures import find_images
 from grr.pretrained import load_pretrained
 
 

@@ -12,9 +12,9 @@ from PIL import ImageColor
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_model
+from grr.data.collate import pack_captions
 from grr.distributed import start
 from grr.loss import contrastive_loss
-from grr.packing import pack_captions
 from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import train_tokenizer
 

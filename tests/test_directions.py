@@ -75,7 +75,7 @@ def test_nothing_is_imported_against_the_direction(files: list[Path], may_import
             ["import math", "import torch.nn.functional as F", "from .norms import RMSNorm"],
             [
                 "import numpy",
-                "from grr.images import normalize",
+                "from grr.data.images import normalize",
                 "from ..images import normalize",
                 "from .. import model",
                 "import components.norms",

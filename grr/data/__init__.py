@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 
-from grr.data.annotations import coco, karpathy
+from grr.data.formats.annotations import coco, karpathy
+from grr.data.formats.openmoji import openmoji
+from grr.data.formats.openmoji_tasks import openmoji_classes, openmoji_entailment, openmoji_questions
+from grr.data.formats.shards import webdataset
+from grr.data.formats.tables import folder, rocov2
 from grr.data.labelled import Labelled, blind_accuracy, image_folder, refuse_other_classes, snli_ve, vqa_v2
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.memory import InMemory
-from grr.data.openmoji import openmoji
-from grr.data.openmoji_tasks import openmoji_classes, openmoji_entailment, openmoji_questions
 from grr.data.order import epoch_order
 from grr.data.pairs import Pairs, pair_counts
-from grr.data.shards import webdataset
-from grr.data.tables import folder, rocov2
 
 DATASETS: dict[str, Callable[..., Pairs]] = {
     "openmoji": openmoji,

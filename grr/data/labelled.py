@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from grr.data.annotations import objects_in, read_annotations, value_of, with_images
+from grr.data.collate import IGNORE
+from grr.data.formats.annotations import objects_in, read_annotations, value_of, with_images
+from grr.data.formats.rows import read_lines, read_objects
+from grr.data.images import SUFFIXES, Crop
 from grr.data.pairs import ImageFiles, Ints, Pairs, Row, Texts, read_rows
 from grr.data.records import Records
-from grr.data.rows import read_lines, read_objects
-from grr.images import SUFFIXES, Crop
-from grr.packing import IGNORE
 
 JUDGEMENTS = ["entailment", "neutral", "contradiction"]
 WHAT = "what is this"  # the text of an image that has none: one that gives no class away, should a model read it

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
+from grr.data.collate import IGNORE, pack_captions
+from grr.data.images import BadImage, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import Pairs
+from grr.data.threads import in_thread
 from grr.distributed import reset_seed
 from grr.files.printable import printable
-from grr.images import BadImage, Crop
-from grr.packing import IGNORE, pack_captions
-from grr.threads import in_thread
 from grr.tokenizers.sentencepiece import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops

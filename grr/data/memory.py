@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from grr.data.images import Crop
 from grr.data.pairs import Pairs
-from grr.images import Crop
 
 
 class InMemory(Pairs):

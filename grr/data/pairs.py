@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grr.data.images import Crop, load_image
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
-from grr.images import Crop, load_image
 
 MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]

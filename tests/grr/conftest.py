@@ -4,7 +4,7 @@ import pytest
 from evaluate_worker import a_tokenizer
 from PIL import Image
 
-from grr.pictures import find_images
+from grr.data.image_files import find_images
 from grr.pretrained import LoadedModel, load_pretrained
 from grr.tokenizers.sentencepiece import Tokenizer
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from grr.builders import grr_coca_tiny
 from grr.components import fold_in
 from grr.data import Batch
+from grr.data.collate import pack_captions
 from grr.distributed import materialize, reset_seed, start
-from grr.packing import pack_captions
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
 

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from grr.bf16 import InBFloat16, held_in_bf16
 from grr.builders import grr_coca_tiny
 from grr.data import Batch
+from grr.data.collate import pack_captions
 from grr.distributed import materialize, shard_over, unsharded
-from grr.packing import pack_captions
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
 

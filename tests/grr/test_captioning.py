@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from grr.captioning import caption_files, caption_images
+from grr.data.images import load_image
 from grr.generate import generate
-from grr.images import load_image
 from grr.pretrained import load_pretrained
 from grr.results import read_results
 

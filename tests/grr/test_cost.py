@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from grr.builders import grr_coca
 from grr.cost import Measured, Planned, _memory, _time, free_memory, run_cost
 from grr.data import Pairs
+from grr.data.images import BadImage
 from grr.data.pairs import Texts
-from grr.images import BadImage
 from grr.tokenizers.sentencepiece import train_tokenizer
 
 SIZES = {

@@ -18,9 +18,9 @@ from PIL import Image
 from grr import index
 from grr.checkpoint import RunLock, save_model
 from grr.cli import main
-from grr.images import load_image
+from grr.data.image_files import find_images
+from grr.data.images import load_image
 from grr.index import Index, as_text, embed_files, look_up, open_index
-from grr.pictures import find_images
 from grr.pretrained import find_pretrained, fingerprint, load_pretrained
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")

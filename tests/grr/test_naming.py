@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from grr.images import load_image
+from grr.data.images import load_image
 from grr.naming import classify_files, classify_images, read_classes, split_classes
 from grr.zero_shot import class_embeddings
 

@@ -12,8 +12,8 @@ from evaluate_worker import SEEN, Noise, a_model, colours, several_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grr.data.images import normalize
 from grr.generate import generate
-from grr.images import normalize
 from grr.observe import BATCH, features, observe, over_images
 
 pytestmark = pytest.mark.usefixtures("process_group")

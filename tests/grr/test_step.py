@@ -14,8 +14,8 @@ from torch import nn
 
 from grr.builders import grr_coca_tiny
 from grr.data import Batch
+from grr.data.collate import IGNORE, pack_captions
 from grr.loss import captioning_loss, contrastive_loss, sigmoid_loss
-from grr.packing import IGNORE, pack_captions
 from grr.step import evaluation_losses, global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")

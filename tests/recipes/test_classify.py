@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from grr import config
-from grr.data.openmoji import OBJECTS
+from grr.data.formats.openmoji import OBJECTS
 from grr.results import read_results
 from grr.zero_shot import class_embeddings
 

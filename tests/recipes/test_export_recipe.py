@@ -15,8 +15,8 @@ from PIL import Image
 
 from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_model
+from grr.data.images import load_image
 from grr.generate import generate
-from grr.images import load_image
 from grr.pretrained import describe, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
 

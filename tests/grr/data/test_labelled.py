@@ -23,12 +23,12 @@ from grr.data import (
     training_steps,
     validation_steps,
 )
+from grr.data.collate import IGNORE
+from grr.data.formats.openmoji import COLOURS, OBJECTS
+from grr.data.formats.openmoji_tasks import CURTAIN
+from grr.data.images import BadImage
 from grr.data.labelled import image_folder, snli_ve, vqa_v2
-from grr.data.openmoji import COLOURS, OBJECTS
-from grr.data.openmoji_tasks import CURTAIN
 from grr.data.pairs import Texts
-from grr.images import BadImage
-from grr.packing import IGNORE
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 GENERATED = ["openmoji_classes", "openmoji_questions", "openmoji_entailment"]

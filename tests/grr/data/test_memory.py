@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from grr.data.images import BadImage
 from grr.data.memory import InMemory
 from grr.data.pairs import Pairs, Texts
-from grr.images import BadImage
 
 
 class Counted(Pairs):

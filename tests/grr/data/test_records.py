@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grr.data import DATASETS, LABELLED, InMemory, Labelled, Pairs
-from grr.data.annotations import coco, karpathy
+from grr.data.formats.annotations import coco, karpathy
+from grr.data.formats.shards import webdataset
+from grr.data.formats.tables import folder, rocov2
 from grr.data.labelled import image_folder, snli_ve, vqa_v2
 from grr.data.records import NAMED, Records, file_name
-from grr.data.shards import webdataset
-from grr.data.tables import folder, rocov2
 
 LETTERS = st.characters(exclude_categories=["Cs", "Cc"])
 CAPTION = st.text(LETTERS, max_size=12)

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from grr.data.images import SUFFIXES
 from grr.files.regular import open_regular_file
-from grr.images import SUFFIXES
 
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "|"}
 QUOTED = ",;"

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from grr.data.formats.tar import FOLDER, Damage, Member, read_members
+from grr.data.images import SUFFIXES, Crop, load_image
 from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, place, split_name, threshold
 from grr.data.records import Records, file_name, record_captions
-from grr.data.tar import FOLDER, Damage, Member, read_members
 from grr.files.regular import open_regular_file
-from grr.images import SUFFIXES, Crop, load_image
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from grr.data.formats.rows import SEPARATORS, find_columns, read_lines, read_objects, read_table
 from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, place, split_name, threshold
 from grr.data.records import file_name
-from grr.data.rows import SEPARATORS, find_columns, read_lines, read_objects, read_table
 
 FILES = (
     "captions.csv",

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grr.data import DATASETS
-from grr.data.annotations import coco, karpathy
+from grr.data.formats.annotations import coco, karpathy
+from grr.data.formats.shards import webdataset
+from grr.data.formats.tables import folder, rocov2
 from grr.data.labelled import snli_ve
 from grr.data.pairs import Texts
-from grr.data.shards import webdataset
-from grr.data.tables import folder, rocov2
 
 
 def picture(file: Path, colour: str = "red") -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.data.tar import BLOCK, MAX_HEADER, Damage, Member, read_members
+from grr.data.formats.tar import BLOCK, MAX_HEADER, Damage, Member, read_members
 
 FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 LETTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/")

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from grr.data.collate import IGNORE
+from grr.data.formats.shards import TarShards
+from grr.data.image_files import batches, read_batches
+from grr.data.images import SUFFIXES, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import ImageFiles, Ints, Pairs, place
-from grr.data.shards import TarShards
-from grr.images import SUFFIXES, Crop
-from grr.packing import IGNORE
-from grr.pictures import batches, read_batches
 from grr.tokenizers.sentencepiece import Tokenizer
 
 IMAGES = 500  # looked at in each data set, unless all are

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from grr.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, load_image, normalize, to_tensor
+from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, load_image, normalize, to_tensor
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F",
          "I;16", "I;16L", "I;16B"]  # fmt: skip

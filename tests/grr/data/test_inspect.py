@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grr.data import Labelled
-from grr.data.look import (
+from grr.data.collate import IGNORE
+from grr.data.inspect import (
     CAPTIONS,
     Data,
     Finding,
@@ -29,7 +30,6 @@ from grr.data.look import (
 )
 from grr.data.order import epoch_order
 from grr.data.pairs import Pairs, Row, Texts, image_files
-from grr.packing import IGNORE
 from grr.tokenizers.sentencepiece import load_tokenizer, train_tokenizer
 
 ROWS = st.lists(

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, a, openmoji, paste
+from grr.data.images import Crop, to_tensor
 from grr.data.labelled import JUDGEMENTS, WHAT, Labelled
-from grr.data.openmoji import CANVAS, COLOURS, OBJECTS, Scene, a, openmoji, paste
 from grr.data.pairs import Ints, Pairs, Texts
-from grr.images import Crop, to_tensor
 
 Split = Literal["train", "validation"]
 SIDES = {"to the left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from grr.data.images import Crop, to_tensor
 from grr.data.pairs import Pairs, Texts
-from grr.images import Crop, to_tensor
 
 OBJECTS = {  # forty that a person tells apart at 24 pixels
     "fox": "🦊", "frog": "🐸", "octopus": "🐙", "butterfly": "🦋", "snail": "🐌", "fish": "🐟", "bee": "🐝",
