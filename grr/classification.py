@@ -17,7 +17,7 @@ from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage, Crop
 from grr.distributed import all_sum, on_rank_0, unsharded
 from grr.loss import at_least_float32
-from grr.model import evaluating
+from grr.models.coca import evaluating
 from grr.observe import over_images
 from grr.report import Answer
 from grr.step import seed_dropout

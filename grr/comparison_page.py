@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grr.builders import MODELS
 from grr.charts import COLORS, Series, chart, is_number, series
 from grr.compare import PUBLISHED, Comparison, Metric
 from grr.flops import forward_flops
+from grr.models.builders import MODELS
 from grr.page import header, write_page
 from grr.runs import RunRecord
 from grr.spread import Difference, Spread

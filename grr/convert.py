@@ -1,4 +1,4 @@
-"""Checkpoints of open_clip's contrastive captioners, as weights of the models in `grr.open_clip`."""
+"""Checkpoints of open_clip's contrastive captioners, as weights of the models in `grr.models.open_clip`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from grr.data.images import IMAGENET_MEAN, IMAGENET_STD
 from grr.files.damage import damage
 from grr.finite import check_finite_weights
-from grr.model import CoCa
+from grr.models.coca import CoCa
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over the images that CLIP was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

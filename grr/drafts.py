@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grr.model import CoCa
+from grr.models.coca import CoCa
 from grr.tokenizers.sentencepiece import Tokenizer
 
 

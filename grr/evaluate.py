@@ -9,7 +9,7 @@ from grr.data.images import Crop
 from grr.distributed import on_rank_0, unsharded
 from grr.loss import contrastive_loss, sigmoid_loss
 from grr.metrics import caption_metrics
-from grr.model import CoCa
+from grr.models.coca import CoCa
 from grr.observe import Observation, observe
 from grr.report import Caption, Examples, Retrieval
 from grr.retrieval import retrieval

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from grr.builders import MULTIPLIERS
-from grr.model import CoCa
+from grr.models.builders import MULTIPLIERS
+from grr.models.coca import CoCa
 
 
 class Towers(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grr.beam import beam_search
 from grr.drafts import Drafts
-from grr.model import CoCa, evaluating
+from grr.models.coca import CoCa, evaluating
 from grr.onednn import onednn_linears
 from grr.tokenizers.sentencepiece import Tokenizer
 

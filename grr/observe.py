@@ -21,7 +21,7 @@ from grr.data.collate import IGNORE, pack_captions
 from grr.data.image_files import batches, read_batches
 from grr.data.images import Crop, normalize
 from grr.generate import generate
-from grr.model import CoCa, evaluating
+from grr.models.coca import CoCa, evaluating
 from grr.tokenizers.sentencepiece import Tokenizer
 
 R = TypeVar("R")

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
-from grr.builders import MODELS
 from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
 from grr.distributed import on_rank_0
 from grr.files.regular import read_regular_file
 from grr.finite import check_finite_weights
-from grr.model import CoCa
-from grr.open_clip import OPEN_CLIP_MODELS
+from grr.models.builders import MODELS
+from grr.models.coca import CoCa
+from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.quantize import SCHEMES, Scheme, load_quantized
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 
@@ -58,12 +58,12 @@ class Pretrained(NamedTuple):
     """A trained model on disk: where its weights lie, and what building it again takes."""
 
     path: Path  # a model's folder, or a checkpoint
-    builder: str  # a name of grr.builders.MODELS or of grr.open_clip.OPEN_CLIP_MODELS
+    builder: str  # a name of grr.models.builders.MODELS or of grr.models.open_clip.OPEN_CLIP_MODELS
     arguments: dict[str, Any]
     tokenizer: Path
     crop: Crop
     quantization: Scheme | None = None  # how its matrices are stored; None: as numbers
-    head: str | None = None  # of a classifier, a name of grr.heads.HEADS; None: it is a whole CoCa
+    head: str | None = None  # of a classifier, a name of grr.models.heads.HEADS; None: it is a whole CoCa
 
 
 class LoadedModel(NamedTuple):
@@ -169,7 +169,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
             f"load_weights: {source.path} is a classifier, {source.head}, without all parts of a CoCa; give the model "
-            "that it was trained from, or open it with grr.heads.load_classifier"
+            "that it was trained from, or open it with grr.models.heads.load_classifier"
         )
     if source.quantization is not None:
         raise ValueError(
@@ -214,7 +214,7 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
         raise ValueError(f"find_pretrained: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
     if not isinstance(builder, str) or builder not in MODELS | OPEN_CLIP_MODELS:
         raise ValueError(
-            f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; "
+            f"find_pretrained: {file} names the builder {builder!r}, which grr.models.builders.MODELS lacks; "
             "add your own builder to that dict before you open its models"
         )
     if pairing != PAIRING:

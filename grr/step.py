@@ -22,7 +22,7 @@ from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
 from grr.distributed import all_sum, gather, reset_seed
 from grr.loss import contrastive_loss, sigmoid_loss
-from grr.model import CoCaOutput, evaluating
+from grr.models.coca import CoCaOutput, evaluating
 
 
 class Losses(NamedTuple):

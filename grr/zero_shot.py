@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grr.data.collate import pack_captions
 from grr.finite import check_finite_outputs
-from grr.model import CoCa, evaluating
+from grr.models.coca import CoCa, evaluating
 from grr.tokenizers.sentencepiece import Tokenizer
 
 BATCH = 200  # texts at a time

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from grr import config
-from grr.builders import MODELS
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
 from grr.distributed import (
@@ -42,7 +41,8 @@ from grr.distributed import (
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
 from grr.main import run_main
-from grr.model import CoCa, MultimodalDecoder
+from grr.models.builders import MODELS
+from grr.models.coca import CoCa, MultimodalDecoder
 from grr.optim import adamw
 from grr.parallelize import parallelize
 from grr.step import global_batch_step

@@ -18,7 +18,7 @@ from grr import config
 from grr.checkpoint import save_model
 from grr.convert import convert_open_clip, read_open_clip
 from grr.main import run_main
-from grr.open_clip import OPEN_CLIP_MODELS
+from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.pretrained import describe
 from grr.tokenizers.clip import ClipTokenizer, installed_merges
 

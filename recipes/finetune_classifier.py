@@ -17,7 +17,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grr import config
-from grr.builders import MODELS
 from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
 from grr.classification import answers, classification_scores, classification_step
 from grr.config.ranges import check_ranges
@@ -30,11 +29,12 @@ from grr.data import (
     training_steps,
 )
 from grr.distributed import clip_gradients, materialize, reset_seed, start
-from grr.heads import HEADS, describe_classifier, load_parts
 from grr.identity import run_identity
 from grr.log import open_log
 from grr.main import run_main
-from grr.model import CoCa
+from grr.models.builders import MODELS
+from grr.models.coca import CoCa
+from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.parallelize import parallelize

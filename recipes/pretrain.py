@@ -16,7 +16,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grr import config
-from grr.builders import MODELS
 from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
@@ -25,6 +24,7 @@ from grr.evaluate import validate
 from grr.identity import run_identity
 from grr.log import has_ended, open_log, summary
 from grr.main import run_main
+from grr.models.builders import MODELS
 from grr.optim import adamw, describe_end, set_lr, warmup_cosine
 from grr.pace import Pace
 from grr.parallelize import parallelize

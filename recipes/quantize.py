@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr import config
-from grr.builders import MODELS
 from grr.checkpoint import save_model, save_model_state
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
@@ -36,7 +35,8 @@ from grr.distributed import materialize, start
 from grr.evaluate import captioning, recalls
 from grr.generate import generate
 from grr.main import run_main
-from grr.model import CoCa
+from grr.models.builders import MODELS
+from grr.models.coca import CoCa
 from grr.observe import observe
 from grr.pretrained import (
     LoadedModel,

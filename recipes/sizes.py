@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from grr.builders import MODELS, T5_VOCABULARY
 from grr.charts import number
 from grr.flops import Towers, forward_flops, parameters, training_flops
 from grr.main import run_main
+from grr.models.builders import MODELS, T5_VOCABULARY
 from grr.sweep import plan
 from grr.table import aligned
 from grr.tokenizers.sentencepiece import open_tokenizer

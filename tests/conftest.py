@@ -10,11 +10,11 @@ import torch.distributed as dist
 from hypothesis import is_hypothesis_test, settings
 from PIL import ImageColor
 
-from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_model
 from grr.data.collate import pack_captions
 from grr.distributed import start
 from grr.loss import contrastive_loss
+from grr.models.builders import grr_coca_tiny
 from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import train_tokenizer
 

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grr.builders import grr_coca_tiny
 from grr.data import Labelled, Pairs
 from grr.data.images import BadImage, Crop
 from grr.data.pairs import Texts
 from grr.distributed import materialize, on_rank_0, start
 from grr.evaluate import captioning, examine, losses, recalls
-from grr.model import CoCa
+from grr.models.builders import grr_coca_tiny
+from grr.models.coca import CoCa
 from grr.observe import features, observe, over_images
 from grr.parallelize import parallelize
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer

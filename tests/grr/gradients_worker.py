@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grr.builders import grr_coca_tiny
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import pack_captions
 from grr.distributed import materialize, reset_seed, start
+from grr.models.builders import grr_coca_tiny
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint
 from grr.distributed import materialize, start
 from grr.low_bit import Bits
+from grr.models.builders import grr_coca_tiny
 from grr.optim import adamw
 from grr.parallelize import parallelize
 

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grr.builders import grr_coca
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
 from grr.distributed import materialize, reset_seed, start
 from grr.loss import CHUNK, captioning_loss, contrastive_loss
+from grr.models.builders import grr_coca
 from grr.parallelize import parallelize
 from grr.step import global_batch_step
 

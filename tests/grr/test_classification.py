@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.builders import grr_coca_tiny
 from grr.classification import answers, classification_scores, classification_step
 from grr.data import Batch, Labelled, Pairs
 from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
-from grr.heads import image_classifier, image_text_classifier
+from grr.models.builders import grr_coca_tiny
+from grr.models.heads import image_classifier, image_text_classifier
 from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")

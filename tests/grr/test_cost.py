@@ -10,11 +10,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.builders import grr_coca
 from grr.cost import Measured, Planned, _memory, _time, free_memory, run_cost
 from grr.data import Pairs
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
+from grr.models.builders import grr_coca
 from grr.tokenizers.sentencepiece import train_tokenizer
 
 SIZES = {

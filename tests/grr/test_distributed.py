@@ -6,7 +6,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from grr.builders import grr_coca_tiny
 from grr.distributed import (
     all_sum,
     blocks,
@@ -17,6 +16,7 @@ from grr.distributed import (
     shard_over,
     unsharded,
 )
+from grr.models.builders import grr_coca_tiny
 from grr.parallelize import parallelize
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from grr.builders import coca, grr_coca_tiny
 from grr.checkpoint import save_model
 from grr.data.images import FORMATS, load_image, normalize
 from grr.export import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.generate import generate
-from grr.open_clip import open_clip_coca
+from grr.models.builders import coca, grr_coca_tiny
+from grr.models.open_clip import open_clip_coca
 from grr.pretrained import describe, find_pretrained
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grr.builders import grr_coca_tiny
 from grr.checkpoint import load_checkpoint, save_checkpoint, save_model
 from grr.components import Block
 from grr.distributed import materialize
 from grr.float8 import multiply_in_float8
 from grr.loss import contrastive_loss
+from grr.models.builders import grr_coca_tiny
 from grr.optim import adamw
 from grr.parallelize import parallelize
 from grr.pretrained import describe

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr.builders import MODELS, grr_coca, grr_coca_tiny
 from grr.flops import Towers, forward_flops, parameters, training_flops
+from grr.models.builders import MODELS, grr_coca, grr_coca_tiny
 
 
 def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Towers, int]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.builders import grr_coca_tiny
+from grr.models.builders import grr_coca_tiny
 from grr.onednn import onednn_linears
 from grr.parallelize import parallelize
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.builders import grr_coca_tiny
+from grr.models.builders import grr_coca_tiny
 from grr.optim import adamw, describe_end, freeze, set_lr, warmup_cosine
 
 

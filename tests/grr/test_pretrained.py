@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint, save_model
+from grr.models.builders import grr_coca_tiny
 from grr.pretrained import (
     build_pretrained,
     describe,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grr.builders import grr_coca_tiny, original_coca
 from grr.checkpoint import save_model_state
 from grr.generate import generate
+from grr.models.builders import grr_coca_tiny, original_coca
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.quantize import GROUP, SCHEMES, quantize, quantized_state
 from grr.tokenizers.sentencepiece import train_tokenizer

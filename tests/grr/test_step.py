@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.builders import grr_coca_tiny
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
 from grr.loss import captioning_loss, contrastive_loss, sigmoid_loss
+from grr.models.builders import grr_coca_tiny
 from grr.step import evaluation_losses, global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")

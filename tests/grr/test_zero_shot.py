@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.builders import grr_coca_tiny
-from grr.model import CoCa
+from grr.models.builders import grr_coca_tiny
+from grr.models.coca import CoCa
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 from grr.zero_shot import TEMPLATES, accuracy, class_embeddings
 

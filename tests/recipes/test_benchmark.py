@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from grr import config
-from grr.builders import MODELS, grr_coca_tiny
 from grr.data.collate import IGNORE
 from grr.distributed import materialize
+from grr.models.builders import MODELS, grr_coca_tiny
 from grr.optim import adamw
 from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer

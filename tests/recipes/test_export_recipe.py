@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_model
 from grr.data.images import load_image
 from grr.generate import generate
+from grr.models.builders import grr_coca_tiny
 from grr.pretrained import describe, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from grr import config
 from grr.average import Average
-from grr.builders import grr_coca
 from grr.checkpoint import load_checkpoint, save_model
 from grr.data import DATASETS, training_steps
 from grr.log import read_metrics
+from grr.models.builders import grr_coca
 from grr.optim import adamw, warmup_cosine
 from grr.pretrained import build_pretrained, describe, find_pretrained
 from grr.soft_reset import SoftReset, soft_reset

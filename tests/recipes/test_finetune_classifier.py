@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from waiting import started, wait_until
 
 from grr import config
-from grr.builders import MODELS, grr_coca
 from grr.checkpoint import save_model
 from grr.classification import classification_step
 from grr.data import LABELLED, openmoji, training_steps
-from grr.heads import HEADS, load_classifier
 from grr.log import read_metrics
+from grr.models.builders import MODELS, grr_coca
+from grr.models.heads import HEADS, load_classifier
 from grr.optim import adamw, warmup_cosine
 from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer

@@ -13,9 +13,9 @@ import yaml
 from waiting import started, wait_until
 
 from grr import config
-from grr.builders import MODELS
 from grr.data import DATASETS, training_steps
 from grr.log import read_metrics
+from grr.models.builders import MODELS
 from grr.optim import adamw, warmup_cosine
 from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import open_tokenizer

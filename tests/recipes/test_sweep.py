@@ -15,9 +15,9 @@ import yaml
 from waiting import started, wait_until
 
 from grr import config
-from grr.builders import MODELS
 from grr.data import DATASETS, training_steps
 from grr.log import read_metrics, read_starts
+from grr.models.builders import MODELS
 from grr.optim import adamw, warmup_cosine
 from grr.step import global_batch_step
 from grr.sweep import plan

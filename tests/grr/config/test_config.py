@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr import config, installed
-from grr.builders import MODELS
 from grr.check import _module
 from grr.config import ConfigError
 from grr.data import DATASETS
+from grr.models.builders import MODELS
 from grr.optim import adamw, warmup_cosine
 
 
@@ -288,7 +288,7 @@ RECIPE = '''"""Train something, 100 % of it."""
 from dataclasses import dataclass
 
 from grr import config
-from grr.builders import MODELS
+from grr.models.builders import MODELS
 from grr.main import run_main
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("mypy", reason='pip install "grr-coca[dev]"')
 IMPORTS = """\
 from torch import Tensor, nn
 
-from grr.builders import (
+from grr.models.builders import (
     baseline_coca,
     baseline_vit,
     coca,
@@ -27,8 +27,8 @@ from grr.builders import (
     text_decoder,
     vision_transformer,
 )
-from grr.model import CoCa, TextDecoder, VisionTransformer
-from grr.open_clip import open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
+from grr.models.coca import CoCa, TextDecoder, VisionTransformer
+from grr.models.open_clip import open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
 """
 COCAS = [
     "coca",

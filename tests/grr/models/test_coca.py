@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.builders import grr_coca_tiny
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
 from grr.data.collate import IGNORE, pack, pack_captions
 from grr.loss import contrastive_loss
-from grr.model import CoCa, VisionTransformer
+from grr.models.builders import grr_coca_tiny
+from grr.models.coca import CoCa, VisionTransformer
 from grr.parallelize import parallelize
 
 PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16

@@ -18,7 +18,7 @@ from grr.checkpoint import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
 from grr.data.collate import pack
 from grr.data.images import Crop
-from grr.model import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
+from grr.models.coca import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
 from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 

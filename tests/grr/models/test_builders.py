@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grr.builders import (
+from grr.components import AttentionPooler, Block, LayerNorm, RMSNorm
+from grr.models.builders import (
     MODELS,
     baseline_coca,
     baseline_vit,
@@ -22,9 +23,8 @@ from grr.builders import (
     text_decoder,
     vision_transformer,
 )
-from grr.components import AttentionPooler, Block, LayerNorm, RMSNorm
-from grr.model import CoCa, TextDecoder, VisionTransformer
-from grr.open_clip import OPEN_CLIP_MODELS
+from grr.models.coca import CoCa, TextDecoder, VisionTransformer
+from grr.models.open_clip import OPEN_CLIP_MODELS
 
 D, V = 768, 32_102
 ATTENTION = 4 * (D * D + D)
@@ -106,11 +106,11 @@ def test_every_named_model_shows_its_arguments_and_says_what_it_is(name):
 
 def test_help_shows_what_a_preset_takes_and_its_own_defaults():
     text = pydoc.plain(pydoc.render_doc(grr_coca_tiny))
-    assert "function grr_coca_tiny in module grr.builders" in text
+    assert "function grr_coca_tiny in module grr.models.builders" in text
     for part in (
         "vision_norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'",
         "dim: int = 64",
-        "-> grr.model.CoCa",
+        "-> grr.models.coca.CoCa",
         "trains on a laptop CPU",
     ):
         assert part in text

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.builders import grr_coca_tiny
 from grr.classification import answers, classification_scores
 from grr.data import Batch
 from grr.data.collate import pack_captions
 from grr.generate import generate
-from grr.heads import image_text_classifier
-from grr.model import evaluating
+from grr.models.builders import grr_coca_tiny
+from grr.models.coca import evaluating
+from grr.models.heads import image_text_classifier
 from grr.observe import features, observe
 from grr.step import evaluation_losses
 from grr.zero_shot import embed_texts

@@ -27,7 +27,7 @@ from grr.components import (
     SelfAttention,
     SinusoidalPositions,
 )
-from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
 
 Norm = Literal["rmsnorm", "layernorm"]
 FeedForwardKind = Literal["geglu", "mlp"]

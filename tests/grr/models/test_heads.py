@@ -9,13 +9,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from grr.builders import grr_coca_tiny
 from grr.checkpoint import save_checkpoint, save_model
 from grr.data.collate import pack, pack_captions
 from grr.data.images import normalize
 from grr.distributed import materialize, shard_over
-from grr.heads import HEADS, describe_classifier, image_classifier, image_text_classifier, load_classifier, load_parts
-from grr.open_clip import open_clip_coca
+from grr.models.builders import grr_coca_tiny
+from grr.models.heads import (
+    HEADS,
+    describe_classifier,
+    image_classifier,
+    image_text_classifier,
+    load_classifier,
+    load_parts,
+)
+from grr.models.open_clip import open_clip_coca
 from grr.optim import adamw
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grr.builders import preset
 from grr.components import (
     Block,
     BlockCache,
@@ -25,7 +24,8 @@ from grr.components import (
     PatchEmbedding,
     SelfAttention,
 )
-from grr.model import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
+from grr.models.builders import preset
+from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
 
 
 def open_clip_coca(

@@ -1,0 +1,1 @@
+"""Models: the contrastive captioner, its builders and presets, and heads for other tasks."""
