@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from grr.distributed import local
+from grr.parallel.process_group import local
 
 
 class Average:

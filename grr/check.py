@@ -34,8 +34,8 @@ from grr.data.inspect import (
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
-from grr.distributed import reset_seed
 from grr.optim import freeze, warmup_cosine
+from grr.parallel.process_group import reset_seed
 from grr.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.step import global_batch_step
 from grr.sweep import plan

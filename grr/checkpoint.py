@@ -46,9 +46,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from grr.distributed import all_max, on_rank_0
 from grr.files.damage import damage
 from grr.files.disk import disk_errors
+from grr.parallel.process_group import all_max, on_rank_0
 
 logger = logging.getLogger(__name__)
 

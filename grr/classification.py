@@ -11,14 +11,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grr.bf16 import recomputing
 from grr.data import Batch, Labelled
 from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage, Crop
-from grr.distributed import all_sum, on_rank_0, unsharded
 from grr.loss import at_least_float32
 from grr.models.coca import evaluating
 from grr.observe import over_images
+from grr.parallel.bf16 import recomputing
+from grr.parallel.process_group import all_sum, on_rank_0, unsharded
 from grr.report import Answer
 from grr.step import seed_dropout
 from grr.tokenizers.sentencepiece import Tokenizer

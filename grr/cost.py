@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
-from grr.distributed import clip_gradients, start
 from grr.optim import adamw
+from grr.parallel.process_group import clip_gradients, start
 from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import Tokenizer
 

@@ -6,11 +6,11 @@ import torch
 
 from grr.data import Pairs, epoch_order, validation_steps
 from grr.data.images import Crop
-from grr.distributed import on_rank_0, unsharded
 from grr.loss import contrastive_loss, sigmoid_loss
 from grr.metrics import caption_metrics
 from grr.models.coca import CoCa
 from grr.observe import Observation, observe
+from grr.parallel.process_group import on_rank_0, unsharded
 from grr.report import Caption, Examples, Retrieval
 from grr.retrieval import retrieval
 from grr.step import Losses, evaluation_losses

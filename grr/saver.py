@@ -20,8 +20,8 @@ from grr.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from grr.distributed import all_max
 from grr.identity import check_identity
+from grr.parallel.process_group import all_max
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from grr.bf16 import recomputing
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
-from grr.distributed import all_sum, gather, reset_seed
 from grr.loss import contrastive_loss, sigmoid_loss
 from grr.models.coca import CoCaOutput, evaluating
+from grr.parallel.bf16 import recomputing
+from grr.parallel.process_group import all_sum, gather, reset_seed
 
 
 class Losses(NamedTuple):

@@ -31,20 +31,20 @@ from torch import Tensor, nn
 from grr import config
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
-from grr.distributed import (
-    blocks,
-    clip_gradients,
-    materialize,
-    reset_seed,
-    start,
-)
 from grr.flops import Towers, forward_flops, training_flops
 from grr.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
 from grr.optim import adamw
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import (
+    blocks,
+    clip_gradients,
+    materialize,
+    reset_seed,
+    start,
+)
 from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
 

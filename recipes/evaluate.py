@@ -18,12 +18,12 @@ import torch.distributed as dist
 from grr import config
 from grr.checkpoint import read_progress
 from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
-from grr.distributed import start
 from grr.evaluate import captioning, examples, losses, recalls
 from grr.evaluation_page import Confusions, as_text, write_evaluation
 from grr.generate import generate
 from grr.main import run_main
 from grr.observe import features, observe
+from grr.parallel.process_group import start
 from grr.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.probe import attentive_probe, linear_probe
 from grr.zero_shot import accuracy, class_embeddings

@@ -28,7 +28,6 @@ from grr.data import (
     steps_per_epoch,
     training_steps,
 )
-from grr.distributed import clip_gradients, materialize, reset_seed, start
 from grr.identity import run_identity
 from grr.log import open_log
 from grr.main import run_main
@@ -37,7 +36,8 @@ from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.pace import Pace
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import clip_gradients, materialize, reset_seed, start
 from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.report import Examples, write_report
 from grr.saver import Saver

@@ -19,7 +19,6 @@ from grr import config
 from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
-from grr.distributed import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.evaluate import validate
 from grr.identity import run_identity
 from grr.log import has_ended, open_log, summary
@@ -27,7 +26,8 @@ from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.optim import adamw, describe_end, set_lr, warmup_cosine
 from grr.pace import Pace
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.pretrained import describe
 from grr.report import write_report
 from grr.saver import Saver

@@ -31,13 +31,13 @@ from grr import config
 from grr.checkpoint import save_model, save_model_state
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
-from grr.distributed import materialize, start
 from grr.evaluate import captioning, recalls
 from grr.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.observe import observe
+from grr.parallel.process_group import materialize, start
 from grr.pretrained import (
     LoadedModel,
     Pretrained,

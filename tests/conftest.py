@@ -12,9 +12,9 @@ from PIL import ImageColor
 
 from grr.checkpoint import save_model
 from grr.data.collate import pack_captions
-from grr.distributed import start
 from grr.loss import contrastive_loss
 from grr.models.builders import grr_coca_tiny
+from grr.parallel.process_group import start
 from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import train_tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import sentencepiece
 from torch import Tensor
 
-from grr.distributed import on_rank_0
+from grr.parallel.process_group import on_rank_0
 
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"  # google-t5/t5-base, spiece.model
 T5_SENTINELS = 100  # ids that T5 keeps for masked spans, behind its 32,000 pieces

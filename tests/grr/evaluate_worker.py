@@ -17,12 +17,12 @@ from torch import Tensor
 from grr.data import Labelled, Pairs
 from grr.data.images import BadImage, Crop
 from grr.data.pairs import Texts
-from grr.distributed import materialize, on_rank_0, start
 from grr.evaluate import captioning, examine, losses, recalls
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
 from grr.observe import features, observe, over_images
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import materialize, on_rank_0, start
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import pack_captions
-from grr.distributed import materialize, reset_seed, start
 from grr.models.builders import grr_coca_tiny
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import materialize, reset_seed, start
 from grr.step import global_batch_step
 
 PAIRS, SEED = 16, 5

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from grr.beam import beam_search
-from grr.distributed import materialize, shard_over, start, unsharded
 from grr.drafts import Drafts
 from grr.generate import generate, sample
 from grr.models.builders import grr_coca_tiny
+from grr.parallel.process_group import materialize, shard_over, start, unsharded
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]

@@ -33,7 +33,11 @@ run_main(main)
 
 def program(folder: Path, body: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a recipe whose main has this body."""
-    imports = "import torch.distributed as dist; from grr.distributed import all_sum, start" if "start" in body else ""
+    imports = (
+        "import torch.distributed as dist; from grr.parallel.process_group import all_sum, start"
+        if "start" in body
+        else ""
+    )
     indented = "\n".join(f"    {line}" for line in body.splitlines())
     (folder / "recipe.py").write_text(PROGRAM.format(imports=imports, body=indented))
     return subprocess.run(

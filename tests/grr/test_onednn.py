@@ -8,7 +8,7 @@ from torch import nn
 
 from grr.models.builders import grr_coca_tiny
 from grr.onednn import onednn_linears
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -10,7 +10,7 @@ from grr.data.collate import IGNORE, pack, pack_captions
 from grr.loss import contrastive_loss
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa, VisionTransformer
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
 
 PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16
 captions = st.lists(st.lists(st.integers(3, 509), max_size=CONTEXT - 3), min_size=1, max_size=4)

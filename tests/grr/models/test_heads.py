@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from grr.checkpoint import save_checkpoint, save_model
 from grr.data.collate import pack, pack_captions
 from grr.data.images import normalize
-from grr.distributed import materialize, shard_over
 from grr.models.builders import grr_coca_tiny
 from grr.models.heads import (
     HEADS,
@@ -24,6 +23,7 @@ from grr.models.heads import (
 )
 from grr.models.open_clip import open_clip_coca
 from grr.optim import adamw
+from grr.parallel.process_group import materialize, shard_over
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
 

@@ -6,7 +6,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from grr.distributed import (
+from grr.models.builders import grr_coca_tiny
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import (
     all_sum,
     blocks,
     clip_gradients,
@@ -16,8 +18,6 @@ from grr.distributed import (
     shard_over,
     unsharded,
 )
-from grr.models.builders import grr_coca_tiny
-from grr.parallelize import parallelize
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

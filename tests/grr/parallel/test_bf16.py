@@ -6,12 +6,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from grr.bf16 import InBFloat16, held_in_bf16
 from grr.data import Batch
 from grr.data.collate import pack_captions
-from grr.distributed import materialize, shard_over, unsharded
 from grr.models.builders import grr_coca_tiny
-from grr.parallelize import parallelize
+from grr.parallel.bf16 import InBFloat16, held_in_bf16
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import materialize, shard_over, unsharded
 from grr.step import global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")

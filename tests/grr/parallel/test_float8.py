@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from grr.checkpoint import load_checkpoint, save_checkpoint, save_model
 from grr.components import Block
-from grr.distributed import materialize
-from grr.float8 import multiply_in_float8
 from grr.loss import contrastive_loss
 from grr.models.builders import grr_coca_tiny
 from grr.optim import adamw
-from grr.parallelize import parallelize
+from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import materialize
 from grr.pretrained import describe
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')

@@ -13,10 +13,10 @@ from parallelize_worker import OPTIONS, SUBSETS, differences, expected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from grr.distributed import materialize, preparations, shard_over
-from grr.float8 import multiply_in_float8
 from grr.models.builders import grr_coca_tiny
-from grr.parallelize import parallelize
+from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import materialize, preparations, shard_over
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from grr.bf16 import compute_in_bf16
-from grr.distributed import METHODS, ORDER, blocks, preparations, shard_over
-from grr.float8 import multiply_in_float8
+from grr.parallel.bf16 import compute_in_bf16
+from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.process_group import METHODS, ORDER, blocks, preparations, shard_over
 
 
 def parallelize(

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
-from grr.bf16 import InBFloat16, held_in_bf16
 from grr.components import Block
+from grr.parallel.bf16 import InBFloat16, held_in_bf16
 
 T = TypeVar("T")
 ORDER = "build the model anew and call parallelize once: float8, compile, FSDP2 or bfloat16, activation checkpointing"

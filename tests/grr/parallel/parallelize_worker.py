@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
-from grr.distributed import materialize, reset_seed, start
 from grr.loss import CHUNK, captioning_loss, contrastive_loss
 from grr.models.builders import grr_coca
-from grr.parallelize import parallelize
+from grr.parallel.parallelize import parallelize
+from grr.parallel.process_group import materialize, reset_seed, start
 from grr.step import global_batch_step
 
 SIZES = {

@@ -1,0 +1,1 @@
+"""Processes and devices: process groups, sharding, precision, compilation, initialization."""
