@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from grr import config, installed
-from grr.cost import Planned, run_cost
 from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.inspect import (
     CAPTIONS,
@@ -34,12 +33,13 @@ from grr.data.inspect import (
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
-from grr.optim import freeze, warmup_cosine
 from grr.parallel.process_group import reset_seed
 from grr.pretrained import Pretrained, build_pretrained, find_pretrained
-from grr.step import global_batch_step
 from grr.sweep import plan
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
+from grr.training.cost import Planned, run_cost
+from grr.training.optim import freeze, warmup_cosine
+from grr.training.step import global_batch_step
 
 HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
 SIZE = 224  # of images, where neither a config nor a model says it

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from grr.data import Batch, Labelled
 from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage, Crop
-from grr.loss import at_least_float32
 from grr.models.coca import evaluating
 from grr.observe import over_images
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import all_sum, on_rank_0, unsharded
 from grr.report import Answer
-from grr.step import seed_dropout
 from grr.tokenizers.sentencepiece import Tokenizer
+from grr.training.loss import at_least_float32
+from grr.training.step import seed_dropout
 
 SHOWN = 24  # answers of the report
 
@@ -41,7 +41,7 @@ def classification_step(
     """Add the gradients of one optimizer step to the model, and give its scores.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout (`grr.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
+    dropout (`grr.training.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
     target that is spread evenly over all classes (Szegedy et al. 2016).
     Raises ValueError if the data have no classes.
     """

@@ -6,15 +6,15 @@ import torch
 
 from grr.data import Pairs, epoch_order, validation_steps
 from grr.data.images import Crop
-from grr.loss import contrastive_loss, sigmoid_loss
 from grr.metrics import caption_metrics
 from grr.models.coca import CoCa
 from grr.observe import Observation, observe
 from grr.parallel.process_group import on_rank_0, unsharded
 from grr.report import Caption, Examples, Retrieval
 from grr.retrieval import retrieval
-from grr.step import Losses, evaluation_losses
 from grr.tokenizers.sentencepiece import Tokenizer
+from grr.training.loss import contrastive_loss, sigmoid_loss
+from grr.training.step import Losses, evaluation_losses
 
 SHOWN = 8  # sentences of a report; twice as many images
 

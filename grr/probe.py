@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grr.components import AttentionPooler
-from grr.optim import adamw, set_lr, warmup_cosine
+from grr.training.optim import adamw, set_lr, warmup_cosine
 from grr.zero_shot import accuracy
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from grr.charts import Level, Row, Series, chart, is_number, number, percent, series
-from grr.log import kept_step, read_metrics
 from grr.page import header, write_page
+from grr.training.log import kept_step, read_metrics
 
 SIDE = 224  # pixels of a shown image, at most
 

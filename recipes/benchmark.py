@@ -36,7 +36,6 @@ from grr.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
-from grr.optim import adamw
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import (
     blocks,
@@ -45,8 +44,9 @@ from grr.parallel.process_group import (
     reset_seed,
     start,
 )
-from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
+from grr.training.optim import adamw
+from grr.training.step import global_batch_step
 
 Part = Literal["training", "towers", "captions"]
 Variant = Literal[

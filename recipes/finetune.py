@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 4 recipes/finetune.py --config recipes/configs/finetune/mscoco.yaml
 
 The start is validated, and then every epoch. Three epochs without improvement bring the best weights back and divide
-the learning rate by 100; the third time the run ends (GRR-CoCa, section 3.3; `grr.soft_reset`). The best so far is in
+the learning rate by 100; the third time the run ends (GRR-CoCa, section 3.3; `grr.training.soft_reset`). The best so far is in
 best/, what was kept in model/. The same command, submitted again, continues where the run stopped, even amid a reset;
 a run that has finished is left as it is. Any key of the config may follow as key=value.
 """
@@ -20,24 +20,24 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grr import config
-from grr.average import Average, interpolate, weights_of
 from grr.checkpoint import RunLock, load_checkpoint, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluate import validate
 from grr.identity import run_identity
-from grr.log import has_ended, open_log, summary
 from grr.main import run_main
-from grr.optim import adamw, freeze, set_lr, warmup_cosine
-from grr.pace import Pace
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop, weights_digest
 from grr.report import write_report
 from grr.saver import Saver
-from grr.soft_reset import SoftReset, in_words, soft_reset
-from grr.step import check_finite, global_batch_step
 from grr.tokenizers.sentencepiece import load_tokenizer
+from grr.training.ema import Average, interpolate, weights_of
+from grr.training.log import has_ended, open_log, summary
+from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.soft_reset import SoftReset, in_words, soft_reset
+from grr.training.step import check_finite, global_batch_step
+from grr.training.throughput import Pace
 
 
 @dataclass

@@ -29,20 +29,20 @@ from grr.data import (
     training_steps,
 )
 from grr.identity import run_identity
-from grr.log import open_log
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
-from grr.optim import adamw, freeze, set_lr, warmup_cosine
-from grr.pace import Pace
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, reset_seed, start
 from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.report import Examples, write_report
 from grr.saver import Saver
-from grr.step import check_finite
 from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.training.log import open_log
+from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.step import check_finite
+from grr.training.throughput import Pace
 
 
 @dataclass

@@ -21,18 +21,18 @@ from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluate import validate
 from grr.identity import run_identity
-from grr.log import has_ended, open_log, summary
 from grr.main import run_main
 from grr.models.builders import MODELS
-from grr.optim import adamw, describe_end, set_lr, warmup_cosine
-from grr.pace import Pace
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.pretrained import describe
 from grr.report import write_report
 from grr.saver import Saver
-from grr.step import check_finite, global_batch_step
 from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.training.log import has_ended, open_log, summary
+from grr.training.optim import adamw, describe_end, set_lr, warmup_cosine
+from grr.training.step import check_finite, global_batch_step
+from grr.training.throughput import Pace
 
 
 @dataclass

@@ -12,11 +12,11 @@ from PIL import ImageColor
 
 from grr.checkpoint import save_model
 from grr.data.collate import pack_captions
-from grr.loss import contrastive_loss
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.process_group import start
 from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.training.loss import contrastive_loss
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 

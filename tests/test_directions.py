@@ -96,7 +96,7 @@ def test_nothing_is_imported_against_the_direction(files: list[Path], may_import
         ),
         (
             recipe_may_import,
-            ["from grr.optim import adamw", "import torch.distributed", "from pathlib import Path"],
+            ["from grr.training.optim import adamw", "import torch.distributed", "from pathlib import Path"],
             [
                 "from pretrain import Run",
                 "from .pretrain import Run",

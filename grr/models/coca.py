@@ -27,7 +27,7 @@ from grr.components import (
 )
 from grr.data.collate import IGNORE, pack, unpack
 from grr.data.images import normalize
-from grr.loss import at_least_float32, token_losses
+from grr.training.loss import at_least_float32, token_losses
 
 VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # what the keys of one sample differ by: the places of its dropout
 

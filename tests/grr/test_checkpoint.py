@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from waiting import started
 
-from grr.average import Average
 from grr.checkpoint import (
     RunLock,
     StopSignal,
@@ -40,6 +39,7 @@ from grr.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from grr.training.ema import Average
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 sys.path.insert(0, str(WORKER.parent))

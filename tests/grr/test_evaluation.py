@@ -11,7 +11,7 @@ from grr.data import epoch_order, validation_steps
 from grr.evaluate import captioning, exact, examine, examples, losses, recalls
 from grr.metrics import caption_metrics
 from grr.observe import Observation, observe
-from grr.step import evaluation_losses
+from grr.training.step import evaluation_losses
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

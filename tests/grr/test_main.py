@@ -13,7 +13,7 @@ import torch
 from grr import installed
 from grr.config import ConfigError
 from grr.main import attempt, is_user_mistake
-from grr.optim import set_lr
+from grr.training.optim import set_lr
 
 RECIPES = installed.recipes()
 PROGRAM = """

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from grr import config
 from grr.data.collate import IGNORE
 from grr.models.builders import MODELS, grr_coca_tiny
-from grr.optim import adamw
 from grr.parallel.process_group import materialize
-from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.training.optim import adamw
+from grr.training.step import global_batch_step
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from grr import config
-from grr.log import read_metrics
 from grr.sweep import plan
+from grr.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"

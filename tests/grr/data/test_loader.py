@@ -24,7 +24,7 @@ from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import epoch_order
-from grr.step import seed_dropout
+from grr.training.step import seed_dropout
 
 
 @dataclass

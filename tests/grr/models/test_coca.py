@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
 from grr.data.collate import IGNORE, pack, pack_captions
-from grr.loss import contrastive_loss
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa, VisionTransformer
 from grr.parallel.parallelize import parallelize
+from grr.training.loss import contrastive_loss
 
 PAD, EOS, BOS, CLS, CONTEXT = 0, 1, 510, 511, 16
 captions = st.lists(st.lists(st.integers(3, 509), max_size=CONTEXT - 3), min_size=1, max_size=4)

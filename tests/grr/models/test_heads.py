@@ -22,10 +22,10 @@ from grr.models.heads import (
     load_parts,
 )
 from grr.models.open_clip import open_clip_coca
-from grr.optim import adamw
 from grr.parallel.process_group import materialize, shard_over
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.training.optim import adamw
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -15,7 +15,7 @@ from grr.models.builders import grr_coca_tiny
 from grr.models.coca import evaluating
 from grr.models.heads import image_text_classifier
 from grr.observe import features, observe
-from grr.step import evaluation_losses
+from grr.training.step import evaluation_losses
 from grr.zero_shot import embed_texts
 
 pytestmark = pytest.mark.usefixtures("process_group")

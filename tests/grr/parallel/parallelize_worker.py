@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
-from grr.loss import CHUNK, captioning_loss, contrastive_loss
 from grr.models.builders import grr_coca
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, reset_seed, start
-from grr.step import global_batch_step
+from grr.training.loss import CHUNK, captioning_loss, contrastive_loss
+from grr.training.step import global_batch_step
 
 SIZES = {
     "vocab_size": 512,

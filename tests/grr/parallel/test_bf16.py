@@ -12,7 +12,7 @@ from grr.models.builders import grr_coca_tiny
 from grr.parallel.bf16 import InBFloat16, held_in_bf16
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, shard_over, unsharded
-from grr.step import global_batch_step
+from grr.training.step import global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

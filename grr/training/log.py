@@ -16,7 +16,7 @@ import torch
 
 import grr
 from grr import config
-from grr.step import Losses
+from grr.training.step import Losses
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.loss import captioning_loss, contrastive_loss, sigmoid_loss, token_losses
+from grr.training.loss import captioning_loss, contrastive_loss, sigmoid_loss, token_losses
 
 pairs = st.tuples(st.integers(1, 9), st.integers(2, 16), st.integers(0, 999))
 

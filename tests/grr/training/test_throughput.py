@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import pace
 from grr.data import Batch
-from grr.pace import Pace
+from grr.training import throughput as pace
+from grr.training.throughput import Pace
 
 SECONDS = st.floats(0.01, 100)
 STEP = st.tuples(st.just("step"), SECONDS, SECONDS, st.lists(st.integers(0, 3), min_size=1, max_size=3))

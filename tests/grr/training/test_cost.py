@@ -10,12 +10,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.cost import Measured, Planned, _memory, _time, free_memory, run_cost
 from grr.data import Pairs
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
 from grr.models.builders import grr_coca
 from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.training.cost import Measured, Planned, _memory, _time, free_memory, run_cost
 
 SIZES = {
     "image_size": 16,
@@ -125,7 +125,7 @@ def test_a_model_that_is_too_large_for_this_machine_is_not_built(tmp_path, token
 
 
 def test_a_model_that_is_too_slow_for_this_machine_is_not_built(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("grr.cost._flops_a_second", lambda: 1000.0)
+    monkeypatch.setattr("grr.training.cost._flops_a_second", lambda: 1000.0)
     found = said(tmp_path, tokenizer)
     assert re.match(r"not measured: a step of 2 pairs may take [\d,]+ s on this machine", found["time"].said)
 

@@ -13,10 +13,10 @@ from torch.nn.utils import clip_grad_norm_
 from grr.data import Batch
 from grr.data.collate import pack_captions
 from grr.models.builders import grr_coca_tiny
-from grr.optim import adamw
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, start
-from grr.step import evaluation_losses, global_batch_step
+from grr.training.optim import adamw
+from grr.training.step import evaluation_losses, global_batch_step
 
 GLOBAL = 16  # pairs
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
-from grr.loss import captioning_loss, contrastive_loss, sigmoid_loss
 from grr.models.builders import grr_coca_tiny
-from grr.step import evaluation_losses, global_batch_step
+from grr.training.loss import captioning_loss, contrastive_loss, sigmoid_loss
+from grr.training.step import evaluation_losses, global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.models.builders import grr_coca_tiny
-from grr.optim import adamw, describe_end, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, describe_end, freeze, set_lr, warmup_cosine
 
 
 def torchs_rates(cycle: int, steps: int) -> list[float]:

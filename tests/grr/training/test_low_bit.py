@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from low_bit_worker import trained, update
 from torch import Tensor, nn
 
-from grr import low_bit
 from grr.checkpoint import load_checkpoint, save_checkpoint
-from grr.loss import contrastive_loss
-from grr.low_bit import BLOCK, LARGEST_BLOCK, MOMENTS, SMALLEST_BLOCK, SMALLEST_TENSOR, Bits
 from grr.models.builders import grr_coca, grr_coca_tiny
-from grr.optim import adamw
+from grr.training import low_bit
+from grr.training.loss import contrastive_loss
+from grr.training.low_bit import BLOCK, LARGEST_BLOCK, MOMENTS, SMALLEST_BLOCK, SMALLEST_TENSOR, Bits
+from grr.training.optim import adamw
 
 optim = pytest.importorskip("torchao.optim", reason='pip install "grr-coca[quantize]"')
 BITS: tuple[Bits, ...] = get_args(Bits)

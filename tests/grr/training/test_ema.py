@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from grr.average import Average, interpolate, weights_of
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
 from grr.parallel.process_group import shard_over
+from grr.training.ema import Average, interpolate, weights_of
 
 
 @pytest.fixture(params=["plain", "sharded"])

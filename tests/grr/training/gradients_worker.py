@@ -22,7 +22,7 @@ from grr.data.collate import pack_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, reset_seed, start
-from grr.step import global_batch_step
+from grr.training.step import global_batch_step
 
 PAIRS, SEED = 16, 5
 CASES = [

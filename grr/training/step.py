@@ -19,10 +19,10 @@ from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
-from grr.loss import contrastive_loss, sigmoid_loss
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import all_sum, gather, reset_seed
+from grr.training.loss import contrastive_loss, sigmoid_loss
 
 
 class Losses(NamedTuple):

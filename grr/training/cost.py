@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
-from grr.optim import adamw
 from grr.parallel.process_group import clip_gradients, start
-from grr.step import global_batch_step
 from grr.tokenizers.sentencepiece import Tokenizer
+from grr.training.optim import adamw
+from grr.training.step import global_batch_step
 
 SECONDS = 4.0  # that a step may take and be followed by one of twice as many pairs
 AT_MOST = 20.0  # seconds that the first step may be expected to take

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grr.checkpoint import save_checkpoint
-from grr.low_bit import Bits
 from grr.models.builders import grr_coca_tiny
-from grr.optim import adamw
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, start
+from grr.training.low_bit import Bits
+from grr.training.optim import adamw
 
 
 def trained(steps: int, *, bits: Bits, sharded: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.log import MetricsLog, read_metrics, write_manifest
+from grr.training.log import MetricsLog, read_metrics, write_manifest
 
 
 @given(count=st.integers(0, 9), resumed=st.integers(0, 12), torn=st.integers(0, 40))

@@ -1,0 +1,1 @@
+"""Training: losses, the step of a global batch, optimizer, schedule, log and throughput."""
