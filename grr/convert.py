@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from grr.checkpoint.finite import check_finite_weights
 from grr.data.images import IMAGENET_MEAN, IMAGENET_STD
 from grr.files.damage import damage
-from grr.finite import check_finite_weights
 from grr.models.coca import CoCa
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over the images that CLIP was trained on

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from grr.checkpoint import RunLock
+from grr.checkpoint.finite import check_finite_outputs
+from grr.checkpoint.training_state import RunLock
 from grr.data.image_files import batches, read_images
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
-from grr.finite import check_finite_outputs
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome
 from grr.retrieval import whole_numbers

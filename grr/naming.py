@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from grr.checkpoint.finite import check_finite_outputs
 from grr.data.image_files import read_images
-from grr.finite import check_finite_outputs
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome, Row, write_results
 from grr.zero_shot import TEMPLATES, class_embeddings

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
-from grr.checkpoint import latest_checkpoint, load_checkpoint_weights, load_model_weights
+from grr.checkpoint.finite import check_finite_weights
+from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
 from grr.files.regular import read_regular_file
-from grr.finite import check_finite_weights
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS

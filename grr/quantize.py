@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from grr.checkpoint.finite import check_finite_weights
 from grr.files.damage import damage
-from grr.finite import check_finite_weights
 
 Scheme = Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)

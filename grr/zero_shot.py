@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grr.checkpoint.finite import check_finite_outputs
 from grr.data.collate import pack_captions
-from grr.finite import check_finite_outputs
 from grr.models.coca import CoCa, evaluating
 from grr.tokenizers.sentencepiece import Tokenizer
 

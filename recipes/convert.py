@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from grr import config
-from grr.checkpoint import save_model
+from grr.checkpoint.training_state import save_model
 from grr.convert import convert_open_clip, read_open_clip
 from grr.main import run_main
 from grr.models.open_clip import OPEN_CLIP_MODELS

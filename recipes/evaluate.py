@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from grr import config
-from grr.checkpoint import read_progress
+from grr.checkpoint.training_state import read_progress
 from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
 from grr.evaluate import captioning, examples, losses, recalls
 from grr.evaluation_page import Confusions, as_text, write_evaluation

@@ -20,17 +20,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint import RunLock, load_checkpoint, load_checkpoint_weights, save_model
+from grr.checkpoint.identity import run_identity
+from grr.checkpoint.saver import Saver
+from grr.checkpoint.training_state import RunLock, load_checkpoint, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluate import validate
-from grr.identity import run_identity
 from grr.main import run_main
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop, weights_digest
 from grr.report import write_report
-from grr.saver import Saver
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import Average, interpolate, weights_of
 from grr.training.log import has_ended, open_log, summary

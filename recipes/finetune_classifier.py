@@ -17,7 +17,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
+from grr.checkpoint.identity import run_identity
+from grr.checkpoint.saver import Saver
+from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
 from grr.classification import answers, classification_scores, classification_step
 from grr.config.ranges import check_ranges
 from grr.data import (
@@ -28,7 +30,6 @@ from grr.data import (
     steps_per_epoch,
     training_steps,
 )
-from grr.identity import run_identity
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
@@ -37,7 +38,6 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, reset_seed, start
 from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.report import Examples, write_report
-from grr.saver import Saver
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log
 from grr.training.optim import adamw, freeze, set_lr, warmup_cosine

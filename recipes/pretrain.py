@@ -16,18 +16,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint import RunLock, load_checkpoint_weights, save_model
+from grr.checkpoint.identity import run_identity
+from grr.checkpoint.saver import Saver
+from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluate import validate
-from grr.identity import run_identity
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.pretrained import describe
 from grr.report import write_report
-from grr.saver import Saver
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, summary
 from grr.training.optim import adamw, describe_end, set_lr, warmup_cosine

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint import save_model, save_model_state
+from grr.checkpoint.training_state import save_model, save_model_state
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluate import captioning, recalls

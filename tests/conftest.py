@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import is_hypothesis_test, settings
 from PIL import ImageColor
 
-from grr.checkpoint import save_model
+from grr.checkpoint.training_state import save_model
 from grr.data.collate import pack_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.process_group import start

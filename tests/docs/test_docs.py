@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from grr import installed
-from grr.checkpoint import RunLock
+from grr.checkpoint.training_state import RunLock
 from grr.data import DATASETS, training_steps
 from grr.tokenizers.sentencepiece import train_tokenizer
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grr import index
-from grr.checkpoint import RunLock, save_model
+from grr.checkpoint.training_state import RunLock, save_model
 from grr.cli import main
 from grr.data.image_files import find_images
 from grr.data.images import load_image

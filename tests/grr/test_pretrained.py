@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grr.checkpoint import save_checkpoint, save_model
+from grr.checkpoint.training_state import save_checkpoint, save_model
 from grr.models.builders import grr_coca_tiny
 from grr.pretrained import (
     build_pretrained,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grr.checkpoint import save_model_state
+from grr.checkpoint.training_state import save_model_state
 from grr.generate import generate
 from grr.models.builders import grr_coca_tiny, original_coca
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights

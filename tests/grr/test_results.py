@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr import commands, results
-from grr.checkpoint import RunLock
+from grr.checkpoint.training_state import RunLock
 from grr.files.printable import printable, printable_lines
 from grr.results import Outcome, Row, read_results, told, write_results
 from grr.table import aligned

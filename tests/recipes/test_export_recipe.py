@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grr.checkpoint import save_model
+from grr.checkpoint.training_state import save_model
 from grr.data.images import load_image
 from grr.generate import generate
 from grr.models.builders import grr_coca_tiny

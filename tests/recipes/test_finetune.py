@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from grr import config
-from grr.checkpoint import load_checkpoint, save_model
+from grr.checkpoint.training_state import load_checkpoint, save_model
 from grr.data import DATASETS, training_steps
 from grr.models.builders import grr_coca
 from grr.pretrained import build_pretrained, describe, find_pretrained

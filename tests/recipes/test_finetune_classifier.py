@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from waiting import started, wait_until
 
 from grr import config
-from grr.checkpoint import save_model
+from grr.checkpoint.training_state import save_model
 from grr.classification import classification_step
 from grr.data import LABELLED, openmoji, training_steps
 from grr.models.builders import MODELS, grr_coca

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from grr import config
-from grr.checkpoint import load_checkpoint, save_model
+from grr.checkpoint.training_state import load_checkpoint, save_model
 from grr.models.builders import grr_coca
 from grr.models.coca import CoCa
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained

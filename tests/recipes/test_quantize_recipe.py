@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grr import config
-from grr.checkpoint import save_model
+from grr.checkpoint.training_state import save_model
 from grr.data import DATASETS
 from grr.generate import generate
 from grr.models.builders import MODELS, grr_coca_tiny

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from grr.checkpoint import save_checkpoint, save_model
+from grr.checkpoint.training_state import save_checkpoint, save_model
 from grr.data.collate import pack, pack_captions
 from grr.data.images import normalize
 from grr.models.builders import grr_coca_tiny

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grr.checkpoint import load_checkpoint, save_checkpoint, save_model
+from grr.checkpoint.training_state import load_checkpoint, save_checkpoint, save_model
 from grr.components import Block
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.float8 import multiply_in_float8

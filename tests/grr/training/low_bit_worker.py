@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grr.checkpoint import save_checkpoint
+from grr.checkpoint.training_state import save_checkpoint
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, start

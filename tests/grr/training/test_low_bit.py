@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from low_bit_worker import trained, update
 from torch import Tensor, nn
 
-from grr.checkpoint import load_checkpoint, save_checkpoint
+from grr.checkpoint.training_state import load_checkpoint, save_checkpoint
 from grr.models.builders import grr_coca, grr_coca_tiny
 from grr.training import low_bit
 from grr.training.loss import contrastive_loss

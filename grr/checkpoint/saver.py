@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grr.checkpoint import (
+from grr.checkpoint.identity import check_identity
+from grr.checkpoint.training_state import (
     StopSignal,
     adopt_checkpoint,
     check_checkpoint,
@@ -20,7 +21,6 @@ from grr.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from grr.identity import check_identity
 from grr.parallel.process_group import all_max
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr import config
-from grr.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
+from grr.checkpoint.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 KEYS = ["model.dim", "model.dropout", "optimizer.lr", "run.seed", "loss.negatives"]
 values = st.fixed_dictionaries({key: st.integers(0, 3) for key in KEYS})
 

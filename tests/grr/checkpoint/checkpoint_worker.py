@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from grr.checkpoint import (
+from grr.checkpoint.training_state import (
     RunLock,
     StopSignal,
     latest_checkpoint,

@@ -1,4 +1,4 @@
-"""grr.checkpoint: what is saved comes back bit for bit, on any number of ranks, and damage never does."""
+"""grr.checkpoint.training_state: what is saved comes back bit for bit, on any number of ranks, and damage never does."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from waiting import started
 
-from grr.checkpoint import (
+from grr.checkpoint.training_state import (
     RunLock,
     StopSignal,
     adopt_checkpoint,
@@ -547,7 +547,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path: Pa
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from grr.checkpoint import RunLock\n"
+    code = "import sys, time; from pathlib import Path; from grr.checkpoint.training_state import RunLock\n"
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with started([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

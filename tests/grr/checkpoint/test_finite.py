@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from grr.checkpoint import save_checkpoint
+from grr.checkpoint.finite import check_finite_outputs, check_finite_weights
+from grr.checkpoint.training_state import save_checkpoint
 from grr.cli import main
-from grr.finite import check_finite_outputs, check_finite_weights
 from grr.generate import generate
 from grr.pretrained import load_pretrained
 from grr.quantize import quantize, quantized_state

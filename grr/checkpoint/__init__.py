@@ -1,0 +1,1 @@
+"""Checkpoints: training state, model folders, when a run saves and resumes."""
