@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grr.data.image_files import read_images
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome, Row, write_results
 

@@ -20,7 +20,7 @@ from grr.data import Labelled, Pairs
 from grr.data.collate import IGNORE, pack_captions
 from grr.data.image_files import batches, read_batches
 from grr.data.images import Crop, normalize
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.models.coca import CoCa, evaluating
 from grr.tokenizers.sentencepiece import Tokenizer
 

@@ -32,7 +32,7 @@ from grr import config
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
 from grr.flops import Towers, forward_flops, training_flops
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder

@@ -17,7 +17,7 @@ from grr.captioning import caption_files
 from grr.data.image_files import find_images
 from grr.files.printable import printable
 from grr.gallery import write_captions
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.main import run_main
 from grr.pretrained import load_pretrained
 from grr.results import read_results, told

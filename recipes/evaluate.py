@@ -20,7 +20,7 @@ from grr.checkpoint.training_state import read_progress
 from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
 from grr.evaluate import captioning, examples, losses, recalls
 from grr.evaluation_page import Confusions, as_text, write_evaluation
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.main import run_main
 from grr.observe import features, observe
 from grr.parallel.process_group import start

@@ -32,7 +32,7 @@ from grr.checkpoint.training_state import save_model, save_model_state
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluate import captioning, recalls
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa

@@ -5,7 +5,7 @@ import torch
 
 from grr.captioning import caption_files, caption_images
 from grr.data.images import load_image
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.pretrained import load_pretrained
 from grr.results import read_results
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grr.checkpoint.training_state import save_model_state
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.models.builders import grr_coca_tiny, original_coca
 from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.quantize import GROUP, SCHEMES, quantize, quantized_state

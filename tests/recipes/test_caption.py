@@ -17,7 +17,7 @@ from PIL import Image
 from waiting import started, wait_until
 
 from grr import config
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.results import read_results
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/caption.py"

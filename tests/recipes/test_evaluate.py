@@ -14,7 +14,7 @@ import torch
 from grr import config
 from grr.data import DATASETS, LABELLED
 from grr.evaluate import losses
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.pretrained import load_pretrained
 from grr.probe import attentive_probe, linear_probe
 from grr.training.log import read_metrics

@@ -13,7 +13,7 @@ import torch
 from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.data import DATASETS
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.models.builders import MODELS, grr_coca_tiny
 from grr.pretrained import describe, load_pretrained
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from grr.checkpoint.finite import check_finite_outputs, check_finite_weights
 from grr.checkpoint.training_state import save_checkpoint
 from grr.cli import main
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.pretrained import load_pretrained
 from grr.quantize import quantize, quantized_state
 from grr.zero_shot import embed_texts

@@ -10,7 +10,7 @@ from torch import nn
 from grr.classification import answers, classification_scores
 from grr.data import Batch
 from grr.data.collate import pack_captions
-from grr.generate import generate
+from grr.generation.generate import generate
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import evaluating
 from grr.models.heads import image_text_classifier

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grr.beam import beam_search
-from grr.drafts import Drafts
+from grr.generation.beam import beam_search
+from grr.generation.cpu_linear import onednn_linears
+from grr.generation.decoding_state import Drafts
 from grr.models.coca import CoCa, evaluating
-from grr.onednn import onednn_linears
 from grr.tokenizers.sentencepiece import Tokenizer
 
 

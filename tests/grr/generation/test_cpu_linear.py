@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from grr.generation.cpu_linear import onednn_linears
 from grr.models.builders import grr_coca_tiny
-from grr.onednn import onednn_linears
 from grr.parallel.parallelize import parallelize
 
 DTYPES = [torch.float32, torch.bfloat16]

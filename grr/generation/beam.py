@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grr.drafts import Drafts
+from grr.generation.decoding_state import Drafts
 
 
 def beam_search(drafts: Drafts, *, beams: int, length_penalty: float = 1.0) -> tuple[Tensor, Tensor]:

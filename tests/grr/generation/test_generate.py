@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from grr.beam import beam_search
-from grr.drafts import Drafts
-from grr.generate import generate, sample
+from grr.generation.beam import beam_search
+from grr.generation.decoding_state import Drafts
+from grr.generation.generate import generate, sample
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.process_group import materialize, shard_over, start, unsharded
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer

@@ -1,0 +1,1 @@
+"""Generation of captions: sampling, beam search, the decoding state."""
