@@ -8,7 +8,7 @@ from typing import Any
 
 from grr.charts import COLORS, Series, chart, is_number, series
 from grr.compare import PUBLISHED, Comparison, Metric
-from grr.flops import forward_flops
+from grr.evaluation.flops import forward_flops
 from grr.models.builders import MODELS
 from grr.page import header, write_page
 from grr.runs import RunRecord

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import grr
 from grr.charts import number, percent
-from grr.metrics import UNITS
+from grr.evaluation.captions import UNITS
 from grr.page import header, write_page
 from grr.report import Examples, show_captions, show_retrievals
 from grr.table import Table, aligned, html

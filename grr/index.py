@@ -17,12 +17,12 @@ from tqdm import tqdm
 from grr.checkpoint.finite import check_finite_outputs
 from grr.checkpoint.training_state import RunLock
 from grr.data.image_files import batches, read_images
+from grr.evaluation.retrieval import whole_numbers
+from grr.evaluation.zero_shot import embed_texts
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome
-from grr.retrieval import whole_numbers
-from grr.zero_shot import embed_texts
 
 FORMAT = 1
 BATCH = 50  # images at a time

@@ -8,9 +8,9 @@ import torch
 
 from grr.checkpoint.finite import check_finite_outputs
 from grr.data.image_files import read_images
+from grr.evaluation.zero_shot import TEMPLATES, class_embeddings
 from grr.pretrained import LoadedModel, fingerprint
 from grr.results import Outcome, Row, write_results
-from grr.zero_shot import TEMPLATES, class_embeddings
 
 BATCH = 50  # images at a time
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from grr import config
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
-from grr.flops import Towers, forward_flops, training_flops
+from grr.evaluation.flops import Towers, forward_flops, training_flops
 from grr.generation.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS

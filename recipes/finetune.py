@@ -25,7 +25,7 @@ from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
-from grr.evaluate import validate
+from grr.evaluation.evaluate import validate
 from grr.main import run_main
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start

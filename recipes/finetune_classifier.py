@@ -20,7 +20,6 @@ from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
-from grr.classification import answers, classification_scores, classification_step
 from grr.config.ranges import check_ranges
 from grr.data import (
     LABELLED,
@@ -30,6 +29,7 @@ from grr.data import (
     steps_per_epoch,
     training_steps,
 )
+from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa

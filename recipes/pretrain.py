@@ -21,7 +21,7 @@ from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
-from grr.evaluate import validate
+from grr.evaluation.evaluate import validate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.parallel.parallelize import parallelize

@@ -31,12 +31,12 @@ from grr import config
 from grr.checkpoint.training_state import save_model, save_model_state
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
-from grr.evaluate import captioning, recalls
+from grr.evaluation.evaluate import captioning, recalls
+from grr.evaluation.outputs import observe
 from grr.generation.generate import generate
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
-from grr.observe import observe
 from grr.parallel.process_group import materialize, start
 from grr.pretrained import (
     LoadedModel,

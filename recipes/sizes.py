@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from grr.charts import number
-from grr.flops import Towers, forward_flops, parameters, training_flops
+from grr.evaluation.flops import Towers, forward_flops, parameters, training_flops
 from grr.main import run_main
 from grr.models.builders import MODELS, T5_VOCABULARY
 from grr.sweep import plan

@@ -17,10 +17,10 @@ from torch import Tensor
 from grr.data import Labelled, Pairs
 from grr.data.images import BadImage, Crop
 from grr.data.pairs import Texts
-from grr.evaluate import captioning, examine, losses, recalls
+from grr.evaluation.evaluate import captioning, examine, losses, recalls
+from grr.evaluation.outputs import features, observe, over_images
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
-from grr.observe import features, observe, over_images
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, on_rank_0, start
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer

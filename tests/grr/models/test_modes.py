@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.classification import answers, classification_scores
 from grr.data import Batch
 from grr.data.collate import pack_captions
+from grr.evaluation.classification import answers, classification_scores
+from grr.evaluation.outputs import features, observe
+from grr.evaluation.zero_shot import embed_texts
 from grr.generation.generate import generate
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import evaluating
 from grr.models.heads import image_text_classifier
-from grr.observe import features, observe
 from grr.training.step import evaluation_losses
-from grr.zero_shot import embed_texts
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from grr.data import Batch, Labelled
 from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage, Crop
+from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
-from grr.observe import over_images
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import all_sum, on_rank_0, unsharded
 from grr.report import Answer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.metrics import bleu, caption_metrics, cider, rouge_l, split_words
+from grr.evaluation.captions import bleu, caption_metrics, cider, rouge_l, split_words
 
 captions = st.lists(st.sampled_from(["two", "dogs", "the", "dog", "run", "grass"]), max_size=8).map(" ".join)
 images = st.tuples(st.lists(captions, min_size=1, max_size=4), captions)

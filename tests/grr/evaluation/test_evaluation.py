@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data import epoch_order, validation_steps
-from grr.evaluate import captioning, exact, examine, examples, losses, recalls
-from grr.metrics import caption_metrics
-from grr.observe import Observation, observe
+from grr.evaluation.captions import caption_metrics
+from grr.evaluation.evaluate import captioning, exact, examine, examples, losses, recalls
+from grr.evaluation.outputs import Observation, observe
 from grr.training.step import evaluation_losses
 
 pytestmark = pytest.mark.usefixtures("process_group")

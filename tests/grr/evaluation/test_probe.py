@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grr.probe import attentive_probe, linear_probe, logistic_regression
+from grr.evaluation.probe import attentive_probe, linear_probe, logistic_regression
 
 CPU = torch.device("cpu")
 

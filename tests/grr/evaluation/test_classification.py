@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grr.classification import answers, classification_scores, classification_step
 from grr.data import Batch, Labelled, Pairs
 from grr.data.collate import IGNORE, pack_captions
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
+from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.models.builders import grr_coca_tiny
 from grr.models.heads import image_classifier, image_text_classifier
 from grr.tokenizers.sentencepiece import train_tokenizer

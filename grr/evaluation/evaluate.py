@@ -6,12 +6,12 @@ import torch
 
 from grr.data import Pairs, epoch_order, validation_steps
 from grr.data.images import Crop
-from grr.metrics import caption_metrics
+from grr.evaluation.captions import caption_metrics
+from grr.evaluation.outputs import Observation, observe
+from grr.evaluation.retrieval import retrieval
 from grr.models.coca import CoCa
-from grr.observe import Observation, observe
 from grr.parallel.process_group import on_rank_0, unsharded
 from grr.report import Caption, Examples, Retrieval
-from grr.retrieval import retrieval
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import contrastive_loss, sigmoid_loss
 from grr.training.step import Losses, evaluation_losses

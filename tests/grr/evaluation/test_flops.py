@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr.flops import Towers, forward_flops, parameters, training_flops
+from grr.evaluation.flops import Towers, forward_flops, parameters, training_flops
 from grr.models.builders import MODELS, grr_coca, grr_coca_tiny
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.retrieval import retrieval
+from grr.evaluation.retrieval import retrieval
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 owners = st.lists(st.integers(0, 6), min_size=1, max_size=20)  # the image of each text, of seven images

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grr.data.images import normalize
+from grr.evaluation.outputs import BATCH, features, observe, over_images
 from grr.generation.generate import generate
-from grr.observe import BATCH, features, observe, over_images
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

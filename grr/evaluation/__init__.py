@@ -1,0 +1,1 @@
+"""Evaluation: losses, retrieval, caption metrics, zero-shot classification, probes, FLOPs."""
