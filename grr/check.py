@@ -33,8 +33,8 @@ from grr.data.inspect import (
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
+from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.parallel.process_group import reset_seed
-from grr.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.sweep import plan
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import Planned, run_cost

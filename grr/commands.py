@@ -118,7 +118,7 @@ def train(options: argparse.Namespace) -> int:
 
 def caption(options: argparse.Namespace) -> int:
     """Print a caption of each image, as they come."""
-    from grr.captioning import caption_images
+    from grr.inference.caption import caption_images
 
     files = _images(options.images)
     return _told(caption_images(_opened(options.model), files), lambda row: str(row["caption"]))
@@ -126,7 +126,7 @@ def caption(options: argparse.Namespace) -> int:
 
 def classify(options: argparse.Namespace) -> int:
     """Print the likeliest classes of each image, as they come."""
-    from grr.naming import classify_images, read_classes, split_classes
+    from grr.inference.classify import classify_images, read_classes, split_classes
 
     classes = read_classes(options.classes) if Path(options.classes).is_file() else split_classes(options.classes)
     files = _images(options.images)
@@ -139,8 +139,8 @@ def classify(options: argparse.Namespace) -> int:
 
 def embed(options: argparse.Namespace) -> int:
     """Embed images into an index."""
-    from grr.index import embed_files
-    from grr.results import told
+    from grr.inference.index import embed_files
+    from grr.inference.results import told
 
     files = _images(options.images)
     outcome = embed_files(_opened(options.model), files, options.index, options.model, progress=sys.stderr.isatty())
@@ -152,7 +152,7 @@ def embed(options: argparse.Namespace) -> int:
 
 def search(options: argparse.Namespace) -> int:
     """Print the images of an index that are nearest to texts, or to images."""
-    from grr.index import as_text, look_up, open_index
+    from grr.inference.index import as_text, look_up, open_index
 
     if not Path(options.index, "index.json").is_file():
         raise FileNotFoundError(
@@ -173,7 +173,7 @@ def search(options: argparse.Namespace) -> int:
 def _opened(model: str) -> Any:
     import torch
 
-    from grr.pretrained import load_pretrained
+    from grr.inference.pretrained import load_pretrained
 
     return load_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -16,8 +16,8 @@ from torch.export import Dim, ExportedProgram
 
 from grr.components import Block, BlockCache, KeyValueCache
 from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from grr.inference.pretrained import Pretrained
 from grr.models.coca import CoCa
-from grr.pretrained import Pretrained
 from grr.tokenizers.clip import ClipTokenizer
 from grr.tokenizers.sentencepiece import Tokenizer
 

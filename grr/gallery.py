@@ -9,10 +9,10 @@ from torch import Tensor
 
 from grr.charts import percent
 from grr.data.image_files import thumbnails
-from grr.index import Found
+from grr.inference.index import Found
+from grr.inference.results import Row
 from grr.page import header, write_page
 from grr.report import picture
-from grr.results import Row
 
 SHOWN = 400  # images on a page: about 4 MB
 NAMED = 200  # files that could not be read

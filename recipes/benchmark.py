@@ -290,7 +290,7 @@ def token_bytes(model: CoCa) -> int:
 
 
 def loaded_model(word: str, cfg: config.Config, run: Run, device: torch.device) -> CoCa:
-    """A model as grr.pretrained.load_pretrained gives it, but with weights as they are before training."""
+    """A model as grr.inference.pretrained.load_pretrained gives it, but with weights as they are before training."""
     with torch.device("meta"):
         model: CoCa = cfg.build("model")
     materialize(model.to(DTYPES[word]), device, seed=run.seed)

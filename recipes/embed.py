@@ -13,10 +13,10 @@ import torch
 
 from grr import config
 from grr.data.image_files import find_images
-from grr.index import embed_files
+from grr.inference.index import embed_files
+from grr.inference.pretrained import load_pretrained
+from grr.inference.results import told
 from grr.main import run_main
-from grr.pretrained import load_pretrained
-from grr.results import told
 
 
 @dataclass

@@ -24,9 +24,9 @@ from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.evaluation_page import Confusions, as_text, write_evaluation
 from grr.generation.generate import generate
+from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.main import run_main
 from grr.parallel.process_group import start
-from grr.pretrained import Pretrained, find_pretrained, load_pretrained
 
 Task = Literal["losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"]
 PAIRED: tuple[Task, ...] = ("losses", "retrieval", "captions")  # tasks that need images with captions

@@ -20,8 +20,8 @@ import torch
 
 from grr import config
 from grr.export import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.inference.pretrained import find_pretrained, load_pretrained
 from grr.main import run_main
-from grr.pretrained import find_pretrained, load_pretrained
 from grr.table import aligned
 
 Format = Literal["onnx", "pt2"]

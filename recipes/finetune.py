@@ -26,10 +26,17 @@ from grr.checkpoint.training_state import RunLock, load_checkpoint, load_checkpo
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
+from grr.inference.pretrained import (
+    build_pretrained,
+    describe,
+    find_pretrained,
+    load_weights,
+    tell_of_other_crop,
+    weights_digest,
+)
 from grr.main import run_main
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_weights, tell_of_other_crop, weights_digest
 from grr.report import write_report
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import Average, interpolate, weights_of

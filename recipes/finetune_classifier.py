@@ -30,13 +30,13 @@ from grr.data import (
     training_steps,
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
+from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, reset_seed, start
-from grr.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.report import Examples, write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log

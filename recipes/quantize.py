@@ -34,11 +34,7 @@ from grr.data.images import BadImage
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
 from grr.generation.generate import generate
-from grr.main import run_main
-from grr.models.builders import MODELS
-from grr.models.coca import CoCa
-from grr.parallel.process_group import materialize, start
-from grr.pretrained import (
+from grr.inference.pretrained import (
     LoadedModel,
     Pretrained,
     build_pretrained,
@@ -46,6 +42,10 @@ from grr.pretrained import (
     find_pretrained,
     load_pretrained,
 )
+from grr.main import run_main
+from grr.models.builders import MODELS
+from grr.models.coca import CoCa
+from grr.parallel.process_group import materialize, start
 from grr.quantize import check_scheme, quantize, quantized_state
 from grr.table import aligned
 from grr.tokenizers.sentencepiece import open_tokenizer

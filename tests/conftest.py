@@ -12,9 +12,9 @@ from PIL import ImageColor
 
 from grr.checkpoint.training_state import save_model
 from grr.data.collate import pack_captions
+from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.process_group import start
-from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.loss import contrastive_loss
 

@@ -44,7 +44,7 @@ class Saver:
 
     A checkpoint of step N is due after step N, and is written when the gradients of step N + 1 are finite: weights that
     the next step finds ruined never become a checkpoint. identity: `run_identity`; description: what `describe` of
-    grr.pretrained returns, so that a checkpoint can be opened as a model; average: the weights of a
+    grr.inference.pretrained returns, so that a checkpoint can be opened as a model; average: the weights of a
     `grr.training.ema.Average`. Called by all ranks alike.
     """
 

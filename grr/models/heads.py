@@ -18,8 +18,8 @@ from grr.checkpoint.training_state import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
 from grr.data.collate import pack
 from grr.data.images import Crop
+from grr.inference.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.models.coca import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
-from grr.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 
 
@@ -176,7 +176,7 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
     if "head" not in saved:
         raise ValueError(
             f"load_classifier: {source.path} is a model without a head; train one on it with "
-            "recipes/finetune_classifier.py, or open it with grr.pretrained.load_pretrained"
+            "recipes/finetune_classifier.py, or open it with grr.inference.pretrained.load_pretrained"
         )
     head, classes = saved["head"], saved.get("classes")
     if head not in HEADS or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

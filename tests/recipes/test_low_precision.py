@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grr.pretrained import load_pretrained
+from grr.inference.pretrained import load_pretrained
 from grr.training.log import read_metrics
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')

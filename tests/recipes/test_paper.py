@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from grr import config
 from grr.checkpoint.training_state import load_checkpoint, save_model
+from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.models.builders import grr_coca
 from grr.models.coca import CoCa
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 from grr.training.log import read_metrics
 from grr.training.optim import adamw

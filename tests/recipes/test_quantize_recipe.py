@@ -14,8 +14,8 @@ from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.data import DATASETS
 from grr.generation.generate import generate
+from grr.inference.pretrained import describe, load_pretrained
 from grr.models.builders import MODELS, grr_coca_tiny
-from grr.pretrained import describe, load_pretrained
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')

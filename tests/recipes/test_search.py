@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from grr import config
-from grr.index import open_index
+from grr.inference.index import open_index
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

@@ -16,7 +16,7 @@ from grr.checkpoint.training_state import save_checkpoint
 from grr.cli import main
 from grr.evaluation.zero_shot import embed_texts
 from grr.generation.generate import generate
-from grr.pretrained import load_pretrained
+from grr.inference.pretrained import load_pretrained
 from grr.quantize import quantize, quantized_state
 
 NAME = "multimodal_decoder.head.weight"

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from grr.checkpoint.training_state import save_checkpoint, save_model
 from grr.data.collate import pack, pack_captions
 from grr.data.images import normalize
+from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.models.builders import grr_coca_tiny
 from grr.models.heads import (
     HEADS,
@@ -23,7 +24,6 @@ from grr.models.heads import (
 )
 from grr.models.open_clip import open_clip_coca
 from grr.parallel.process_group import materialize, shard_over
-from grr.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.optim import adamw
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from grr.checkpoint.training_state import load_checkpoint, save_checkpoint, save_model
 from grr.components import Block
+from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.float8 import multiply_in_float8
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize
-from grr.pretrained import describe
 from grr.training.loss import contrastive_loss
 from grr.training.optim import adamw
 

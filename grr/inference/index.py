@@ -21,8 +21,8 @@ from grr.evaluation.retrieval import whole_numbers
 from grr.evaluation.zero_shot import embed_texts
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
-from grr.pretrained import LoadedModel, fingerprint
-from grr.results import Outcome
+from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.results import Outcome
 
 FORMAT = 1
 BATCH = 50  # images at a time

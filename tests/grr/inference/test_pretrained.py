@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from grr.checkpoint.training_state import save_checkpoint, save_model
-from grr.models.builders import grr_coca_tiny
-from grr.pretrained import (
+from grr.inference.pretrained import (
     build_pretrained,
     describe,
     find_pretrained,
@@ -17,6 +16,7 @@ from grr.pretrained import (
     load_weights,
     tell_of_other_crop,
 )
+from grr.models.builders import grr_coca_tiny
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 

@@ -8,7 +8,7 @@ import torch
 
 from grr.data.images import load_image
 from grr.evaluation.zero_shot import class_embeddings
-from grr.naming import classify_files, classify_images, read_classes, split_classes
+from grr.inference.classify import classify_files, classify_images, read_classes, split_classes
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 TEMPLATES = ("a {} picture",)

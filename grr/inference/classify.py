@@ -9,8 +9,8 @@ import torch
 from grr.checkpoint.finite import check_finite_outputs
 from grr.data.image_files import read_images
 from grr.evaluation.zero_shot import TEMPLATES, class_embeddings
-from grr.pretrained import LoadedModel, fingerprint
-from grr.results import Outcome, Row, write_results
+from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.results import Outcome, Row, write_results
 
 BATCH = 50  # images at a time
 

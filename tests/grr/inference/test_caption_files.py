@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from grr.captioning import caption_files, caption_images
 from grr.data.images import load_image
 from grr.generation.generate import generate
-from grr.pretrained import load_pretrained
-from grr.results import read_results
+from grr.inference.caption import caption_files, caption_images
+from grr.inference.pretrained import load_pretrained
+from grr.inference.results import read_results
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 

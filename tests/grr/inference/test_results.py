@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import commands, results
+from grr import commands
 from grr.checkpoint.training_state import RunLock
 from grr.files.printable import printable, printable_lines
-from grr.results import Outcome, Row, read_results, told, write_results
+from grr.inference import results
+from grr.inference.results import Outcome, Row, read_results, told, write_results
 from grr.table import aligned
 
 NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]

@@ -6,8 +6,8 @@ from typing import Any
 
 from grr.data.image_files import read_images
 from grr.generation.generate import generate
-from grr.pretrained import LoadedModel, fingerprint
-from grr.results import Outcome, Row, write_results
+from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.results import Outcome, Row, write_results
 
 BATCH = 50  # images at a time
 

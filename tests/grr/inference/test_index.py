@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr import index
 from grr.checkpoint.training_state import RunLock, save_model
 from grr.cli import main
 from grr.data.image_files import find_images
 from grr.data.images import load_image
-from grr.index import Index, as_text, embed_files, look_up, open_index
-from grr.pretrained import find_pretrained, fingerprint, load_pretrained
+from grr.inference import index
+from grr.inference.index import Index, as_text, embed_files, look_up, open_index
+from grr.inference.pretrained import find_pretrained, fingerprint, load_pretrained
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 

@@ -1,0 +1,1 @@
+"""Inference on image files with a trained model."""
