@@ -3,7 +3,7 @@
     python recipes/export.py --config recipes/configs/export/openmoji.yaml
     python runs/openmoji/export/run_onnx.py photo.jpg "a red fox" "a bowl of soup"
 
-The folder holds image, text and step as .onnx and .pt2 (`grr.export` tells what goes in and comes out), config.json,
+The folder holds image, text and step as .onnx and .pt2 (`grr.export.onnx` tells what goes in and comes out), config.json,
 the vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxruntime alone. Every graph is run once, on
 other numbers of images and tokens than it was traced with, and compared with the model.
 """
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from grr import config
-from grr.export import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.export.onnx import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.inference.pretrained import find_pretrained, load_pretrained
 from grr.main import run_main
 from grr.table import aligned

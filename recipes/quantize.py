@@ -33,6 +33,7 @@ from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
+from grr.export.quantization import check_scheme, quantize, quantized_state
 from grr.generation.generate import generate
 from grr.inference.pretrained import (
     LoadedModel,
@@ -46,7 +47,6 @@ from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.process_group import materialize, start
-from grr.quantize import check_scheme, quantize, quantized_state
 from grr.table import aligned
 from grr.tokenizers.sentencepiece import open_tokenizer
 

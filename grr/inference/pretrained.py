@@ -18,12 +18,12 @@ from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
+from grr.export.quantization import SCHEMES, Scheme, load_quantized
 from grr.files.regular import read_regular_file
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.parallel.process_group import on_rank_0
-from grr.quantize import SCHEMES, Scheme, load_quantized
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 
 FORMAT = 1

@@ -3,7 +3,7 @@
 They differ from the CoCa of the paper. The ViT has a class token. There is one pooler, whose queries are normalised and
 projected; the first of its 256 vectors is the image embedding and the others are what captions read. The text at CLS is
 normalised and projected. A block of the multimodal decoder that reads the text and one that reads the image take turns,
-each with an MLP. `grr.convert` fills these models from open_clip's checkpoints.
+each with an MLP. `grr.export.convert` fills these models from open_clip's checkpoints.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from grr.convert import convert_open_clip
 from grr.data.images import to_tensor
+from grr.export.convert import convert_open_clip
 from grr.generation.generate import generate
 from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
 from grr.models.open_clip import open_clip_coca

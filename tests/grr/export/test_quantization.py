@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grr.checkpoint.training_state import save_model_state
+from grr.export.quantization import GROUP, SCHEMES, quantize, quantized_state
 from grr.generation.generate import generate
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.models.builders import grr_coca_tiny, original_coca
-from grr.quantize import GROUP, SCHEMES, quantize, quantized_state
 from grr.tokenizers.sentencepiece import train_tokenizer
 
 torchao = pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')

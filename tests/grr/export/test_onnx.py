@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from grr.checkpoint.training_state import save_model
 from grr.data.images import FORMATS, load_image, normalize
-from grr.export import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.export.onnx import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.generation.generate import generate
 from grr.inference.pretrained import describe, find_pretrained
 from grr.models.builders import coca, grr_coca_tiny
@@ -25,7 +25,7 @@ from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')
 from grr import run_onnx  # noqa: E402  # it imports onnxruntime
-from grr.run_onnx import Captioner  # noqa: E402
+from grr.export.run_onnx import Captioner  # noqa: E402
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
 CONTEXT = 16
@@ -241,7 +241,7 @@ def test_a_program_is_saved_with_its_own_weights_alone_and_tells_nothing_of_this
     own = {f"model.text_decoder.{name}" for name, _ in parts["text"].model.text_decoder.named_parameters()}
     assert program.state_dict.keys() == own
     for file in (tmp_path / "text.pt2", folder / "text.onnx", folder / "step.onnx"):
-        assert str(Path(__file__).resolve().parents[2]).encode() not in file.read_bytes()
+        assert str(Path(__file__).resolve().parents[3]).encode() not in file.read_bytes()
 
 
 def test_what_cannot_be_exported_is_refused():
@@ -255,7 +255,7 @@ def test_what_cannot_be_exported_is_refused():
 
 def test_a_quantised_model_is_refused():
     pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
-    from grr.quantize import quantize
+    from grr.export.quantization import quantize
 
     model = grr_coca_tiny().eval()
     quantize(model, "int8_weight_only")

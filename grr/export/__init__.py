@@ -1,0 +1,1 @@
+"""Export and conversion of models: ONNX, quantization, weights of open_clip."""
