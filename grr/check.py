@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grr import config, installed
+from grr import config
 from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.inspect import (
     CAPTIONS,
@@ -33,9 +33,10 @@ from grr.data.inspect import (
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
+from grr.experiments import catalog as installed
+from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.parallel.process_group import reset_seed
-from grr.sweep import plan
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import Planned, run_cost
 from grr.training.optim import freeze, warmup_cosine

@@ -11,7 +11,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from grr import __version__, commands, installed
+from grr import __version__, commands
+from grr.experiments import catalog as installed
 from grr.main import attempt
 
 Command = Callable[[argparse.Namespace], int]

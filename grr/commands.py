@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from grr import installed
+from grr.experiments import catalog as installed
 from grr.files.printable import printable, printable_lines
 
 # --- recipes and configs -------------------------------------------------------------------------------------------

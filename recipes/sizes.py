@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from grr.charts import number
 from grr.evaluation.flops import Towers, forward_flops, parameters, training_flops
+from grr.experiments.sweep import plan
 from grr.main import run_main
 from grr.models.builders import MODELS, T5_VOCABULARY
-from grr.sweep import plan
 from grr.table import aligned
 from grr.tokenizers.sentencepiece import open_tokenizer
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grr import config
-from grr.installed import recipe_place
+from grr.experiments.catalog import recipe_place
+from grr.experiments.sweep import Job, plan
 from grr.main import run_main
-from grr.sweep import Job, plan
 
 LOG = "log.txt"  # in a run's folder: what it said
 TOLD = 15  # lines of a failed run's log
@@ -32,7 +32,7 @@ TOLD = 15  # lines of a failed run's log
 
 @dataclass
 class Run:
-    """The recipe's own knobs; see grr.sweep.plan."""
+    """The recipe's own knobs; see grr.experiments.sweep.plan."""
 
     folder: str  # everything the runs write
     stages: list[str]  # "name: RECIPE/CONFIG arguments" as for grr run, in order; {name} is an earlier stage's folder

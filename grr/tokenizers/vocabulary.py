@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grr import installed
 from grr.check import read_config
+from grr.experiments import catalog as installed
 from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer, train_tokenizer
 
 REPOSITORY, FILE = "google-t5/t5-base", "spiece.model"  # on the Hugging Face hub

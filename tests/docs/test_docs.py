@@ -20,9 +20,9 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from grr import installed
 from grr.checkpoint.training_state import RunLock
 from grr.data import DATASETS, training_steps
+from grr.experiments import catalog as installed
 from grr.tokenizers.sentencepiece import train_tokenizer
 
 ROOT = Path(__file__).parents[2]

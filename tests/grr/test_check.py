@@ -12,10 +12,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from grr import config, installed
+from grr import config
 from grr.check import _module, check, read_config
 from grr.cli import main
 from grr.config import ConfigError
+from grr.experiments import catalog as installed
 
 CONFIGS = [item for recipe in installed.recipes() for item in installed.configs(recipe.name)]
 NEEDED = {"classify": ["run.classes=[x]"], "search": ["run.texts=[x]"]}  # one of several that may be given

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from grr import installed
 from grr.cli import _parser, main
+from grr.experiments import catalog as installed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [

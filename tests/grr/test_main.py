@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grr import installed
 from grr.config import ConfigError
+from grr.experiments import catalog as installed
 from grr.main import attempt, is_user_mistake
 from grr.training.optim import set_lr
 

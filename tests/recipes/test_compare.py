@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from grr import config
-from grr.sweep import plan
+from grr.experiments.sweep import plan
 from grr.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

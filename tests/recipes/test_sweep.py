@@ -16,8 +16,8 @@ from waiting import started, wait_until
 
 from grr import config
 from grr.data import DATASETS, training_steps
+from grr.experiments.sweep import plan
 from grr.models.builders import MODELS
-from grr.sweep import plan
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import read_metrics, read_starts
 from grr.training.optim import adamw, warmup_cosine

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import config, installed
+from grr import config
 from grr.check import _module
 from grr.config import ConfigError
 from grr.data import DATASETS
+from grr.experiments import catalog as installed
 from grr.models.builders import MODELS
 from grr.training.optim import adamw, warmup_cosine
 

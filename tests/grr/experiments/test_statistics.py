@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.spread import difference, spread, two_sided_p
+from grr.experiments.statistics import difference, spread, two_sided_p
 
 values = st.floats(-100, 100)
 by_seed = st.dictionaries(st.integers(0, 9), values, min_size=1, max_size=6)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from grr.charts import is_number
-from grr.runs import RunRecord, differences
-from grr.spread import Difference, Spread, difference, spread
+from grr.experiments.runs import RunRecord, differences
+from grr.experiments.statistics import Difference, Spread, difference, spread
 
 DataSet = Literal["CC12M", "MSCOCO", "ROCOv2", "Flickr30k"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from grr import installed
+from grr.experiments import catalog as installed
 
 EVERY = [item for recipe in installed.recipes() for item in (recipe, *installed.configs(recipe.name))]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grr import installed
+from grr.experiments import catalog as installed
 
 NAME = re.compile(r"\w+")  # no hyphen: a folder is <variant>-<seed>, and baseline-* must not match another variant
 PLACEHOLDER = re.compile(r"\{(\w+)\}")

@@ -1,0 +1,1 @@
+"""Experiments: runs, their comparison, sweeps, the catalog of recipes and configs."""
