@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grr import config
-from grr.comparison_page import as_text, write_comparison
 from grr.experiments.compare import DataSet, compare
 from grr.experiments.runs import read_models
 from grr.main import run_main
+from grr.reports.comparison import as_text, write_comparison
 
 
 @dataclass

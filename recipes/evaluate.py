@@ -22,11 +22,11 @@ from grr.evaluation.evaluate import captioning, examples, losses, recalls
 from grr.evaluation.outputs import features, observe
 from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
-from grr.evaluation_page import Confusions, as_text, write_evaluation
 from grr.generation.generate import generate
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.main import run_main
 from grr.parallel.process_group import start
+from grr.reports.evaluation import Confusions, as_text, write_evaluation
 
 Task = Literal["losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"]
 PAIRED: tuple[Task, ...] = ("losses", "retrieval", "captions")  # tasks that need images with captions

@@ -22,7 +22,7 @@ from grr import config
 from grr.export.onnx import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.inference.pretrained import find_pretrained, load_pretrained
 from grr.main import run_main
-from grr.table import aligned
+from grr.reports.table import aligned
 
 Format = Literal["onnx", "pt2"]
 ALLOWED = 1e-3  # between a graph and the model: rounding, of logits that may be in the tens

@@ -37,7 +37,7 @@ from grr.inference.pretrained import (
 from grr.main import run_main
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
-from grr.report import write_report
+from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import Average, interpolate, weights_of
 from grr.training.log import has_ended, open_log, summary

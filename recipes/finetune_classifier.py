@@ -37,7 +37,7 @@ from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, reset_seed, start
-from grr.report import Examples, write_report
+from grr.reports.training import Examples, write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log
 from grr.training.optim import adamw, freeze, set_lr, warmup_cosine

@@ -27,7 +27,7 @@ from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
-from grr.report import write_report
+from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, summary
 from grr.training.optim import adamw, describe_end, set_lr, warmup_cosine

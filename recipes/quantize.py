@@ -47,7 +47,7 @@ from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.process_group import materialize, start
-from grr.table import aligned
+from grr.reports.table import aligned
 from grr.tokenizers.sentencepiece import open_tokenizer
 
 Variant = Literal[

@@ -18,7 +18,7 @@ from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import all_sum, on_rank_0, unsharded
-from grr.report import Answer
+from grr.reports.training import Answer
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import at_least_float32
 from grr.training.step import seed_dropout

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from grr.charts import Row, is_number
 from grr.checkpoint.identity import HOW_COMPUTED
+from grr.reports.charts import Row, is_number
 from grr.training.log import kept_step, read_metrics, read_starts
 
 # What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.

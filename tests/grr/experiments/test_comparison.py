@@ -14,9 +14,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grr.comparison_page import as_markdown, as_text, model_table, result_table, run_table, verdicts, write_comparison
 from grr.experiments.compare import PUBLISHED, DataSet, compare
 from grr.experiments.runs import FREE, differences, read_models, read_run
+from grr.reports.comparison import (
+    as_markdown,
+    as_text,
+    model_table,
+    result_table,
+    run_table,
+    verdicts,
+    write_comparison,
+)
 from grr.training.log import MetricsLog, write_manifest
 
 HOSTILE = """</title><script>alert(1)</script><img src=x onerror="alert(1)">' " &amp; |"""

@@ -15,7 +15,7 @@ from grr.checkpoint.training_state import RunLock
 from grr.files.printable import printable, printable_lines
 from grr.inference import results
 from grr.inference.results import Outcome, Row, read_results, told, write_results
-from grr.table import aligned
+from grr.reports.table import aligned
 
 NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]
 MADE = {"model": "m", "generation": {"beams": 2}}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from grr.charts import percent
 from grr.data.image_files import thumbnails
 from grr.inference.index import Found
 from grr.inference.results import Row
-from grr.page import header, write_page
-from grr.report import picture
+from grr.reports.charts import percent
+from grr.reports.page import header, write_page
+from grr.reports.training import picture
 
 SHOWN = 400  # images on a page: about 4 MB
 NAMED = 200  # files that could not be read

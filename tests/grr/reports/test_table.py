@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.table import aligned, html, markdown
+from grr.reports.table import aligned, html, markdown
 
 cells = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), max_size=8)
 tables = st.integers(1, 5).flatmap(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import grr
-from grr.charts import number, percent
 from grr.evaluation.captions import UNITS
-from grr.page import header, write_page
-from grr.report import Examples, show_captions, show_retrievals
-from grr.table import Table, aligned, html
+from grr.reports.charts import number, percent
+from grr.reports.page import header, write_page
+from grr.reports.table import Table, aligned, html
+from grr.reports.training import Examples, show_captions, show_retrievals
 
 Evaluation = dict[str, Any]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from grr import gallery
-from grr.gallery import write_captions, write_classes, write_hits
 from grr.inference.index import Found, Hit
+from grr.reports import gallery
+from grr.reports.gallery import write_captions, write_classes, write_hits
 
 ODD = 'new\nline & <b>"ü.png'
 

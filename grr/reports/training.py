@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from grr.charts import Level, Row, Series, chart, is_number, number, percent, series
-from grr.page import header, write_page
+from grr.reports.charts import Level, Row, Series, chart, is_number, number, percent, series
+from grr.reports.page import header, write_page
 from grr.training.log import kept_step, read_metrics
 
 SIDE = 224  # pixels of a shown image, at most

@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grr.charts import COLORS, Series, chart, is_number, series
 from grr.evaluation.flops import forward_flops
 from grr.experiments.compare import PUBLISHED, Comparison, Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
 from grr.models.builders import MODELS
-from grr.page import header, write_page
-from grr.table import Table, aligned, html, markdown
+from grr.reports.charts import COLORS, Series, chart, is_number, series
+from grr.reports.page import header, write_page
+from grr.reports.table import Table, aligned, html, markdown
 
 MANY = 4  # models from which on a table has a row for each instead of a column
 
