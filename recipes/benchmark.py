@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from grr import config
+from grr.cli.program import run_main
 from grr.data import Batch
 from grr.data.collate import IGNORE, pack_captions
 from grr.evaluation.flops import Towers, forward_flops, training_flops
 from grr.generation.generate import generate
-from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
 from grr.parallel.parallelize import parallelize

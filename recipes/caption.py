@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from grr import config
+from grr.cli.program import run_main
 from grr.data.image_files import find_images
 from grr.files.printable import printable
 from grr.generation.generate import generate
 from grr.inference.caption import caption_files
 from grr.inference.pretrained import load_pretrained
 from grr.inference.results import read_results, told
-from grr.main import run_main
 from grr.reports.gallery import write_captions
 
 PRINTED = 10  # captions

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from grr import config
+from grr.cli.program import run_main
 from grr.data.image_files import find_images
 from grr.evaluation.zero_shot import class_embeddings
 from grr.files.printable import printable
 from grr.inference.classify import classify_files, read_classes
 from grr.inference.pretrained import load_pretrained
 from grr.inference.results import read_results, told
-from grr.main import run_main
 from grr.reports.gallery import write_classes
 
 PRINTED = 20  # images

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grr import config
+from grr.cli.program import run_main
 from grr.experiments.compare import DataSet, compare
 from grr.experiments.runs import read_models
-from grr.main import run_main
 from grr.reports.comparison import as_text, write_comparison
 
 

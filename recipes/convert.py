@@ -16,9 +16,9 @@ import torch
 
 from grr import config
 from grr.checkpoint.training_state import save_model
+from grr.cli.program import run_main
 from grr.export.convert import convert_open_clip, read_open_clip
 from grr.inference.pretrained import describe
-from grr.main import run_main
 from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.tokenizers.clip import ClipTokenizer, installed_merges
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from grr import config
+from grr.cli.program import run_main
 from grr.data.image_files import find_images
 from grr.inference.index import embed_files
 from grr.inference.pretrained import load_pretrained
 from grr.inference.results import told
-from grr.main import run_main
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from grr import config
 from grr.checkpoint.training_state import read_progress
+from grr.cli.program import run_main
 from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
 from grr.evaluation.evaluate import captioning, examples, losses, recalls
 from grr.evaluation.outputs import features, observe
@@ -24,7 +25,6 @@ from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
-from grr.main import run_main
 from grr.parallel.process_group import start
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
 

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 
 from grr import config
+from grr.cli.program import run_main
 from grr.export.onnx import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.inference.pretrained import find_pretrained, load_pretrained
-from grr.main import run_main
 from grr.reports.table import aligned
 
 Format = Literal["onnx", "pt2"]

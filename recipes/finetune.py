@@ -23,6 +23,7 @@ from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint, load_checkpoint_weights, save_model
+from grr.cli.program import run_main
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
@@ -34,7 +35,6 @@ from grr.inference.pretrained import (
     tell_of_other_crop,
     weights_digest,
 )
-from grr.main import run_main
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
 from grr.reports.training import write_report

@@ -20,6 +20,7 @@ from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
+from grr.cli.program import run_main
 from grr.config.ranges import check_ranges
 from grr.data import (
     LABELLED,
@@ -31,7 +32,6 @@ from grr.data import (
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
-from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts

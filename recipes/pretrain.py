@@ -19,11 +19,11 @@ from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
+from grr.cli.program import run_main
 from grr.config.ranges import check_ranges
 from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import describe
-from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start

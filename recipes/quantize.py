@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from grr import config
 from grr.checkpoint.training_state import save_model, save_model_state
+from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.evaluate import captioning, recalls
@@ -43,7 +44,6 @@ from grr.inference.pretrained import (
     find_pretrained,
     load_pretrained,
 )
-from grr.main import run_main
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.process_group import materialize, start

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from grr import config
+from grr.cli.program import run_main
 from grr.data.image_files import find_images
 from grr.files.printable import printable
 from grr.inference.index import as_text, look_up, open_index
 from grr.inference.pretrained import load_pretrained
-from grr.main import run_main
 from grr.reports.gallery import write_hits
 
 

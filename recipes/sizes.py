@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from grr.cli.program import run_main
 from grr.evaluation.flops import Towers, forward_flops, parameters, training_flops
 from grr.experiments.sweep import plan
-from grr.main import run_main
 from grr.models.builders import MODELS, T5_VOCABULARY
 from grr.reports.charts import number
 from grr.reports.table import aligned

@@ -22,9 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grr import config
+from grr.cli.program import run_main
 from grr.experiments.catalog import recipe_place
 from grr.experiments.sweep import Job, plan
-from grr.main import run_main
 
 LOG = "log.txt"  # in a run's folder: what it said
 TOLD = 15  # lines of a failed run's log

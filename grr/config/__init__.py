@@ -76,7 +76,7 @@ class Config(SimpleNamespace):
 def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
     """Read `--config FILE section.key=value ...` and check it against the signatures of the sections' functions.
 
-    Raises ConfigError with all mistakes at once, each with its place; in a recipe, `grr.main.run_main` prints them.
+    Raises ConfigError with all mistakes at once, each with its place; in a recipe, `grr.cli.program.run_main` prints them.
     Without argv, the program's own command line is read.
     """
     if _asked.get():

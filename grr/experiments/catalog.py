@@ -103,7 +103,7 @@ def command(words: Sequence[str]) -> list[str]:
     """
     launcher: list[str] = []
     if words[:1] == ["--nproc"] and len(words) > 2:
-        launcher, words = ["-m", "grr.launch", f"--nproc_per_node={words[1]}"], words[2:]
+        launcher, words = ["-m", "grr.cli.launch", f"--nproc_per_node={words[1]}"], words[2:]
     name, *rest = words
     own = name.endswith((".py", ".yaml", ".yml")) and Path(name).is_file()
     item = Item(name, Path(name)) if own else find(name)

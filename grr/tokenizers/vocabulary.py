@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grr.check import read_config
+from grr.cli.check import read_config
 from grr.experiments import catalog as installed
 from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer, train_tokenizer
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr import config
-from grr.check import _module
+from grr.cli.check import _module
 from grr.config import ConfigError
 from grr.data import DATASETS
 from grr.experiments import catalog as installed
@@ -290,7 +290,7 @@ from dataclasses import dataclass
 
 from grr import config
 from grr.models.builders import MODELS
-from grr.main import run_main
+from grr.cli.program import run_main
 
 
 @dataclass

@@ -125,7 +125,7 @@ def test_a_stage_starts_an_installed_recipe_or_a_file_below_the_current_folder(t
     assert started("pretrain/photos") == [str(installed.RECIPES / "pretrain.py"), "--config", str(photos.path), *own]
     assert started("--nproc", "2", "pretrain", "--config", "pretrain/photos") == [
         "-m",
-        "grr.launch",
+        "grr.cli.launch",
         "--nproc_per_node=2",
         *started("pretrain/photos"),
     ]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr import commands
 from grr.checkpoint.training_state import RunLock
+from grr.cli import commands
 from grr.files.printable import printable, printable_lines
 from grr.inference import results
 from grr.inference.results import Outcome, Row, read_results, told, write_results

@@ -1,6 +1,6 @@
 """The command `grr`: recipes, configs, data, vocabularies and trained models, without a line of Python.
 
-Here are its words and its help; what each command does is in grr/commands.py.
+Here are its words and its help; what each command does is in grr/cli/commands.py.
 """
 
 import argparse
@@ -11,9 +11,10 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from grr import __version__, commands
+from grr import __version__
+from grr.cli import commands
+from grr.cli.program import attempt
 from grr.experiments import catalog as installed
-from grr.main import attempt
 
 Command = Callable[[argparse.Namespace], int]
 HELP = """\

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Tell all that is wrong with a config, and what its data look like."""
-    from grr.check import check, read_config
+    from grr.cli.check import check, read_config
 
     file = installed.config_file(options.config)
     script = installed.recipe_of(file, options.recipe)

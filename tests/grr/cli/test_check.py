@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from grr import config
-from grr.check import _module, check, read_config
 from grr.cli import main
+from grr.cli.check import _module, check, read_config
 from grr.config import ConfigError
 from grr.experiments import catalog as installed
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from grr.cli.program import attempt, is_user_mistake
 from grr.config import ConfigError
 from grr.experiments import catalog as installed
-from grr.main import attempt, is_user_mistake
 from grr.training.optim import set_lr
 
 RECIPES = installed.recipes()
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 {imports}
-from grr.main import run_main
+from grr.cli.program import run_main
 
 def refuse():
     raise ValueError("data: nothing is there")
@@ -51,7 +51,7 @@ def program(folder: Path, body: str, *launcher: str, **environment: str) -> subp
 
 
 def launched(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
-    return program(folder, body, "-m", "grr.launch", "--nproc_per_node=2")
+    return program(folder, body, "-m", "grr.cli.launch", "--nproc_per_node=2")
 
 
 def caught_from(code: str, module: str = "grr.some", **names: object) -> Exception:
@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_in_the_systems_words(capsys):
     ],
 )
 def test_a_line_begins_with_the_programs_name_once(name, said, line, capsys, monkeypatch):
-    monkeypatch.setattr("grr.main.is_user_mistake", lambda error: True)
+    monkeypatch.setattr("grr.cli.program.is_user_mistake", lambda error: True)
 
     def act() -> None:
         raise ValueError(said)

@@ -15,7 +15,7 @@ import pytest
 from grr.cli import _parser, main
 from grr.experiments import catalog as installed
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = [
     "model.image_size=32",
     "model.dim=32",

@@ -1,6 +1,6 @@
 """Start a recipe in several processes of this machine, as torchrun does, without its report of processes that failed.
 
-    python -m grr.launch --nproc_per_node 2 recipes/pretrain.py --config ...
+    python -m grr.cli.launch --nproc_per_node 2 recipes/pretrain.py --config ...
 
 The arguments are torchrun's, and the exit status is that of the process that failed first. What went wrong, the process
 itself has printed; only one that a signal killed could not, and is reported here.
