@@ -3,8 +3,8 @@
     python recipes/export.py --config recipes/configs/export/openmoji.yaml
     python runs/openmoji/export/run_onnx.py photo.jpg "a red fox" "a bowl of soup"
 
-The folder holds image, text and step as .onnx and .pt2 (`grr.export.onnx` tells what goes in and comes out), config.json,
-the vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxruntime alone. Every graph is run once, on
+The folder holds image, text and step as .onnx and .pt2 (`grr.export.onnx` documents inputs and outputs), config.json, the
+vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxruntime alone. Every graph is run once, on
 other numbers of images and tokens than it was traced with, and compared with the model.
 """
 

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 4 recipes/finetune.py --config recipes/configs/finetune/mscoco.yaml
 
 The start is validated, and then every epoch. Three epochs without improvement bring the best weights back and divide
-the learning rate by 100; the third time the run ends (GRR-CoCa, section 3.3; `grr.training.soft_reset`). The best so far is in
-best/, what was kept in model/. The same command, submitted again, continues where the run stopped, even amid a reset;
-a run that has finished is left as it is. Any key of the config may follow as key=value.
+the learning rate by 100; the third time the run ends (GRR-CoCa, section 3.3; `grr.training.soft_reset`). The best
+checkpoint so far is in best/, the model in model/. The same command, submitted again, continues where the run stopped,
+also within a reset; a run that has finished is left as it is. Any key of the config may follow as key=value.
 """
 
 import logging

@@ -115,7 +115,7 @@ def test_a_wrong_import_would_be_seen(may_import: Callable[[str], bool], allowed
 
 def test_there_is_something_to_look_at():
     assert (ROOT / "components" / "attention.py").is_file()
-    assert ROOT / "grr" / "model.py" in library_files()
+    assert ROOT / "grr" / "models" / "coca.py" in library_files()
 
 
 def waits_without_a_deadline(source: str) -> Iterator[int]:

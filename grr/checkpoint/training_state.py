@@ -64,8 +64,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the training state to folder/step_N and remove all but the `keep` newest up to N.
 
-    progress: JSON values; its "step", an int, is N. average: weights of a `grr.training.ema.Average`, if there is one. An
-    optimizer that never stepped is saved, and left, without state.
+    progress: JSON values; its "step", an int, is N. average: weights of a `grr.training.ema.Average`, if there is
+    one. An optimizer that never stepped is saved, and left, without state.
     A kill at any moment leaves a whole checkpoint, if there was one. The folder must be one that all ranks share.
     Raises ValueError for a progress without a step and for keep < 1, OSError if a file cannot be written.
     """

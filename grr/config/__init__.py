@@ -76,8 +76,8 @@ class Config(SimpleNamespace):
 def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
     """Read `--config FILE section.key=value ...` and check it against the signatures of the sections' functions.
 
-    Raises ConfigError with all mistakes at once, each with its place; in a recipe, `grr.cli.program.run_main` prints them.
-    Without argv, the program's own command line is read.
+    Raises ConfigError with all mistakes at once, each with its place; in a recipe,
+    `grr.cli.program.run_main` prints them. Without argv, the program's own command line is read.
     """
     if _asked.get():
         raise _Asked(sections)

@@ -41,8 +41,8 @@ def classification_step(
     """Add the gradients of one optimizer step to the model, and give its scores.
 
     `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout (`grr.training.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
-    target that is spread evenly over all classes (Szegedy et al. 2016).
+    dropout (`grr.training.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing
+    is the part of each target that is spread evenly over all classes (Szegedy et al. 2016).
     Raises ValueError if the data have no classes.
     """
     world = dist.get_world_size()

@@ -50,7 +50,8 @@ def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int
     """Cross-entropy of each token, without ever holding the logits of more than `chunk` of them.
 
     hidden: [n, d], targets: [n] -> float32 [n]. Logits are computed again for the gradient, with the weights that the
-    head has now: in the backward pass it may hold others (`grr.parallel.bf16` puts copies there for the forward pass alone).
+    head has now: in the backward pass it may hold others (`grr.parallel.bf16` puts copies there for the
+    forward pass alone).
     """
     weights: dict[str, Tensor] = dict(head.named_parameters())
 

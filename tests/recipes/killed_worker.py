@@ -1,4 +1,4 @@
-"""Run a recipe, and send its process a signal as soon as a function of grr.checkpoint.training_state has written or read a folder.
+"""Run a recipe, and send its process a signal once a function of grr.checkpoint has written or read a folder.
 
 python killed_worker.py save_checkpoint best/step_5 9 recipes/finetune.py --config ...
 """

@@ -1,4 +1,4 @@
-"""grr.checkpoint.training_state: what is saved comes back bit for bit, on any number of ranks, and damage never does."""
+"""grr.checkpoint: what is saved comes back bit for bit, on any number of ranks, and damage never does."""
 
 import hashlib
 import json

@@ -399,8 +399,8 @@ def test_a_program_that_stops_in_the_middle_ends(ending, code):
     """Threads of it are reading large images all the while."""
     program = f"""
 import sys
-sys.path.append("..")
-from test_data_loader import painted, training
+sys.path.append("../..")
+from test_loader import painted, training
 pairs = painted(200, 1, seconds=0.02)
 steps = training(pairs, image_size=2000, workers=4)
 next(steps)

@@ -24,7 +24,7 @@ from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')
-from grr import run_onnx  # noqa: E402  # it imports onnxruntime
+from grr.export import run_onnx  # noqa: E402  # it imports onnxruntime
 from grr.export.run_onnx import Captioner  # noqa: E402
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
