@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from grr import config
 from grr.cli.program import run_main
 from grr.data import Batch
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.evaluation.flops import Towers, forward_flops, training_flops
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
@@ -40,8 +40,8 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import (
     blocks,
     clip_gradients,
+    derive_seed,
     materialize,
-    reset_seed,
     start,
 )
 from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
@@ -85,9 +85,9 @@ class Run:
     batch_size: int = 48  # pairs in an optimizer step
     micro_batch_size: int = 48  # pairs held at a time, and seen by a tower
     caption_tokens: list[int | None] = field(default_factory=lambda: [None, 15])  # mean; null: as many as have room
-    clip: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # largest norm of the gradient
     images: list[int] = field(default_factory=lambda: [1, 32])  # that captions are written for at a time
-    beams: list[int] = field(default_factory=lambda: [1, 6])  # 1: greedy search
+    num_beams: list[int] = field(default_factory=lambda: [1, 6])  # 1: greedy search
     written_tokens: int = 30  # of each caption
     warmup: int = 3
     iterations: int = 10
@@ -125,7 +125,7 @@ def main() -> None:
 
 def refuse(cfg: config.Config) -> None:
     """Say at once all that would fail later, as `grr check` does."""
-    run, room = Run(**cfg.run), cfg.model["context"] - 3  # the most tokens of a caption
+    run, room = Run(**cfg.run), cfg.model["context_length"] - 3  # the most tokens of a caption
     processes = os.environ.get("WORLD_SIZE", "1")
     micro, tokens = run.micro_batch_size, run.written_tokens
     wrong = []
@@ -179,7 +179,7 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
         bf16="bf16" in variant,
         float8="float8" in variant,
         compile="compile" in variant,
-        checkpoint_activations="checkpoint" in variant,
+        activation_checkpointing="checkpoint" in variant,
     )
     materialize(model, device, seed=run.seed)
     return model
@@ -188,8 +188,8 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
 def step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], run: Run, loss: dict[str, Any]
 ) -> None:
-    global_batch_step(model, batches, reset_seed(run.seed, 0), **loss)
-    clip_gradients(model, run.clip)
+    global_batch_step(model, batches, derive_seed(run.seed, 0), **loss)
+    clip_gradients(model, run.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -246,27 +246,27 @@ def captions(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -
 def captions_of(word: str, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """The rows of one precision; when they are done, nothing holds its model any more."""
     size, n = cfg.model["image_size"], run.written_tokens
-    tokenizer = cast(Tokenizer, Numbers(cfg.model["vocab_size"], cfg.model["context"]))
+    tokenizer = cast(Tokenizer, Numbers(cfg.model["vocab_size"], cfg.model["context_length"]))
     model = loaded_model(word, cfg, run, device)
 
-    def row(act: Callable[[], object], variant: str, count: int, beams: int) -> Row:
+    def row(act: Callable[[], object], variant: str, count: int, num_beams: int) -> Row:
         return {
             "what": "captions",
             "variant": variant,
             "tokens": n,
             "samples": count,
-            "beams": beams,
+            "num_beams": num_beams,
             **measured(act, run, device),
             **limit(n * token_bytes(model), "bytes", rates.bytes_per_second),
         }
 
-    for count, beams in product(run.images, run.beams):
+    for count, num_beams in product(run.images, run.num_beams):
         images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
-        cached = partial(generate, model, images, tokenizer, max_tokens=n, min_tokens=n, beams=beams)
-        if (word, count, beams) == (precisions(run)[0], run.images[0], 1):
+        cached = partial(generate, model, images, tokenizer, max_new_tokens=n, min_new_tokens=n, num_beams=num_beams)
+        if (word, count, num_beams) == (precisions(run)[0], run.images[0], 1):
             again = partial(without_cache, model, images, tokenizer, n)
-            yield {**row(again, f"{word} without cache", count, beams), "same_captions": again() == cached()}
-        yield row(cached, word, count, beams)
+            yield {**row(again, f"{word} without cache", count, num_beams), "same_captions": again() == cached()}
+        yield row(cached, word, count, num_beams)
 
 
 def without_cache(model: CoCa, images: Tensor, tokenizer: Tokenizer, tokens: int) -> list[str]:
@@ -318,15 +318,15 @@ class Numbers:
     """A tokenizer of any size that needs no file: a word is an id, in digits."""
 
     vocab_size: int
-    context: int
+    context_length: int
     pad_id, eos_id = PAD, EOS
 
     def __post_init__(self) -> None:
         self.bos_id, self.cls_id = self.vocab_size - 2, self.vocab_size - 1
 
     def encode(self, tokens: list[int]) -> list[int]:
-        """Lay out a caption as grr.tokenizers.sentencepiece does: context + 1 ids."""
-        padding = [PAD] * (self.context - 3 - len(tokens))
+        """Lay out a caption as grr.tokenizers.sentencepiece does: context_length + 1 ids."""
+        padding = [PAD] * (self.context_length - 3 - len(tokens))
         return [self.bos_id, *tokens, EOS, *padding, self.cls_id, PAD]
 
     def decode(self, ids: list[int]) -> str:
@@ -334,18 +334,18 @@ class Numbers:
 
 
 def sizes(cfg: config.Config) -> dict[str, int]:
-    return {key: cfg.model[key] for key in ("vocab_size", "context", "image_size")}
+    return {key: cfg.model[key] for key in ("vocab_size", "context_length", "image_size")}
 
 
 def random_batches(
-    run: Run, tokens: int | None, *, vocab_size: int, context: int, image_size: int, count: int | None = None
+    run: Run, tokens: int | None, *, vocab_size: int, context_length: int, image_size: int, count: int | None = None
 ) -> list[Batch]:
     """Micro-batches of noise, with captions of any words: as long as there is room for, or of Poisson lengths.
 
     A batch is as long as its longest caption, so with captions of 15 tokens on average it is not 15 tokens long.
     """
     generator = torch.Generator().manual_seed(run.seed)
-    tokenizer, room, b = Numbers(vocab_size, context), context - 3, run.micro_batch_size
+    tokenizer, room, b = Numbers(vocab_size, context_length), context_length - 3, run.micro_batch_size
     count = run.batch_size // b if count is None else count
     mean = torch.full((b,), float(room if tokens is None else tokens))
     batches = []
@@ -354,7 +354,7 @@ def random_batches(
         words = torch.randint(UNK + 1, tokenizer.bos_id, (b, room), generator=generator)
         rows = [tokenizer.encode(row[: int(n)].tolist()) for row, n in zip(words, lengths, strict=True)]
         images = torch.randint(0, 256, (b, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
-        batches.append(Batch(images, *pack_captions(rows), names=[""] * b, replaced=0))
+        batches.append(Batch(images, *collate_captions(rows), names=[""] * b, replaced=0))
     return batches
 
 
@@ -498,7 +498,7 @@ def add(result: dict[str, Any], row: Row) -> str:
     row["memory"] = row["peak_bytes"] / first["peak_bytes"] if row["peak_bytes"] else None
     result["rows"].append(row)
     words = [row["variant"], f"{row['tokens']} tokens", f"{row['samples']} at a time"]
-    words += [f"{row['beams']} beams"] if row.get("beams", 1) > 1 else []
+    words += [f"{row['num_beams']} beams"] if row.get("num_beams", 1) > 1 else []
     peak, memory = (f"{row['peak_bytes'] / GIGA:.2f}", f"{row['memory']:.2f}") if row["peak_bytes"] else ("-", "-")
     return TABLE.format(
         row["what"],

@@ -39,7 +39,7 @@ def main() -> None:
 
     # vocabulary
     merges = Path(run.merges) if run.merges else installed_merges()
-    tokenizer = ClipTokenizer(merges, context=cfg.model["context"])
+    tokenizer = ClipTokenizer(merges, context_length=cfg.model["context_length"])
     if tokenizer.vocab_size != cfg.model["vocab_size"]:
         raise ValueError(
             f"convert: {merges} gives {tokenizer.vocab_size} ids, model.vocab_size is "

@@ -3,7 +3,7 @@
     python recipes/export.py --config recipes/configs/export/openmoji.yaml
     python runs/openmoji/export/run_onnx.py photo.jpg "a red fox" "a bowl of soup"
 
-The folder holds image, text and step as .onnx and .pt2 (`grr.export.onnx` documents inputs and outputs), config.json, the
+It writes image, text and step as .onnx and .pt2 (`grr.export.onnx` documents inputs and outputs), config.json, the
 vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxruntime alone. Every graph is run once, on
 other numbers of images and tokens than it was traced with, and compared with the model.
 """
@@ -49,7 +49,7 @@ def main() -> None:
     run = Run(**cfg.run)
     source = find_pretrained(cfg.model["path"])
     model, tokenizer, image_size, _ = load_pretrained(source.path)
-    parts = graphs(model, image_size, tokenizer.context, pixels=run.pixels)
+    parts = graphs(model, image_size, tokenizer.context_length, pixels=run.pixels)
 
     # graphs: traced, written, and run again from their files
     folder = Path(run.folder)

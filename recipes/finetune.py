@@ -36,10 +36,10 @@ from grr.inference.pretrained import (
     weights_digest,
 )
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
+from grr.parallel.process_group import clip_gradients, derive_seed, materialize, on_rank_0, start
 from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import load_tokenizer
-from grr.training.ema import Average, interpolate, weights_of
+from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, summary
 from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, in_words, soft_reset
@@ -56,18 +56,18 @@ class Run:
     epochs: int | None = None  # at most; null: until the soft reset stops
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 48  # pairs that one process holds at a time
-    clip: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # largest norm of the gradient
     freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
-    average: float = 0.0  # decay of a running mean of the weights, which is validated and kept instead; 0: none
-    interpolate: float = 1.0  # share of the fine-tuned weights in the model that is kept; the rest is the start's
+    ema_decay: float = 0.0  # decay of a running mean of the weights, which is validated and kept instead; 0: none
+    wise_ft_alpha: float = 1.0  # fraction of the fine-tuned weights in the model that is kept; the rest is the start's
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
     float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
     compile: bool = False  # compile each block
-    checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
+    activation_checkpointing: bool = False  # keep what enters each block, compute the rest again
     in_memory: bool = False  # keep decoded images, for data that fit
-    replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
+    dp_replicate: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
     log_every: int = 10  # optimizer steps
-    candidates: int = 500  # validation images that are retrieved from and captioned
+    num_eval_images: int = 500  # validation images that are retrieved from and captioned
     save_every: int = 1000  # optimizer steps; each validation saves as well
     save_minutes: float = 30.0
     keep: int = 2  # checkpoints, beside the best
@@ -110,7 +110,7 @@ def main() -> int:
     pairs, held_out = cfg.build("data"), cfg.build("validation")
     if run.in_memory:
         pairs, held_out = InMemory(pairs), InMemory(held_out)
-    tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
+    tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     tell_of_other_crop(source, cfg.loader["crop"])
     per_epoch = steps_per_epoch(pairs, run.batch_size)
     last = math.inf if run.epochs is None else run.epochs * per_epoch
@@ -135,13 +135,13 @@ def main() -> int:
         bf16=run.bf16,
         float8=run.float8,
         compile=run.compile,
-        checkpoint_activations=run.checkpoint_activations,
-        replicas=run.replicas,
+        activation_checkpointing=run.activation_checkpointing,
+        dp_replicate=run.dp_replicate,
     )
     materialize(model, device, seed=run.seed)
     load_weights(source, model)
     optimizer = adamw(model, **cfg.optimizer)
-    average = Average(model, decay=run.average)
+    average = EMA(model, decay=run.ema_decay)
 
     # resume, if there is something to resume
     fingerprints = {
@@ -165,7 +165,7 @@ def main() -> int:
     step, control = (progress["step"], SoftReset(**progress["control"])) if progress else (0, SoftReset())
     if progress:
         logging.info(f"learning-rate regime {control.regime}; {in_words(control)}")
-    end = {"step": step, "best_step": control.best_step, "interpolate": run.interpolate}
+    end = {"step": step, "best_step": control.best_step, "wise_ft_alpha": run.wise_ft_alpha}
     if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: has_ended(folder, **end)):
         logging.info(
             f"{folder} finished before, after step {step}: the model of step {control.best_step} is in "
@@ -200,8 +200,8 @@ def main() -> int:
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
             set_lr(optimizer, lr)
-            losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
-            norm = clip_gradients(model, run.clip)
+            losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+            norm = clip_gradients(model, run.max_grad_norm)
             check_finite(losses, norm, step, micro_batches, folder)
             if saver.due:  # these gradients have shown that the weights are sound
                 saver.save(step, control=control._asdict())
@@ -233,7 +233,7 @@ def main() -> int:
             with pace.paused():
                 with average.applied():
                     losses, found, examples = validate(
-                        model, held_out, tokenizer, device, loader, cfg.loss, run.candidates
+                        model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images
                     )
                 control = soft_reset(control, step, losses.loss, **cfg.control)
                 if log:
@@ -261,11 +261,11 @@ def main() -> int:
     if saver.due:
         saver.save(step, control=control._asdict())
     load_checkpoint_weights(saver.best(control.best_step), model)
-    if run.interpolate < 1:
+    if run.wise_ft_alpha < 1:
         tuned = weights_of(model)
         load_weights(source, model)
-        interpolate(model, tuned, share=run.interpolate)
-    losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+        wise_ft(model, tuned, alpha=run.wise_ft_alpha)
+    losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
     save_model(folder / "model", model, description, folder / "tokenizer.model")
     if log:
         log.write(
@@ -275,7 +275,7 @@ def main() -> int:
             **losses.numbers(),
             **found,
             best_step=control.best_step,
-            interpolate=run.interpolate,
+            wise_ft_alpha=run.wise_ft_alpha,
         )
         write_report(folder, title=title, examples=examples)
     logging.info(f"finished: the model of {summary(control.best_step, losses, found)}")

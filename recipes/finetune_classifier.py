@@ -24,10 +24,10 @@ from grr.cli.program import run_main
 from grr.config.ranges import check_ranges
 from grr.data import (
     LABELLED,
-    blind_accuracy,
     pair_counts,
     refuse_other_classes,
     steps_per_epoch,
+    text_only_accuracy,
     training_steps,
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
@@ -36,7 +36,7 @@ from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, materialize, reset_seed, start
+from grr.parallel.process_group import clip_gradients, derive_seed, materialize, start
 from grr.reports.training import Examples, write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log
@@ -56,13 +56,13 @@ class Run:
     patience: int | None = None  # stop after so many validations that are not better than the best; null: never
     batch_size: int = 256  # samples in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 64  # samples that one process holds at a time
-    clip: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # largest norm of the gradient
     freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
     float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
     compile: bool = False  # compile each block
-    checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
-    replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
+    activation_checkpointing: bool = False  # keep what enters each block, compute the rest again
+    dp_replicate: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
     log_every: int = 10  # optimizer steps
     validate_every: int | None = None  # optimizer steps; null: once an epoch
     save_every: int = 1000  # optimizer steps
@@ -105,7 +105,7 @@ def main() -> int:
     pairs, held_out = cfg.build("data"), cfg.build("validation")
     refuse_other_classes(pairs, held_out)
     if source is not None:
-        cfg.tokenizer |= {"path": str(source.tokenizer), "context": source.arguments["context"]}
+        cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
         tell_of_other_crop(source, cfg.loader["crop"])
     tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
     per_epoch = steps_per_epoch(pairs, run.batch_size)
@@ -116,7 +116,7 @@ def main() -> int:
     if source is not None:
         builder, arguments = source.builder, source.arguments | {"dropout": cfg.model["dropout"]}
     else:
-        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
         builder, arguments = cfg.model["name"], {key: x for key, x in cfg.model.items() if key != "name"}
     description = describe_classifier(builder, arguments, cfg.loader["crop"], cfg.head["name"], pairs.classes)
     with torch.device("meta"):
@@ -128,8 +128,8 @@ def main() -> int:
         bf16=run.bf16,
         float8=run.float8,
         compile=run.compile,
-        checkpoint_activations=run.checkpoint_activations,
-        replicas=run.replicas,
+        activation_checkpointing=run.activation_checkpointing,
+        dp_replicate=run.dp_replicate,
     )
     materialize(model, device, seed=run.seed)
     if source is not None:
@@ -165,13 +165,13 @@ def main() -> int:
     progress = saver.resume(accepted=run.accept_changes) or {"step": 0, "best": -1.0, "best_step": -1}
     step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
     saver.resume_best(best["best_step"])
-    blind = blind_accuracy(pairs, held_out)
+    blind = text_only_accuracy(pairs, held_out)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "classes": len(pairs.classes),
         **pair_counts(pairs, held_out),
-        "blind_accuracy": blind,
+        "text_only_accuracy": blind,
         "steps_per_epoch": per_epoch,
         "world_size": world,
         "batch_size": run.batch_size,
@@ -190,8 +190,8 @@ def main() -> int:
             micro_batches = [batch.to(device) for batch in next(batches)]
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
-        scores = classification_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
-        norm = clip_gradients(model, run.clip)
+        scores = classification_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+        norm = clip_gradients(model, run.max_grad_norm)
         check_finite(scores, norm, step, micro_batches, folder)
         if saver.due:  # these gradients have shown that the weights are sound
             saver.save(step, **best)
@@ -235,7 +235,7 @@ def main() -> int:
                         step=step,
                         epoch=step / per_epoch,
                         **scores._asdict(),
-                        blind_accuracy=blind,
+                        text_only_accuracy=blind,
                         best_accuracy=best["best"],
                         best_step=best["best_step"],
                     )

@@ -26,7 +26,7 @@ from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, materialize, on_rank_0, reset_seed, start
+from grr.parallel.process_group import clip_gradients, derive_seed, materialize, on_rank_0, start
 from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, summary
@@ -45,16 +45,16 @@ class Run:
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 48  # pairs that one process holds at a time
-    clip: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # largest norm of the gradient
     bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
     float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
     compile: bool = False  # compile each block
-    checkpoint_activations: bool = False  # keep what enters each block, compute the rest again
+    activation_checkpointing: bool = False  # keep what enters each block, compute the rest again
     in_memory: bool = False  # keep decoded images, for data that fit
-    replicas: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
+    dp_replicate: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
     log_every: int = 10  # optimizer steps
     validate_every: int | None = None  # optimizer steps; null: once an epoch
-    candidates: int = 500  # validation images that are retrieved from and captioned
+    num_eval_images: int = 500  # validation images that are retrieved from and captioned
     save_every: int = 1000  # optimizer steps
     save_minutes: float = 30.0
     keep: int = 2  # checkpoints
@@ -105,7 +105,7 @@ def main() -> int:
     }
 
     # model: built without memory, sharded, then filled, so no process ever holds all of it
-    cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+    cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
     description = describe(cfg.model["name"], {k: v for k, v in cfg.model.items() if k != "name"}, crop)
     with torch.device("meta"):
         model = cfg.build("model")
@@ -115,8 +115,8 @@ def main() -> int:
         bf16=run.bf16,
         float8=run.float8,
         compile=run.compile,
-        checkpoint_activations=run.checkpoint_activations,
-        replicas=run.replicas,
+        activation_checkpointing=run.activation_checkpointing,
+        dp_replicate=run.dp_replicate,
     )
     materialize(model, device, seed=run.seed)
     optimizer = adamw(model, **cfg.optimizer)
@@ -165,8 +165,8 @@ def main() -> int:
             micro_batches = [batch.to(device) for batch in next(batches)]
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
-        losses = global_batch_step(model, micro_batches, reset_seed(run.seed, step), **cfg.loss)
-        norm = clip_gradients(model, run.clip)
+        losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+        norm = clip_gradients(model, run.max_grad_norm)
         check_finite(losses, norm, step, micro_batches, folder)
         if saver.due:  # these gradients have shown that the weights are sound
             saver.save(step, **best)
@@ -197,7 +197,9 @@ def main() -> int:
 
         if step % validate_every == 0 or step == last:
             with pace.paused():
-                losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+                losses, found, examples = validate(
+                    model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images
+                )
                 check_finite(losses, norm, step, micro_batches, folder)
                 if best["best_loss"] is None or losses.loss < best["best_loss"]:
                     best = {"best_loss": losses.loss, "best_step": step}
@@ -218,7 +220,7 @@ def main() -> int:
     if kept < last:
         load_checkpoint_weights(saver.best(kept), model)
     if kept < last or examples is None:
-        losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.candidates)
+        losses, found, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
     save_model(folder / "model", model, description, folder / "tokenizer.model")
     if log:
         log.write(

@@ -155,7 +155,7 @@ def untrained(cfg: config.Config, pairs: Pairs, folder: Path) -> Pretrained:
     """A model with random weights, of which size and speed can be told, in a folder as every model."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer", **cfg.tokenizer)
-    cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+    cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
     with torch.device("meta"):
         model = cfg.build("model")
     materialize(model, torch.device("cpu"), seed=0)
@@ -239,7 +239,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def headline(result: dict[str, Any]) -> str:
     m = result["machine"]
-    judged = f", judged by {result['rows'][0]['candidates']} images" if "candidates" in result["rows"][0] else ""
+    judged = (
+        f", judged by {result['rows'][0]['num_eval_images']} images" if "num_eval_images" in result["rows"][0] else ""
+    )
     return (
         f"{result['model']}, {result['parameters']:,} parameters{judged}; timed with {result['batch_size']} images "
         f"at a time on {m['device']}, {m['capability']}, {m['threads']} threads, torch {m['torch']}\n"

@@ -70,7 +70,7 @@ def model_of(words: list[str]) -> dict[str, Any]:
     told = {key: p.default for key, p in inspect.signature(open_tokenizer).parameters.items()} | dict(config.tokenizer)
     vocab_size = T5_VOCABULARY if told["path"] else told["vocab_size"]
     arguments: Any = OmegaConf.to_container(config.model)
-    return {**arguments, "vocab_size": vocab_size, "context": told["context"]}
+    return {**arguments, "vocab_size": vocab_size, "context_length": told["context_length"]}
 
 
 if __name__ == "__main__":

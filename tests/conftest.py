@@ -11,7 +11,7 @@ from hypothesis import is_hypothesis_test, settings
 from PIL import ImageColor
 
 from grr.checkpoint.training_state import save_model
-from grr.data.collate import pack_captions
+from grr.data.collate import collate_captions
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.process_group import start
@@ -70,12 +70,14 @@ def colour_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("colours") / "run"
     captions = [f"a {colour} picture" for colour in COLOURS]
     folder.mkdir()
-    tokenizer = train_tokenizer(captions, folder / "tokenizer.model", vocab_size=64, context=16)
-    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32}
+    tokenizer = train_tokenizer(captions, folder / "tokenizer.model", vocab_size=64, context_length=16)
+    arguments = {"vocab_size": tokenizer.vocab_size, "context_length": 16, "image_size": 32}
     torch.manual_seed(0)
     model = grr_coca_tiny(**arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    ids, positions, labels = pack_captions([tokenizer.encode(caption) for caption in captions], pad_id=tokenizer.pad_id)
+    ids, positions, labels = collate_captions(
+        [tokenizer.encode(caption) for caption in captions], pad_id=tokenizer.pad_id
+    )
     plain = torch.tensor([ImageColor.getrgb(colour) for colour in COLOURS]).view(-1, 3, 1, 1)
     for _ in range(60):
         images = plain + torch.randint(-25, 26, (6, 3, 1, 1)) + torch.randint(-10, 11, (6, 3, 32, 32))

@@ -182,7 +182,7 @@ def load_checkpoint(
     if bool(mean) != _has_average(saved):
         raise ValueError(
             f"load_checkpoint: {path} was made {'without' if mean else 'with'} a mean of weights; resume "
-            "with the run.average it was made with, or set a new run.folder"
+            "with the run.ema_decay it was made with, or set a new run.folder"
         )
     _refuse_other_names(path, saved, "model", "average.", mean.get("average", {}))
     optimizer.zero_grad(set_to_none=True)  # with a gradient left, get_state_dict would not create the optimizer's state

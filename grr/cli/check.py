@@ -36,7 +36,7 @@ from grr.data.pairs import ImageFiles
 from grr.experiments import catalog as installed
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
-from grr.parallel.process_group import reset_seed
+from grr.parallel.process_group import derive_seed
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import Planned, run_cost
 from grr.training.optim import freeze, warmup_cosine
@@ -96,7 +96,7 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False, proces
     except (ValueError, OSError, ImportError) as error:
         yield _refused("tokenizer", error)
     if tokenizer is not None:
-        yield Finding("tokenizer", f"{tokenizer.vocab_size:,} ids, {tokenizer.context} tokens at a time")
+        yield Finding("tokenizer", f"{tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens at a time")
     if source is not None:
         yield Finding("model", f"{source.builder} from {source.path}")
     elif "path" not in _section(cfg, "model") and "model" in sections:
@@ -111,7 +111,7 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False, proces
         yield Finding(section, ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None))
         findings = [*counted(data, every=every), *amounts(data), *texts(data)]
         if tokenizer is not None and wide is not None:
-            findings += tokens(data, wide, tokenizer.context, every=every)
+            findings += tokens(data, wide, tokenizer.context_length, every=every)
         pixels[section], seen = pictures(data, size=size, crop=crop, every=every)
         findings += seen
         if isinstance(data.source, ImageFiles):
@@ -133,7 +133,7 @@ def _module(file: Path) -> ModuleType:
     """
     if not file.is_file():
         raise FileNotFoundError(f"check: there is no recipe {file}")
-    name = f"grr_recipe_{file.stem}_{reset_seed(str(file.resolve()))}"  # recipes of one name lie in many folders
+    name = f"grr_recipe_{file.stem}_{derive_seed(str(file.resolve()))}"  # recipes of one name lie in many folders
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -178,14 +178,16 @@ def _tokenizers(
 ) -> tuple[Tokenizer | None, Tokenizer | None]:
     """The tokenizer of the run, and one of the same words that reads four times as much."""
     if source is not None:
-        file, context = source.tokenizer, source.arguments["context"]
-        return load_tokenizer(file, context=context), load_tokenizer(file, context=4 * context)
+        file, context_length = source.tokenizer, source.arguments["context_length"]
+        return load_tokenizer(file, context_length=context_length), load_tokenizer(
+            file, context_length=4 * context_length
+        )
     if "tokenizer" not in sections or train is None:
         return None, None
     captions = [train.pairs.captions[i] for i in some(len(train.pairs), CAPTIONS)]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = open_tokenizer(captions, Path(folder, "tokenizer.model"), **cfg.tokenizer)
-        return tokenizer, load_tokenizer(Path(folder, "tokenizer.model"), context=4 * tokenizer.context)
+        return tokenizer, load_tokenizer(Path(folder, "tokenizer.model"), context_length=4 * tokenizer.context_length)
 
 
 def _new_model(cfg: config.Config, function: config.Section, tokenizer: Tokenizer | None) -> Iterator[Finding]:
@@ -193,7 +195,7 @@ def _new_model(cfg: config.Config, function: config.Section, tokenizer: Tokenize
     if not _gives(nn.Module, cfg, function, "model"):
         return
     if tokenizer is not None:
-        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
     try:
         with torch.device("meta"):
             model = cfg.build("model")
@@ -288,9 +290,11 @@ def _steps(
     except ValueError as error:
         yield _refused("steps", error)
         return
-    if processes % run.get("replicas", 1):
-        said = f"processes must be a multiple of run.replicas={run['replicas']}, got {processes}; tell --nproc N"
-        yield Finding("replicas", said, wrong=True)
+    if processes % run.get("dp_replicate", 1):
+        said = (
+            f"processes must be a multiple of run.dp_replicate={run['dp_replicate']}, got {processes}; tell --nproc N"
+        )
+        yield Finding("dp_replicate", said, wrong=True)
     ends = [n for n in ((run.get("epochs") or 0) * per_epoch, run.get("max_steps") or 0) if n]
     total = f", {min(ends):,} in all" if ends else ""
     held = f"in {processes:,} processes" if processes > 1 else "in one process"
@@ -312,7 +316,7 @@ def _steps(
         processes,
         min(ends, default=per_epoch),
         run["keep"],
-        run.get("replicas", 1),
+        run.get("dp_replicate", 1),
         loader["workers"],
         cfg.optimizer,
         cfg.loss,

@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from grr.config.keys import MEANINGS
+from grr.config.renamed import RENAMED
 
 Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 
@@ -299,7 +300,9 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
         elif key in by_code:
             mistakes.add(place, subject, f"{who} is given this by code, it cannot be set here")
         else:
-            mistakes.add(place, subject, f"{who} takes no such argument{_did_you_mean(key, arguments)}")
+            new = RENAMED.get(subject)
+            hint = f"; it is {new} now" if new else _did_you_mean(key, arguments)
+            mistakes.add(place, subject, f"{who} takes no such argument{hint}")
     for key, argument in arguments.items():
         subject = f"{section}.{key}"
         if argument.default is not REQUIRED:

@@ -8,16 +8,16 @@ AT_LEAST = {
     "max_steps": 1,
     "batch_size": 1,
     "micro_batch_size": 1,
-    "replicas": 1,
+    "dp_replicate": 1,
     "log_every": 1,
     "validate_every": 1,
     "save_every": 1,
     "keep": 1,
     "patience": 1,
-    "candidates": 2,
+    "num_eval_images": 2,
 }
-ABOVE_ZERO = ("clip", "save_minutes")
-FRACTIONS = ("average", "interpolate")
+ABOVE_ZERO = ("max_grad_norm", "save_minutes")
+FRACTIONS = ("ema_decay", "wise_ft_alpha")
 
 
 def check_ranges(run: Any) -> None:

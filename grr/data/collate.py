@@ -11,21 +11,21 @@ from torch import Tensor
 IGNORE = -100  # the label that cross-entropy skips
 
 
-def pack(ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+def right_pad(ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Move the padding of each row to its end: ids [b, s] -> the same ids reordered [b, s], their old places [b, s].
 
-    The second tensor is what rotary and absolute embeddings take as positions; `unpack` undoes the move.
+    The second tensor is what rotary and absolute embeddings take as positions; `undo_right_pad` undoes the move.
     """
     positions = torch.argsort((ids == pad_id).to(torch.uint8), dim=1, stable=True)  # [b, s]
     return ids.gather(1, positions), positions
 
 
-def unpack(x: Tensor, positions: Tensor) -> Tensor:
-    """Put rows that `pack` reordered back into their first order: [b, s, d], [b, s] -> [b, s, d]."""
+def undo_right_pad(x: Tensor, positions: Tensor) -> Tensor:
+    """Put rows that `right_pad` reordered back into their first order: [b, s, d], [b, s] -> [b, s, d]."""
     return x.gather(1, torch.argsort(positions, dim=1).unsqueeze(-1).expand_as(x))
 
 
-def pack_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def collate_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Make a batch of captions: b rows of s + 1 ids, as `Tokenizer.encode` gives them -> ids and positions [b, t],
     labels [b, t - 2].
 
@@ -38,6 +38,6 @@ def pack_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor, Te
     bos, cls = inputs[:, :1], inputs[:, -1:]  # [b, 1] each
     ignored = (following == pad_id) | (following == bos) | (following == cls)
     labels = following.masked_fill(ignored, IGNORE)  # [b, s]
-    ids, positions = pack(inputs, pad_id=pad_id)
+    ids, positions = right_pad(inputs, pad_id=pad_id)
     longest = int((ids != pad_id).sum(1).max())
     return ids[:, :longest], positions[:, :longest], labels.gather(1, positions)[:, : longest - 2]

@@ -128,13 +128,17 @@ def texts(data: Data) -> Iterator[Finding]:
         yield Finding("alike", said, shown=shown)
 
 
-def tokens(data: Data, tokenizer: Tokenizer, context: int, *, every: bool) -> Iterator[Finding]:
-    """How many tokens captions have, how many captions are cut by a model that reads `context` tokens, and how many
-    tokens the vocabulary does not know, so that captions become alike.
+def tokens(data: Data, tokenizer: Tokenizer, context_length: int, *, every: bool) -> Iterator[Finding]:
+    """Count the tokens of captions, the captions that a model of `context_length` tokens would cut, and the tokens that
+    the vocabulary does not know.
 
     tokenizer: one that reads more, so that what would be cut can be counted.
     """
-    captions, room, most = data.pairs.captions, context - 3, tokenizer.context - 3  # without BOS, EOS and CLS
+    captions, room, most = (
+        data.pairs.captions,
+        context_length - 3,
+        tokenizer.context_length - 3,
+    )  # without BOS, EOS and CLS
     rows = range(len(captions)) if every else some(len(captions), CAPTIONS)
     lengths, unknown = np.zeros(len(rows), dtype=np.int64), 0
     texts, read = set[bytes](), set[bytes]()
@@ -162,7 +166,7 @@ def tokens(data: Data, tokenizer: Tokenizer, context: int, *, every: bool) -> It
         said += (
             "; take a vocabulary of this language, or leave tokenizer.path out to train one"
             if unknown
-            else ("; raise tokenizer.context")
+            else ("; raise tokenizer.context_length")
         )
     yield Finding("unknown", f"{said}{where}", wrong=wrong)
 

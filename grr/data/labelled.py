@@ -57,7 +57,7 @@ def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:
             )
 
 
-def blind_accuracy(train: Labelled, held_out: Labelled) -> float:
+def text_only_accuracy(train: Labelled, held_out: Labelled) -> float:
     """The accuracy of who never looks at an image: each text gets the class that it had most often in training.
 
     A text that did not occur there gets the class that is most frequent of all; of equally frequent ones, the first.

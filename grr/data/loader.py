@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import Pairs
 from grr.data.threads import in_thread
 from grr.files.printable import printable
-from grr.parallel.process_group import reset_seed
+from grr.parallel.process_group import derive_seed
 from grr.tokenizers.sentencepiece import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops
@@ -43,7 +43,7 @@ class Batch:
     """One micro-batch of one process."""
 
     images: Tensor  # uint8 [b, 3, h, w]
-    ids: Tensor  # int64 [b, t], as `pack_captions` gives them
+    ids: Tensor  # int64 [b, t], as `collate_captions` gives them
     positions: Tensor  # int64 [b, t]
     labels: Tensor  # int64 [b, t - 2]
     names: list[str]  # of the samples in their data
@@ -296,7 +296,7 @@ def _candidates(place: _Place, groups: NDArray[np.int64]) -> Iterator[int]:
         return
     yield int(row.samples[column])
     b = len(row.samples)
-    rng = np.random.Generator(np.random.PCG64(reset_seed(row.seed, row.epoch, row.k)))
+    rng = np.random.Generator(np.random.PCG64(derive_seed(row.seed, row.epoch, row.k)))
     drawn = rng.choice(len(groups), size=min(len(groups), 2 * TRIES * b), replace=False)
     drawn = drawn[~np.isin(groups[drawn], groups[row.samples])]
     _, first = np.unique(groups[drawn], return_index=True)
@@ -311,7 +311,7 @@ def _collate(samples: list[_Sample], pad_id: int) -> tuple[Batch | None, list[_B
     place = samples[-1].place
     if not all(sample.ids for sample in samples):
         return None, bad, place.last
-    ids, positions, labels = pack_captions([sample.ids for sample in samples], pad_id=pad_id)
+    ids, positions, labels = collate_captions([sample.ids for sample in samples], pad_id=pad_id)
     kept = None
     if place.row.validation:
         kept = torch.tensor([sample.name != "" for sample in samples])

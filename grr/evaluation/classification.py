@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grr.data import Batch, Labelled
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
@@ -72,7 +72,7 @@ def classification_scores(
 
     def work(pixels: Tensor, members: list[int]) -> tuple[float, int, int, int]:
         texts = [tokenizer.encode(pairs.captions[i]) for i in members]
-        ids, positions, _ = pack_captions(texts, pad_id=tokenizer.pad_id)
+        ids, positions, _ = collate_captions(texts, pad_id=tokenizer.pad_id)
         logits = model(pixels, ids.to(device), positions=positions.to(device)).cpu()  # [b, c]
         classes = torch.from_numpy(pairs.labels[members])
         labelled = int((classes != IGNORE).sum())
@@ -107,7 +107,7 @@ def answers(
             images[i] = pairs.load(i, size=image_size, crop=crop)
     if not images:
         return []
-    ids, positions, _ = pack_captions([tokenizer.encode(pairs.captions[i]) for i in images], pad_id=tokenizer.pad_id)
+    ids, positions, _ = collate_captions([tokenizer.encode(pairs.captions[i]) for i in images], pad_id=tokenizer.pad_id)
     with evaluating(model):
         logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]

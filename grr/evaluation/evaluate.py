@@ -25,18 +25,18 @@ def examine(
     tokenizer: Tokenizer,
     device: torch.device,
     *,
-    candidates: int,
+    num_eval_images: int,
     image_size: int,
     crop: Crop,
 ) -> tuple[dict[str, float], Examples]:
-    """Retrieve among, and caption, the first `candidates` images of some pairs; all processes share the work.
+    """Retrieve among, and caption, the first `num_eval_images` images of some pairs; all processes share the work.
 
     Gives all processes the recalls of `retrieval`, `caption_exact`, as `exact` counts, and what a report shows. The
     model may be sharded. Images that cannot be read are left out.
     """
     with unsharded(model):
         seen = observe(
-            model, pairs, tokenizer, device, image_size=image_size, crop=crop, images=candidates, generation={}
+            model, pairs, tokenizer, device, image_size=image_size, crop=crop, images=num_eval_images, generation={}
         )
 
     def judge() -> tuple[dict[str, float], Examples]:
@@ -53,7 +53,7 @@ def validate(
     device: torch.device,
     loader: dict[str, Any],
     loss: dict[str, Any],
-    candidates: int,
+    num_eval_images: int,
 ) -> tuple[Losses, dict[str, float], Examples]:
     """The losses of a training run over all validation pairs, and `examine` of the first images.
 
@@ -62,7 +62,13 @@ def validate(
     steps = validation_steps(pairs, tokenizer, **loader)
     losses = evaluation_losses(model, ([batch.to(device) for batch in step] for step in steps), **loss)
     found, examples = examine(
-        model, pairs, tokenizer, device, candidates=candidates, image_size=loader["image_size"], crop=loader["crop"]
+        model,
+        pairs,
+        tokenizer,
+        device,
+        num_eval_images=num_eval_images,
+        image_size=loader["image_size"],
+        crop=loader["crop"],
     )
     return losses, found, examples
 
@@ -103,9 +109,9 @@ def losses(
 
 
 def recalls(seen: Observation) -> dict[str, float]:
-    """`retrieval` among all images and all of their captions, and how many images those are: `candidates`."""
+    """`retrieval` among all images and all of their captions, and how many images those are: `num_eval_images`."""
     found = retrieval(seen.image_embeddings, seen.text_embeddings, seen.image_of_text)
-    return found | {"candidates": len(seen.images)}
+    return found | {"num_eval_images": len(seen.images)}
 
 
 def captioning(seen: Observation, tokenizer: Tokenizer) -> dict[str, float]:

@@ -52,14 +52,14 @@ def parameters(model: CoCa) -> Towers:
 def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Towers:
     """The cost of a forward pass through the model that `builder(**arguments)` would make; nothing is built.
 
-    `text_length` tokens are read and all of them scored: by default the context, as if no caption were ever trimmed.
+    `text_length` tokens are read and all of them scored: by default context_length, as if no caption were trimmed.
     Raises TypeError for an argument that the builder does not take, ValueError if there is no text.
     """
     bound = inspect.signature(builder).bind(**arguments)
     bound.apply_defaults()
     a = SimpleNamespace(**bound.arguments)
-    d, n = a.dim, a.context
-    s = n if text_length is None else text_length
+    d, n = a.dim, a.num_queries
+    s = a.context_length if text_length is None else text_length
     if s < 1:
         raise ValueError(f"forward_flops: text_length must be at least 1, got {text_length=}")
     p = (a.image_size // a.patch_size) ** 2

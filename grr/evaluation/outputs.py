@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.data import Labelled, Pairs
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.data.image_files import batches, read_batches
 from grr.data.images import Crop, normalize
 from grr.generation.generate import generate
@@ -285,7 +285,7 @@ def _texts_of_images(pairs: Pairs, count: int | None) -> tuple[dict[int, list[in
 def _hear(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some: list[tuple[int, int]]) -> _Heard:
     """Read captions beside their images: some are (row of context, pair)."""
     rows, texts = [row for row, _ in some], [t for _, t in some]
-    packed = pack_captions([tokenizer.encode(pairs.captions[t]) for t in texts], pad_id=tokenizer.pad_id)
+    packed = collate_captions([tokenizer.encode(pairs.captions[t]) for t in texts], pad_id=tokenizer.pad_id)
     ids, positions, labels = (x.to(context.device) for x in packed)
     output = model.from_context(context[rows], ids, positions=positions, labels=labels)
     assert output.token_losses is not None

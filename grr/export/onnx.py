@@ -237,8 +237,8 @@ def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dic
         "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are less the mean, by std
         "vocabulary": "clip" if isinstance(tokenizer, ClipTokenizer) else "sentencepiece",
         "vocab_size": tokenizer.vocab_size,
-        "context": tokenizer.context,
-        "max_tokens": tokenizer.context - 3,
+        "context_length": tokenizer.context_length,
+        "max_new_tokens": tokenizer.context_length - 3,
         "pad_id": tokenizer.pad_id,
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,

@@ -77,11 +77,11 @@ class Captioner:
         c = self.config
         rows = []
         for sentence in sentences:
-            tokens = self.pieces.encode(" ".join(sentence.split()))[: c["max_tokens"]]
+            tokens = self.pieces.encode(" ".join(sentence.split()))[: c["max_new_tokens"]]
             rows.append([c["bos_id"], *tokens, c["eos_id"], c["cls_id"]])
         longest = max(map(len, rows))
         ids = np.array([row + [c["pad_id"]] * (longest - len(row)) for row in rows], dtype=np.int64)  # [b, s]
-        positions = np.where(ids == c["cls_id"], c["context"] - 1, np.arange(longest))
+        positions = np.where(ids == c["cls_id"], c["context_length"] - 1, np.arange(longest))
         return {"ids": ids, "positions": positions}
 
     def caption(self, seen: Arrays) -> list[str]:
@@ -97,7 +97,7 @@ class Captioner:
         keys = values = np.zeros((layers, b, h, 0, k), dtype=np.float32)  # of the tokens read so far: none
         ids = np.full((b, 1), c["bos_id"], dtype=np.int64)
         written = []
-        for place in range(c["max_tokens"]):
+        for place in range(c["max_new_tokens"]):
             inputs = {"ids": ids, "position": np.array([place]), "keys": keys, "values": values, **context}
             logits, keys, values = self.step.run(["logits", "next_keys", "next_values"], inputs)
             logits[:, [c["pad_id"], c["bos_id"], c["cls_id"]]] = -np.inf  # never written

@@ -7,7 +7,7 @@ from grr.models.coca import CoCa
 from grr.tokenizers.sentencepiece import Tokenizer
 
 
-class Drafts:
+class DecodingState:
     """Captions being written, one a row and all of one length, the same number for each image and side by side.
 
     images: uint8 or normalised float [b, 3, h, w] -> b drafts that hold nothing but BOS. An image is read once, and
@@ -21,19 +21,23 @@ class Drafts:
         images: Tensor,
         tokenizer: Tokenizer,
         *,
-        max_tokens: int,
-        min_tokens: int = 0,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
         repetition_penalty: float = 1.0,
-        no_repeat_ngram: int = 0,
+        no_repeat_ngram_size: int = 0,
     ) -> None:
-        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
-        self.min_tokens, self.repetition_penalty, self.no_repeat_ngram = min_tokens, repetition_penalty, no_repeat_ngram
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.min_new_tokens, self.repetition_penalty, self.no_repeat_ngram_size = (
+            min_new_tokens,
+            repetition_penalty,
+            no_repeat_ngram_size,
+        )
         device = images.device
         self.context = model.image_context(images)  # [b, n, d]
         self.dtype = torch.promote_types(self.context.dtype, torch.float32)  # of log-probabilities
-        self.caches = model.caches(self.context.shape[1], max_tokens)
+        self.caches = model.caches(self.context.shape[1], max_new_tokens)
         self.ids = torch.full((len(images), 1), tokenizer.bos_id, device=device)  # [rows, 1 + tokens written]
-        self._places = torch.arange(max_tokens, device=device)
+        self._places = torch.arange(max_new_tokens, device=device)
         never = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.cls_id], device=device)
         self._never = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device).index_fill(0, never, True)
 
@@ -52,14 +56,14 @@ class Drafts:
                 "generate: the scores of the next token must be numbers, got NaN; compute in float32, or "
                 "take a model whose weights are finite"
             )
-        written, n = self.ids[:, 1:], self.no_repeat_ngram  # [rows, count]
+        written, n = self.ids[:, 1:], self.no_repeat_ngram_size  # [rows, count]
         if self.repetition_penalty != 1:
             log_p.scatter_(1, written, log_p.gather(1, written) * self.repetition_penalty)
         if 0 < n <= count:
             ngrams = written.unfold(1, n, 1)  # [rows, count - n + 1, n]
             again = (ngrams[..., :-1] == written[:, None, count - n + 1 :]).all(-1)  # its last token would be a repeat
             log_p.scatter_(1, ngrams[..., -1].masked_fill(~again, self.tokenizer.pad_id), -torch.inf)
-        if count < self.min_tokens:
+        if count < self.min_new_tokens:
             log_p[:, self.tokenizer.eos_id] = -torch.inf
         return log_p
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grr.generation.beam import beam_search
 from grr.generation.cpu_linear import onednn_linears
-from grr.generation.decoding_state import Drafts
+from grr.generation.decoding_state import DecodingState
 from grr.models.coca import CoCa, evaluating
 from grr.tokenizers.sentencepiece import Tokenizer
 
@@ -19,21 +19,21 @@ def generate(
     images: Tensor,
     tokenizer: Tokenizer,
     *,
-    max_tokens: int | None = None,
-    min_tokens: int = 0,
-    beams: int = 1,
+    max_new_tokens: int | None = None,
+    min_new_tokens: int = 0,
+    num_beams: int = 1,
     length_penalty: float = 1.0,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
+    no_repeat_ngram_size: int = 0,
     seed: int = 0,
 ) -> list[str]:
-    """Write a caption for each image: greedy search, beam search with beams > 1, or sampling with temperature > 0.
+    """Write a caption for each image: greedy search, beam search with num_beams > 1, or sampling with temperature > 0.
 
-    images: uint8 or normalised float [b, 3, h, w] -> b captions of at least min_tokens and at most max_tokens tokens
-    (None: as many as the tokenizer's context has room for, context - 3). PAD, BOS and CLS are never written.
+    images: uint8 or normalised float [b, 3, h, w] -> b captions of min_new_tokens to max_new_tokens tokens (None: as
+    many as fit, tokenizer.context_length - 3). PAD, BOS and CLS are never written.
 
     Beam search looks for the highest log-probability / number of tokens ** length_penalty: 0 compares captions as
     wholes, which favours short ones, 1 by the token. Sampling draws from softmax(logits / temperature), of the top_k
@@ -41,36 +41,36 @@ def generate(
     2020, nucleus sampling). The same seed gives the same captions for the same batch on the same device.
 
     repetition_penalty multiplies the log-probability of each token that was written already (after Keskar et al. 2019,
-    CTRL); no_repeat_ngram = n refuses what would end a sequence of n tokens that was written already.
+    CTRL); no_repeat_ngram_size = n refuses what would end a sequence of n tokens that was written already.
     Raises ValueError for arguments out of range or at odds with each other, or another model's tokenizer.
     """
-    room = tokenizer.context - 3  # BOS, EOS and CLS stand in every row
-    max_tokens = room if max_tokens is None else max_tokens
+    room = tokenizer.context_length - 3  # BOS, EOS and CLS stand in every row
+    max_new_tokens = room if max_new_tokens is None else max_new_tokens
     _check(
         images,
         model.multimodal_decoder.head.out_features,
         tokenizer,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        beams=beams,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        num_beams=num_beams,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        no_repeat_ngram=no_repeat_ngram,
+        no_repeat_ngram_size=no_repeat_ngram_size,
     )
     with evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
-        drafts = Drafts(
+        drafts = DecodingState(
             model,
             images,
             tokenizer,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             repetition_penalty=repetition_penalty,
-            no_repeat_ngram=no_repeat_ngram,
+            no_repeat_ngram_size=no_repeat_ngram_size,
         )
-        if beams > 1:
-            captions, _ = beam_search(drafts, beams=beams, length_penalty=length_penalty)
+        if num_beams > 1:
+            captions, _ = beam_search(drafts, num_beams=num_beams, length_penalty=length_penalty)
         elif temperature > 0:
             generator = torch.Generator(images.device).manual_seed(seed)
             captions = _write(drafts, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
@@ -94,16 +94,16 @@ def sample(
     return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
-def _write(drafts: Drafts, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """Write one token after the other until all drafts have their EOS: ids [b, max_tokens], PAD behind the end.
+def _write(drafts: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Write one token after the other until all drafts have their EOS: ids [b, max_new_tokens], PAD behind the end.
 
     When half of the drafts have ended, the others go on alone.
     """
     tokenizer, device, count = drafts.tokenizer, drafts.ids.device, len(drafts.ids)
-    captions = torch.full((count, drafts.max_tokens), tokenizer.pad_id, device=device)
+    captions = torch.full((count, drafts.max_new_tokens), tokenizer.pad_id, device=device)
     images = torch.arange(count, device=device)  # [b], those that drafts are kept of
     ended = torch.zeros(count, dtype=torch.bool, device=device)  # [b]
-    for place in range(drafts.max_tokens):
+    for place in range(drafts.max_new_tokens):
         ids = choose(drafts.log_probabilities()).masked_fill(ended, tokenizer.pad_id)  # [b]
         captions[images, place] = ids
         ended |= ids == tokenizer.eos_id
@@ -123,17 +123,17 @@ def _check(
     ids: int,
     tokenizer: Tokenizer,
     *,
-    max_tokens: int,
-    min_tokens: int,
-    beams: int,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    num_beams: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     repetition_penalty: float,
-    no_repeat_ngram: int,
+    no_repeat_ngram_size: int,
 ) -> None:
     """Raise ValueError with every rule that is broken."""
-    room, words = tokenizer.context - 3, tokenizer.vocab_size - 4  # words: all but PAD, EOS, BOS and CLS
+    room, words = tokenizer.context_length - 3, tokenizer.vocab_size - 4  # words: all but PAD, EOS, BOS and CLS
     rules = [
         (
             images.ndim == 4 and len(images) > 0,
@@ -146,16 +146,19 @@ def _check(
             "model was trained with",
         ),
         (
-            1 <= max_tokens <= room,
-            f"max_tokens must be from 1 to {room}, the room in the tokenizer's context of {tokenizer.context}, got "
-            f"{max_tokens=}",
+            1 <= max_new_tokens <= room,
+            f"max_new_tokens must be from 1 to {room}, what fits into context_length={tokenizer.context_length}, got "
+            f"{max_new_tokens=}",
         ),
-        (0 <= min_tokens <= max_tokens, f"min_tokens must be from 0 to max_tokens, got {min_tokens=}, {max_tokens=}"),
-        (beams >= 1, f"beams must be 1, for no beam search, or more, got {beams=}"),
+        (
+            0 <= min_new_tokens <= max_new_tokens,
+            f"min_new_tokens must be from 0 to max_new_tokens, got {min_new_tokens=}, {max_new_tokens=}",
+        ),
+        (num_beams >= 1, f"num_beams must be 1, for no beam search, or more, got {num_beams=}"),
         (0 <= temperature < math.inf, f"temperature must be 0, for no sampling, or more, got {temperature=}"),
         (
-            beams <= 1 or temperature == 0,
-            f"beam search does not sample, got {beams=}, {temperature=}; leave one of them out",
+            num_beams <= 1 or temperature == 0,
+            f"beam search does not sample, got {num_beams=}, {temperature=}; leave one of them out",
         ),
         (
             temperature != 0 or (top_k is None and top_p is None),
@@ -170,11 +173,14 @@ def _check(
             0 < repetition_penalty < math.inf,
             f"repetition_penalty must be positive, and above 1 to discourage repetition, got {repetition_penalty=}",
         ),
-        (no_repeat_ngram >= 0, f"no_repeat_ngram must be 0, for no rule, or more, got {no_repeat_ngram=}"),
         (
-            no_repeat_ngram == 0 or min_tokens <= words,
-            f"min_tokens must be at most {words}, the words of the vocabulary, where none may come again, got "
-            f"{min_tokens=}, {no_repeat_ngram=}",
+            no_repeat_ngram_size >= 0,
+            f"no_repeat_ngram_size must be 0, for no rule, or more, got {no_repeat_ngram_size=}",
+        ),
+        (
+            no_repeat_ngram_size == 0 or min_new_tokens <= words,
+            f"min_new_tokens must be at most {words}, the words of the vocabulary, where none may come again, got "
+            f"{min_new_tokens=}, {no_repeat_ngram_size=}",
         ),
     ]
     broken = [message for holds, message in rules if not holds]

@@ -32,7 +32,7 @@ LARGEST = 2**24  # of any number of a description, and below of those that cost 
 RANGES: dict[str, tuple[float, float]] = {
     "image_size": (1, 4096),
     "patch_size": (1, 4096),
-    "context": (4, 2**16),
+    "context_length": (4, 2**16),
     "vocab_size": (5, LARGEST),
     "num_queries": (1, 2**16),
     "vision_layers": (0, 1000),
@@ -97,7 +97,7 @@ def load_pretrained(
         model.to(dtype)  # checkpoints are read in the precision they were saved in
         if dtype == torch.float16:
             check_finite_weights("load_pretrained", model.state_dict(), f"{source.path} in {dtype}")
-    tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
+    tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 
 
@@ -108,7 +108,7 @@ def fingerprint(trained: LoadedModel) -> str:
     """
     model, tokenizer, image_size, crop = trained
     digest = hashlib.blake2b(
-        f"{tokenizer.fingerprint} {tokenizer.context} {image_size} {crop}".encode(), digest_size=16
+        f"{tokenizer.fingerprint} {tokenizer.context_length} {image_size} {crop}".encode(), digest_size=16
     )
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(value.shape)}".encode())
@@ -231,10 +231,22 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
         )
     if head is not None and not isinstance(head, str):
         raise ValueError(f"find_pretrained: {file}: head must be a name, got {head!r}; was it edited?")
-    source = Pretrained(path, builder, arguments, tokenizer, crop, quantization, head)
+    source = Pretrained(path, builder, _renamed(builder, arguments), tokenizer, crop, quantization, head)
     _check_arguments(file, source)
     _check_size(file, source)
     return source
+
+
+def _renamed(builder: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments under today's names: until version 0.1, `context` was both of two numbers."""
+    parameters = inspect.signature((MODELS | OPEN_CLIP_MODELS)[builder]).parameters
+    if "context" not in arguments or "context" in parameters:
+        return arguments
+    arguments = {"context_length": arguments["context"]} | arguments
+    if "num_queries" in parameters:
+        arguments = {"num_queries": arguments["context"]} | arguments
+    del arguments["context"]
+    return arguments
 
 
 def _check_arguments(file: Path, source: Pretrained) -> None:
@@ -266,7 +278,7 @@ def _check_arguments(file: Path, source: Pretrained) -> None:
                 f"find_pretrained: {file}: {name} must have at most {MOST_VALUES} values, got "
                 f"{len(values):,}; was it edited?"
             )
-    for name in ("image_size", "context"):
+    for name in ("image_size", "context_length"):
         if type(source.arguments.get(name)) is not int:
             raise ValueError(
                 f"find_pretrained: {file}: {name} must be a whole number, got "

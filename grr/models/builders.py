@@ -138,7 +138,7 @@ def text_decoder(
     feed_forward: FeedForwardKind = "geglu",
     position: TextPosition = "rope",
     vocab_size: int = T5_VOCABULARY,
-    context: int = 64,
+    context_length: int = 64,
     dim: int = 768,
     num_heads: int = 12,
     num_layers: int = 12,
@@ -148,7 +148,7 @@ def text_decoder(
 ) -> TextDecoder:
     """Build a unimodal text decoder: token embeddings and causal blocks. 138,038,784 parameters at the defaults.
 
-    `context` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
+    `context_length` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
     not a multiple of num_heads, or a name is not known.
     """
     _check_heads("text_decoder", dim, num_heads)
@@ -160,7 +160,7 @@ def text_decoder(
     )
     return TextDecoder(
         embedding=nn.Embedding(vocab_size, dim),
-        positions=ABSOLUTES[position](dim, context) if position in ABSOLUTES else None,
+        positions=ABSOLUTES[position](dim, context_length) if position in ABSOLUTES else None,
         blocks=_text_blocks(
             norm=norm,
             feed_forward=feed_forward,
@@ -186,7 +186,8 @@ def coca(
     text_feed_forward: FeedForwardKind = "geglu",
     text_position: TextPosition = "rope",
     vocab_size: int = T5_VOCABULARY,
-    context: int = 64,
+    context_length: int = 64,
+    num_queries: int = 64,
     image_size: int = 288,
     patch_size: int = 18,
     dim: int = 768,
@@ -207,8 +208,9 @@ def coca(
     """Build a contrastive captioner; every part of it that differs between the models of the paper is an argument.
 
     The first six choose norm, feed-forward network and positions of the vision encoder and of the text decoders.
-    `context` is both the longest caption in tokens and the number of queries of the generative pooler. The arguments
-    from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the towers do.
+    `context_length` is the longest caption in tokens, `num_queries` the number of queries of the generative pooler. The
+    arguments from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the
+    towers do.
     """
     vision_encoder = vision_transformer(
         norm=vision_norm,
@@ -228,7 +230,7 @@ def coca(
         feed_forward=text_feed_forward,
         position=text_position,
         vocab_size=vocab_size,
-        context=context,
+        context_length=context_length,
         dim=dim,
         num_heads=num_heads,
         num_layers=text_layers,
@@ -256,7 +258,7 @@ def coca(
         multimodal.head.weight = unimodal.embedding.weight
     return CoCa(
         vision_encoder=vision_encoder,
-        generative_pooler=AttentionPooler(dim, context, num_heads),
+        generative_pooler=AttentionPooler(dim, num_queries, num_heads),
         contrastive_pooler=AttentionPooler(dim, 1, num_heads),
         text_decoder=unimodal,
         multimodal_decoder=multimodal,
@@ -360,7 +362,8 @@ grr_coca_tiny = preset(
     "grr_coca_tiny",
     """A model that trains on a laptop CPU in seconds; the tests use it.""",
     vocab_size=512,
-    context=16,
+    context_length=16,
+    num_queries=16,
     image_size=32,
     patch_size=8,
     dim=64,

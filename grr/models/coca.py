@@ -25,7 +25,7 @@ from grr.components import (
     dropout_keys,
     fold_in,
 )
-from grr.data.collate import IGNORE, pack, unpack
+from grr.data.collate import IGNORE, right_pad, undo_right_pad
 from grr.data.images import normalize
 from grr.training.loss import at_least_float32, token_losses
 
@@ -126,8 +126,8 @@ class TextDecoder(nn.Module):
         sample_keys: Tensor | None = None,
     ) -> Tensor:
         if positions is None:
-            ids, positions = pack(ids, pad_id=self.pad_id)
-            return unpack(self(ids, positions=positions, sample_keys=sample_keys), positions)
+            ids, positions = right_pad(ids, pad_id=self.pad_id)
+            return undo_right_pad(self(ids, positions=positions, sample_keys=sample_keys), positions)
         x = self.embedding(ids)  # [b, s, d]
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
@@ -222,7 +222,7 @@ class CoCa(nn.Module):
     images: uint8 [b, 3, h, w], or float of that shape, normalised already; ids: [b, s]; labels: [b, n] for
     the first n <= s tokens -> CoCaOutput.
     Any vision encoder that maps images to [b, p, d] and any text decoder that maps ids to [b, s, d] will do; to train
-    on trimmed batches (`pack_captions`), the text decoder must take `positions=` as well. The contrastive pooler maps
+    on trimmed batches (`collate_captions`), the text decoder must take `positions=`. The contrastive pooler maps
     [b, n, d] to [b, 1, e]; where e is not d, `text_projection` maps the vector at CLS to it. With labels the vocabulary
     head runs on labelled positions only, in chunks, and logits are never whole. sample_keys: int64 [b], a key for each
     sample, from which its dropout is drawn, whatever the batch; a tower whose forward has no argument sample_keys draws

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from grr.checkpoint.training_state import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
-from grr.data.collate import pack
+from grr.data.collate import right_pad
 from grr.data.images import Crop
 from grr.inference.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.models.coca import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
@@ -96,7 +96,7 @@ class ImageTextClassifier(Head):
         self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None, sample_keys: Tensor | None = None
     ) -> Tensor:
         if positions is None:
-            ids, positions = pack(ids, pad_id=self.pad_id)
+            ids, positions = right_pad(ids, pad_id=self.pad_id)
         keys = tower_keys(self.text_decoder, sample_keys, TEXT)
         text = self.text_decoder(ids, positions=positions, **keys)  # [b, s, d]
         keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
@@ -188,7 +188,7 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
         model = HEADS[head](build_pretrained(source), len(classes))
     model.to_empty(device=device)
     load_weights(source, model)
-    tokenizer = load_tokenizer(source.tokenizer, context=source.arguments["context"])
+    tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     return LoadedClassifier(model.eval(), saved["classes"], tokenizer, source.arguments["image_size"], source.crop)
 
 

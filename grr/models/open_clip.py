@@ -31,7 +31,7 @@ from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, Vi
 def open_clip_coca(
     *,
     vocab_size: int = 49_409,
-    context: int = 77,
+    context_length: int = 77,
     image_size: int = 224,
     patch_size: int = 32,
     vision_dim: int = 768,
@@ -49,7 +49,7 @@ def open_clip_coca(
 ) -> CoCa:
     """Build open_clip's CoCa; the defaults are its ViT-B/32.
 
-    `dim` is the width of text, of pooled vectors and of embeddings. `vocab_size` and `context` count CLS, which
+    `dim` is the width of text, of pooled vectors and of embeddings. `vocab_size` and `context_length` count CLS, which
     open_clip keeps apart: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With `correct_cls_mask` CLS
     reads the caption and no padding, which is right, faster on short captions, and not what the released weights were
     trained with (see `PaddedTextDecoder`). Images are normalised as everywhere in this library; the converter puts the
@@ -79,7 +79,7 @@ def open_clip_coca(
         contrastive_pooler=FirstVector(dim),
         text_decoder=decoder(
             embedding=nn.Embedding(vocab_size, dim),
-            positions=LearnedPositions(dim, context),
+            positions=LearnedPositions(dim, context_length),
             blocks=(_block(dim, num_heads, causal=True, dropout=dropout) for _ in range(text_layers)),
             dropout=dropout,
         ),

@@ -22,15 +22,15 @@ def parallelize(
     bf16: bool = False,
     float8: bool | Literal["emulated"] = False,
     compile: bool = False,
-    checkpoint_activations: bool = False,
-    replicas: int = 1,
+    activation_checkpointing: bool = False,
+    dp_replicate: int = 1,
 ) -> None:
     """Prepare a model in place for training on all processes, before or after it has weights.
 
     float8 converts the linear layers of the blocks (`multiply_in_float8`). compile compiles each block. bf16 computes
     in bfloat16, with float32 parameters, reductions and outputs. Several processes shard every block, then the rest,
     with FSDP2; with replicas > 1 they form that many groups, each of which holds a whole model (HSDP): best one a
-    machine. One process keeps plain parameters: the same function with fewer calls. checkpoint_activations keeps only
+    machine. One process keeps plain parameters: the same function with fewer calls. activation_checkpointing keeps only
     what enters each block and computes the rest again for its gradient.
 
     The order matters and is this one: a later step wraps what an earlier one made. Raises ValueError if the model was
@@ -40,21 +40,21 @@ def parallelize(
     if done := preparations(model):
         raise ValueError(f"parallelize: a model is prepared once, got one that is {' and '.join(done)}; {ORDER}")
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world % replicas:
+    if world % dp_replicate:
         raise ValueError(
-            f"parallelize: the number of processes must be a multiple of replicas, got {world=}, {replicas=}"
+            f"parallelize: the number of processes must be a multiple of dp_replicate, got {world=}, {dp_replicate=}"
         )
     if float8:
         multiply_in_float8(model, device, emulated=float8 == "emulated")
     if compile:
         _compile_blocks(model)
     if world > 1:
-        shape = (replicas, world // replicas) if replicas > 1 else (world,)
+        shape = (dp_replicate, world // dp_replicate) if dp_replicate > 1 else (world,)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         shard_over(model, mesh, bf16=bf16)
     elif bf16:
         compute_in_bf16(model, METHODS)
-    if checkpoint_activations:
+    if activation_checkpointing:
         for block in blocks(model):
             again = functools.partial(checkpoint, block.forward, use_reentrant=False)
             block.forward = again  # type: ignore[method-assign]

@@ -82,10 +82,10 @@ def materialize(model: nn.Module, device: torch.device, *, seed: int) -> None:
     for module, key, other, other_key in again:
         module._parameters[key] = other._parameters[other_key]
     for name, module in owners:
-        _draw(module, reset_seed(seed, name))
+        _draw(module, derive_seed(seed, name))
 
 
-def reset_seed(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A seed of 63 bits out of any numbers and names: well mixed, the same on every machine."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

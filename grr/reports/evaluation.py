@@ -105,7 +105,7 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
         ways = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
         table = [["", "R@1", "R@5", "R@10"]]
         table += [[name, *(percent(recall[f"{way}_r{k}"]) for k in (1, 5, 10))] for way, name in ways.items()]
-        found.append(Part("Retrieval", table, f"among {recall['candidates']:,} images and their captions"))
+        found.append(Part("Retrieval", table, f"among {recall['num_eval_images']:,} images and their captions"))
     if judged := results.get("captions"):
         table = [
             ["", "B-1", "B-2", "B-3", "B-4", "ROUGE-L", "CIDEr-D", "exact"],

@@ -117,8 +117,8 @@ def _key_numbers(validations: list[Row]) -> str:
         return ""
     now, final = validations[-1], validations[-1].get("split") == "final"
     before = validations[0 if final else -2] if len(validations) > 1 else None
-    candidates = now.get("candidates")
-    chance = f"chance {percent(1 / candidates)}" if candidates else ""
+    num_eval_images = now.get("num_eval_images")
+    chance = f"chance {percent(1 / num_eval_images)}" if num_eval_images else ""
     tiles = []
     for key, label in (
         ("text_to_image", "Sentences that find their image"),
@@ -128,7 +128,11 @@ def _key_numbers(validations: list[Row]) -> str:
             deeper = [f"R@{k} {percent(now[f'{key}_r{k}'])}" for k in (5, 10) if is_number(now.get(f"{key}_r{k}"))]
             tiles.append((label + ", R@1", percent(now[f"{key}_r1"]), [chance, *deeper]))
     if is_number(now.get("accuracy")):
-        guessed = f"{percent(now['blind_accuracy'])} without the images" if is_number(now.get("blind_accuracy")) else ""
+        guessed = (
+            f"{percent(now['text_only_accuracy'])} without the images"
+            if is_number(now.get("text_only_accuracy"))
+            else ""
+        )
         tiles.append(("Right answers", percent(now["accuracy"]), [guessed, *_was(before, "accuracy")]))
     if is_number(now.get("caption_exact")):
         tiles.append(("Captions right to the letter", percent(now["caption_exact"]), _was(before, "caption_exact")))
@@ -141,7 +145,7 @@ def _key_numbers(validations: list[Row]) -> str:
         f"<div><dt>{label}</dt><dd><b>{value}</b>{''.join(f'<small>{n}</small>' for n in notes if n)}</dd></div>"
         for label, value, notes in tiles
     )
-    among = f", among {candidates:,} candidates" if candidates else ""
+    among = f", among {num_eval_images:,} candidates" if num_eval_images else ""
     when = f"The model in model/, of step {kept_step(now):,}" if final else f"Validation at step {now['step']:,}"
     overfits = _overfitting(validations)
     return f"<section><h2>What it can do</h2><p>{when}{among}.{overfits}</p><dl>{items}</dl></section>"

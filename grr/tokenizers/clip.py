@@ -31,19 +31,21 @@ class ClipTokenizer(Tokenizer):
     vocab_size - 1 = 49,408. PAD is open_clip's, 0, which is also an exclamation mark that another sign follows without
     a merge: rare, and read as padding there and here. Every text can be spelled. It is mended by ftfy and lower case.
     `fingerprint` is the sha256 of the merges. Raises FileNotFoundError if there is no file, ImportError if ftfy is not
-    installed, ValueError if the file is no list of merges or if context has no room for a token.
+    installed, ValueError if the file is no list of merges or if context_length has no room for a token.
     """
 
     unk_id = -1  # there is none
 
-    def __init__(self, path: str | Path, *, context: int = 77) -> None:
+    def __init__(self, path: str | Path, *, context_length: int = 77) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"ClipTokenizer: there is no file {path}; CLIP's merges are {OPEN_CLIP_FILE} in the package "
                 "open_clip_torch, or merges.txt beside any CLIP on the Hugging Face hub"
             )
-        if context < 4:
-            raise ValueError(f"ClipTokenizer: context must have room for BOS, a token, EOS and CLS, got {context=}")
+        if context_length < 4:
+            raise ValueError(
+                f"ClipTokenizer: context_length must have room for BOS, a token, EOS and CLS, got {context_length=}"
+            )
         if not is_merges(path):
             raise ValueError(
                 f"ClipTokenizer: the first line of a list of merges ends with {VERSION}, that of {path} "
@@ -53,7 +55,7 @@ class ClipTokenizer(Tokenizer):
         if wrong := [pair for pair in pairs if not _is_pair(pair)]:
             raise ValueError(f"ClipTokenizer: a line of {path} must be two pieces, got {wrong[0]!r}; copy it again")
         _mend("")
-        self.context = context
+        self.context_length = context_length
         self._model = "\n".join([VERSION, *pairs, ""]).encode()
         self._open()
 
@@ -71,12 +73,12 @@ class ClipTokenizer(Tokenizer):
 
     def _tokens(self, caption: str) -> list[int]:
         words = _words().findall(" ".join(_mend(caption).split()).lower())
-        return [i for word in words[: self.context] for i in self._spell(word)]
+        return [i for word in words[: self.context_length] for i in self._spell(word)]
 
     def _spelled(self, word: str) -> tuple[int, ...]:
         """The ids of a word: of its bytes, the pair that comes first in the list is merged, again and again."""
         letter = {byte: letter for letter, byte in _letters().items()}
-        parts = [letter[byte] for byte in word.encode()][: 16 * self.context]  # more than there is room for
+        parts = [letter[byte] for byte in word.encode()][: 16 * self.context_length]  # more than there is room for
         parts[-1] += END
         while len(parts) > 1:
             first = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, MERGES))
@@ -100,7 +102,7 @@ class ClipTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.cls_id = range(len(pieces), self.vocab_size)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"context": self.context, "_model": self._model}
+        return {"context_length": self.context_length, "_model": self._model}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)

@@ -21,23 +21,25 @@ logger = logging.getLogger(__name__)
 class Tokenizer:
     """A SentencePiece model with two more ids at its end: BOS = vocab_size - 2 and CLS = vocab_size - 1.
 
-    T5's own model gives a vocabulary of 32,000 pieces + 100 sentinels + 2 = 32,102. `context` is the number of tokens
-    that the model reads; a caption becomes context + 1 ids. `fingerprint` is the sha256 of the model's file.
+    T5's own model gives a vocabulary of 32,000 pieces + 100 sentinels + 2 = 32,102. `context_length` is the number of
+    tokens that the model reads; a caption becomes context_length + 1 ids. `fingerprint` is the file's sha256.
     Raises FileNotFoundError if there is no file, ValueError if it is no SentencePiece model, or one whose pad, eos and
-    unk are not 0, 1 and 2, or if context has no room for a token.
+    unk are not 0, 1 and 2, or if context_length has no room for a token.
     """
 
     pad_id, eos_id, unk_id = PAD, EOS, UNK
 
-    def __init__(self, path: str | Path, *, context: int = 64) -> None:
+    def __init__(self, path: str | Path, *, context_length: int = 64) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"Tokenizer: there is no file {path}; T5's vocabulary is the file spiece.model of google-t5/t5-base on "
                 "the Hugging Face hub, or leave the path out to train a vocabulary on the captions"
             )
-        if context < 4:
-            raise ValueError(f"Tokenizer: context must have room for BOS, a token, EOS and CLS, got {context=}")
-        self.context = context
+        if context_length < 4:
+            raise ValueError(
+                f"Tokenizer: context_length must have room for BOS, a token, EOS and CLS, got {context_length=}"
+            )
+        self.context_length = context_length
         self._model = Path(path).read_bytes()
         self.fingerprint = hashlib.sha256(self._model).hexdigest()
         try:
@@ -56,12 +58,12 @@ class Tokenizer:
         self.bos_id, self.cls_id = self.vocab_size - 2, self.vocab_size - 1
 
     def encode(self, caption: str) -> list[int]:
-        """BOS t1 ... tn EOS PAD ... PAD CLS PAD: context + 1 ids, the caption cut so that EOS and CLS still fit.
+        """BOS t1 ... tn EOS PAD ... PAD CLS PAD: context_length + 1 ids, the caption cut so that EOS and CLS still fit.
 
         Any string will do: white space collapses, and what the vocabulary cannot spell is UNK. Only the first
-        16 context words are looked at, since a word seldom has less than a token.
+        16 context_length words are looked at, since a word seldom has less than a token.
         """
-        room = self.context - 3
+        room = self.context_length - 3
         tokens = self._tokens(caption)[:room]
         padding = [self.pad_id] * (room - len(tokens))
         return [self.bos_id, *tokens, self.eos_id, *padding, self.cls_id, self.pad_id]
@@ -82,7 +84,11 @@ class Tokenizer:
         _write(Path(path), self._model)
 
     def _tokens(self, caption: str) -> list[int]:
-        words = caption.encode("utf-8", "replace").decode().split(maxsplit=16 * self.context)[: 16 * self.context]
+        words = (
+            caption.encode("utf-8", "replace")
+            .decode()
+            .split(maxsplit=16 * self.context_length)[: 16 * self.context_length]
+        )
         tokens: list[int] = self._pieces.encode(" ".join(words))
         return tokens
 
@@ -95,7 +101,7 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    captions: Iterable[str], path: str | Path, *, vocab_size: int = 512, context: int = 64
+    captions: Iterable[str], path: str | Path, *, vocab_size: int = 512, context_length: int = 64
 ) -> Tokenizer:
     """Train a vocabulary of at most vocab_size ids, BOS and CLS among them, and write it to path.
 
@@ -129,13 +135,13 @@ def train_tokenizer(
             "are there captions, and more ids than different characters?"
         ) from error
     _write(Path(path), model.getvalue())
-    tokenizer = Tokenizer(path, context=context)
+    tokenizer = Tokenizer(path, context_length=context_length)
     if tokenizer.vocab_size < vocab_size:
         logger.info("the captions fill %d of the %d ids of tokenizer.vocab_size", tokenizer.vocab_size, vocab_size)
     return tokenizer
 
 
-def load_tokenizer(path: str | Path, *, context: int = 64) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, context_length: int = 64) -> Tokenizer:
     """The tokenizer of whatever vocabulary the file holds, a SentencePiece model or CLIP's merges, told by its content.
 
     Raises as `Tokenizer` and `ClipTokenizer` do.
@@ -143,11 +149,11 @@ def load_tokenizer(path: str | Path, *, context: int = 64) -> Tokenizer:
     from grr.tokenizers.clip import ClipTokenizer, is_merges  # which builds on this file
 
     kind = ClipTokenizer if is_merges(path) else Tokenizer
-    return kind(path, context=context)
+    return kind(path, context_length=context_length)
 
 
 def open_tokenizer(
-    captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512, context: int = 64
+    captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512, context_length: int = 64
 ) -> Tokenizer:
     """A run's tokenizer, the same in all processes, and kept in `file`: the vocabulary at `path` (T5's spiece.model,
     say), or without a path the one already in `file`, or else one of vocab_size ids trained on the captions.
@@ -155,12 +161,12 @@ def open_tokenizer(
 
     def prepare() -> None:
         if path is not None:
-            load_tokenizer(path, context=context).save(file)
+            load_tokenizer(path, context_length=context_length).save(file)
         elif not file.is_file():
-            train_tokenizer(captions, file, vocab_size=vocab_size, context=context)
+            train_tokenizer(captions, file, vocab_size=vocab_size, context_length=context_length)
 
     on_rank_0(prepare)
-    return load_tokenizer(file, context=context)
+    return load_tokenizer(file, context_length=context_length)
 
 
 def _write(path: Path, data: bytes) -> None:

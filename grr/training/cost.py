@@ -39,7 +39,7 @@ class Planned:
     processes: int
     steps: int
     keep: int  # checkpoints
-    replicas: int
+    dp_replicate: int
     workers: int
     optimizer: dict[str, Any]
     loss: dict[str, Any]
@@ -93,7 +93,7 @@ def run_cost(
     if state > free / 2:
         yield Finding("time", f"not measured: {states}, and {_gb(free)} are free on this machine")
         return
-    expected = 2 * 6 * n * _tokens(model, image_size, tokenizer.context) / _flops_a_second()
+    expected = 2 * 6 * n * _tokens(model, image_size, tokenizer.context_length) / _flops_a_second()
     if expected > AT_MOST:
         yield Finding("time", f"not measured: a step of 2 pairs may take {expected:,.0f} s on this machine; {states}")
         return
@@ -204,7 +204,7 @@ def _time(run: Planned, measured: Measured) -> Finding:
 
 def _memory(run: Planned, state: int, measured: Measured, free: int) -> Finding:
     kept = measured.kept * run.micro_batch_size
-    own = state * run.replicas / run.processes
+    own = state * run.dp_replicate / run.processes
     said = (
         f"about {_gb(own + kept)} a process: {_gb(own)} of weights, gradients and optimizer state, {_gb(kept)} of "
         f"activations of {run.micro_batch_size:,} pairs in float32; {_gb(free)} are free here"
@@ -223,10 +223,10 @@ def _disk(run: Planned, n: int) -> Finding:
     return Finding("disk", said + ("; lower run.keep, or move run.folder" if wrong else ""), wrong=wrong)
 
 
-def _tokens(model: nn.Module, image_size: int, context: int) -> int:
+def _tokens(model: nn.Module, image_size: int, context_length: int) -> int:
     """The longest sequence that a model reads, as far as it can be told: patches or tokens."""
     patch = getattr(getattr(getattr(model, "vision_encoder", None), "patches", None), "patch_size", 16)
-    return max(context, (image_size // int(patch)) ** 2)
+    return max(context_length, (image_size // int(patch)) ** 2)
 
 
 def _flops_a_second() -> float:

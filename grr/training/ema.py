@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from grr.parallel.process_group import local
 
 
-class Average:
+class EMA:
     """The running mean of a model's weights, w <- decay w + (1 - decay) weights, which begins at the weights it meets.
 
         average = Average(model, decay=0.999)   # after the weights are there, plain or sharded
@@ -26,7 +26,7 @@ class Average:
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"Average: decay must be at least 0 and below 1, got {decay=}")
+            raise ValueError(f"EMA: decay must be at least 0 and below 1, got {decay=}")
         self._model, self.decay = model, decay
         self.weights = weights_of(model) if decay else {}
 
@@ -64,17 +64,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def interpolate(model: nn.Module, others: Mapping[str, Tensor], *, share: float) -> None:
-    """Move the model's weights toward others: w <- (1 - share) w + share other, exactly the others for a share of 1.
+def wise_ft(model: nn.Module, others: Mapping[str, Tensor], *, alpha: float) -> None:
+    """Move the model's weights toward others: w <- (1 - alpha) w + alpha other, exactly the others for a alpha of 1.
 
-    From a pre-trained model toward what fine-tuning made of it, a share between gives, on data like neither's alone,
+    From a pre-trained model toward what fine-tuning made of it, a alpha between gives, on data like neither's alone,
     often better results than both ends (Wortsman et al. 2022, WiSE-FT). others: as `weights_of` a model of the same
-    kind gives them. Raises ValueError unless share is in [0, 1].
+    kind gives them. Raises ValueError unless alpha is in [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"interpolate: share must be from 0 to 1, got {share=}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"wise_ft: alpha must be from 0 to 1, got {alpha=}")
     for name, weight in _shards(model).items():
-        local(weight).lerp_(local(others[name]), share)
+        local(weight).lerp_(local(others[name]), alpha)
 
 
 def _shards(model: nn.Module) -> dict[str, Tensor]:

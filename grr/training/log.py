@@ -66,8 +66,8 @@ def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
     return (
         f"step {step}: validation loss {losses.loss:.4f} ({losses.contrastive_weight:g} x contrastive + "
         f"{losses.captioning_weight:g} x captioning), perplexity {losses.perplexity:.4f}, contrastive loss "
-        f"{losses.contrastive_loss:.4f} among {losses.contrastive_batch} pairs; among {found['candidates']} images "
-        f"R@1 {found['image_to_text_r1']:.1%} image to text, {found['text_to_image_r1']:.1%} text to image; "
+        f"{losses.contrastive_loss:.4f} among {losses.contrastive_batch} pairs; among {found['num_eval_images']} "
+        f"images R@1 {found['image_to_text_r1']:.1%} image to text, {found['text_to_image_r1']:.1%} text to image; "
         f"{found['caption_exact']:.1%} of captions exact"
     )
 

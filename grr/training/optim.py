@@ -32,7 +32,7 @@ def adamw(
     the default on a CPU as well. `moments` other than fp32 keep the optimizer's two moments in 8 or 4 bits, in less
     than a third or a quarter of their memory for the paper's model (`grr.training.low_bit`): for GPUs, where torchao
     compiles the step, which on a CPU takes minutes where the fused one takes a second. Those of token embeddings stay
-    whole: where a token is absent for long, a second moment that was rounded to 0 makes a step dozens of times too long.
+    whole: where a token is absent for long, a second moment rounded to 0 makes a step dozens of times too long.
     Raises ValueError if a number is out of its range, ImportError if moments of few bits are asked for without torchao.
     """
     if not 0 < layer_decay <= 1:

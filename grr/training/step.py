@@ -21,7 +21,7 @@ from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, gather, reset_seed
+from grr.parallel.process_group import all_sum, derive_seed, gather
 from grr.training.loss import contrastive_loss, sigmoid_loss
 
 
@@ -152,8 +152,8 @@ def seed_dropout(batch: Batch, seed: int, index: int) -> Tensor:
     a micro-batch of another size draws another dropout.
     """
     place, b = index * dist.get_world_size() + dist.get_rank(), len(batch.ids)
-    torch.manual_seed(reset_seed(seed, place))
-    return fold_in(reset_seed(seed), torch.arange(place * b, (place + 1) * b, device=batch.ids.device))
+    torch.manual_seed(derive_seed(seed, place))
+    return fold_in(derive_seed(seed), torch.arange(place * b, (place + 1) * b, device=batch.ids.device))
 
 
 def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:

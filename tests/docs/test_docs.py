@@ -204,7 +204,7 @@ def two_runs(folder: Path) -> None:
 def uneven_batches(folder: Path) -> None:
     photos(folder / "photos", [f"{i}.png" for i in range(COUNT)])
     pairs = DATASETS["folder"](path=str(folder / "photos"))
-    tokenizer = train_tokenizer(pairs.captions, folder / "t.model", vocab_size=30, context=16)
+    tokenizer = train_tokenizer(pairs.captions, folder / "t.model", vocab_size=30, context_length=16)
     training_steps(
         pairs,
         tokenizer,

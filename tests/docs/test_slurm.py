@@ -14,7 +14,7 @@ from waiting import started, wait_until
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs/pretrain.sbatch"
 TINY = [
-    "run.candidates=4",
+    "run.num_eval_images=4",
     "run.batch_size=32",
     "run.micro_batch_size=16",
     "data.scenes=320",

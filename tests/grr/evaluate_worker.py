@@ -59,12 +59,14 @@ def colours(images: int, **options: tuple[int, ...]) -> Labelled:
 
 
 def a_tokenizer(folder: Path) -> Tokenizer:
-    return train_tokenizer(Noise(several_captions(40)).captions, folder / "tokenizer.model", vocab_size=96, context=16)
+    return train_tokenizer(
+        Noise(several_captions(40)).captions, folder / "tokenizer.model", vocab_size=96, context_length=16
+    )
 
 
 def a_model(tokenizer: Tokenizer, seed: int = 0) -> CoCa:
     with torch.device("meta"):
-        model = grr_coca_tiny(vocab_size=tokenizer.vocab_size, context=16, dropout=0.1)
+        model = grr_coca_tiny(vocab_size=tokenizer.vocab_size, context_length=16, dropout=0.1)
     materialize(model, torch.device("cpu"), seed=seed)
     return model
 
@@ -76,14 +78,14 @@ def digest(*tensors: Tensor) -> str:
 def main(folder: Path) -> None:
     device = start()
     on_rank_0(lambda: folder.mkdir(exist_ok=True) or a_tokenizer(folder))
-    tokenizer = Tokenizer(folder / "tokenizer.model", context=16)
+    tokenizer = Tokenizer(folder / "tokenizer.model", context_length=16)
     model = a_model(tokenizer)
     pairs = Noise(several_captions(130), bad=(3, 50, 77), silent=(0, 9))
     seen = observe(model, pairs, tokenizer, device, generation={}, **SEEN)
     batches, _ = over_images(pairs, list(range(130)), lambda pixels, items: [len(pixels), items], device, **SEEN)
     looked = features(model, colours(70, bad=(5,)), device, patches=True, **SEEN)
     parallelize(model, device)
-    metrics, examples = examine(model, pairs, tokenizer, device, candidates=60, **SEEN)
+    metrics, examples = examine(model, pairs, tokenizer, device, num_eval_images=60, **SEEN)
     shown = [image for r in examples.retrievals for image in r.images] + [c.image for c in examples.captions]
     if seen is not None:
         tensors = [seen.image_of_text, seen.image_embeddings, seen.text_embeddings, seen.token_losses, seen.tokens]

@@ -52,7 +52,7 @@ def run(words: list[str], **options) -> subprocess.CompletedProcess:
 def test_made_up_captions_are_as_long_as_asked_and_labelled_to_their_end(mean, b, steps, context, seed):
     room = context - 3
     knobs = Run(batch_size=b * steps, micro_batch_size=b, seed=seed)
-    batches = random_batches(knobs, mean, vocab_size=50, context=context, image_size=8)
+    batches = random_batches(knobs, mean, vocab_size=50, context_length=context, image_size=8)
     assert len(batches) == steps
     for batch in batches:
         words = ((batch.ids > 2) & (batch.ids < 48)).sum(1)  # of 50: neither PAD, EOS, UNK nor BOS, CLS
@@ -66,7 +66,7 @@ def test_made_up_captions_are_as_long_as_asked_and_labelled_to_their_end(mean, b
 
 def test_made_up_captions_have_the_asked_length_on_average():
     knobs = Run(batch_size=1000, micro_batch_size=1000)
-    (batch,) = random_batches(knobs, 15, vocab_size=100, context=64, image_size=1)
+    (batch,) = random_batches(knobs, 15, vocab_size=100, context_length=64, image_size=1)
     words = (batch.labels != IGNORE).sum(1).float() - 1
     assert abs(words.mean() - 15) < 5 * math.sqrt(15 / 1000)  # Poisson: five standard errors
 
@@ -75,7 +75,7 @@ def test_made_up_captions_have_the_asked_length_on_average():
 def test_a_caption_of_numbers_is_laid_out_as_the_tokenizer_lays_out_words(tokenizer, text):
     ids = tokenizer.encode(text)
     end = ids.index(tokenizer.eos_id)
-    numbers = Numbers(tokenizer.vocab_size, tokenizer.context)
+    numbers = Numbers(tokenizer.vocab_size, tokenizer.context_length)
     assert numbers.encode(ids[1:end]) == ids
     assert (numbers.pad_id, numbers.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
     assert (numbers.bos_id, numbers.cls_id) == (tokenizer.bos_id, tokenizer.cls_id)
@@ -85,7 +85,7 @@ def test_a_caption_of_numbers_is_laid_out_as_the_tokenizer_lays_out_words(tokeni
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return train_tokenizer(
-        ["a bad cab", "dead bee", "ace"], tmp_path_factory.mktemp("t") / "t.model", vocab_size=30, context=16
+        ["a bad cab", "dead bee", "ace"], tmp_path_factory.mktemp("t") / "t.model", vocab_size=30, context_length=16
     )
 
 
@@ -99,7 +99,7 @@ def test_the_cost_of_a_batch_is_torchs_count(name, tokens):
         f"model.{key}={value}"
         for key, value in {
             "vocab_size": 60,
-            "context": 16,
+            "context_length": 16,
             "image_size": 16,
             "patch_size": 8,
             "dim": 16,
@@ -187,9 +187,9 @@ def test_the_same_work_is_counted_the_same_in_every_variant(measured):
 def test_captions_read_half_as_many_bytes_in_half_the_precision_however_many_there_are(measured):
     result, _, _ = measured
     without, *written = rows(result, "captions")
-    assert (without["variant"], without["samples"], without["beams"]) == ("fp32 without cache", 1, 1)
+    assert (without["variant"], without["samples"], without["num_beams"]) == ("fp32 without cache", 1, 1)
     assert without["same_captions"]
-    assert [(row["samples"], row["beams"]) for row in written] == [(1, 1), (1, 2), (8, 1), (8, 2)] * 2
+    assert [(row["samples"], row["num_beams"]) for row in written] == [(1, 1), (1, 2), (8, 1), (8, 2)] * 2
     fp32, bf16 = ({row["amount"] for row in written if row["variant"] == word} for word in ("fp32", "bf16"))
     assert len(fp32) == 1
     assert fp32 == {2 * amount for amount in bf16}
@@ -225,7 +225,7 @@ def test_what_memory_does_not_suffice_for_is_a_row_and_the_next_variant_follows(
         f"run.micro_batch_size={huge}",
         "run.iterations=1",
         f"run.images=[1,{huge}]",
-        "run.beams=[1]",
+        "run.num_beams=[1]",
         "run.folder=out",
     ]
     done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
@@ -254,7 +254,7 @@ def test_an_error_that_is_not_of_memory_ends_the_run():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
     cfg = load(file)
-    assert cfg.run["written_tokens"] <= cfg.model["context"] - 3
+    assert cfg.run["written_tokens"] <= cfg.model["context_length"] - 3
     assert cfg.run["batch_size"] % cfg.run["micro_batch_size"] == 0
     header = file.read_text().split("\nrun:")[0]
     assert f"recipes/benchmark.py --config recipes/configs/benchmark/{file.name}" in header

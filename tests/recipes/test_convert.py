@@ -26,7 +26,7 @@ CONFIGS = sorted((RECIPE.parent / "configs/convert").glob("*.yaml"))
 PAIRS = ["t h", "th e</w>", "f o", "fo x</w>"]
 SIZES = {
     "vocab_size": 519,
-    "context": 12,
+    "context_length": 12,
     "image_size": 24,
     "patch_size": 8,
     "vision_dim": 48,
@@ -137,7 +137,7 @@ def test_the_folder_opens_by_the_one_call_and_holds_the_model(files, tmp_path, m
     convert(monkeypatch, *words(files, tmp_path / "models/coca"))
     model, tokenizer, image_size, crop = load_pretrained(tmp_path / "models/coca")
     assert isinstance(tokenizer, ClipTokenizer)
-    assert (tokenizer.context, tokenizer.vocab_size, image_size, crop) == (12, 519, 24, "clip")
+    assert (tokenizer.context_length, tokenizer.vocab_size, image_size, crop) == (12, 519, 24, "clip")
     parameters = sum(p.numel() for p in model.parameters())
     assert capsys.readouterr().out.endswith(f"coca: open_clip_coca_vit_b_32, {parameters:,} parameters\n")
 
@@ -147,7 +147,7 @@ def test_the_folder_opens_by_the_one_call_and_holds_the_model(files, tmp_path, m
     ids = torch.tensor([tokenizer.encode("the fox!")])[:, :12]
     assert torch.equal(model.encode_image(images), expected.eval().encode_image(images))
     assert torch.equal(model.encode_text(ids), expected.encode_text(ids))
-    assert generate(model, images, tokenizer, beams=2) == generate(expected, images, tokenizer, beams=2)
+    assert generate(model, images, tokenizer, num_beams=2) == generate(expected, images, tokenizer, num_beams=2)
 
 
 @pytest.mark.slow

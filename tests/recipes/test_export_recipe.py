@@ -31,10 +31,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    tokenizer = train_tokenizer(["a red fox on a blue hill"] * 3, folder / "t.model", vocab_size=64, context=16)
+    tokenizer = train_tokenizer(["a red fox on a blue hill"] * 3, folder / "t.model", vocab_size=64, context_length=16)
     arguments = {
         "vocab_size": tokenizer.vocab_size,
-        "context": 16,
+        "context_length": 16,
         "image_size": 32,
         "vision_layers": 1,
         "text_layers": 1,
@@ -69,7 +69,7 @@ def test_a_copied_recipe_writes_a_folder_that_captions_without_torch(model_folde
         "step.onnx",
         "step.pt2",
     ]
-    assert json.loads((tmp_path / "out/config.json").read_text())["max_tokens"] == 13
+    assert json.loads((tmp_path / "out/config.json").read_text())["max_new_tokens"] == 13
     picture = tmp_path / "picture.png"
     Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB").save(picture)
 

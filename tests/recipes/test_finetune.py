@@ -20,7 +20,7 @@ from grr.data import DATASETS, training_steps
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained
 from grr.models.builders import grr_coca
 from grr.tokenizers.sentencepiece import train_tokenizer
-from grr.training.ema import Average
+from grr.training.ema import EMA
 from grr.training.log import read_metrics
 from grr.training.optim import adamw, warmup_cosine
 from grr.training.soft_reset import SoftReset, soft_reset
@@ -31,7 +31,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = RECIPES / "finetune.py"
 CONFIGS = sorted((RECIPES / "configs/finetune").glob("*.yaml"))
 SIZES = {
-    "context": 32,
+    "context_length": 32,
     "image_size": 32,
     "patch_size": 8,
     "dim": 32,
@@ -47,9 +47,9 @@ FIVE_STEPS = {
         "micro_batch_size": 4,
         "log_every": 1,
         "save_every": 3,
-        "candidates": 10,
-        "average": AVERAGE,
-        "interpolate": SHARE,
+        "num_eval_images": 10,
+        "ema_decay": AVERAGE,
+        "wise_ft_alpha": SHARE,
     },
     "data": {"name": "openmoji", "split": "train", "scenes": 80, "held_out": 20},
     "validation": {"name": "openmoji", "split": "validation", "scenes": 80, "held_out": 20},
@@ -60,7 +60,7 @@ FIVE_STEPS = {
 }
 FROZEN = (
     "run.epochs=2",
-    "run.interpolate=1",
+    "run.wise_ft_alpha=1",
     "optimizer.lr=1e-3",
     "schedule.min_lr=1e-4",
     "run.freeze=[vision_encoder,generative_pooler]",
@@ -136,7 +136,7 @@ def decided(folder: Path, decision: str) -> list[dict]:
 def kept_state(path: Path, start: Path) -> tuple[dict, dict, dict]:
     """Weights, optimizer state and mean of a checkpoint."""
     model = build_pretrained(find_pretrained(start))
-    optimizer, average = adamw(model, layer_decay=LAYER_DECAY), Average(model, decay=AVERAGE)
+    optimizer, average = adamw(model, layer_decay=LAYER_DECAY), EMA(model, decay=AVERAGE)
     load_checkpoint(path, model, optimizer, average.weights)
     return model.state_dict(), optimizer.state_dict()["state"], average.weights
 
@@ -176,7 +176,7 @@ def test_the_model_that_is_kept_lies_between_the_start_and_the_best(whole, start
     for name, weight in kept.items():
         torch.testing.assert_close(weight, (1 - SHARE) * begun[name] + SHARE * mean[name])
     (final,) = lines(whole, "final")
-    assert (final["best_step"], final["interpolate"]) == (best["best_step"], SHARE)
+    assert (final["best_step"], final["wise_ft"]) == (best["best_step"], SHARE)
     assert math.isfinite(final["loss"])
     assert final["loss"] != best["best_loss"]
     described = json.loads((whole / "model/config.json").read_text())
@@ -242,10 +242,10 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_changes_no_file(froz
 @pytest.mark.slow
 def test_a_finished_run_that_is_asked_for_another_end_comes_to_it(frozen, start, tmp_path):
     shutil.copytree(frozen, tmp_path / "run")
-    done = run(command(start, tmp_path / "run", *FROZEN, "run.interpolate=0.5"))
+    done = run(command(start, tmp_path / "run", *FROZEN, "run.wise_ft_alpha=0.5"))
     assert done.returncode == 0, done.stderr[-3000:]
     (final,) = lines(tmp_path / "run", "final")
-    assert (final["step"], final["interpolate"]) == (10, 0.5)
+    assert (final["step"], final["wise_ft"]) == (10, 0.5)
     begun, tuned, kept = (
         load_file(folder / "model.safetensors") for folder in (start, frozen / "model", tmp_path / "run/model")
     )
@@ -280,8 +280,8 @@ def test_a_start_that_is_none_is_named_before_anything_is_written(tmp_path):
 
 
 def test_a_share_out_of_range_is_refused(recipe):
-    with pytest.raises(ValueError, match=r"interpolate must be from 0 to 1, got 1\.5"):
-        recipe.Run(interpolate=1.5)
+    with pytest.raises(ValueError, match=r"wise_ft_alpha must be from 0 to 1, got 1\.5"):
+        recipe.Run(wise_ft_alpha=1.5)
 
 
 @pytest.fixture

@@ -97,8 +97,8 @@ def start(tmp_path_factory) -> Path:
     """A model's folder, of weights that no one trained."""
     folder = tmp_path_factory.mktemp("start")
     captions = [*openmoji(scenes=80).captions, *LABELLED["openmoji_entailment"](scenes=80).captions]
-    tokenizer = train_tokenizer(captions, folder / "words", vocab_size=256, context=16)
-    sizes = {"vocab_size": tokenizer.vocab_size, "context": 16, **SIZES}
+    tokenizer = train_tokenizer(captions, folder / "words", vocab_size=256, context_length=16)
+    sizes = {"vocab_size": tokenizer.vocab_size, "context_length": 16, **SIZES}
     torch.manual_seed(0)
     save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
     return folder / "model"
@@ -107,7 +107,7 @@ def start(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_classes_of_images_never_seen_are_learned(whole):
     first, last = lines(whole, "validation")
-    assert first["blind_accuracy"] == 1 / 40
+    assert first["text_only_accuracy"] == 1 / 40
     assert 0.05 < first["accuracy"] < last["accuracy"]
     assert last["accuracy"] > 8 / 40  # chance is one in forty
     assert last["best_accuracy"] == last["accuracy"]
@@ -266,7 +266,7 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     last = lines(tmp_path / "run", "validation")[-1]
-    assert last["blind_accuracy"] < 0.25
+    assert last["text_only_accuracy"] < 0.25
     assert last["accuracy"] > 0.3
 
 

@@ -22,7 +22,7 @@ SECTIONS = {
         "batch_size": 16,
         "micro_batch_size": 8,
         "log_every": 1,
-        "candidates": 10,
+        "num_eval_images": 10,
         "save_every": 4,
         "keep": 100,
     },
@@ -37,7 +37,7 @@ SECTIONS = {
         "multimodal_layers": 1,
         "dropout": 0.1,
     },
-    "tokenizer": {"vocab_size": 128, "context": 32},
+    "tokenizer": {"vocab_size": 128, "context_length": 32},
     "data": {**DATA, "split": "train"},
     "validation": {**DATA, "split": "validation"},
     "optimizer": {"lr": 1e-3},
@@ -115,7 +115,7 @@ def test_it_learns_as_without_and_leaves_the_same_files(whole, tmp_path):
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(whole, tmp_path):
     folder = killed(whole, tmp_path / "run", 4)
-    done = run("pretrain.py", folder, *LOW, "run.checkpoint_activations=true", processes=2)
+    done = run("pretrain.py", folder, *LOW, "run.activation_checkpointing=true", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 4" in done.stderr
     ours, theirs = ([loss for _, loss in lines(folder, "train", "loss")] for folder in (folder, whole))

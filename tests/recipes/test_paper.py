@@ -41,7 +41,8 @@ GEOMETRY = {
     "vision_layers": 12,
     "text_layers": 12,
     "multimodal_layers": 12,
-    "context": 64,
+    "context_length": 64,
+    "num_queries": 64,
     "vocab_size": 32_102,
     "vision_ffn_multiplier": None,
     "text_ffn_multiplier": 4.0,
@@ -66,13 +67,13 @@ ADAMW = {
     "moments": "fp32",
 }
 SHARED = {
-    "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "clip": 1.0, "bf16": True, "float8": False},
+    "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "max_grad_norm": 1.0, "bf16": True, "float8": False},
     "loader": {"crop": "squash"},
 }
 PRETRAIN = {
     **SHARED,
     "run": {**SHARED["run"], "epochs": 21, "max_steps": None},
-    "tokenizer": {"context": 64},
+    "tokenizer": {"context_length": 64},
     "data": {"name": "webdataset", "split": "train", "validation_fraction": 0.05},
     "validation": {"name": "webdataset", "split": "validation", "validation_fraction": 0.05},
     "loss": {"contrastive_weight": 2.0, "captioning_weight": 1.0, "contrastive": "softmax", "negatives": "global"},
@@ -81,7 +82,7 @@ PRETRAIN = {
 }
 FINETUNE = {
     **SHARED,
-    "run": {**SHARED["run"], "epochs": None, "freeze": [], "average": 0.0, "interpolate": 1.0},
+    "run": {**SHARED["run"], "epochs": None, "freeze": [], "ema_decay": 0.0, "wise_ft_alpha": 1.0},
     "model": {"dropout": 0.1},
     "loss": {"contrastive_weight": 1.0, "captioning_weight": 2.0, "contrastive": "softmax", "negatives": "global"},
     "optimizer": {"lr": 1e-5, **ADAMW},
@@ -134,7 +135,8 @@ def test_a_config_of_the_paper_has_the_papers_values(name, sections_of):
 
 SIZES = {
     "vocab_size": 64,
-    "context": 16,
+    "context_length": 16,
+    "num_queries": 16,
     "image_size": 32,
     "patch_size": 8,
     "dim": 32,
@@ -184,7 +186,7 @@ class House(NamedTuple):
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> House:
     folder = tmp_path_factory.mktemp("house")
-    tokenizer = train_tokenizer([" ".join(WORDS)], folder / "words", vocab_size=SIZES["vocab_size"], context=16)
+    tokenizer = train_tokenizer([" ".join(WORDS)], folder / "words", vocab_size=SIZES["vocab_size"], context_length=16)
     sizes = {**SIZES, "vocab_size": tokenizer.vocab_size}
     torch.manual_seed(0)
     save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
@@ -209,11 +211,11 @@ def train(house: House, recipe: str, name: str, data: Pictures, *, dropout: floa
             "batch_size": 4,
             "micro_batch_size": 2,
             "epochs": STEPS,
-            "clip": CLIP,
+            "max_grad_norm": CLIP,
             "log_every": 1,
             "save_every": 1,
             "keep": 100,
-            "candidates": 4,
+            "num_eval_images": 4,
         },
         "data": {"name": "folder", "path": str(data.path)},
         "validation": {"name": "folder", "path": str(house.validation.path)},
@@ -223,9 +225,9 @@ def train(house: House, recipe: str, name: str, data: Pictures, *, dropout: floa
         "schedule": {"warmup_steps": WARMUP, "min_lr": lr * MIN_LR / LR, "cycle_epochs": CYCLE},
     }
     if recipe == "pretrain":
-        sizes = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "context")}
+        sizes = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "context_length")}
         cfg["model"] = {"name": "grr_coca", "dropout": dropout, **sizes}
-        cfg["tokenizer"] = {"path": str(house.folder / "words"), "context": 16}
+        cfg["tokenizer"] = {"path": str(house.folder / "words"), "context_length": 16}
     else:
         cfg["model"] = {"path": str(house.model), "dropout": dropout}
         cfg["control"] = {"patience": 100}
@@ -261,7 +263,7 @@ def lines(folder: Path, split: str) -> list[dict]:
 
 def paper_losses(model: CoCa, data: Pictures, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """GRR-CoCa, equations 1 and 2, of all pairs as one batch: contrastive, captioning."""
-    ids = torch.tensor([tokenizer.encode(caption) for caption in data.captions])  # [b, context + 1]
+    ids = torch.tensor([tokenizer.encode(caption) for caption in data.captions])  # [b, context_length + 1]
     output = model(data.images, ids[:, :-1])
     logits = output.image_embeddings @ output.text_embeddings.T / 0.07  # [b, b]
     match = torch.arange(len(ids))

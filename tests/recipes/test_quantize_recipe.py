@@ -28,8 +28,10 @@ SMALL = ("data.scenes=40", "data.held_out=10", "run.iterations=1", "run.warmup=0
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    tokenizer = train_tokenizer(["a red fox on a white background"] * 3, folder / "t.model", vocab_size=64, context=16)
-    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32}
+    tokenizer = train_tokenizer(
+        ["a red fox on a white background"] * 3, folder / "t.model", vocab_size=64, context_length=16
+    )
+    arguments = {"vocab_size": tokenizer.vocab_size, "context_length": 16, "image_size": 32}
     torch.manual_seed(0)
     save_model(
         folder / "model", grr_coca_tiny(**arguments), describe("grr_coca_tiny", arguments, "squash"), folder / "t.model"
@@ -63,7 +65,7 @@ def test_a_copied_recipe_writes_folders_that_open_and_a_table(model_folder, tmp_
     expected = load_pretrained(model_folder).model.encode_image(images)
     for name, row in rows.items():
         assert name in done.stdout
-        assert row["candidates"] == 6
+        assert row["num_eval_images"] == 6
         assert row["bytes"] == (tmp_path / "small" / name / "model.safetensors").stat().st_size
         assert row["image_seconds"] > 0
         assert row["caption_seconds"] > 0
@@ -80,7 +82,7 @@ def test_size_and_speed_of_a_model_that_no_one_trained(tmp_path):
         "model.name=grr_coca_tiny",
         "model.image_size=32",
         "run.variants=[fp32,int4_grouped]",
-        "tokenizer.context=16",
+        "tokenizer.context_length=16",
     )
     done = run(RECIPE, tmp_path, *words, f"run.folder={tmp_path / 'sizes'}", file="paper_size")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -63,7 +63,7 @@ CHANGES = {
     "optimizer.weight_decay": (0.001, 0.9),
     "schedule.min_lr": (1e-05, 2e-05),
     "run.seed": (0, 1),
-    "run.clip": (1.0, 2.0),
+    "run.max_grad_norm": (1.0, 2.0),
     "run.bf16": (False, True),
 }
 
@@ -157,12 +157,12 @@ def test_a_last_checkpoint_that_a_kill_left_aside_is_put_in_place(begun, tmp_pat
 def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path):
     wrong = [
         "run.keep=0",
-        "run.candidates=0",
+        "run.num_eval_images=0",
         "run.log_every=0",
         "run.save_every=0",
         "run.max_steps=0",
         "run.epochs=-1",
-        "run.clip=-1",
+        "run.max_grad_norm=-1",
         "optimizer.lr=.nan",
         "run.save_minutes=0",
     ]

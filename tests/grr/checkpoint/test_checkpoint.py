@@ -39,7 +39,7 @@ from grr.checkpoint.training_state import (
     save_checkpoint,
     save_model,
 )
-from grr.training.ema import Average
+from grr.training.ema import EMA
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 sys.path.insert(0, str(WORKER.parent))
@@ -125,14 +125,14 @@ def test_a_mean_of_weights_comes_back_bit_for_bit_and_is_what_a_reader_of_weight
     sharded: bool, tmp_path: Path
 ) -> None:
     model, optimizer = toy(0, sharded=sharded)
-    average = Average(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     train(model, optimizer, range(3))
     average.update()
     path = save_checkpoint(tmp_path, model, optimizer, {"step": 3}, average.weights)
     trained, mean = state(model, optimizer), whole(average.weights)
 
     model, optimizer = toy(1, sharded=sharded)
-    average = Average(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     load_checkpoint(path, model, optimizer, average.weights)
     assert (state(model, optimizer), whole(average.weights)) == (trained, mean)
 
@@ -145,11 +145,11 @@ def test_a_mean_of_weights_comes_back_bit_for_bit_and_is_what_a_reader_of_weight
 @pytest.mark.parametrize("averaged", [True, False])
 def test_a_mean_of_weights_on_one_side_only_is_refused(averaged: bool, tmp_path: Path) -> None:
     model, optimizer = toy(0, sharded=False)
-    average = Average(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     path = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, average.weights if averaged else None)
     made = "with" if averaged else "without"
     with pytest.raises(
-        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} a mean of weights; .*run\.average"
+        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} a mean of weights; .*run\.ema_decay"
     ):
         load_checkpoint(path, model, optimizer, None if averaged else average.weights)
 

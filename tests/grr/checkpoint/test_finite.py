@@ -99,7 +99,7 @@ def test_a_command_on_a_ruined_model_prints_one_line_and_no_nan(command, ruined,
     assert not (tmp_path / "index").exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"temperature": 1.0}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0}])
 def test_captions_and_texts_of_a_model_that_computes_nan_are_errors(trained, options):
     model, tokenizer = copy.deepcopy(trained.model), trained.tokenizer
     with torch.no_grad():

@@ -58,7 +58,7 @@ def test_a_recipe_compares_every_key_that_is_not_listed_as_free(recipe):
     for key in (
         "run.seed",
         "run.batch_size",
-        "run.clip",
+        "run.max_grad_norm",
         "run.bf16",
         "optimizer.lr",
         "optimizer.weight_decay",

@@ -113,11 +113,11 @@ def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what
 @pytest.mark.parametrize(
     ("processes", "override", "what", "said"),
     [
-        (2, "run.replicas=1", None, None),
-        (3, "run.replicas=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
+        (2, "run.dp_replicate=1", None, None),
+        (3, "run.dp_replicate=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
         (16, "run.batch_size=64", "steps", "got batch_size=64 for 32 images"),
-        (2, "run.replicas=2", None, None),
-        (1, "run.replicas=2", "replicas", "a multiple of run.replicas=2, got 1; tell --nproc N"),
+        (2, "run.dp_replicate=2", None, None),
+        (1, "run.dp_replicate=2", "dp_replicate", "a multiple of run.dp_replicate=2, got 1; tell --nproc N"),
     ],
 )
 def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
@@ -134,7 +134,7 @@ def test_a_validation_of_any_number_of_images_suits_any_number_of_processes_of_w
 
 
 def test_captions_longer_than_the_context_are_counted(photos):
-    said = [f.said for f in findings("pretrain/photos", *SMALL, "tokenizer.context=6") if f.what == "  captions"]
+    said = [f.said for f in findings("pretrain/photos", *SMALL, "tokenizer.context_length=6") if f.what == "  captions"]
     assert ["32 (100.0%) are cut to 3" in said[0], "8 (100.0%) are cut to 3" in said[1]] == [True, True]
 
 
@@ -180,8 +180,8 @@ def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path)
 
 
 def test_knobs_that_a_recipe_refuses_are_told():
-    with pytest.raises(config.ConfigError, match=r"run: interpolate must be from 0 to 1, got 2"):
-        findings("finetune/photos", "run.interpolate=2")
+    with pytest.raises(config.ConfigError, match=r"run: wise_ft_alpha must be from 0 to 1, got 2"):
+        findings("finetune/photos", "run.wise_ft_alpha=2")
 
 
 def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):

@@ -404,3 +404,8 @@ def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
     }.items():
         cfg = config.load(["--config", str(tmp_path / "c.yaml"), f"run.names={word}"], run=Meant)
         assert cfg.run["names"] == names
+
+
+def test_a_key_that_was_renamed_is_refused_with_its_new_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.clip: Run takes no such argument; it is run\.max_grad_norm now"):
+        load(tmp_path, GOOD.replace("steps: 3", "steps: 3, clip: 2.0"))

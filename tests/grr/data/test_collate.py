@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.components import RotaryEmbedding, SelfAttention, rotate
-from grr.data.collate import IGNORE, pack, pack_captions, unpack
+from grr.data.collate import IGNORE, collate_captions, right_pad, undo_right_pad
 
 PAD, EOS, BOS, CLS = 0, 1, 32_100, 32_101
 captions = st.lists(st.lists(st.integers(2, 32_099), max_size=61), min_size=1, max_size=5)
@@ -23,21 +23,21 @@ def layout(tokens: list[int]) -> list[int]:
 @given(b=st.integers(1, 4), s=st.integers(1, 12), pad_id=st.sampled_from([0, 3]), seed=st.integers(0, 999))
 def test_packing_moves_padding_to_the_end_and_unpacking_undoes_it(b, s, pad_id, seed):
     ids = torch.randint(0, 5, (b, s), generator=torch.Generator().manual_seed(seed))
-    packed, positions = pack(ids, pad_id=pad_id)
+    packed, positions = right_pad(ids, pad_id=pad_id)
     for row, packed_row, places in zip(ids.tolist(), packed.tolist(), positions.tolist(), strict=True):
         tokens = [i for i in row if i != pad_id]
         assert packed_row == tokens + [pad_id] * (s - len(tokens))
         assert [row[place] for place in places] == packed_row
         assert sorted(places) == list(range(s))
     x = torch.stack((packed, packed * 7), dim=-1)  # [b, s, 2]
-    assert unpack(x, positions).equal(torch.stack((ids, ids * 7), dim=-1))
+    assert undo_right_pad(x, positions).equal(torch.stack((ids, ids * 7), dim=-1))
 
 
 @given(captions=captions)
 def test_each_label_is_what_follows_in_the_caption(captions):
     """Against plain Python: pairs (input, what follows) of the row, without those whose input is PAD."""
     longest = max(map(len, captions))
-    _, _, labels = pack_captions([layout(c) for c in captions])
+    _, _, labels = collate_captions([layout(c) for c in captions])
     assert labels.shape == (len(captions), longest + 1)  # one for BOS and each token
     for caption, row in zip(captions, labels.tolist(), strict=True):
         whole = layout(caption)
@@ -50,7 +50,7 @@ def test_each_label_is_what_follows_in_the_caption(captions):
 
 @given(captions=captions)
 def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_stands_behind_eos_at_position_63(captions):
-    ids, positions, _ = pack_captions([layout(c) for c in captions])
+    ids, positions, _ = collate_captions([layout(c) for c in captions])
     assert ids.shape == positions.shape == (len(captions), max(map(len, captions)) + 3)
     for caption, row, places in zip(captions, ids.tolist(), positions.tolist(), strict=True):
         n = len(caption)
@@ -59,12 +59,12 @@ def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_stands_behind_eos_at_
 
 
 def test_an_empty_caption_teaches_only_to_end():
-    ids, positions, labels = pack_captions([layout([])])
+    ids, positions, labels = collate_captions([layout([])])
     assert (ids.tolist(), positions.tolist(), labels.tolist()) == ([[BOS, EOS, CLS]], [[0, 1, 63]], [[EOS]])
 
 
 def test_no_caption_is_taught_to_say_bos_or_cls_wherever_they_stand():
-    _, _, labels = pack_captions([layout([7, BOS, 8, CLS, 9])])
+    _, _, labels = collate_captions([layout([7, BOS, 8, CLS, 9])])
     assert labels.tolist() == [[7, IGNORE, 8, IGNORE, 9, EOS]]
 
 
@@ -86,7 +86,7 @@ def test_causal_attention_over_packed_rows_is_masked_attention_over_the_layout(t
     y = nn.functional.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, visible.unsqueeze(1))
     expected = attention.out(y.transpose(1, 2).flatten(2))  # [b, 64, 8]
 
-    ids, positions, _ = pack_captions([layout(c) for c in captions])
+    ids, positions, _ = collate_captions([layout(c) for c in captions])
     real = ids != PAD
     packed = attention(table(ids), positions=positions)
     torch.testing.assert_close(packed[real], expected.gather(1, positions.unsqueeze(-1).expand_as(packed))[real])
@@ -96,7 +96,7 @@ def test_causal_attention_over_packed_rows_is_masked_attention_over_the_layout(t
 def test_no_token_depends_on_padding_and_only_cls_on_cls(table, captions):
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, causal=True, rotary=RotaryEmbedding(4)).double()
-    ids, positions, _ = pack_captions([layout(c) for c in captions])
+    ids, positions, _ = collate_captions([layout(c) for c in captions])
     x = table(ids)
     before = attention(x, positions=positions)
     for changed, unmoved in ((ids == PAD, ids != PAD), (ids == CLS, (ids != PAD) & (ids != CLS))):

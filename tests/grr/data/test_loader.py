@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from waiting import wait_until
 
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import epoch_order
@@ -160,7 +160,7 @@ def test_a_batch_holds_the_pixels_and_tokens_of_its_samples(workers):
     samples = [int(name.split("#")[1]) for name in batch.names]
     assert (batch.images.dtype, batch.images.shape, batch.replaced) == (torch.uint8, (4, 3, 6, 6), 0)
     assert batch.images.equal(torch.stack([pairs.load(i, size=6, crop="center") for i in samples]))
-    expected = pack_captions([Letters().encode(pairs.captions[i]) for i in samples])
+    expected = collate_captions([Letters().encode(pairs.captions[i]) for i in samples])
     assert all(x.equal(y) for x, y in zip((batch.ids, batch.positions, batch.labels), expected, strict=True))
     assert (batch.labels != IGNORE).any()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.data import Batch, Labelled, Pairs
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
 from grr.evaluation.classification import answers, classification_scores, classification_step
@@ -34,7 +34,7 @@ def samples(seed: int, count: int = 8) -> tuple[torch.Tensor, list[list[int]], t
 def split(images: torch.Tensor, rows: list[list[int]], classes: torch.Tensor, pieces: int) -> list[Batch]:
     size = len(rows) // pieces
     cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
-    return [Batch(images[c], *pack_captions(rows[c]), [str(i) for i in range(size)], 0, classes[c]) for c in cuts]
+    return [Batch(images[c], *collate_captions(rows[c]), [str(i) for i in range(size)], 0, classes[c]) for c in cuts]
 
 
 def head(seed: int, dropout: float = 0.0) -> nn.Module:
@@ -87,7 +87,7 @@ def noise(count: int, bad: int) -> Labelled:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return train_tokenizer(TEXTS * 10, tmp_path_factory.mktemp("words") / "words", context=16)
+    return train_tokenizer(TEXTS * 10, tmp_path_factory.mktemp("words") / "words", context_length=16)
 
 
 @settings(max_examples=6)
@@ -124,7 +124,7 @@ def test_a_head_learns_what_only_the_image_tells_or_only_image_and_text_together
         pixels = torch.randint(0, 128, (count, 3, 32, 32), generator=generator) + 128 * light.view(-1, 1, 1, 1)
         texts = [[510, 7 + word, 1, *[0] * 12, 511, 0] for word in said.tolist()]
         classes = (light == said).long() if together else light
-        return Batch(pixels.to(torch.uint8), *pack_captions(texts), [""] * count, 0, classes)
+        return Batch(pixels.to(torch.uint8), *collate_captions(texts), [""] * count, 0, classes)
 
     torch.manual_seed(0)
     model = build(grr_coca_tiny(), 2)

@@ -121,7 +121,7 @@ def test_recalls_are_what_sorting_gives(owners, seed):
         image_to_text = [i in np.array(owners)[np.argsort(-scores[:, i])[:k]] for i in range(max(owners) + 1)]
         assert found[f"text_to_image_r{k}"] == pytest.approx(np.mean(text_to_image))
         assert found[f"image_to_text_r{k}"] == pytest.approx(np.mean(image_to_text))
-    assert found["candidates"] == max(owners) + 1
+    assert found["num_eval_images"] == max(owners) + 1
 
 
 def test_a_caption_is_exact_if_it_is_any_reference_as_the_tokenizer_spells_it(tokenizer):
@@ -157,10 +157,10 @@ def test_examples_are_the_nearest_images_and_mark_the_right_one():
 def test_an_examination_is_that_of_its_candidates_and_leaves_the_model_as_it_was(model, tokenizer):
     pairs = Noise(several_captions(30), bad=(4,))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    metrics, shown = examine(model, pairs, tokenizer, CPU, candidates=20, **SEEN)
+    metrics, shown = examine(model, pairs, tokenizer, CPU, num_eval_images=20, **SEEN)
     seen = observe(model, pairs, tokenizer, CPU, images=20, generation={}, **SEEN)
     assert metrics == {**recalls(seen), "caption_exact": exact(seen, tokenizer)}
-    assert metrics["candidates"] == 19
+    assert metrics["num_eval_images"] == 19
     assert [c.written for c in shown.captions] == [c.written for c in examples(seen).captions]
     assert model.training
     assert all(p.grad is None for p in model.parameters())

@@ -50,7 +50,7 @@ small = st.fixed_dictionaries(
         "text_feed_forward": st.sampled_from(["geglu", "mlp"]),
         "text_position": st.sampled_from(["rope", "sinusoidal"]),
         "vocab_size": st.integers(4, 99),
-        "context": st.integers(4, 12),
+        "context_length": st.integers(4, 12),
         "vision_layers": st.integers(1, 2),
         "text_layers": st.integers(1, 2),
         "multimodal_layers": st.integers(1, 2),
@@ -93,7 +93,7 @@ def test_the_formula_is_torchs_count_whatever_the_switches(
 @pytest.mark.parametrize("name", MODELS)
 def test_the_formula_is_torchs_count_at_every_named_size(name):
     builder = MODELS[name]
-    towers, total = counted(built(builder), argument(builder, "image_size"), argument(builder, "context"))
+    towers, total = counted(built(builder), argument(builder, "image_size"), argument(builder, "context_length"))
     assert forward_flops(builder) == towers
     assert towers.total == total
 

@@ -19,13 +19,13 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory) -> Tokenizer:
     captions = [template.replace("{}", name) for name in CLASSES for template in TEMPLATES]
-    return train_tokenizer(captions, tmp_path_factory.mktemp("t") / "t.model", vocab_size=100, context=32)
+    return train_tokenizer(captions, tmp_path_factory.mktemp("t") / "t.model", vocab_size=100, context_length=32)
 
 
 @pytest.fixture(scope="module")
 def model(tok) -> CoCa:
     torch.manual_seed(0)
-    return grr_coca_tiny(vocab_size=tok.vocab_size, context=32, dropout=0.5)
+    return grr_coca_tiny(vocab_size=tok.vocab_size, context_length=32, dropout=0.5)
 
 
 # --- class_embeddings ------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from grr.training.log import MetricsLog, write_manifest
 
 HOSTILE = """</title><script>alert(1)</script><img src=x onerror="alert(1)">' " &amp; |"""
 CONFIG: dict[str, Any] = {
-    "run": {"folder": "runs/x", "seed": 0, "epochs": 2, "max_steps": None, "micro_batch_size": 8, "clip": 1.0},
+    "run": {"folder": "runs/x", "seed": 0, "epochs": 2, "max_steps": None, "micro_batch_size": 8, "max_grad_norm": 1.0},
     "model": {"name": "grr_coca_tiny", "dim": 64},
-    "tokenizer": {"path": None, "vocab_size": 128, "context": 16},
+    "tokenizer": {"path": None, "vocab_size": 128, "context_length": 16},
     "data": {"name": "folder", "path": "photos"},
     "validation": {"name": "folder", "path": "photos"},
     "loader": {"workers": 2, "crop": "squash"},
@@ -43,8 +43,8 @@ FACTS = {"data": "d1", "validation": "v1", "tokenizer": "t1", "batch_size": 16, 
 JUDGED = {
     "model": {"precision": "float32"},
     "data": {"fingerprint": "e1", "images": 50},
-    "generation": {"beams": 1},
-    "results": {"retrieval": {"text_to_image_r1": 0.25, "candidates": 50}, "captions": {"cider": 0.81}},
+    "generation": {"num_beams": 1},
+    "results": {"retrieval": {"text_to_image_r1": 0.25, "num_eval_images": 50}, "captions": {"cider": 0.81}},
 }
 
 
@@ -174,7 +174,7 @@ def test_a_fine_tuning_counts_by_the_model_that_it_left(tmp_path):
         ({"config": {"run": {"epochs": 3}}}, r"run.epochs is 3, in \S+/base-0 it is 2"),
         ({"config": {"run": {"max_steps": 7}}}, r"run.max_steps is 7, in \S+/base-0 it is null"),
         ({"config": {"loader": {"crop": "center"}}}, r'loader.crop is "center", in \S+/base-0 it is "squash"'),
-        ({"config": {"tokenizer": {"context": 32}}}, r"tokenizer.context is 32, in \S+/base-0 it is 16"),
+        ({"config": {"tokenizer": {"context_length": 32}}}, r"tokenizer.context_length is 32, in \S+/base-0 it is 16"),
         ({"config": {"extra": {"knob": 1}}}, r"extra.knob is 1, in \S+/base-0 it is not there"),
         ({"finished": False}, r"is not finished, it has no model/ yet"),
         ({"judged": JUDGED}, r'evaluation.data is "e1", in \S+/base-0 it is null'),

@@ -43,10 +43,10 @@ def exported(tmp_path_factory):
     """A model with decided opinions, its tokenizer, its graphs, and the folder of its ONNX files."""
     folder = tmp_path_factory.mktemp("export")
     train_tokenizer([f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS], folder / "t.model", vocab_size=100)
-    tokenizer = Spelled(folder / "t.model", context=CONTEXT)
+    tokenizer = Spelled(folder / "t.model", context_length=CONTEXT)
     arguments = {
         "vocab_size": tokenizer.vocab_size,
-        "context": CONTEXT,
+        "context_length": CONTEXT,
         "image_size": 32,
         "qk_norm": True,
         "vision_layers": 1,
@@ -146,7 +146,7 @@ def test_captions_are_those_of_generate_token_for_token(exported):
 def test_captions_are_spelled_as_the_tokenizer_spells_them(exported):
     model, _, _, folder = exported
     captioner, images = Captioner(folder), some_images(5, seed=1)
-    plain = Tokenizer(folder / "tokenizer.model", context=CONTEXT)
+    plain = Tokenizer(folder / "tokenizer.model", context_length=CONTEXT)
     assert captioner.caption(captioner.see(images.numpy())) == generate(model, images, plain)
 
 
@@ -181,7 +181,7 @@ def test_an_image_is_read_as_the_library_reads_it(exported, tmp_path, crop, mode
 OTHERS = {
     "coca": lambda: coca(
         vocab_size=90,
-        context=16,
+        context_length=16,
         image_size=32,
         patch_size=8,
         dim=32,
@@ -198,7 +198,7 @@ OTHERS = {
     ),
     "open_clip_coca": lambda: open_clip_coca(
         vocab_size=90,
-        context=16,
+        context_length=16,
         image_size=32,
         patch_size=8,
         vision_dim=48,

@@ -29,7 +29,7 @@ STEP = {
 }
 # half a step, of the largest number of a row or group: int8 has 127 steps on either side of zero, int4 7.5 whose size
 # is rounded to bfloat16, by up to 1/256, e4m3 three binary digits behind the first one
-ARGUMENTS = {"vocab_size": 96, "context": 16, "image_size": 32, "dim": 64, "tied_embeddings": True}
+ARGUMENTS = {"vocab_size": 96, "context_length": 16, "image_size": 32, "dim": 64, "tied_embeddings": True}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_every_matrix_of_a_layer_is_quantised_and_nothing_else(scheme):
 def test_embeddings_and_logits_stay_close(scheme, build):
     sizes = {
         "vocab_size": 96,
-        "context": 16,
+        "context_length": 16,
         "image_size": 32,
         "patch_size": 8,
         "dim": 64,
@@ -133,7 +133,7 @@ def test_a_folder_opens_by_the_one_call_and_is_the_model_that_was_quantised(sche
     assert json.loads((folder / "config.json").read_text())["quantization"] == scheme
     assert find_pretrained(folder).quantization == scheme
     opened, tokenizer, image_size, crop = load_pretrained(folder)
-    assert (tokenizer.context, image_size, crop, opened.training) == (16, 32, "center", False)
+    assert (tokenizer.context_length, image_size, crop, opened.training) == (16, 32, "center", False)
     assert torch.equal(opened.encode_image(some_images()), model.encode_image(some_images()))
     assert generate(opened, some_images(), tokenizer) == generate(model, some_images(), tokenizer)
     plain = sum(p.nbytes for p in a_model().parameters())

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from grr.generation.beam import beam_search
-from grr.generation.decoding_state import Drafts
+from grr.generation.decoding_state import DecodingState
 from grr.generation.generate import generate, sample
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.process_group import materialize, shard_over, start, unsharded
@@ -38,7 +38,7 @@ def tok(tmp_path_factory) -> Tokenizer:
     captions = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
     path = tmp_path_factory.mktemp("words") / "t.model"
     train_tokenizer(captions, path, vocab_size=100)
-    return Spelled(path, context=CONTEXT)
+    return Spelled(path, context_length=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def few(tmp_path_factory) -> Tokenizer:
     """A vocabulary so small that all captions of a few tokens can be counted up."""
     path = tmp_path_factory.mktemp("letters") / "t.model"
     train_tokenizer(["a a a"], path, vocab_size=10)
-    return Spelled(path, context=CONTEXT)
+    return Spelled(path, context_length=CONTEXT)
 
 
 def a_model(tok: Tokenizer, seed: int, **options):
     """In float64, with decided opinions that the image has a say in, and a liking for EOS: captions of all lengths."""
     torch.manual_seed(seed)
-    model = grr_coca_tiny(vocab_size=tok.vocab_size, context=CONTEXT, **options).double()
+    model = grr_coca_tiny(vocab_size=tok.vocab_size, context_length=CONTEXT, **options).double()
     with torch.no_grad():
         model.generative_pooler.out.weight *= 5
         for block in model.multimodal_decoder.blocks:
@@ -77,15 +77,15 @@ def next_log_probabilities(
     tok: Tokenizer,
     prefixes: list[list[int]],
     *,
-    min_tokens: int = 0,
+    min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
+    no_repeat_ngram_size: int = 0,
 ) -> list[list[float]]:
     """Whole prefixes, of one length, computed anew, and the rules one token at a time."""
     ids = torch.tensor([[tok.bos_id, *written] for written in prefixes])
     logits = model(image.expand(len(ids), -1, -1, -1), ids).logits[:, -1]
     logits[:, [tok.pad_id, tok.bos_id, tok.cls_id]] = -torch.inf
-    rows, n = logits.log_softmax(-1).tolist(), no_repeat_ngram
+    rows, n = logits.log_softmax(-1).tolist(), no_repeat_ngram_size
     for written, log_p in zip(prefixes, rows, strict=True):
         ngrams = {tuple(written[i : i + n]) for i in range(len(written) - n + 1)} if n else set()
         for token in range(tok.vocab_size):
@@ -93,26 +93,26 @@ def next_log_probabilities(
                 log_p[token] *= repetition_penalty
             if n and tuple([*written, token][-n:]) in ngrams:
                 log_p[token] = -math.inf
-        if len(written) < min_tokens:
+        if len(written) < min_new_tokens:
             log_p[tok.eos_id] = -math.inf
     return rows
 
 
-def greedily(model, image: Tensor, tok: Tokenizer, max_tokens: int, **rules) -> list[int]:
+def greedily(model, image: Tensor, tok: Tokenizer, max_new_tokens: int, **rules) -> list[int]:
     written: list[int] = []
-    while len(written) < max_tokens and tok.eos_id not in written:
+    while len(written) < max_new_tokens and tok.eos_id not in written:
         (log_p,) = next_log_probabilities(model, image, tok, [written], **rules)
         written.append(max(range(len(log_p)), key=log_p.__getitem__))
     return written
 
 
 def with_beams(
-    model, image: Tensor, tok: Tokenizer, max_tokens: int, beams: int, length_penalty: float, **rules
+    model, image: Tensor, tok: Tokenizer, max_new_tokens: int, num_beams: int, length_penalty: float, **rules
 ) -> tuple[float, list[int]]:
     """The rule of `beam_search`, in lists."""
     drafts: list[tuple[float, list[int]]] = [(0.0, [])]
     captions: list[tuple[float, list[int]]] = []
-    for length in range(1, max_tokens + 1):
+    for length in range(1, max_new_tokens + 1):
         following = next_log_probabilities(model, image, tok, [written for _, written in drafts], **rules)
         longer = [
             (total + p, [*written, token])
@@ -121,23 +121,23 @@ def with_beams(
             if p > -math.inf
         ]
         longer.sort(reverse=True)
-        ended = [d for d in longer[:beams] if d[1][-1] == tok.eos_id or length == max_tokens]
+        ended = [d for d in longer[:num_beams] if d[1][-1] == tok.eos_id or length == max_new_tokens]
         captions += [(total / length**length_penalty, written) for total, written in ended]
-        drafts = [d for d in longer if d[1][-1] != tok.eos_id][:beams]
-        if len(captions) >= beams or not drafts:
+        drafts = [d for d in longer if d[1][-1] != tok.eos_id][:num_beams]
+        if len(captions) >= num_beams or not drafts:
             break
     return max(captions)
 
 
 rules = st.fixed_dictionaries(
     {
-        "min_tokens": st.integers(0, 6),
-        "no_repeat_ngram": st.integers(0, 3),
+        "min_new_tokens": st.integers(0, 6),
+        "no_repeat_ngram_size": st.integers(0, 3),
         "repetition_penalty": st.sampled_from([0.7, 1.0, 1.5, 1e9]),
     }
 )
 searches = st.one_of(
-    st.fixed_dictionaries({"beams": st.integers(1, 4), "length_penalty": st.sampled_from([-0.5, 0.0, 1.0, 2.0])}),
+    st.fixed_dictionaries({"num_beams": st.integers(1, 4), "length_penalty": st.sampled_from([-0.5, 0.0, 1.0, 2.0])}),
     st.fixed_dictionaries(
         {
             "temperature": st.sampled_from([0.3, 1.0, 3.0]),
@@ -152,42 +152,50 @@ searches = st.one_of(
 # Laws
 
 
-@given(rules=rules, search=searches, max_tokens=st.integers(6, ROOM), seed=st.integers(0, 99))
-def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_again(tok, rules, search, max_tokens, seed):
+@given(rules=rules, search=searches, max_new_tokens=st.integers(6, ROOM), seed=st.integers(0, 99))
+def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_again(
+    tok, rules, search, max_new_tokens, seed
+):
     model, images = a_model(tok, seed), some_images(3, seed)
-    captions = generate(model, images, tok, max_tokens=max_tokens, **rules, **search)
-    n = rules["no_repeat_ngram"]
+    captions = generate(model, images, tok, max_new_tokens=max_new_tokens, **rules, **search)
+    n = rules["no_repeat_ngram_size"]
     for written in ids_of(captions):
         assert not {tok.pad_id, tok.bos_id, tok.cls_id} & set(written)
         words = written[:-1] if written[-1] == tok.eos_id else written
-        assert rules["min_tokens"] <= len(words) <= max_tokens
+        assert rules["min_new_tokens"] <= len(words) <= max_new_tokens
         assert tok.eos_id not in words
-        assert len(words) < max_tokens or written == words  # the last place is no place for EOS alone
+        assert len(words) < max_new_tokens or written == words  # the last place is no place for EOS alone
         ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)] if n else []
         assert len(set(ngrams)) == len(ngrams)
-    assert generate(model, images, tok, max_tokens=max_tokens, **rules, **search) == captions
+    assert generate(model, images, tok, max_new_tokens=max_new_tokens, **rules, **search) == captions
 
 
 @settings(max_examples=20)
-@given(rules=rules, seed=st.integers(0, 99), max_tokens=st.integers(6, ROOM))
-def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_tokens):
+@given(rules=rules, seed=st.integers(0, 99), max_new_tokens=st.integers(6, ROOM))
+def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_new_tokens):
     model, images = a_model(tok, seed), some_images(3, seed)
-    expected = generate(model, images, tok, max_tokens=max_tokens, **rules)
+    expected = generate(model, images, tok, max_new_tokens=max_new_tokens, **rules)
     for choice in ({"top_k": 1}, {"top_p": 1e-9}, {}):
         temperature = 2.0 if choice else 1e-6
-        sampled = generate(model, images, tok, max_tokens=max_tokens, temperature=temperature, **choice, **rules)
+        sampled = generate(
+            model, images, tok, max_new_tokens=max_new_tokens, temperature=temperature, **choice, **rules
+        )
         assert sampled == expected
     with torch.no_grad():
-        captions, _ = beam_search(Drafts(model, images, tok, max_tokens=max_tokens, **rules), beams=1)
+        captions, _ = beam_search(
+            DecodingState(model, images, tok, max_new_tokens=max_new_tokens, **rules), num_beams=1
+        )
     assert [tok.decode(row) for row in captions.tolist()] == expected
 
 
 @settings(max_examples=20)
-@given(beams=st.integers(1, 4), count=st.integers(2, 7), seed=st.integers(0, 99), dropout=st.sampled_from([0.0, 0.5]))
-def test_a_batch_is_written_as_its_images_one_at_a_time(tok, beams, count, seed, dropout):
+@given(
+    num_beams=st.integers(1, 4), count=st.integers(2, 7), seed=st.integers(0, 99), dropout=st.sampled_from([0.0, 0.5])
+)
+def test_a_batch_is_written_as_its_images_one_at_a_time(tok, num_beams, count, seed, dropout):
     model, images = a_model(tok, seed, dropout=dropout).train(), some_images(count, seed)
-    alone = [generate(model, image.unsqueeze(0), tok, beams=beams)[0] for image in images]
-    assert generate(model, images, tok, beams=beams) == alone
+    alone = [generate(model, image.unsqueeze(0), tok, num_beams=num_beams)[0] for image in images]
+    assert generate(model, images, tok, num_beams=num_beams) == alone
 
 
 @pytest.mark.parametrize(
@@ -231,7 +239,7 @@ def test_captions_are_drawn_as_often_as_the_model_says(few):
             (second,) = next_log_probabilities(model, image, few, [[i]])
             share |= {f"{i} {j}": math.exp(p + q) for j, q in enumerate(second) if q > -math.inf}
     assert sum(share.values()) == pytest.approx(1)
-    captions = generate(model, image.expand(draws, -1, -1, -1), few, max_tokens=2, temperature=1.0)
+    captions = generate(model, image.expand(draws, -1, -1, -1), few, max_new_tokens=2, temperature=1.0)
     likely = {caption: s for caption, s in share.items() if draws * s >= 5}
     assert len(likely) > 5
     chi_square = sum((captions.count(c) - draws * s) ** 2 / (draws * s) for c, s in likely.items())
@@ -253,7 +261,9 @@ def test_captions_are_drawn_as_often_as_the_model_says(few):
 )
 def test_captions_are_those_of_the_plain_computation(tok, options):
     captions, lengths = set(), set()
-    for seed, rule in enumerate([{}, {}, {"no_repeat_ngram": 2}, {"min_tokens": 4, "repetition_penalty": 1.3}]):
+    for seed, rule in enumerate(
+        [{}, {}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4, "repetition_penalty": 1.3}]
+    ):
         model, images = a_model(tok, seed, dropout=0.5, **options), some_images(5, seed)
         written = ids_of(generate(model.train(), images, tok, **rule))
         assert model.training  # as it was before
@@ -266,38 +276,38 @@ def test_captions_are_those_of_the_plain_computation(tok, options):
 
 
 @given(
-    beams=st.integers(2, 4),
+    num_beams=st.integers(2, 4),
     length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]),
     rules=rules,
     sure=st.sampled_from([0.1, 0.3, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_beam_search_is_its_rule_in_plain_lists(few, beams, length_penalty, rules, sure, seed):
-    rules = rules | {"min_tokens": min(rules["min_tokens"], few.vocab_size - 4)}
+def test_beam_search_is_its_rule_in_plain_lists(few, num_beams, length_penalty, rules, sure, seed):
+    rules = rules | {"min_new_tokens": min(rules["min_new_tokens"], few.vocab_size - 4)}
     model, images = a_model(few, seed), some_images(3, seed)
     with torch.no_grad():
         model.multimodal_decoder.head.weight *= sure  # the less so, the closer is the race
-        drafts = Drafts(model, images, few, max_tokens=6, **rules)
-        captions, scores = beam_search(drafts, beams=beams, length_penalty=length_penalty)
+        drafts = DecodingState(model, images, few, max_new_tokens=6, **rules)
+        captions, scores = beam_search(drafts, num_beams=num_beams, length_penalty=length_penalty)
     for image, row, score in zip(images, captions.tolist(), scores.tolist(), strict=True):
-        expected_score, expected = with_beams(model, image, few, 6, beams, length_penalty, **rules)
+        expected_score, expected = with_beams(model, image, few, 6, num_beams, length_penalty, **rules)
         assert score == pytest.approx(expected_score)
         assert ids_of([few.decode(row)]) == [expected]
 
 
 @pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 0.7, 1.0, 3.0])
-@pytest.mark.parametrize("min_tokens", [0, 2])
-def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_penalty, min_tokens):
+@pytest.mark.parametrize("min_new_tokens", [0, 2])
+def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_penalty, min_new_tokens):
     model, images, longest = a_model(few, 3, text_position="learned"), some_images(2, 3), 4
     words = [i for i in range(few.vocab_size) if i not in (few.pad_id, few.eos_id, few.bos_id, few.cls_id)]
     whole = list(itertools.product(words, repeat=longest))
     with torch.no_grad():
         ids = torch.tensor([[few.bos_id, *caption[:-1]] for caption in whole])
-        drafts = Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens)
-        captions, scores = beam_search(drafts, beams=few.vocab_size**longest, length_penalty=length_penalty)
+        drafts = DecodingState(model, images, few, max_new_tokens=longest, min_new_tokens=min_new_tokens)
+        captions, scores = beam_search(drafts, num_beams=few.vocab_size**longest, length_penalty=length_penalty)
         narrow = beam_search(
-            Drafts(model, images, few, max_tokens=longest, min_tokens=min_tokens),
-            beams=2,
+            DecodingState(model, images, few, max_new_tokens=longest, min_new_tokens=min_new_tokens),
+            num_beams=2,
             length_penalty=length_penalty,
         )[1]
     for image, row, score, less in zip(images, captions.tolist(), scores.tolist(), narrow.tolist(), strict=True):
@@ -307,11 +317,11 @@ def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_
         log_p = logits.log_softmax(-1).tolist()
         every = {}
         for caption, p in zip(whole, log_p, strict=True):
-            for end in range(min_tokens, longest):
+            for end in range(min_new_tokens, longest):
                 ended = (*caption[:end], few.eos_id)
                 every[ended] = sum(p[i][token] for i, token in enumerate(ended)) / (end + 1) ** length_penalty
             every[caption] = sum(p[i][token] for i, token in enumerate(caption)) / longest**length_penalty
-        assert len(every) == sum(len(words) ** n for n in range(min_tokens, longest + 1))
+        assert len(every) == sum(len(words) ** n for n in range(min_new_tokens, longest + 1))
         best = max(every, key=every.__getitem__)
         assert ids_of([few.decode(row)]) == [list(best)]
         assert score == pytest.approx(every[best])
@@ -320,16 +330,16 @@ def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_
 
 def test_a_penalty_without_end_forbids_what_can_be_avoided(tok):
     for seed in range(5):
-        written = ids_of(generate(a_model(tok, seed), some_images(4), tok, repetition_penalty=1e9, min_tokens=ROOM))
+        written = ids_of(generate(a_model(tok, seed), some_images(4), tok, repetition_penalty=1e9, min_new_tokens=ROOM))
         assert all(len(set(caption)) == ROOM for caption in written)
-    repeating = ids_of(generate(a_model(tok, 0), some_images(4), tok, min_tokens=ROOM))
+    repeating = ids_of(generate(a_model(tok, 0), some_images(4), tok, min_new_tokens=ROOM))
     assert any(len(set(caption)) < ROOM for caption in repeating)  # it had to be forbidden
 
 
 # No needless work
 
 
-@pytest.mark.parametrize("search", [{}, {"beams": 3}, {"temperature": 1.0}])
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
 def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_left_behind(tok, search):
     model, images, projected, read = a_model(tok, 5), some_images(8, 5), [], []
     for block in model.multimodal_decoder.blocks:
@@ -341,7 +351,7 @@ def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_le
     rows = [shape[0] for shape in read]
     assert rows[0] == 8  # not once for each beam
     assert rows[-1] <= max(rows) // 2
-    assert len(rows) == max(map(len, captions)) or "beams" in search
+    assert len(rows) == max(map(len, captions)) or "num_beams" in search
 
 
 # Use
@@ -349,13 +359,13 @@ def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_le
 
 def test_words_come_out_and_a_longer_leash_does_not_change_how_a_caption_begins(tok, tmp_path):
     tok.save(tmp_path / "t.model")
-    plain, model, images = Tokenizer(tmp_path / "t.model", context=CONTEXT), a_model(tok, 0), some_images(3)
+    plain, model, images = Tokenizer(tmp_path / "t.model", context_length=CONTEXT), a_model(tok, 0), some_images(3)
     captions = generate(model, images, plain)
     assert captions == [plain.decode(ids) for ids in ids_of(generate(model, images, tok))]
     assert set("".join(captions)) <= set(" ⁇" + "".join(WORDS))
     long = ids_of(generate(model, images, tok))
     for count in (1, 2, 5):
-        assert ids_of(generate(model, images, tok, max_tokens=count)) == [ids[:count] for ids in long]
+        assert ids_of(generate(model, images, tok, max_new_tokens=count)) == [ids[:count] for ids in long]
 
 
 def test_seeds_differ(tok):
@@ -363,21 +373,21 @@ def test_seeds_differ(tok):
     assert len({tuple(generate(model, images, tok, temperature=2.0, seed=seed)) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize("search", [{}, {"beams": 3}, {"temperature": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0, "top_p": 0.9}])
 def test_bytes_and_bfloat16_will_do(tok, search):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     captions = generate(a_model(tok, 0).bfloat16(), images, tok, **search)
     assert all(ids_of(captions))
 
 
-@pytest.mark.parametrize("search", [{}, {"beams": 3}, {"temperature": 1.0}])
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
 def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
     start()
     try:
         models = []
         for sharded in (False, True):
             with torch.device("meta"):
-                model = grr_coca_tiny(vocab_size=tok.vocab_size, context=CONTEXT).double()
+                model = grr_coca_tiny(vocab_size=tok.vocab_size, context_length=CONTEXT).double()
             if sharded:
                 shard_over(model, init_device_mesh("cpu", (1,)))
             materialize(model, torch.device("cpu"), seed=0)
@@ -396,7 +406,7 @@ def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
     model = a_model(tok, 0).train()
     model.vision_encoder.eval()  # frozen, say
     before = [module.training for module in model.modules()]
-    generate(model, some_images(2), tok, beams=2, max_tokens=2)
+    generate(model, some_images(2), tok, num_beams=2, max_new_tokens=2)
     assert [module.training for module in model.modules()] == before
     with pytest.raises(RuntimeError, match="channels"):
         generate(model, torch.zeros(2, 4, 32, 32, dtype=torch.float64), tok)
@@ -407,25 +417,31 @@ def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
     ("arguments", "message"),
     [
         (
-            {"max_tokens": 0},
-            "max_tokens must be from 1 to 13, the room in the tokenizer's context of 16, got max_tokens=0",
+            {"max_new_tokens": 0},
+            "max_new_tokens must be from 1 to 13, what fits into context_length=16, got max_new_tokens=0",
         ),
-        ({"max_tokens": 14}, "max_tokens must be from 1 to 13"),
-        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be from 0 to max_tokens, got min_tokens=4, max_tokens=3"),
-        ({"beams": 0}, "beams must be 1, for no beam search, or more, got beams=0"),
+        ({"max_new_tokens": 14}, "max_new_tokens must be from 1 to 13"),
+        (
+            {"max_new_tokens": 3, "min_new_tokens": 4},
+            "min_new_tokens must be from 0 to max_new_tokens, got min_new_tokens=4, max_new_tokens=3",
+        ),
+        ({"num_beams": 0}, "num_beams must be 1, for no beam search, or more, got num_beams=0"),
         ({"temperature": -1.0}, "temperature must be 0, for no sampling, or more, got temperature=-1.0"),
         ({"temperature": math.nan}, "temperature must be 0"),
         (
-            {"beams": 2, "temperature": 1.0},
-            "beam search does not sample, got beams=2, temperature=1.0; leave one of them",
+            {"num_beams": 2, "temperature": 1.0},
+            "beam search does not sample, got num_beams=2, temperature=1.0; leave one of them",
         ),
         ({"top_k": 5}, "top_k and top_p are for sampling, got top_k=5, top_p=None, .*; set temperature to 1.0"),
         ({"top_p": 0.5}, "top_k and top_p are for sampling"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got top_k=0; leave it out"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got top_p=0.0; leave it out"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, and above 1 to discourage repetition, got"),
-        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be 0, for no rule, or more, got no_repeat_ngram=-1"),
-        ({"beams": 0, "max_tokens": 99}, "max_tokens must .*; beams must be 1"),
+        (
+            {"no_repeat_ngram_size": -1},
+            "no_repeat_ngram_size must be 0, for no rule, or more, got no_repeat_ngram_size=-1",
+        ),
+        ({"num_beams": 0, "max_new_tokens": 99}, "max_new_tokens must .*; num_beams must be 1"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(tok, arguments, message):
@@ -436,10 +452,12 @@ def test_arguments_that_make_no_sense_are_refused(tok, arguments, message):
 def test_more_different_words_than_there_are_are_refused(few):
     words = few.vocab_size - 4
     model, images = a_model(few, 0), some_images(2)
-    written = ids_of(generate(model, images, few, min_tokens=words, no_repeat_ngram=1, beams=3))
+    written = ids_of(generate(model, images, few, min_new_tokens=words, no_repeat_ngram_size=1, num_beams=3))
     assert all(len(set(caption[:words])) == words for caption in written)
-    with pytest.raises(ValueError, match=f"generate: min_tokens must be at most {words}, the words of the vocabulary"):
-        generate(model, images, few, min_tokens=words + 1, no_repeat_ngram=1)
+    with pytest.raises(
+        ValueError, match=f"generate: min_new_tokens must be at most {words}, the words of the vocabulary"
+    ):
+        generate(model, images, few, min_new_tokens=words + 1, no_repeat_ngram_size=1)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (0, 3, 32, 32)])

@@ -12,7 +12,7 @@ from grr.inference.results import read_results
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 
-@pytest.mark.parametrize("generation", [None, {"beams": 2, "max_tokens": 3}])
+@pytest.mark.parametrize("generation", [None, {"num_beams": 2, "max_new_tokens": 3}])
 def test_each_caption_is_the_one_of_the_image_alone(trained, files, generation):
     rows = [row for some in caption_images(trained, files, generation, batch_size=4) for row in some]
     for row in rows[:-1]:
@@ -34,8 +34,10 @@ def test_other_options_or_weights_do_not_go_into_the_same_file(trained, files, t
     output = tmp_path / "captions.jsonl"
     assert caption_files(trained, files, output).done == 6
     assert caption_files(trained, files, output).before == 6
-    with pytest.raises(ValueError, match=r"made with something else \(generation: \{\} there, \{'beams': 2\} here\)"):
-        caption_files(trained, files, output, {"beams": 2})
+    with pytest.raises(
+        ValueError, match=r"made with something else \(generation: \{\} there, \{'num_beams': 2\} here\)"
+    ):
+        caption_files(trained, files, output, {"num_beams": 2})
     other = load_pretrained(colour_run)
     with torch.no_grad():
         other.model.multimodal_decoder.head.weight[5] += 1
@@ -50,5 +52,5 @@ def test_captions_are_written_in_half_precision_too(files, colour_run):
 
 
 def test_a_wrong_option_is_the_fault_of_the_option(trained, files, tmp_path):
-    with pytest.raises(ValueError, match="generate: beams must be 1"):
-        caption_files(trained, files, tmp_path / "captions.jsonl", {"beams": 0})
+    with pytest.raises(ValueError, match="generate: num_beams must be 1"):
+        caption_files(trained, files, tmp_path / "captions.jsonl", {"num_beams": 0})

@@ -25,8 +25,8 @@ def finished(tmp_path_factory) -> tuple[Path, torch.nn.Module, Tokenizer]:
     """A run's folder as a recipe leaves it: a checkpoint of step 3, and another model as the finished one."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     folder.mkdir()
-    tokenizer = train_tokenizer(["a red fox", "a blue bird sings"], folder / "tokenizer.model", context=16)
-    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32}
+    tokenizer = train_tokenizer(["a red fox", "a blue bird sings"], folder / "tokenizer.model", context_length=16)
+    arguments = {"vocab_size": tokenizer.vocab_size, "context_length": 16, "image_size": 32}
     torch.manual_seed(0)
     model = grr_coca_tiny(**arguments)
     description = describe("grr_coca_tiny", arguments, "center")
@@ -45,7 +45,7 @@ def test_a_runs_folder_and_its_model_are_the_finished_model(finished):
     for path in (folder, folder / "model", str(folder)):
         loaded, tok, image_size, crop = load_pretrained(path)
         assert not loaded.training
-        assert (tok.fingerprint, tok.context, image_size, crop) == (tokenizer.fingerprint, 16, 32, "center")
+        assert (tok.fingerprint, tok.context_length, image_size, crop) == (tokenizer.fingerprint, 16, 32, "center")
         model.eval()
         assert torch.equal(loaded.encode_image(images), model.encode_image(images))
         assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
@@ -133,7 +133,7 @@ def test_a_description_that_does_not_fit_is_refused(finished, tmp_path, change, 
         ({"dim": [64] * 1000}, "dim must have at most 100 values, got 1,000"),
         ({"dim": [64, 64]}, "does not describe a model"),
         ({"shell": "rm"}, "gives grr_coca_tiny the argument 'shell', which it does not have"),
-        ({"context": None}, "context must be a whole number, got None"),
+        ({"context_length": None}, "context_length must be a whole number, got None"),
     ],
 )
 @pytest.mark.parametrize("where", ["model", "checkpoints/step_3"])

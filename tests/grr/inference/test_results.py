@@ -18,7 +18,7 @@ from grr.inference.results import Outcome, Row, read_results, told, write_result
 from grr.reports.table import aligned
 
 NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]
-MADE = {"model": "m", "generation": {"beams": 2}}
+MADE = {"model": "m", "generation": {"num_beams": 2}}
 
 
 class Worker:
@@ -103,7 +103,7 @@ def test_nothing_done_is_a_failure(tmp_path):
     ("made", "message"),
     [
         ({**MADE, "model": "n"}, r"made with something else \(model: m there, n here\); set another"),
-        ({"model": "m"}, r"made with something else \(generation: \{'beams': 2\} there, None here\)"),
+        ({"model": "m"}, r"made with something else \(generation: \{'num_beams': 2\} there, None here\)"),
     ],
 )
 def test_results_of_something_else_are_refused_and_left_alone(tmp_path, made, message):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
-from grr.data.collate import IGNORE, pack, pack_captions
+from grr.data.collate import IGNORE, collate_captions, right_pad
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa, VisionTransformer
 from grr.parallel.parallelize import parallelize
@@ -38,7 +38,7 @@ def some_images(count: int) -> torch.Tensor:
 @given(captions=captions)
 def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, captions):
     whole, images = rows(captions), some_images(len(captions))
-    ids, positions, labels = pack_captions([layout(c) for c in captions])
+    ids, positions, labels = collate_captions([layout(c) for c in captions])
     assert ids.shape[1] == max(map(len, captions)) + 3
     packed = model(images, ids, positions=positions, labels=labels)
     padded = model(images, whole[:, :-1])
@@ -67,7 +67,7 @@ def test_each_loss_teaches_the_parts_that_it_reads():
     """The contrastive pooler reads what the generative one gives; captions are learned through both."""
     torch.manual_seed(0)
     model = grr_coca_tiny()
-    ids, positions, labels = pack_captions([layout([7, 8]), layout([9])])
+    ids, positions, labels = collate_captions([layout([7, 8]), layout([9])])
     images = torch.rand(2, 3, 32, 32)
 
     def taught(loss: torch.Tensor) -> set[str]:
@@ -97,7 +97,7 @@ def test_no_logit_depends_on_a_later_token_nor_on_cls(model, captions, column, t
 @given(captions=captions, padding=st.integers(1, 8))
 def test_the_text_embedding_does_not_depend_on_how_much_padding_stands_before_cls(model, captions, padding):
     ids = rows(captions)[:, :-1]
-    packed, positions = pack(ids)
+    packed, positions = right_pad(ids)
     more = torch.cat((packed, torch.zeros(len(ids), padding, dtype=torch.long)), dim=1)
     places = torch.cat((positions, positions[:, -1:].expand(-1, padding)), dim=1)
     expected = model.encode_text(ids)
@@ -164,7 +164,7 @@ def test_a_checkpointed_model_has_the_same_gradients_with_dropout_drawn_again():
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model = grr_coca_tiny(dropout=0.3)
-        parallelize(model, torch.device("cpu"), checkpoint_activations=checkpointed)
+        parallelize(model, torch.device("cpu"), activation_checkpointing=checkpointed)
         torch.manual_seed(1)
         model(torch.ones(2, 3, 32, 32), rows([[5], [6]])[:, :-1]).logits.square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

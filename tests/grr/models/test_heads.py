@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from grr.checkpoint.training_state import save_checkpoint, save_model
-from grr.data.collate import pack, pack_captions
+from grr.data.collate import collate_captions, right_pad
 from grr.data.images import normalize
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.models.builders import grr_coca_tiny
@@ -37,7 +37,7 @@ COCAS = {
     ),
     "open_clip": lambda **more: open_clip_coca(
         vocab_size=512,
-        context=16,
+        context_length=16,
         image_size=32,
         patch_size=8,
         vision_dim=48,
@@ -87,7 +87,7 @@ def test_an_image_text_classifier_reads_the_vector_that_the_vocabulary_would_be_
     head = image_text_classifier(coca, 3).eval()
     head.classifier = coca.multimodal_decoder.head
     ids = torch.tensor(rows([4, 9]))[:, :-1]
-    packed, positions = pack(ids)
+    packed, positions = right_pad(ids)
     logits = coca(images(), packed, positions=positions).logits
     expected = logits[[0, 1], [6, 11]]  # behind BOS, 4 or 9 tokens, and EOS
     torch.testing.assert_close(head(images(), ids), expected)
@@ -103,7 +103,7 @@ def test_a_batch_trimmed_to_its_longest_text_scores_as_texts_alone(lengths, seed
     torch.manual_seed(seed)
     head = image_text_classifier(COCAS[name](), 3).eval()
     pictures, texts = images(len(lengths), seed), rows(lengths, seed)
-    ids, positions, _ = pack_captions(texts)
+    ids, positions, _ = collate_captions(texts)
     together = head(pictures, ids, positions=positions)
     for i, text in enumerate(texts):
         alone = head(pictures[i : i + 1], torch.tensor([text[:-1]]))
@@ -190,8 +190,8 @@ def test_a_head_built_without_memory_and_sharded_is_the_same_function(name):
 def pretrained(tmp_path_factory) -> Path:
     """The folder of a run with a model/, and of its checkpoints."""
     folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = train_tokenizer(["a cat", "a dog is an eel"], folder / "tokenizer.model", context=16)
-    arguments = {"vocab_size": tokenizer.vocab_size, "context": 16, "image_size": 32, "tied_embeddings": True}
+    tokenizer = train_tokenizer(["a cat", "a dog is an eel"], folder / "tokenizer.model", context_length=16)
+    arguments = {"vocab_size": tokenizer.vocab_size, "context_length": 16, "image_size": 32, "tied_embeddings": True}
     torch.manual_seed(5)
     coca = grr_coca_tiny(**arguments)
     description = describe("grr_coca_tiny", arguments, "center")

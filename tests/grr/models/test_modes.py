@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.data import Batch
-from grr.data.collate import pack_captions
+from grr.data.collate import collate_captions
 from grr.evaluation.classification import answers, classification_scores
 from grr.evaluation.outputs import features, observe
 from grr.evaluation.zero_shot import embed_texts
@@ -44,7 +44,7 @@ def test_each_module_keeps_a_mode_of_its_own(data, fails):
 
 
 def losses(model, tokenizer):
-    ids = pack_captions([tokenizer.encode("a red fox"), tokenizer.encode("a blue owl number 3")])
+    ids = collate_captions([tokenizer.encode("a red fox"), tokenizer.encode("a blue owl number 3")])
     return evaluation_losses(model, [[Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), *ids, ["", ""], 0)]])
 
 
@@ -53,7 +53,7 @@ EVALUATIONS = {
     "observe": lambda model, tokenizer: observe(model, Noise(several_captions(6)), tokenizer, CPU, **SEEN),
     "features": lambda model, tokenizer: features(model, colours(6), CPU, **SEEN),
     "embed_texts": lambda model, tokenizer: embed_texts(model, tokenizer, ["a red fox"], CPU),
-    "generate": lambda model, tokenizer: generate(model, torch.zeros(1, 3, 32, 32), tokenizer, max_tokens=2),
+    "generate": lambda model, tokenizer: generate(model, torch.zeros(1, 3, 32, 32), tokenizer, max_new_tokens=2),
     "classification_scores": lambda model, tokenizer: classification_scores(model, colours(6), tokenizer, CPU, **SEEN),
     "answers": lambda model, tokenizer: answers(model, colours(6), tokenizer, CPU, **SEEN),
 }

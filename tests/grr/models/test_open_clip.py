@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grr.data.collate import pack, pack_captions
+from grr.data.collate import collate_captions, right_pad
 from grr.export.convert import CLIP_MEAN, CLIP_STD, convert_open_clip, read_open_clip
 from grr.generation.generate import generate
 from grr.models.coca import CoCa
@@ -58,7 +58,7 @@ CONFIGS = {
 BUILDERS = {"coca_ViT-B-32": open_clip_coca_vit_b_32, "coca_ViT-L-14": open_clip_coca_vit_l_14}
 TINY = {
     "vocab_size": 51,
-    "context": 11,
+    "context_length": 11,
     "image_size": 24,
     "patch_size": 8,
     "vision_dim": 48,
@@ -279,7 +279,7 @@ exactly = {"atol": 1e-5, "rtol": 1e-5}
 def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(correct_cls_mask, captions):
     model = ours(randomised(Reference(**CONFIGS["tiny"])), correct_cls_mask=correct_cls_mask)
     whole, images = rows(captions), some_images(len(captions))
-    ids, positions, labels = pack_captions([layout(caption) for caption in captions])
+    ids, positions, labels = collate_captions([layout(caption) for caption in captions])
     with torch.no_grad():
         packed, padded = model(images, ids, positions=positions), model(images, whole[:, :-1])
         losses = model(images, ids, positions=positions, labels=labels).token_losses
@@ -340,7 +340,7 @@ def test_embeddings_and_logits_are_the_peers(peer, correct_cls_mask, captions):
     )
     with torch.no_grad():
         theirs = peer(as_clip_has_them(images), ids[:, :-1], output_labels=False)
-        output, packed = model(images, ids), model.encode_text(*pack(ids)[:1], positions=pack(ids)[1])
+        output, packed = model(images, ids), model.encode_text(*right_pad(ids)[:1], positions=right_pad(ids)[1])
     torch.testing.assert_close(output.image_embeddings, theirs["image_features"], **exactly)
     torch.testing.assert_close(model.encode_image(images), theirs["image_features"], **exactly)
     torch.testing.assert_close(output.scale.squeeze(), theirs["logit_scale"])
@@ -415,7 +415,7 @@ def test_at_full_size_as_well(kind):
 class Spelled(Tokenizer):
     """Decodes to the ids themselves; a vocabulary of numbers needs no file."""
 
-    pad_id, eos_id, bos_id, cls_id, vocab_size, context = PAD, EOS, BOS, CLS, 51, 11
+    pad_id, eos_id, bos_id, cls_id, vocab_size, context_length = PAD, EOS, BOS, CLS, 51, 11
 
     def __init__(self) -> None:
         pass
@@ -468,11 +468,11 @@ def test_greedy_captions_are_those_of_open_clips_generate():
         max_seq_len=10,
     ).tolist()
     expected = [Spelled().decode(row[1:-1]) for row in rows]  # without BOS, and the EOS at the end that it forces
-    assert generate(ours(peer), images, Spelled(), min_tokens=2) == expected
+    assert generate(ours(peer), images, Spelled(), min_new_tokens=2) == expected
 
 
 def test_beams_and_sampling_work_too(model):
-    for options in ({"beams": 3}, {"temperature": 1.0, "top_p": 0.9}):
+    for options in ({"num_beams": 3}, {"temperature": 1.0, "top_p": 0.9}):
         written = generate(model, some_images(2), Spelled(), **options)
         assert all(token not in (PAD, BOS, CLS) for caption in written for token in caption)
 

@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor
 
 from grr.components import fold_in
 from grr.data import Batch
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.models.builders import grr_coca
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, reset_seed, start
+from grr.parallel.process_group import derive_seed, materialize, start
 from grr.training.loss import CHUNK, captioning_loss, contrastive_loss
 from grr.training.step import global_batch_step
 
 SIZES = {
     "vocab_size": 512,
-    "context": 64,
+    "context_length": 64,
     "image_size": 32,
     "patch_size": 16,
     "dim": 32,
@@ -39,7 +39,7 @@ SIZES = {
     "dropout": 0.2,
 }
 PAIRS, MICRO_BATCHES, SEED = 144, 2, 7  # two micro-batches of each process
-OPTIONS = {"bf16": True, "compile": True, "checkpoint_activations": True, "float8": "emulated"}
+OPTIONS = {"bf16": True, "compile": True, "activation_checkpointing": True, "float8": "emulated"}
 SUBSETS = [dict(chosen) for n in range(5) for chosen in itertools.combinations(OPTIONS.items(), n)]
 
 
@@ -57,7 +57,7 @@ def micro_batches() -> list[Batch]:
     rank, world = dist.get_rank(), dist.get_world_size()
     size = PAIRS // (MICRO_BATCHES * world)
     starts = [(i * world + rank) * size for i in range(MICRO_BATCHES)]
-    batches = [Batch(images[s : s + size], *pack_captions(rows[s : s + size]), [""] * size, 0) for s in starts]
+    batches = [Batch(images[s : s + size], *collate_captions(rows[s : s + size]), [""] * size, 0) for s in starts]
     assert all((batch.labels != IGNORE).sum() > CHUNK for batch in batches)
     return batches
 
@@ -86,7 +86,7 @@ def expected() -> tuple[list[float], dict[str, Tensor]]:
     images, rows = global_batch()
     ids, following = torch.tensor(rows)[:, :-1], torch.tensor(rows)[:, 1:]
     output = model(
-        images.double().div(255).sub(MEAN).div(STD), ids, sample_keys=fold_in(reset_seed(SEED), torch.arange(PAIRS))
+        images.double().div(255).sub(MEAN).div(STD), ids, sample_keys=fold_in(derive_seed(SEED), torch.arange(PAIRS))
     )
     contrast = contrastive_loss(output.image_embeddings, output.text_embeddings, 0.07)
     captioning = captioning_loss(output.logits, following.masked_fill((following == 0) | (following == 511), IGNORE))

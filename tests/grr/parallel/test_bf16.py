@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from grr.data import Batch
-from grr.data.collate import pack_captions
+from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.bf16 import InBFloat16, held_in_bf16
 from grr.parallel.parallelize import parallelize
@@ -42,7 +42,7 @@ def batches(count: int) -> list[Batch]:
         rows = [[510, 5 + i, 9, 1, *[0] * (i % 3), 511, 0] for i in range(4)]
         rows = [row + [0] * (8 - len(row)) for row in rows]
         images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        result.append(Batch(images, *pack_captions(rows), [""] * 4, 0))
+        result.append(Batch(images, *collate_captions(rows), [""] * 4, 0))
     return result
 
 
@@ -85,7 +85,7 @@ def test_it_computes_in_bfloat16_and_not_in_float32():
 
 def test_activations_computed_again_give_the_same_gradients():
     def checkpointed(model: nn.Module) -> None:
-        parallelize(model, CPU, bf16=True, checkpoint_activations=True)
+        parallelize(model, CPU, bf16=True, activation_checkpointing=True)
 
     kept, again = built(alone, dropout=0.2), built(checkpointed, dropout=0.2)
     assert global_batch_step(kept, batches(1), 3) == global_batch_step(again, batches(1), 3)
@@ -131,7 +131,7 @@ def test_an_encoder_that_computes_its_activations_again_reads_bfloat16_there(ree
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_blocks_compute_nearly_the_same(checkpointed):
     def compiled(model: nn.Module) -> None:
-        parallelize(model, CPU, bf16=True, compile=True, checkpoint_activations=checkpointed)
+        parallelize(model, CPU, bf16=True, compile=True, activation_checkpointing=checkpointed)
 
     torch.compiler.reset()
     ours, eager = built(compiled), built(alone)

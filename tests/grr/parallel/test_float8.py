@@ -128,7 +128,7 @@ def test_a_model_begins_with_the_same_weights_and_learns_as_without():
 def test_activations_computed_again_are_rounded_alike():
     models = [a_model(float8=False) for _ in range(2)]
     for model, again in zip(models, (False, True), strict=True):
-        parallelize(model, CPU, float8="emulated", checkpoint_activations=again)
+        parallelize(model, CPU, float8="emulated", activation_checkpointing=again)
     assert trained(models[0], 3) == trained(models[1], 3)
 
 

@@ -43,7 +43,7 @@ def test_every_way_to_prepare_a_model_gives_its_losses_and_gradients(processes):
         assert_within_rounding(row["options"], row["losses"], row["gradients"])
 
 
-@pytest.mark.parametrize("prepared", [{}, {"bf16": True}, {"bf16": True, "checkpoint_activations": True}])
+@pytest.mark.parametrize("prepared", [{}, {"bf16": True}, {"bf16": True, "activation_checkpointing": True}])
 def test_chunks_of_the_head_are_computed_again_with_the_weights_of_the_forward_pass(prepared, formula):
     """More labelled tokens than the head takes at once: 4,356 in a micro-batch."""
     assert_within_rounding(list(prepared), *differences(prepared, *formula))
@@ -51,7 +51,7 @@ def test_chunks_of_the_head_are_computed_again_with_the_weights_of_the_forward_p
 
 @pytest.mark.slow
 def test_with_compiled_kernels_losses_and_gradients_are_the_same(formula):
-    prepared = {"bf16": True, "compile": True, "checkpoint_activations": True}
+    prepared = {"bf16": True, "compile": True, "activation_checkpointing": True}
     assert_within_rounding(list(prepared), *differences(prepared, *formula))
 
 
@@ -149,5 +149,5 @@ def test_a_model_that_needs_no_preparation_may_be_prepared_later():
     model = built()
     parallelize(model, CPU)
     assert preparations(model) == []
-    parallelize(model, CPU, bf16=True, checkpoint_activations=True)
+    parallelize(model, CPU, bf16=True, activation_checkpointing=True)
     assert preparations(model) == ["compiled, cast to bfloat16 or checkpointed"]

@@ -12,9 +12,9 @@ from grr.parallel.process_group import (
     all_sum,
     blocks,
     clip_gradients,
+    derive_seed,
     gather,
     materialize,
-    reset_seed,
     shard_over,
     unsharded,
 )
@@ -145,8 +145,8 @@ def test_a_sharded_compiled_model_is_the_same_function():
 
 
 def test_a_number_of_processes_that_replicas_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="must be a multiple of replicas, got world=1, replicas=2"):
-        parallelize(grr_coca_tiny(), torch.device("cpu"), replicas=2)
+    with pytest.raises(ValueError, match="must be a multiple of dp_replicate, got world=1, dp_replicate=2"):
+        parallelize(grr_coca_tiny(), torch.device("cpu"), dp_replicate=2)
 
 
 def test_gathering_in_one_process_is_the_identity_with_its_gradient():
@@ -157,7 +157,7 @@ def test_gathering_in_one_process_is_the_identity_with_its_gradient():
 
 
 def test_seeds_are_mixed_well():
-    seeds = {reset_seed(a, b) for a in range(30) for b in range(30)} | {reset_seed(0, "a"), reset_seed(0, "b")}
+    seeds = {derive_seed(a, b) for a in range(30) for b in range(30)} | {derive_seed(0, "a"), derive_seed(0, "b")}
     assert len(seeds) == 902
     assert all(0 <= s < 2**63 for s in seeds)
 

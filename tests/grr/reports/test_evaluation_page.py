@@ -15,7 +15,7 @@ RECALLS = {1: 0.25, 5: 0.5, 10: 1.0}
 RESULTS = {
     "losses": {"loss": 3.0512, "contrastive_loss": 0.2626, "captioning_loss": 2.526, "perplexity": 12.5151,
                "contrastive_batch": 768, "contrastive_weight": 2.0, "captioning_weight": 1.0},
-    "retrieval": {"candidates": 1000, **{f"image_to_text_r{k}": recall for k, recall in RECALLS.items()},
+    "retrieval": {"num_eval_images": 1000, **{f"image_to_text_r{k}": recall for k, recall in RECALLS.items()},
                   **{f"text_to_image_r{k}": recall / 2 for k, recall in RECALLS.items()}},
     "captions": {"bleu_1": 0.7, "bleu_2": 0.6, "bleu_3": 0.5, "bleu_4": 0.4321, "rouge_l": 0.55, "cider": 1.234,
                  "exact": 0.01},

@@ -81,7 +81,7 @@ def train(step: int, **values: float | None) -> dict:
 def validation(step: int, **values: float | None) -> dict:
     recalls = {f"{way}_r{k}": k / 20 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     losses = {"loss": 3.5, "contrastive_loss": 1.2, "captioning_loss": 1.1, "perplexity": 3.0}
-    found = {"caption_exact": 0.25, "candidates": 500}
+    found = {"caption_exact": 0.25, "num_eval_images": 500}
     return {"split": "validation", "step": step, "epoch": step / 100} | losses | recalls | found | values
 
 
@@ -289,7 +289,7 @@ def test_only_a_caption_equal_to_a_reference_up_to_spaces_gets_its_mark(tmp_path
 
 def test_right_answers_are_told_in_figures_and_only_they_get_their_mark(tmp_path):
     rows = [
-        {"split": split, "step": step, "loss": 2.0, "accuracy": step / 40, "blind_accuracy": 0.125}
+        {"split": split, "step": step, "loss": 2.0, "accuracy": step / 40, "text_only_accuracy": 0.125}
         for step in (10, 20)
         for split in ("train", "validation")
     ]
@@ -330,7 +330,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
         [validation(0)],
         [train(0, epoch=0.0)],
         [train(10, loss=None, contrastive_loss=None, lr=None, epoch=None, grad_norm=math.inf, perplexity=math.nan)],
-        [validation(10, caption_exact=None, candidates=None, text_to_image_r1=None, text_to_image_r5=None)],
+        [validation(10, caption_exact=None, num_eval_images=None, text_to_image_r1=None, text_to_image_r5=None)],
         [{"split": "train", "step": 5}, {"split": "validation", "step": 5}],
         [train(10, grad_norm=0.0, loss=-3.0, samples_per_second=0.0)],
     ],

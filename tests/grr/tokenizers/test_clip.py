@@ -31,7 +31,7 @@ def merges(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tok(merges) -> ClipTokenizer:
-    return ClipTokenizer(merges, context=64)
+    return ClipTokenizer(merges, context_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def clip() -> ClipTokenizer:
 def tokens(tok: Tokenizer, text: str) -> list[int]:
     """The row's layout, and what stands in it: BOS t1 ... tn EOS PAD ... PAD CLS PAD."""
     ids = tok.encode(text)
-    assert len(ids) == tok.context + 1
+    assert len(ids) == tok.context_length + 1
     assert (ids[0], ids[-2], ids[-1]) == (tok.bos_id, tok.cls_id, tok.pad_id)
     n = ids.index(tok.eos_id) - 1
     assert set(ids[n + 2 : -2]) <= {tok.pad_id}
@@ -67,7 +67,7 @@ def test_all_that_can_be_seen_of_a_text_comes_back_in_lower_case(tok, text):
 
 @given(text=st.text(max_size=300))
 def test_no_text_breaks_the_layout(tok, text):
-    assert len(tokens(tok, text)) <= tok.context - 3
+    assert len(tokens(tok, text)) <= tok.context_length - 3
 
 
 @pytest.mark.parametrize("text", [*SENTENCES, "\ud800 lone \udfff", "word " * 10_000, "xyz" * 30_000, "!" * 10_000])
@@ -79,7 +79,7 @@ def test_no_hostile_text_breaks_the_layout(tok, text):
 @given(words=st.lists(st.sampled_from(["red", "fox", "and", "bread", "x"]), max_size=90))
 def test_a_long_caption_is_cut_so_that_eos_and_cls_still_fit(tok, words):
     every = [i for word in words for i in tokens(tok, word)]
-    assert tokens(tok, " ".join(words)) == every[: tok.context - 3]
+    assert tokens(tok, " ".join(words)) == every[: tok.context_length - 3]
 
 
 # Agreement
@@ -188,7 +188,7 @@ def test_packed_and_plain_lists_are_the_same_vocabulary(tok, merges, tmp_path):
         file.write("\n".join([header, *PAIRS, ""]))
     with gzip.open(tmp_path / "long.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join([header, *more]))
-    packed = ClipTokenizer(tmp_path / "a.gz", context=64)
+    packed = ClipTokenizer(tmp_path / "a.gz", context_length=64)
     assert packed.fingerprint == tok.fingerprint
     assert packed.encode("the red fox") == tok.encode("the red fox")
     assert ClipTokenizer(tmp_path / "long.gz").vocab_size == 49_409
@@ -197,22 +197,22 @@ def test_packed_and_plain_lists_are_the_same_vocabulary(tok, merges, tmp_path):
 def test_it_is_saved_as_a_plain_list_and_found_again_by_its_content(tok, tmp_path):
     tok.save(tmp_path / "tokenizer.model")
     assert is_merges(tmp_path / "tokenizer.model")
-    for again in (load_tokenizer(tmp_path / "tokenizer.model", context=64), pickle.loads(pickle.dumps(tok))):
+    for again in (load_tokenizer(tmp_path / "tokenizer.model", context_length=64), pickle.loads(pickle.dumps(tok))):
         assert isinstance(again, ClipTokenizer)
-        assert (again.fingerprint, again.context, again.vocab_size) == (tok.fingerprint, 64, tok.vocab_size)
+        assert (again.fingerprint, again.context_length, again.vocab_size) == (tok.fingerprint, 64, tok.vocab_size)
         assert again.encode("bread, and the fox") == tok.encode("bread, and the fox")
 
 
 def test_a_vocabulary_of_sentencepiece_is_told_from_it(tmp_path):
     train_tokenizer(["a red fox"], tmp_path / "own.model", vocab_size=40)
     assert not is_merges(tmp_path / "own.model")
-    assert type(load_tokenizer(tmp_path / "own.model", context=16)) is Tokenizer
-    assert load_tokenizer(tmp_path / "own.model", context=16).context == 16
+    assert type(load_tokenizer(tmp_path / "own.model", context_length=16)) is Tokenizer
+    assert load_tokenizer(tmp_path / "own.model", context_length=16).context_length == 16
 
 
 def test_a_run_may_be_trained_with_it(merges, tok, tmp_path):
     for path in (str(merges), None):  # None: the second time the run's own file is found
-        opened = open_tokenizer([], tmp_path / "tokenizer.model", path=path, context=64)
+        opened = open_tokenizer([], tmp_path / "tokenizer.model", path=path, context_length=64)
         assert isinstance(opened, ClipTokenizer)
         assert opened.fingerprint == tok.fingerprint
 
@@ -240,8 +240,10 @@ def test_what_is_no_list_of_merges_is_refused(tmp_path, content, message):
 
 
 def test_a_context_without_room_for_a_token_is_refused(merges):
-    with pytest.raises(ValueError, match="ClipTokenizer: context must have room for BOS, a token, EOS and CLS, got"):
-        ClipTokenizer(merges, context=3)
+    with pytest.raises(
+        ValueError, match="ClipTokenizer: context_length must have room for BOS, a token, EOS and CLS, got"
+    ):
+        ClipTokenizer(merges, context_length=3)
 
 
 def test_without_ftfy_it_says_what_to_install(merges, monkeypatch):

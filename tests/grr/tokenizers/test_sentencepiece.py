@@ -22,7 +22,9 @@ HOSTILE = ["", " \n\t ", "🦊🍞", "שלום עולם", "\u202eabc\u202c", "a\
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(CAPTIONS, tmp_path_factory.mktemp("tokenizer") / "own.model", vocab_size=80, context=64)
+    return train_tokenizer(
+        CAPTIONS, tmp_path_factory.mktemp("tokenizer") / "own.model", vocab_size=80, context_length=64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def t5(shared_data) -> Tokenizer:
 
 def assert_layout(tok: Tokenizer, ids: list[int]) -> int:
     """SPEC: BOS t1 ... tn EOS PAD ... PAD CLS PAD. Gives n."""
-    assert len(ids) == tok.context + 1
+    assert len(ids) == tok.context_length + 1
     assert ids[0] == tok.bos_id == tok.vocab_size - 2
     assert ids[-2:] == [tok.cls_id, 0] == [tok.vocab_size - 1, 0]
     n = ids.index(1) - 1
@@ -47,10 +49,10 @@ def test_every_caption_has_the_layout_and_decodes_to_itself_up_to_the_cut(own, w
     ids = own.encode(text)
     n = assert_layout(own, ids)
     assert text.startswith(own.decode(ids))
-    if n < own.context - 3:
+    if n < own.context_length - 3:
         assert own.decode(ids) == text
     else:
-        assert n == own.context - 3
+        assert n == own.context_length - 3
 
 
 @given(text=st.text(max_size=300))
@@ -124,8 +126,8 @@ def test_it_survives_pickling_and_saving(own, tmp_path):
 
 def test_a_run_trains_its_tokenizer_once_and_keeps_a_copy_of_one_that_is_given(own, tmp_path):
     assert not dist.is_initialized()
-    first = open_tokenizer(CAPTIONS, tmp_path / "run.model", vocab_size=80, context=32)
-    again = open_tokenizer(["other captions"], tmp_path / "run.model", vocab_size=80, context=32)
+    first = open_tokenizer(CAPTIONS, tmp_path / "run.model", vocab_size=80, context_length=32)
+    again = open_tokenizer(["other captions"], tmp_path / "run.model", vocab_size=80, context_length=32)
     assert first.fingerprint == again.fingerprint
     assert len(again.encode("a")) == 33
     own.save(tmp_path / "given.model")
@@ -151,5 +153,5 @@ def test_what_is_no_tokenizer_is_refused_with_a_remedy(tmp_path):
 
 def test_a_context_without_room_is_refused(own, tmp_path):
     own.save(tmp_path / "x.model")
-    with pytest.raises(ValueError, match="got context=3"):
-        Tokenizer(tmp_path / "x.model", context=3)
+    with pytest.raises(ValueError, match="got context_length=3"):
+        Tokenizer(tmp_path / "x.model", context_length=3)

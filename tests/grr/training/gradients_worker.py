@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from grr.components import fold_in
 from grr.data import Batch
-from grr.data.collate import pack_captions
+from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, reset_seed, start
+from grr.parallel.process_group import derive_seed, materialize, start
 from grr.training.step import global_batch_step
 
 PAIRS, SEED = 16, 5
@@ -46,7 +46,7 @@ def micro_batches(size: int) -> list[Batch]:
     """Those of this process, as the loader cuts them."""
     images, rows = global_batch()
     starts = range(dist.get_rank() * size, PAIRS, dist.get_world_size() * size)
-    return [Batch(images[s : s + size], *pack_captions(rows[s : s + size]), [""] * size, 0) for s in starts]
+    return [Batch(images[s : s + size], *collate_captions(rows[s : s + size]), [""] * size, 0) for s in starts]
 
 
 def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
@@ -71,7 +71,7 @@ def formula(model: nn.Module, *, size: int, contrastive: str, negatives: str) ->
     """The losses and gradients of the whole batch, written out; with local negatives, of micro-batches of a size."""
     images, rows = global_batch()
     whole = torch.tensor(rows)  # [n, 17]
-    keys = fold_in(reset_seed(SEED), torch.arange(PAIRS))
+    keys = fold_in(derive_seed(SEED), torch.arange(PAIRS))
     output = model(images, whole[:, :-1], sample_keys=keys)
     log_p = output.logits.log_softmax(-1).gather(2, whole[:, 1:].unsqueeze(2))[..., 0]  # [n, 16]
     learned = (whole[:, 1:] != 0) & (whole[:, 1:] != 511)  # neither PAD nor CLS

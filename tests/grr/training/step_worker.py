@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from grr.data import Batch
-from grr.data.collate import pack_captions
+from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import materialize, start
@@ -41,7 +41,7 @@ def micro_batches(step: int, micro: int) -> list[Batch]:
     batches = []
     for i in range(micro):
         start = (i * world + rank) * size
-        ids, positions, labels = pack_captions(rows[start : start + size])
+        ids, positions, labels = collate_captions(rows[start : start + size])
         names = [str(j) for j in range(start, start + size)]
         batches.append(Batch(images[start : start + size], ids, positions, labels, names, 0))
     return batches
@@ -50,7 +50,7 @@ def micro_batches(step: int, micro: int) -> list[Batch]:
 def main(
     micro: int = 1,
     steps: int = 5,
-    replicas: int = 1,
+    dp_replicate: int = 1,
     bf16: bool = False,
     checkpointed: bool = False,
     dropout: float = 0.0,
@@ -60,7 +60,7 @@ def main(
     device = start()
     with torch.device("meta"):
         coca = grr_coca_tiny(dropout=dropout, **(model or {}))
-    parallelize(coca, device, bf16=bf16, checkpoint_activations=checkpointed, replicas=replicas)
+    parallelize(coca, device, bf16=bf16, activation_checkpointing=checkpointed, dp_replicate=dp_replicate)
     materialize(coca, device, seed=0)
     optimizer = adamw(coca, lr=1e-3)
     seen = []

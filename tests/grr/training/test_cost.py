@@ -43,7 +43,9 @@ class Grey(Pairs):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return train_tokenizer(["fox 0123456789"], tmp_path_factory.mktemp("words") / "t.model", vocab_size=40, context=16)
+    return train_tokenizer(
+        ["fox 0123456789"], tmp_path_factory.mktemp("words") / "t.model", vocab_size=40, context_length=16
+    )
 
 
 def planned(folder: Path, **changes) -> Planned:
@@ -54,7 +56,7 @@ def planned(folder: Path, **changes) -> Planned:
         "processes": 1,
         "steps": 30,
         "keep": 2,
-        "replicas": 1,
+        "dp_replicate": 1,
         "workers": 2,
         "optimizer": {"lr": 1e-3},
         "loss": {"negatives": "global"},
@@ -63,7 +65,7 @@ def planned(folder: Path, **changes) -> Planned:
 
 
 def said(folder: Path, tokenizer, build=None, pairs: Pairs | None = None, **changes):
-    build = build or (lambda: grr_coca(vocab_size=tokenizer.vocab_size, context=16, **SIZES))
+    build = build or (lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **SIZES))
     pairs = pairs or Grey()
     found = run_cost(planned(folder, **changes), build, pairs, tokenizer, image_size=16, crop="squash")
     return {finding.what: finding for finding in found}
@@ -79,7 +81,7 @@ def test_a_step_is_taken_up_to_a_micro_batch_and_nothing_is_left_behind(tmp_path
 
 
 def test_weights_gradients_and_moments_are_16_bytes_a_weight_and_12_of_them_are_in_a_checkpoint(tmp_path, tokenizer):
-    model = grr_coca(vocab_size=tokenizer.vocab_size, context=16, **SIZES)
+    model = grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **SIZES)
     n = sum(p.numel() for p in model.parameters())
     found = said(tmp_path, tokenizer)
     assert f"{16 * n / 1e6:.1f} MB of weights, gradients and optimizer state" in found["memory"].said
@@ -90,7 +92,7 @@ def test_weights_gradients_and_moments_are_16_bytes_a_weight_and_12_of_them_are_
 def test_more_layers_keep_more_activations(tmp_path, tokenizer):
     def kept(layers: int) -> float:
         sizes = SIZES | {"vision_layers": layers}
-        found = said(tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context=16, **sizes))
+        found = said(tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes))
         return float(re.search(r"([\d.]+) MB of activations", found["memory"].said)[1])
 
     assert kept(1) < kept(3) < kept(9)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
 from grr.parallel.process_group import shard_over
-from grr.training.ema import Average, interpolate, weights_of
+from grr.training.ema import EMA, weights_of, wise_ft
 
 
 @pytest.fixture(params=["plain", "sharded"])
@@ -66,7 +66,7 @@ def answer(model: nn.Module) -> Tensor:
 def test_the_mean_weighs_each_step_by_the_formula(decay, values):
     model = nn.Linear(1, 1, bias=False).double()
     model.weight.data.fill_(values[0])
-    average = Average(model, decay=decay)
+    average = EMA(model, decay=decay)
     for value in values[1:]:
         model.weight.data.fill_(value)
         average.update()
@@ -77,7 +77,7 @@ def test_the_mean_weighs_each_step_by_the_formula(decay, values):
 
 def test_it_is_torchs_own_exponential_average():
     model = grr_coca_tiny()
-    average, torchs = Average(model, decay=0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average, torchs = EMA(model, decay=0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     torchs.update_parameters(model)  # its first call copies
     for seed in range(3):
         disturb(model, seed)
@@ -90,7 +90,7 @@ def test_it_is_torchs_own_exponential_average():
 def test_while_it_is_applied_the_model_computes_with_the_mean_and_afterwards_as_if_nothing_had_been(model):
     started, sharded = snapshot(model), dist.is_initialized()
     before = answer(model)  # after which FSDP2 goes on holding whole parameters
-    average = Average(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     assert all(isinstance(x, DTensor) == sharded for x in average.weights.values())
     disturb(model, 0)
     average.update()
@@ -106,14 +106,14 @@ def test_while_it_is_applied_the_model_computes_with_the_mean_and_afterwards_as_
     assert same(average.weights, mean)
     assert torch.equal(answer(model), after)
 
-    interpolate(model, average.weights, share=1.0)
+    wise_ft(model, average.weights, alpha=1.0)
     assert torch.equal(answer(model), between)
     assert not torch.equal(between, before)
     assert not torch.equal(between, after)
 
 
 def test_an_error_while_it_is_applied_leaves_the_model_as_it_was(model):
-    average = Average(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     disturb(model, 0)
     trained = snapshot(model)
     with pytest.raises(KeyboardInterrupt), average.applied():
@@ -122,7 +122,7 @@ def test_an_error_while_it_is_applied_leaves_the_model_as_it_was(model):
 
 
 def test_without_decay_there_is_no_mean(model):
-    average = Average(model, decay=0.0)
+    average = EMA(model, decay=0.0)
     before = snapshot(model)
     average.update()
     with average.applied():
@@ -132,21 +132,21 @@ def test_without_decay_there_is_no_mean(model):
 
 def test_tied_weights_have_one_mean():
     model = grr_coca_tiny(tied_embeddings=True)
-    average = Average(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     disturb(model, 0)
     average.update()
     with average.applied():
         assert torch.equal(model.multimodal_decoder.head.weight, model.text_decoder.embedding.weight)
 
 
-@given(share=st.floats(0, 1))
-def test_interpolation_is_the_line_between_two_models(share):
+@given(alpha=st.floats(0, 1))
+def test_interpolation_is_the_line_between_two_models(alpha):
     torch.manual_seed(0)
     start, other = grr_coca_tiny(), grr_coca_tiny()
     a, b = snapshot(start), snapshot(other)
-    interpolate(start, weights_of(other), share=share)
+    wise_ft(start, weights_of(other), alpha=alpha)
     for name, x in snapshot(start).items():
-        expected = (1 - share) * a[name].double() + share * b[name].double()
+        expected = (1 - alpha) * a[name].double() + alpha * b[name].double()
         torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -155,21 +155,21 @@ def test_its_ends_are_exactly_the_two_models(model):
     mine = weights_of(model)
     disturb(model, 0)
     other, theirs = snapshot(model), weights_of(model)
-    interpolate(model, mine, share=1.0)
+    wise_ft(model, mine, alpha=1.0)
     assert same(snapshot(model), start)
-    interpolate(model, theirs, share=0.0)
+    wise_ft(model, theirs, alpha=0.0)
     assert same(snapshot(model), start)
-    interpolate(model, theirs, share=1.0)
+    wise_ft(model, theirs, alpha=1.0)
     assert same(snapshot(model), other)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match=f"Average: decay must be at least 0 and below 1, got {decay=}"):
-        Average(nn.Linear(1, 1), decay=decay)
+    with pytest.raises(ValueError, match=f"EMA: decay must be at least 0 and below 1, got {decay=}"):
+        EMA(nn.Linear(1, 1), decay=decay)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match=f"interpolate: share must be from 0 to 1, got {share=}"):
-        interpolate(nn.Linear(1, 1), {}, share=share)
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_an_alpha_out_of_range_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"wise_ft: alpha must be from 0 to 1, got {alpha=}"):
+        wise_ft(nn.Linear(1, 1), {}, alpha=alpha)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grr.data import Batch
-from grr.data.collate import IGNORE, pack_captions
+from grr.data.collate import IGNORE, collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.training.loss import captioning_loss, contrastive_loss, sigmoid_loss
 from grr.training.step import evaluation_losses, global_batch_step
@@ -35,7 +35,7 @@ def pairs(count: int, seed: int) -> tuple[torch.Tensor, list[list[int]]]:
 def split(images: torch.Tensor, rows: list[list[int]], pieces: int) -> list[Batch]:
     size = len(rows) // pieces
     cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
-    return [Batch(images[c], *pack_captions(rows[c]), [str(i) for i in range(size)], 0) for c in cuts]
+    return [Batch(images[c], *collate_captions(rows[c]), [str(i) for i in range(size)], 0) for c in cuts]
 
 
 @settings(max_examples=15)
@@ -160,7 +160,7 @@ def assert_same(one: dict, other: dict, tolerance: float = TOLERANCE) -> None:
         (2, {"micro": 1}),
         (2, {"micro": 2}),
         (4, {"micro": 1}),
-        (4, {"micro": 1, "replicas": 2}),
+        (4, {"micro": 1, "dp_replicate": 2}),
         (1, {"micro": 1, "checkpointed": True}),
     ],
 )
