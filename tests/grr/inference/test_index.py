@@ -200,7 +200,7 @@ def test_a_model_has_one_fingerprint_wherever_it_lies_and_in_either_precision(co
 
 
 def test_no_index_an_empty_one_and_a_newer_one_are_told_apart(trained, tmp_path, colour_run):
-    with pytest.raises(FileNotFoundError, match=r"holds no index; make one with recipes/embed\.py"):
+    with pytest.raises(FileNotFoundError, match=r"holds no index; make one with grr embed"):
         open_index(tmp_path)
     (tmp_path / "no.png").touch()
     assert embed_files(trained, [str(tmp_path / "no.png")], tmp_path / "index", colour_run).status == 1
