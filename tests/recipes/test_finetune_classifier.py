@@ -45,7 +45,7 @@ CLASSES = [
     "run.batch_size=32",
     "run.micro_batch_size=16",
     "run.log_every=1",
-    "run.save_every=20",
+    "saving.every=20",
     "optimizer.lr=3e-3",
     "run.epochs=2",
     "schedule.cycle_epochs=2",
@@ -169,7 +169,7 @@ def test_a_best_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
         "validation.pictures=1",
         "run.validate_every=2",
         "run.max_steps=20",
-        "run.keep=20",
+        "saving.keep=20",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(command(whole, "classification", *few))
