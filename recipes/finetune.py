@@ -41,10 +41,11 @@ from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, summary
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, freeze
+from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, in_words, soft_reset
 from grr.training.step import check_finite, global_batch_step
-from grr.training.throughput import Pace
+from grr.training.throughput import Throughput
 
 
 @dataclass
@@ -193,10 +194,10 @@ def main() -> int:
     # loop: an epoch, a validation, and a decision; first of all the start is validated
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=None if run.epochs is None else last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    pace = Pace(run.batch_size)
+    throughput = Throughput(run.batch_size)
     while control.decision != "stop" and control.step < last:
         if control.step >= 0:
-            with pace.waiting():
+            with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
             set_lr(optimizer, lr)
@@ -214,7 +215,7 @@ def main() -> int:
             optimizer.zero_grad(set_to_none=True)
             average.update()
             step += 1
-            pace.step(micro_batches)
+            throughput.step(micro_batches)
             bar.update()
             bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
@@ -226,11 +227,11 @@ def main() -> int:
                     **losses.numbers(),
                     lr=lr,
                     grad_norm=norm,
-                    **pace.line(),
+                    **throughput.metrics(),
                 )
 
         if step % per_epoch == 0:
-            with pace.paused():
+            with throughput.paused():
                 with average.applied():
                     losses, found, examples = validate(
                         model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images

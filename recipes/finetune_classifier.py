@@ -40,9 +40,10 @@ from grr.parallel.process_group import clip_gradients, derive_seed, materialize,
 from grr.reports.training import Examples, write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, freeze
+from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.step import check_finite
-from grr.training.throughput import Pace
+from grr.training.throughput import Throughput
 
 
 @dataclass
@@ -184,9 +185,9 @@ def main() -> int:
     # loop: the best model so far is kept
     batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
     bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    pace = Pace(run.batch_size)
+    throughput = Throughput(run.batch_size)
     while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):
-        with pace.waiting():
+        with throughput.waiting():
             micro_batches = [batch.to(device) for batch in next(batches)]
         lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
         set_lr(optimizer, lr)
@@ -203,7 +204,7 @@ def main() -> int:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        pace.step(micro_batches)
+        throughput.step(micro_batches)
         bar.update()
         bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
@@ -215,11 +216,11 @@ def main() -> int:
                 **scores._asdict(),
                 lr=lr,
                 grad_norm=norm,
-                **pace.line(),
+                **throughput.metrics(),
             )
 
         if step % validate_every == 0 or step == last:
-            with pace.paused():
+            with throughput.paused():
                 scores = classification_scores(
                     model, held_out, tokenizer, device, image_size=arguments["image_size"], crop=cfg.loader["crop"]
                 )
