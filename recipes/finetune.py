@@ -42,10 +42,11 @@ from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, parameter_counts, summary
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, freeze
+from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, in_words, soft_reset
 from grr.training.step import check_finite, global_batch_step
-from grr.training.throughput import Pace
+from grr.training.throughput import Throughput
 
 
 @dataclass
@@ -166,9 +167,9 @@ def main() -> int:
             control = judge(control)
             saver.poll(step, due=True)
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
-        pace = Pace(run.batch_size)
+        throughput = Throughput(run.batch_size)
         while control.decision != "stop" and control.step < last:
-            with pace.waiting():
+            with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
             set_lr(optimizer, lr)
@@ -185,14 +186,14 @@ def main() -> int:
             optimizer.zero_grad(set_to_none=True)
             ema.update()
             step += 1
-            pace.step(micro_batches)
+            throughput.step(micro_batches)
             bar.update()
             bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
             if step % run.log_every == 0:
-                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **pace.line())
+                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **throughput.metrics())
             if step % per_epoch == 0:
-                with pace.paused():
+                with throughput.paused():
                     control = judge(control)
             saver.poll(step, due=step % per_epoch == 0)
         bar.close()

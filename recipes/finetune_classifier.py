@@ -42,9 +42,10 @@ from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, p
 from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log, parameter_counts
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, freeze
+from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.step import check_finite
-from grr.training.throughput import Pace
+from grr.training.throughput import Throughput
 
 
 @dataclass
@@ -147,9 +148,9 @@ def main() -> int:
         reading = {"image_size": arguments["image_size"], "crop": cfg.loader["crop"]}
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
-        pace = Pace(run.batch_size)
+        throughput = Throughput(run.batch_size)
         while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):
-            with pace.waiting():
+            with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
             set_lr(optimizer, lr)
@@ -165,15 +166,15 @@ def main() -> int:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            pace.step(micro_batches)
+            throughput.step(micro_batches)
             bar.update()
             bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
             if step % run.log_every == 0 or step == last:
-                log.write("train", step, **scores._asdict(), lr=lr, grad_norm=norm, **pace.line())
+                log.write("train", step, **scores._asdict(), lr=lr, grad_norm=norm, **throughput.metrics())
 
             if step % validate_every == 0 or step == last:
-                with pace.paused():
+                with throughput.paused():
                     scores = classification_scores(model, held_out, tokenizer, device, **reading)
                     if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
                         best = {"best": scores.accuracy, "best_step": step}

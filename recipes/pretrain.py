@@ -31,9 +31,10 @@ from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, p
 from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, parameter_counts, summary
-from grr.training.optim import adamw, describe_end, set_lr, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import describe_end, set_lr, warmup_cosine
 from grr.training.step import check_finite, global_batch_step
-from grr.training.throughput import Pace
+from grr.training.throughput import Throughput
 
 
 @dataclass
@@ -112,9 +113,9 @@ def main() -> int:
         validate_every = run.validate_every or per_epoch
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
-        pace, examples = Pace(run.batch_size), None
+        throughput, examples = Throughput(run.batch_size), None
         while step < last:
-            with pace.waiting():
+            with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
             set_lr(optimizer, lr)
@@ -130,15 +131,15 @@ def main() -> int:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            pace.step(micro_batches)
+            throughput.step(micro_batches)
             bar.update()
             bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
             if step % run.log_every == 0 or step == last:
-                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **pace.line())
+                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **throughput.metrics())
 
             if step % validate_every == 0 or step == last:
-                with pace.paused():
+                with throughput.paused():
                     losses, metrics, examples = validate(
                         model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images
                     )

