@@ -153,9 +153,7 @@ searches = st.one_of(
 
 
 @given(rules=rules, search=searches, max_new_tokens=st.integers(6, ROOM), seed=st.integers(0, 99))
-def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_again(
-    tok, rules, search, max_new_tokens, seed
-):
+def test_captions_obey_every_rule_of_every_search_and_are_reproducible(tok, rules, search, max_new_tokens, seed):
     model, images = a_model(tok, seed), some_images(3, seed)
     captions = generate(model, images, tok, max_new_tokens=max_new_tokens, **rules, **search)
     n = rules["no_repeat_ngram_size"]
@@ -172,7 +170,7 @@ def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_agai
 
 @settings(max_examples=20)
 @given(rules=rules, seed=st.integers(0, 99), max_new_tokens=st.integers(6, ROOM))
-def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_new_tokens):
+def test_sampling_without_a_choice_equals_greedy_search(tok, rules, seed, max_new_tokens):
     model, images = a_model(tok, seed), some_images(3, seed)
     expected = generate(model, images, tok, max_new_tokens=max_new_tokens, **rules)
     for choice in ({"top_k": 1}, {"top_p": 1e-9}, {}):
@@ -192,7 +190,7 @@ def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_new
 @given(
     num_beams=st.integers(1, 4), count=st.integers(2, 7), seed=st.integers(0, 99), dropout=st.sampled_from([0.0, 0.5])
 )
-def test_a_batch_is_written_as_its_images_one_at_a_time(tok, num_beams, count, seed, dropout):
+def test_a_batch_has_the_captions_of_its_images_one_at_a_time(tok, num_beams, count, seed, dropout):
     model, images = a_model(tok, seed, dropout=dropout).train(), some_images(count, seed)
     alone = [generate(model, image.unsqueeze(0), tok, num_beams=num_beams)[0] for image in images]
     assert generate(model, images, tok, num_beams=num_beams) == alone
@@ -209,7 +207,7 @@ def test_a_batch_is_written_as_its_images_one_at_a_time(tok, num_beams, count, s
         (1.0, None, 1.0),
     ],
 )
-def test_tokens_are_drawn_as_often_as_the_cut_softmax_says(temperature, top_k, top_p):
+def test_tokens_are_drawn_with_the_probabilities_of_the_truncated_softmax(temperature, top_k, top_p):
     logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0, -1.0, 1.5, 0.0, -3.0])
     weights = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist()) if x > -math.inf}
     expected: dict[int, float] = {}
@@ -227,7 +225,7 @@ def test_tokens_are_drawn_as_often_as_the_cut_softmax_says(temperature, top_k, t
     assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)  # its mean, and five of its deviations
 
 
-def test_captions_are_drawn_as_often_as_the_model_says(few):
+def test_captions_are_drawn_with_the_probabilities_of_the_model(few):
     """Two tokens, in a batch in which most captions end at different times."""
     model, image, draws = a_model(few, 1), some_images(1, 1)[0], 3000
     (first,) = next_log_probabilities(model, image, few, [[]])
@@ -259,7 +257,7 @@ def test_captions_are_drawn_as_often_as_the_model_says(few):
         {"text_norm": "layernorm", "text_feed_forward": "mlp", "text_position": "sinusoidal", "qk_norm": True},
     ],
 )
-def test_captions_are_those_of_the_plain_computation(tok, options):
+def test_captions_equal_those_of_the_plain_computation(tok, options):
     captions, lengths = set(), set()
     for seed, rule in enumerate(
         [{}, {}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4, "repetition_penalty": 1.3}]
@@ -282,7 +280,7 @@ def test_captions_are_those_of_the_plain_computation(tok, options):
     sure=st.sampled_from([0.1, 0.3, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_beam_search_is_its_rule_in_plain_lists(few, num_beams, length_penalty, rules, sure, seed):
+def test_beam_search_equals_its_definition_in_plain_lists(few, num_beams, length_penalty, rules, sure, seed):
     rules = rules | {"min_new_tokens": min(rules["min_new_tokens"], few.vocab_size - 4)}
     model, images = a_model(few, seed), some_images(3, seed)
     with torch.no_grad():
@@ -297,7 +295,7 @@ def test_beam_search_is_its_rule_in_plain_lists(few, num_beams, length_penalty, 
 
 @pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 0.7, 1.0, 3.0])
 @pytest.mark.parametrize("min_new_tokens", [0, 2])
-def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_penalty, min_new_tokens):
+def test_a_beam_as_wide_as_the_number_of_captions_finds_the_best(few, length_penalty, min_new_tokens):
     model, images, longest = a_model(few, 3, text_position="learned"), some_images(2, 3), 4
     words = [i for i in range(few.vocab_size) if i not in (few.pad_id, few.eos_id, few.bos_id, few.cls_id)]
     whole = list(itertools.product(words, repeat=longest))
@@ -328,7 +326,7 @@ def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_
         assert less <= score + 1e-9
 
 
-def test_a_penalty_without_end_forbids_what_can_be_avoided(tok):
+def test_a_very_large_repetition_penalty_prevents_avoidable_repetition(tok):
     for seed in range(5):
         written = ids_of(generate(a_model(tok, seed), some_images(4), tok, repetition_penalty=1e9, min_new_tokens=ROOM))
         assert all(len(set(caption)) == ROOM for caption in written)
@@ -340,7 +338,7 @@ def test_a_penalty_without_end_forbids_what_can_be_avoided(tok):
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
-def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_left_behind(tok, search):
+def test_images_and_tokens_are_computed_once_and_ended_captions_are_dropped(tok, search):
     model, images, projected, read = a_model(tok, 5), some_images(8, 5), [], []
     for block in model.multimodal_decoder.blocks:
         block.cross_attention.kv.register_forward_hook(lambda _, inputs, output: projected.append(inputs[0].shape[0]))
@@ -357,7 +355,7 @@ def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_le
 # Use
 
 
-def test_words_come_out_and_a_longer_leash_does_not_change_how_a_caption_begins(tok, tmp_path):
+def test_a_larger_max_new_tokens_does_not_change_how_a_caption_begins(tok, tmp_path):
     tok.save(tmp_path / "t.model")
     plain, model, images = Tokenizer(tmp_path / "t.model", context_length=CONTEXT), a_model(tok, 0), some_images(3)
     captions = generate(model, images, plain)
@@ -368,20 +366,20 @@ def test_words_come_out_and_a_longer_leash_does_not_change_how_a_caption_begins(
         assert ids_of(generate(model, images, tok, max_new_tokens=count)) == [ids[:count] for ids in long]
 
 
-def test_seeds_differ(tok):
+def test_different_seeds_draw_different_captions(tok):
     model, images = a_model(tok, 0), some_images(3)
     assert len({tuple(generate(model, images, tok, temperature=2.0, seed=seed)) for seed in range(5)}) == 5
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0, "top_p": 0.9}])
-def test_bytes_and_bfloat16_will_do(tok, search):
+def test_uint8_images_and_bfloat16_models_are_accepted(tok, search):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     captions = generate(a_model(tok, 0).bfloat16(), images, tok, **search)
     assert all(ids_of(captions))
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
-def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
+def test_a_sharded_model_writes_the_captions_of_the_whole_model(tok, search):
     start()
     try:
         models = []
@@ -402,7 +400,7 @@ def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
         dist.destroy_process_group()
 
 
-def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
+def test_the_mode_of_every_module_is_restored_after_an_error(tok):
     model = a_model(tok, 0).train()
     model.vision_encoder.eval()  # frozen, say
     before = [module.training for module in model.modules()]
@@ -444,12 +442,12 @@ def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
         ({"num_beams": 0, "max_new_tokens": 99}, "max_new_tokens must .*; num_beams must be 1"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(tok, arguments, message):
+def test_arguments_out_of_range_are_refused_by_generate(tok, arguments, message):
     with pytest.raises(ValueError, match=f"generate: {message}"):
         generate(a_model(tok, 0), some_images(1), tok, **arguments)
 
 
-def test_more_different_words_than_there_are_are_refused(few):
+def test_more_distinct_tokens_than_the_vocabulary_has_are_refused(few):
     words = few.vocab_size - 4
     model, images = a_model(few, 0), some_images(2)
     written = ids_of(generate(model, images, few, min_new_tokens=words, no_repeat_ngram_size=1, num_beams=3))
@@ -461,7 +459,7 @@ def test_more_different_words_than_there_are_are_refused(few):
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (0, 3, 32, 32)])
-def test_one_image_without_a_batch_and_no_image_at_all_are_refused(tok, shape):
+def test_an_image_without_a_batch_and_an_empty_batch_are_refused(tok, shape):
     message = f"images must be [b, 3, h, w], at least one of them, got {list(shape)}; a single one is image."
     with pytest.raises(ValueError, match=re.escape(message)):
         generate(a_model(tok, 0), torch.zeros(shape, dtype=torch.float64), tok)
