@@ -31,13 +31,14 @@ from grr.data import (
     training_steps,
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
+from grr.evaluation.examples import Examples
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import clip_gradients, derive_seed, materialize, start
-from grr.reports.training import Examples, write_report
+from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log
 from grr.training.optim import adamw, freeze, set_lr, warmup_cosine

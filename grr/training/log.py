@@ -20,6 +20,8 @@ from grr.training.step import Losses
 
 logger = logging.getLogger(__name__)
 
+LogLine = dict[str, Any]  # a line of metrics.jsonl
+
 
 class MetricsLog:
     """Append JSON objects to folder/metrics.jsonl, one a line, and to TensorBoard's events if asked.
@@ -78,13 +80,18 @@ def has_ended(folder: Path, **end: Any) -> bool:
     return (folder / "model").is_dir() and any(end.items() <= line.items() for line in finals)
 
 
-def kept_step(row: dict[str, Any]) -> int | None:
+def is_number(value: object) -> bool:
+    """Returns whether a value of the log is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def kept_step(row: LogLine) -> int | None:
     """The step of the weights that a run keeps, by a line of its log: the final one, or a validation."""
     step = row.get("model_step", row.get("best_step", -1))
     return step if isinstance(step, int) and step >= 0 else None
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[LogLine]:
     """The lines of folder/metrics.jsonl, without one that is torn; none if there is no file."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
