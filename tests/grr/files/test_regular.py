@@ -1,4 +1,4 @@
-"""Only regular files of a bounded size are read, and no other kind makes the reader wait."""
+"""Only regular files of a bounded size are read, and files of other kinds do not block the reader."""
 
 import os
 import socket

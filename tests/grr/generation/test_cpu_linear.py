@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN are the same function, and are put back."""
+"""Linear layers through oneDNN compute the same function, and are restored afterwards."""
 
 import pytest
 import torch
