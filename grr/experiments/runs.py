@@ -14,7 +14,7 @@ from grr.training.log import LogLine, is_number, kept_step, read_metrics, read_s
 
 # What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.
 FREE_SECTIONS = ("model", "data", "validation")
-FREE = HOW_COMPUTED | {"run.seed", "run.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
+FREE = HOW_COMPUTED | {"run.seed", "saving.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
 FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fingerprints, and the global batch
 
 
