@@ -43,7 +43,7 @@ from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, summary
 from grr.training.optim import adamw, freeze
 from grr.training.schedule import set_lr, warmup_cosine
-from grr.training.soft_reset import SoftReset, in_words, soft_reset
+from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
 from grr.training.step import check_finite, global_batch_step
 from grr.training.throughput import Throughput
 
@@ -165,7 +165,7 @@ def main() -> int:
     progress = saver.resume(accepted=run.accept_changes)
     step, control = (progress["step"], SoftReset(**progress["control"])) if progress else (0, SoftReset())
     if progress:
-        logging.info(f"learning-rate regime {control.regime}; {in_words(control)}")
+        logging.info(f"learning-rate regime {control.regime}; {describe_decision(control)}")
     end = {"step": step, "best_step": control.best_step, "wise_ft_alpha": run.wise_ft_alpha}
     if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: has_ended(folder, **end)):
         logging.info(
@@ -250,7 +250,7 @@ def main() -> int:
                         best_step=control.best_step,
                     )
                     write_report(folder, title=title, examples=examples)
-                    bar.write(f"{summary(step, losses, found)}; {in_words(control)}")
+                    bar.write(f"{summary(step, losses, found)}; {describe_decision(control)}")
                 if control.decision == "improved":  # on disk before a checkpoint names it
                     saver.save_best(step, control=control._asdict())
                 if control.decision == "reset":
