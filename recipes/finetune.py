@@ -35,13 +35,15 @@ from grr.inference.pretrained import (
     tell_of_other_crop,
     weights_digest,
 )
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, materialize, on_rank_0, start
+from grr.parallel.process_group import on_rank_0, start
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, summary
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, clip_gradients, freeze, set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, in_words, soft_reset
 from grr.training.step import check_finite, global_batch_step
 from grr.training.throughput import Pace
@@ -138,7 +140,7 @@ def main() -> int:
         activation_checkpointing=run.activation_checkpointing,
         dp_replicate=run.dp_replicate,
     )
-    materialize(model, device, seed=run.seed)
+    initialize(model, device, seed=run.seed)
     load_weights(source, model)
     optimizer = adamw(model, **cfg.optimizer)
     average = EMA(model, decay=run.ema_decay)

@@ -35,12 +35,14 @@ from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, materialize, start
+from grr.parallel.process_group import start
 from grr.reports.training import Examples, write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.optim import adamw, clip_gradients, freeze, set_lr, warmup_cosine
 from grr.training.step import check_finite
 from grr.training.throughput import Pace
 
@@ -131,7 +133,7 @@ def main() -> int:
         activation_checkpointing=run.activation_checkpointing,
         dp_replicate=run.dp_replicate,
     )
-    materialize(model, device, seed=run.seed)
+    initialize(model, device, seed=run.seed)
     if source is not None:
         load_parts(source, model)
     optimizer = adamw(model, **cfg.optimizer)

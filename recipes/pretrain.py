@@ -25,12 +25,14 @@ from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, materialize, on_rank_0, start
+from grr.parallel.process_group import on_rank_0, start
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, summary
-from grr.training.optim import adamw, describe_end, set_lr, warmup_cosine
+from grr.training.optim import adamw, clip_gradients, describe_end, set_lr, warmup_cosine
 from grr.training.step import check_finite, global_batch_step
 from grr.training.throughput import Pace
 
@@ -118,7 +120,7 @@ def main() -> int:
         activation_checkpointing=run.activation_checkpointing,
         dp_replicate=run.dp_replicate,
     )
-    materialize(model, device, seed=run.seed)
+    initialize(model, device, seed=run.seed)
     optimizer = adamw(model, **cfg.optimizer)
 
     # resume, if there is something to resume

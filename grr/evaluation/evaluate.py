@@ -10,7 +10,8 @@ from grr.evaluation.captions import caption_metrics
 from grr.evaluation.outputs import Observation, observe
 from grr.evaluation.retrieval import retrieval
 from grr.models.coca import CoCa
-from grr.parallel.process_group import on_rank_0, unsharded
+from grr.parallel.process_group import on_rank_0
+from grr.parallel.shard import unsharded
 from grr.reports.training import Caption, Examples, Retrieval
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import contrastive_loss, sigmoid_loss

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
-from grr.parallel.process_group import clip_gradients, start
+from grr.parallel.process_group import process_group
 from grr.tokenizers.sentencepiece import Tokenizer
-from grr.training.optim import adamw
+from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
 SECONDS = 4.0  # that a step may take and be followed by one of twice as many pairs
@@ -126,9 +125,7 @@ def _measure(
     run: Planned, model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop
 ) -> Measured:
     """Take steps of more and more pairs, and return the fastest a pair: another program may slow some of them down."""
-    alone = not dist.is_initialized()
-    device = start() if alone else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with process_group() as device:
         model = model.to(device).train()
         optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
         most = min(run.micro_batch_size, run.batch_size, len(pairs))
@@ -139,9 +136,6 @@ def _measure(
             if time.monotonic() > until or (len(steps) > 1 and size == most):
                 return min(steps, key=lambda step: (step.computing + step.reading) / step.pairs)
             size = min(2 * size, most) if len(steps) > 1 and not slow else size
-    finally:
-        if alone:
-            dist.destroy_process_group()
 
 
 def _step(

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from grr.components import Block
 from grr.training.low_bit import LowBitAdamW
@@ -120,6 +122,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate, times the scale of the group where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to a norm of max_norm, over all parameters of all processes; returns the norm before."""
+    norm = clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:
