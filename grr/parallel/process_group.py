@@ -68,6 +68,11 @@ def end() -> None:
         dist.destroy_process_group()
 
 
+def is_rank_0() -> bool:
+    """Returns whether this process is rank 0, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate the rows of all processes, in their order: [b, ...] -> [world b, ...]. Equal b everywhere.
 
