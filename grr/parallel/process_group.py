@@ -100,11 +100,6 @@ def all_max(*numbers: int) -> int:
     return int(largest.item())
 
 
-def is_rank_0() -> bool:
-    """Returns whether this process is rank 0; a process without a group is."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def on_rank_0(act: Callable[[], T]) -> T:
     """Run act on rank 0 alone; when it is done, every rank has its result, or raises its error."""
     if not dist.is_initialized():
