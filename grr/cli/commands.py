@@ -97,8 +97,8 @@ def fetch(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train a vocabulary on captions."""
+    from grr.cli.vocabulary import train_vocabulary
     from grr.config import OVERRIDE
-    from grr.tokenizers.vocabulary import train_vocabulary
 
     overrides = [word for word in options.captions if OVERRIDE.match(word)]
     sources = [word for word in options.captions if word not in overrides]

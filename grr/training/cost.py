@@ -18,7 +18,7 @@ from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
 from grr.parallel.process_group import process_group
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 

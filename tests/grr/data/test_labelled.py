@@ -29,7 +29,7 @@ from grr.data.formats.openmoji_tasks import CURTAIN
 from grr.data.images import BadImage
 from grr.data.labelled import image_folder, snli_ve, vqa_v2
 from grr.data.pairs import Texts
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 GENERATED = ["openmoji_classes", "openmoji_questions", "openmoji_entailment"]
 
