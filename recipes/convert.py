@@ -25,16 +25,19 @@ from grr.tokenizers.clip import ClipTokenizer, installed_merges
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     checkpoint: str  # .pt, .bin or .safetensors, of open_clip's names
     folder: str  # what becomes of it: weights, description, vocabulary
     merges: str | None = None  # bpe_simple_vocab_16e6.txt.gz or merges.txt; null: that of the installed open_clip
 
 
+SECTIONS: config.Sections = {"run": Run, "model": OPEN_CLIP_MODELS}
+
+
 def main() -> None:
-    cfg = config.load(run=Run, model=OPEN_CLIP_MODELS)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     refuse_missing(run)
 
     # vocabulary

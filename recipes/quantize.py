@@ -59,7 +59,7 @@ DEFAULT: list[Variant] = ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "f
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str  # a folder for each variant, and quantization.json
     variants: list[Variant] = field(default_factory=lambda: list(DEFAULT))  # ratios are to the first
@@ -75,17 +75,19 @@ def pretrained(*, path: str) -> CoCa:
     return build_pretrained(find_pretrained(path))
 
 
+SECTIONS: config.Sections = {
+    "run": Run,
+    "model": {"pretrained": pretrained, **MODELS},
+    "tokenizer": open_tokenizer,
+    "data": DATASETS,
+    "generation": generate,
+}
+
+
 def main() -> None:
-    cfg = config.load(
-        run=Run,
-        model={"pretrained": pretrained, **MODELS},
-        tokenizer=open_tokenizer,
-        data=DATASETS,
-        generation=generate,
-    )
-    run, folder = Run(**cfg.run), Path(cfg.run["folder"])
+    cfg = config.load(SECTIONS)
+    run, folder = cfg.get(Run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     device = start()
     check(run, source, device)
     pairs = cfg.build("data")

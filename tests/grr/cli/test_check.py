@@ -14,7 +14,7 @@ from PIL import Image
 
 from grr import config
 from grr.cli import main
-from grr.cli.check import _module, check, read_config
+from grr.cli.check import check, read_config, recipe_sections
 from grr.config import ConfigError
 from grr.experiments import catalog as installed
 
@@ -113,11 +113,11 @@ def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what
 @pytest.mark.parametrize(
     ("processes", "override", "what", "said"),
     [
-        (2, "run.dp_replicate=1", None, None),
-        (3, "run.dp_replicate=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
+        (2, "parallel.dp_replicate=1", None, None),
+        (3, "parallel.dp_replicate=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
         (16, "run.batch_size=64", "steps", "got batch_size=64 for 32 images"),
-        (2, "run.dp_replicate=2", None, None),
-        (1, "run.dp_replicate=2", "dp_replicate", "a multiple of run.dp_replicate=2, got 1; tell --nproc N"),
+        (2, "parallel.dp_replicate=2", None, None),
+        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; tell --nproc N"),
     ],
 )
 def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
@@ -142,7 +142,7 @@ def test_captions_longer_than_the_context_are_counted(photos):
 def test_the_config_of_every_recipe_is_read_as_its_recipe_reads_it(item):
     recipe, given = installed.recipe_of(item.path), []
     try:
-        config.load(["--config", str(item.path)], **config.sections_of(_module(recipe).main))
+        config.load(recipe_sections(recipe)[0], ["--config", str(item.path)])
     except ConfigError as error:  # what only its user can say
         given = [f"{key}=x" for key in re.findall(r"^  (\S+): \w+ needs this argument", str(error), re.MULTILINE)]
     given += [word for word in NEEDED.get(recipe.stem, []) if item.name != "classify/openmoji"]
@@ -179,8 +179,8 @@ def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path)
     assert "validation must have the classes of the training data" in finding.said
 
 
-def test_knobs_that_a_recipe_refuses_are_told():
-    with pytest.raises(config.ConfigError, match=r"run: wise_ft_alpha must be from 0 to 1, got 2"):
+def test_an_option_out_of_its_range_is_refused():
+    with pytest.raises(config.ConfigError, match=r"run\.wise_ft_alpha: must be from 0 to 1, got 2"):
         findings("finetune/photos", "run.wise_ft_alpha=2")
 
 
@@ -256,13 +256,10 @@ def test_a_config_brings_no_program_with_it(command, tmp_path, monkeypatch, capf
         assert "sent/pretrain.py: a recipe that only a config names is not imported by a check" in said.out
 
 
-def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(tmp_path):
-    def main() -> None: ...
-
-    with pytest.raises(ValueError, match=r"main reads no config"):
-        config.sections_of(main)
-    (tmp_path / "empty.yaml").write_text("{}")
-    assert vars(config.load(["--config", str(tmp_path / "empty.yaml")])).keys() == {"_functions"}
+def test_a_recipe_without_sections_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def main() -> None: ...\n")
+    with pytest.raises(ValueError, match=r"mine\.py must have the sections .* got none; add SECTIONS = "):
+        recipe_sections(tmp_path / "mine.py")
 
 
 def test_what_a_run_takes_is_told_from_a_step_of_it(photos):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr import config
-from grr.cli.check import _module
+from grr.cli.check import recipe_sections
 from grr.config import ConfigError
 from grr.data import DATASETS
 from grr.experiments import catalog as installed
@@ -27,7 +27,7 @@ from grr.training.schedule import warmup_cosine
 
 @dataclass
 class Run:
-    """The knobs of a recipe."""
+    """Options of a recipe."""
 
     steps: int
     folder: Path = Path("runs/x")
@@ -57,7 +57,7 @@ GOOD = "{run: {steps: 3}, data: {name: folder, path: photos}}"
 def load(tmp_path: Path, yaml: str, *overrides: str, **sections) -> config.Config:
     file = tmp_path / "tiny.yaml"
     file.write_text(textwrap.dedent(yaml), encoding="utf-8")
-    return config.load(["--config", str(file), *overrides], **(sections or SECTIONS))
+    return config.load(sections or SECTIONS, ["--config", str(file), *overrides])
 
 
 def refusal(tmp_path: Path, yaml: str, *overrides: str) -> str:
@@ -71,7 +71,7 @@ def test_a_section_that_may_be_left_out_is_built_to_nothing_and_survives_being_s
     cfg = load(tmp_path, "{run: {steps: 3}}", **sections)
     assert cfg.build("extra") is None
     config.save(cfg, tmp_path / "saved.yaml")
-    assert config.load(["--config", str(tmp_path / "saved.yaml")], **sections) == cfg
+    assert config.load(sections, ["--config", str(tmp_path / "saved.yaml")]) == cfg
     assert (
         load(tmp_path, "{run: {steps: 3}}", "extra.name=shards", "extra.pattern=x", **sections).extra["pattern"] == "x"
     )
@@ -99,7 +99,7 @@ def test_a_saved_config_loads_as_the_same_config(tmp_path_factory, folder, **val
     cfg = load(tmp_path, GOOD)
     cfg.run = {"folder": Path(folder), **values}
     config.save(cfg, tmp_path / "config.yaml")
-    again = config.load(["--config", str(tmp_path / "config.yaml")], **SECTIONS)
+    again = config.load(SECTIONS, ["--config", str(tmp_path / "config.yaml")])
     assert again == cfg
     assert {key: type(value) for key, value in again.run.items()} == {k: type(v) for k, v in cfg.run.items()}
 
@@ -202,9 +202,9 @@ def test_what_is_no_config_at_all_is_refused(tmp_path, yaml, message):
 
 def test_a_file_must_be_named_and_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"command line:\n  the following arguments are required: --config"):
-        config.load([], **SECTIONS)
+        config.load(SECTIONS, [])
     with pytest.raises(ConfigError, match=r"none\.yaml:\n  cannot be read as YAML: .*No such file"):
-        config.load(["--config", str(tmp_path / "none.yaml")], **SECTIONS)
+        config.load(SECTIONS, ["--config", str(tmp_path / "none.yaml")])
 
 
 def test_values_become_what_the_annotation_says(tmp_path):
@@ -254,7 +254,7 @@ NAMED = "data: {name: karpathy, annotations: a.json, images: b, split: train}"
 
 def named(tmp_path: Path, *overrides: str, text: str = NAMED) -> dict[str, object]:
     (tmp_path / "named.yaml").write_text(text)
-    return config.load(["--config", str(tmp_path / "named.yaml"), *overrides], data=DATASETS | config.NONE).data
+    return config.load({"data": DATASETS | config.NONE}, ["--config", str(tmp_path / "named.yaml"), *overrides]).data
 
 
 def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
@@ -296,14 +296,14 @@ from grr.cli.program import run_main
 
 @dataclass
 class Run:
-    """The knobs."""
+    """Options."""
 
     steps: int
     note: str | None = None
 
 
 def main() -> None:
-    cfg = config.load(run=Run, model=MODELS)
+    cfg = config.load({"run": Run, "model": MODELS})
     print(cfg.run)
 
 
@@ -344,7 +344,7 @@ def test_a_recipe_reads_its_command_line(tmp_path):
 def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path):
     text = recipe(tmp_path, "--help").stdout
     assert "Train something, 100 % of it." in text
-    assert "run:  # Run: The knobs.\n  steps:  # int, required\n  note: null  # str | null\n" in text
+    assert "run:  # Run: Options.\n  steps:  # int, required\n  note: null  # str | null\n" in text
     assert "name: baseline_coca  # Baseline CoCa" in text
     assert "image_size: 288  # int" in text
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
@@ -384,13 +384,13 @@ def test_a_meaning_stands_in_an_annotation_a_comment_or_the_list_of_shared_keys(
     assert "  mode: \"a\"  # 'a' | 'b': which\n" in text
     assert "  dim: 3  # int: width of the residual stream and of the embeddings\n  size: 4  # int" in text
     (tmp_path / "c.yaml").write_text("{run: {folder: x, steps: 4}, other: {mode: b}}")
-    cfg = config.load(["--config", str(tmp_path / "c.yaml")], run=Meant, other=meant)
+    cfg = config.load({"run": Meant, "other": meant}, ["--config", str(tmp_path / "c.yaml")])
     assert (cfg.run["steps"], cfg.other["mode"]) == (4, "b")
 
 
 @pytest.mark.parametrize("item", [r for r in installed.recipes() if r.name != "sizes"], ids=lambda item: item.name)
 def test_every_key_of_every_recipe_has_a_meaning(item):
-    text = config._reference(config.sections_of(_module(item.path).main), {})
+    text = config._reference(recipe_sections(item.path)[0], {})
     keys = [line for line in text.splitlines() if line.startswith("  ") and not line.lstrip().startswith("name: ")]
     without = [line.strip() for line in keys if not re.search(r"  # [^:]+: \S", line)]
     assert without == []
@@ -403,7 +403,7 @@ def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
         "[A man, standing]": ["A man", "standing"],
         '["A man, standing"]': ["A man, standing"],
     }.items():
-        cfg = config.load(["--config", str(tmp_path / "c.yaml"), f"run.names={word}"], run=Meant)
+        cfg = config.load({"run": Meant}, ["--config", str(tmp_path / "c.yaml"), f"run.names={word}"])
         assert cfg.run["names"] == names
 
 

@@ -93,9 +93,8 @@ def test_a_weight_takes_16_bytes_in_memory_and_12_in_a_checkpoint(tmp_path, toke
 def test_more_layers_keep_more_activations(tmp_path, tokenizer):
     def kept(layers: int) -> float:
         sizes = SIZES | {"vision_layers": layers}
-        found = findings(
-            tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
-        )
+        build = functools.partial(grr_coca, vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
+        found = findings(tmp_path, tokenizer, build)
         return float(re.search(r"([\d.]+) MB of activations", found["memory"].said)[1])
 
     assert kept(1) < kept(3) < kept(9)
@@ -125,7 +124,7 @@ def test_a_model_that_is_too_large_for_this_machine_is_not_built(tmp_path, token
 
     found = findings(tmp_path, tokenizer, build)
     assert "not measured: weights, gradients and optimizer state take" in found["time"].said
-    assert found["disk"].wrong == ("lower run.keep" in found["disk"].said)
+    assert found["disk"].wrong == ("lower saving.keep" in found["disk"].said)
     assert built == ["meta"]
 
 
