@@ -66,7 +66,7 @@ def refusal(tmp_path: Path, yaml: str, *overrides: str) -> str:
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
-def test_a_section_that_may_be_left_out_is_built_to_nothing_and_survives_being_saved(tmp_path):
+def test_an_optional_section_that_is_missing_builds_none_and_is_saved(tmp_path):
     sections = {"run": Run, "extra": DATA | config.NONE}
     cfg = load(tmp_path, "{run: {steps: 3}}", **sections)
     assert cfg.build("extra") is None
@@ -105,7 +105,7 @@ def test_a_saved_config_loads_as_the_same_config(tmp_path_factory, folder, **val
 
 
 @given(name=st.sampled_from(sorted(MODELS)), dim=st.integers(1, 9), rate=st.floats(0, 1))
-def test_what_is_given_is_kept_and_the_rest_are_the_defaults_of_the_function(tmp_path_factory, name, dim, rate):
+def test_missing_values_are_the_defaults_of_the_function(tmp_path_factory, name, dim, rate):
     yaml = f"model: {{name: {name}, dim: {dim}}}\noptimizer: {{lr: {rate!r}}}"
     cfg = load(tmp_path_factory.mktemp("config"), yaml, model=MODELS, optimizer=adamw, schedule=warmup_cosine)
     defaults = {key: p.default for key, p in inspect.signature(MODELS[name]).parameters.items()}
@@ -115,7 +115,7 @@ def test_what_is_given_is_kept_and_the_rest_are_the_defaults_of_the_function(tmp
     assert list(cfg.schedule) == list(warmup_cosine.__kwdefaults__)  # in the order of the signature
 
 
-def test_all_mistakes_are_told_at_once_with_their_places(tmp_path):
+def test_all_mistakes_are_reported_at_once_with_their_places(tmp_path):
     yaml = """
         run:
           step: 3
@@ -170,16 +170,16 @@ def test_all_mistakes_are_told_at_once_with_their_places(tmp_path):
         ("--verbose", "unrecognized arguments: --verbose"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told_as_such(tmp_path, override, message):
+def test_a_mistake_on_the_command_line_is_reported_as_such(tmp_path, override, message):
     with pytest.raises(ConfigError, match="command line:\n(.*\n)*  " + message):
         load(tmp_path, GOOD, override)
 
 
-def test_the_name_of_a_chosen_function_is_needed(tmp_path):
+def test_a_section_with_a_choice_of_functions_needs_a_name(tmp_path):
     assert refusal(tmp_path, "run: {steps: 1}") == "tiny.yaml:\n  data.name: must be one of folder, shards"
 
 
-def test_another_name_brings_other_arguments(tmp_path):
+def test_another_name_has_other_arguments(tmp_path):
     assert refusal(tmp_path, GOOD, "data.name=shards") == (
         "tiny.yaml:\n  data.pattern: shards needs this argument, str"
     )
@@ -195,7 +195,7 @@ def test_another_name_brings_other_arguments(tmp_path):
         ("run: !!python/object/apply:os.getcwd []", "cannot be read as YAML: could not determine a constructor"),
     ],
 )
-def test_what_is_no_config_at_all_is_refused(tmp_path, yaml, message):
+def test_a_file_that_is_not_a_config_is_refused(tmp_path, yaml, message):
     with pytest.raises(ConfigError, match=rf"tiny\.yaml:\n  {message}"):
         load(tmp_path, yaml)
 
@@ -207,7 +207,7 @@ def test_a_file_must_be_named_and_exist(tmp_path):
         config.load(SECTIONS, ["--config", str(tmp_path / "none.yaml")])
 
 
-def test_values_become_what_the_annotation_says(tmp_path):
+def test_values_are_converted_to_the_annotated_type(tmp_path):
     cfg = load(tmp_path, GOOD, "optimizer.lr=1e-4", "optimizer.betas=[0, 1]", "run.note='2'", "run.words=[a, b]")
     assert cfg.optimizer["lr"] == 1e-4
     assert repr(cfg.optimizer["betas"]) == "(0.0, 1.0)"
@@ -257,7 +257,7 @@ def named(tmp_path: Path, *overrides: str, text: str = NAMED) -> dict[str, objec
     return config.load({"data": DATASETS | config.NONE}, ["--config", str(tmp_path / "named.yaml"), *overrides]).data
 
 
-def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
+def test_another_name_drops_arguments_that_only_the_first_function_takes(tmp_path):
     assert named(tmp_path, "data.path=photos", "data.name=folder") == {
         "name": "folder",
         "path": "photos",
@@ -278,7 +278,7 @@ def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
         (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
     ],
 )
-def test_another_name_hides_no_mistake(tmp_path, overrides, text, said):
+def test_another_name_does_not_hide_a_mistake(tmp_path, overrides, text, said):
     with pytest.raises(ConfigError, match=said):
         named(tmp_path, *overrides, text=text)
 
@@ -325,13 +325,13 @@ def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.Compl
     )
 
 
-def test_a_recipe_with_a_bad_config_says_what_is_wrong_and_leaves_with_2(tmp_path):
+def test_a_recipe_with_a_bad_config_prints_the_mistake_and_exits_2(tmp_path):
     done = recipe(tmp_path, "--config", "tiny.yaml", "run.stps=4")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "command line:\n  run.stps: Run takes no such argument (did you mean steps?)\n"
 
 
-def test_only_the_first_of_many_processes_speaks(tmp_path):
+def test_only_the_first_process_prints_config_errors(tmp_path):
     done = recipe(tmp_path, "--config", "tiny.yaml", "run.stps=4", rank="1")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
@@ -350,7 +350,7 @@ def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
 
 
-def test_help_shows_the_values_of_the_config_it_stands_beside(tmp_path):
+def test_help_shows_the_values_of_the_config_on_its_command_line(tmp_path):
     text = recipe(tmp_path, "--config", "tiny.yaml", "run.note=hello", "--help").stdout
     assert '  steps: 3  # int, required\n  note: "hello"  # str | null, default null\n' in text
     assert "model:  # one of these functions, by name; another name keeps the keys that both take\n  name: g" in text
@@ -377,7 +377,7 @@ def meant(
     """A function."""
 
 
-def test_a_meaning_stands_in_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
+def test_a_meaning_comes_from_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
     text = config._reference({"run": Meant, "other": meant}, {})
     assert "  folder:  # str, required: where it writes\n  steps: 3  # int: how many\n" in text
     assert '  names: []  # list[str]: what: "a" or b\n' in text
