@@ -1,5 +1,6 @@
 """The cost of a run is scaled from a measured step, and an error in that step does not stop a check."""
 
+import functools
 import re
 from pathlib import Path
 
