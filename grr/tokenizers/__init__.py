@@ -1,1 +1,1 @@
-"""Tokenizers: SentencePiece, and the byte-pair encoding of CLIP."""
+"""Tokenizers: SentencePiece and CLIP's byte-pair encoding."""
