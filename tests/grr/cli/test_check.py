@@ -264,7 +264,7 @@ def test_a_recipe_without_sections_is_refused(tmp_path):
 
 def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
     told = {f.what: f.said for f in findings("pretrain/photos", *SMALL)}
-    assert re.match(r"about a minute for 80 steps .* a step of 8 pairs, scaled from one of \d in ", told["time"])
+    assert re.match(r"about a minute for 80 steps .* per step of 8 pairs, scaled from one of \d in ", told["time"])
     assert "of activations of 4 pairs" in told["memory"]
     assert told["disk"].startswith("at most ")
     assert told["epoch"] == "uses 32 of 32 pairs (100.0%), 0 are left out"
@@ -319,5 +319,5 @@ def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
 def test_a_fine_tuning_run_is_timed_with_the_model_it_starts_from(photos, colour_run):
     told = findings("finetune/photos", f"model.path={colour_run}", "run.batch_size=8", "run.micro_batch_size=8")
     said = {f.what: f.said for f in told}
-    assert re.search(r" a step of 8 pairs, scaled from one of 8 in ", said["time"])
+    assert re.search(r" per step of 8 pairs, scaled from one of 8 in ", said["time"])
     assert "of activations of 8 pairs" in said["memory"]
