@@ -161,12 +161,10 @@ def test_the_workflow_runs_what_contributors_run():
     assert f">={python}" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "template", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name
-)
-def test_an_issue_template_has_what_the_form_needs(template):
-    form = yaml.safe_load(template.read_text(encoding="utf-8"))
-    assert form["name"] and form["description"]
+@pytest.mark.parametrize("name", ["bug", "question"])
+def test_an_issue_template_has_what_the_form_needs(name):
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= set(form)
     ids = [field["id"] for field in form["body"]]
     assert len(set(ids)) == len(ids) > 0
     assert all(field["attributes"]["label"] for field in form["body"])
