@@ -76,7 +76,7 @@ class Rates(NamedTuple):
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str = "runs/benchmark"  # benchmark.json and config.yaml
     seed: int = 0

@@ -166,8 +166,8 @@ def main() -> int:
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         log.write("final", last, **losses.numbers(), **metrics, model_step=kept, keep_model=run.keep_model)
         on_rank_0(partial(report, examples=examples))
-        logging.info(f"finished after step {last}; model/ holds the {run.keep_model} weights, of step {kept}")
-        logging.info(f"see {folder / 'report.html'}")
+        kept_model = f"model/ holds the {run.keep_model} weights, of step {kept}"
+        logging.info(f"finished after step {last} of {last}; {kept_model}; see {folder / 'report.html'}")
     return 0
 
 

@@ -59,7 +59,7 @@ DEFAULT: list[Variant] = ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "f
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str  # a folder for each variant, and quantization.json
     variants: list[Variant] = field(default_factory=lambda: list(DEFAULT))  # ratios are to the first
