@@ -37,12 +37,13 @@ from grr.inference.pretrained import (
 )
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, process_group
+from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, parameter_counts, summary
-from grr.training.optim import adamw, freeze
+from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
 from grr.training.step import check_finite, global_batch_step

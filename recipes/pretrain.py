@@ -27,11 +27,12 @@ from grr.inference.pretrained import describe
 from grr.models.builders import MODELS
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, process_group
+from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, parameter_counts, summary
-from grr.training.optim import adamw
+from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, warmup_cosine
 from grr.training.step import check_finite, global_batch_step
 from grr.training.throughput import Throughput

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
-from grr.parallel.process_group import clip_gradients, start
+from grr.parallel.process_group import process_group
 from grr.tokenizers.sentencepiece import Tokenizer
-from grr.training.optim import adamw
+from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
 SLOW_STEP = 4.0  # seconds; a slower step is not followed by one of twice as many pairs
@@ -125,9 +124,7 @@ def _measure(
     run: RunPlan, model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop
 ) -> StepCost:
     """Time steps of increasing size, and return the fastest per pair: other programs may slow some of them."""
-    own_group = not dist.is_initialized()
-    device = start() if own_group else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with process_group() as device:
         model = model.to(device).train()
         optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
         most = min(run.micro_batch_size, run.batch_size, len(pairs))
@@ -138,9 +135,6 @@ def _measure(
             if time.monotonic() > until or (len(steps) > 1 and size == most):
                 return min(steps, key=lambda step: (step.computing + step.reading) / step.pairs)
             size = min(2 * size, most) if len(steps) > 1 and not slow else size
-    finally:
-        if own_group:
-            dist.destroy_process_group()
 
 
 def _step(

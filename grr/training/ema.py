@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from grr.parallel.process_group import local
+from grr.parallel.shard import local
 
 
 class EMA:

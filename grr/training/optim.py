@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from grr.components import Block
 from grr.training.low_bit import LowBitAdamW
@@ -74,6 +76,12 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         children[part].requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"freeze: no parameter remains to be trained when {', '.join(parts)} are frozen; remove one")
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to a norm of max_norm, over all parameters of all processes; returns the norm before."""
+    norm = clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -22,7 +22,8 @@ from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, derive_seed, gather
+from grr.parallel.process_group import all_sum, gather
+from grr.seeds import derive_seed
 from grr.training.loss import contrastive_loss, sigmoid_loss
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from grr import config
 from grr.data.collate import IGNORE
 from grr.models.builders import grr_coca_tiny
-from grr.parallel.process_group import materialize
+from grr.parallel.initialize import initialize
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -110,7 +110,7 @@ def test_the_cost_of_a_batch_is_torchs_count(name, tokens):
     cfg = load(CONFIGS[0], f"model.name={name}", *small)
     with torch.device("meta"):
         model = cfg.build("model")
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     (batch,) = random_batches(Run(batch_size=3, micro_batch_size=3), tokens, **sizes(cfg))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)

@@ -16,7 +16,9 @@ from grr.generation.beam import beam_search
 from grr.generation.decoding_state import DecodingState
 from grr.generation.generate import generate, sample
 from grr.models.builders import grr_coca_tiny
-from grr.parallel.process_group import materialize, shard_over, start, unsharded
+from grr.parallel.initialize import initialize
+from grr.parallel.process_group import start
+from grr.parallel.shard import shard_over, unsharded
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
@@ -383,7 +385,7 @@ def test_a_sharded_model_writes_the_captions_of_the_whole_model(tok, search):
                 model = grr_coca_tiny(vocab_size=tok.vocab_size, context_length=CONTEXT).double()
             if sharded:
                 shard_over(model, init_device_mesh("cpu", (1,)))
-            materialize(model, torch.device("cpu"), seed=0)
+            initialize(model, torch.device("cpu"), seed=0)
             models.append(model)
         whole, sharded = models
         images = some_images(5)

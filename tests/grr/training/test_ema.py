@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
-from grr.parallel.process_group import shard_over
+from grr.parallel.shard import shard_over
 from grr.training.ema import EMA, weights_of, wise_ft
 
 
