@@ -214,7 +214,7 @@ def _write_classes(
     folder: Path, model: str, trained: Any, files: list[str], classes: list[str], arguments: dict[str, Any]
 ) -> int:
     from grr.inference.classify import classify_files
-    from grr.inference.results import read_results
+    from grr.inference.results import read_results, summary
     from grr.reports.gallery import write_classes
 
     output = folder / "classes.jsonl"
