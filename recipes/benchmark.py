@@ -93,10 +93,13 @@ class Run:
     iterations: int = 10
 
 
+SECTIONS: config.Sections = {"run": Run, "model": MODELS, "loss": global_batch_step, "optimizer": adamw}
+
+
 def main() -> None:
-    cfg = config.load(run=Run, model=MODELS, loss=global_batch_step, optimizer=adamw)
-    run = Run(**cfg.run)
-    refuse(cfg)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
+    validate_config(cfg)
     folder = Path(run.folder)
     device = start()
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +126,9 @@ def main() -> None:
             (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def refuse(cfg: config.Config) -> None:
+def validate_config(cfg: config.Config) -> None:
     """Say at once all that would fail later, as `grr check` does."""
-    run, room = Run(**cfg.run), cfg.model["context_length"] - 3  # the most tokens of a caption
+    run, room = cfg.get(Run), cfg.model["context_length"] - 3  # the most tokens of a caption
     processes = os.environ.get("WORLD_SIZE", "1")
     micro, tokens = run.micro_batch_size, run.written_tokens
     wrong = []

@@ -42,9 +42,12 @@ class Model:
     path: str  # a run's folder, its model/, one of its checkpoints/step_N, or what recipes/convert.py wrote
 
 
+SECTIONS: config.Sections = {"run": Run, "model": Model, "generation": generate}
+
+
 def main() -> int:
-    cfg = config.load(run=Run, model=Model, generation=generate)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     files = find_images(run.images)
     output = Path(run.folder, "captions.jsonl")
 

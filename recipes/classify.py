@@ -46,10 +46,13 @@ class Model:
     path: str  # a run's folder, its model/, one of its checkpoints/step_N, or what recipes/convert.py wrote
 
 
+SECTIONS: config.Sections = {"run": Run, "model": Model, "zero_shot": class_embeddings}
+
+
 def main() -> int:
-    cfg = config.load(run=Run, model=Model, zero_shot=class_embeddings)
-    refuse(cfg)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    validate_config(cfg)
+    run = cfg.get(Run)
     classes = run.classes or read_classes(str(run.classes_file))
     files = find_images(run.images)
     output = Path(run.folder, "classes.jsonl")
@@ -77,9 +80,9 @@ def main() -> int:
     return outcome.status
 
 
-def refuse(cfg: config.Config) -> None:
+def validate_config(cfg: config.Config) -> None:
     """Raises ValueError if the classes are not named, or named twice; `grr check` asks, too."""
-    run = Run(**cfg.run)
+    run = cfg.get(Run)
     if bool(run.classes) == (run.classes_file is not None):
         raise ValueError(
             f"classify: the classes must be named once, got {run.classes=}, {run.classes_file=}; set one of them"

@@ -27,9 +27,12 @@ class Run:
     allow_differences: bool = False  # compare even runs of unequal conditions, and say in what they differ
 
 
+SECTIONS: config.Sections = {"run": Run}
+
+
 def main() -> None:
-    cfg = config.load(run=Run)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     models = read_models(run.models)
     comparison = compare(models, published=run.published, allow_differences=run.allow_differences)
     print(as_text(comparison))

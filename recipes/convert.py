@@ -32,9 +32,12 @@ class Run:
     merges: str | None = None  # bpe_simple_vocab_16e6.txt.gz or merges.txt; null: that of the installed open_clip
 
 
+SECTIONS: config.Sections = {"run": Run, "model": OPEN_CLIP_MODELS}
+
+
 def main() -> None:
-    cfg = config.load(run=Run, model=OPEN_CLIP_MODELS)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     refuse_missing(run)
 
     # vocabulary

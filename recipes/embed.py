@@ -36,9 +36,12 @@ class Model:
     path: str  # a run's folder, its model/, one of its checkpoints/step_N, or what recipes/convert.py wrote
 
 
+SECTIONS: config.Sections = {"run": Run, "model": Model}
+
+
 def main() -> int:
-    cfg = config.load(run=Run, model=Model)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     files = find_images(run.images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if run.bf16 else torch.float32

@@ -50,23 +50,25 @@ class Model:
     path: str  # a run's folder, its model/, or one of its checkpoints/step_N
 
 
+SECTIONS: config.Sections = {
+    "run": Run,
+    "model": Model,
+    "data": DATASETS | config.NONE,
+    "losses": losses,
+    "generation": generate,
+    "labelled": LABELLED | config.NONE,
+    "labelled_train": LABELLED | config.NONE,
+    "zero_shot": class_embeddings,
+    "linear_probe": linear_probe,
+    "attentive_probe": attentive_probe,
+}
+
+
 def main() -> None:
-    cfg = config.load(
-        run=Run,
-        model=Model,
-        data=DATASETS | config.NONE,
-        losses=losses,
-        generation=generate,
-        labelled=LABELLED | config.NONE,
-        labelled_train=LABELLED | config.NONE,
-        zero_shot=class_embeddings,
-        linear_probe=linear_probe,
-        attentive_probe=attentive_probe,
-    )
-    run = Run(**cfg.run)
-    refuse(cfg)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
+    validate_config(cfg)
     device = start()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if dist.get_rank() == 0 else logging.WARNING)
 
     # model: whole in every process, each of which computes batches of its own
     source = find_pretrained(cfg.model["path"])
@@ -144,7 +146,7 @@ def main() -> None:
     logging.info(f"see {page}, and evaluation.json beside it")
 
 
-def refuse(cfg: config.Config) -> None:
+def validate_config(cfg: config.Config) -> None:
     """A task needs its data: raises ValueError naming the section that is missing."""
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES}
     for section, wanted in needs.items():

@@ -44,9 +44,12 @@ class Model:
     path: str  # a run's folder, its model/, or one of its checkpoints/step_N
 
 
+SECTIONS: config.Sections = {"run": Run, "model": Model}
+
+
 def main() -> None:
-    cfg = config.load(run=Run, model=Model)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     source = find_pretrained(cfg.model["path"])
     model, tokenizer, image_size, _ = load_pretrained(source.path)
     parts = graphs(model, image_size, tokenizer.context_length, pixels=run.pixels)

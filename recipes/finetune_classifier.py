@@ -9,8 +9,9 @@ The same command, submitted again, continues where the run stopped. Any key of t
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
 from grr.cli.program import run_main
-from grr.config.ranges import check_ranges
 from grr.data import (
     LABELLED,
     pair_counts,
@@ -31,23 +31,26 @@ from grr.data import (
     training_steps,
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
+from grr.evaluation.examples import Examples
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, materialize, start
-from grr.reports.training import Examples, write_report
+from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, process_group
+from grr.reports.training import write_report
 from grr.tokenizers.sentencepiece import open_tokenizer
-from grr.training.log import open_log
-from grr.training.optim import adamw, freeze, set_lr, warmup_cosine
+from grr.training.log import open_log, parameter_counts
+from grr.training.optim import adamw, freeze
+from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.step import check_finite
-from grr.training.throughput import Pace
+from grr.training.throughput import Throughput
 
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str = "runs/classifier"  # everything the run writes
     seed: int = 0  # of the initial weights, the order of the data, and dropout
@@ -56,23 +59,11 @@ class Run:
     patience: int | None = None  # stop after so many validations that are not better than the best; null: never
     batch_size: int = 256  # samples in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 64  # samples that one process holds at a time
-    max_grad_norm: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
-    bf16: bool = False  # compute in bfloat16; weights and the reduction of gradients stay float32
-    float8: bool | Literal["emulated"] = False  # blocks multiply in 8 bits; emulated: on any device, without the speed
-    compile: bool = False  # compile each block
-    activation_checkpointing: bool = False  # keep what enters each block, compute the rest again
-    dp_replicate: int = 1  # whole copies of the model, each sharded over its part of the processes (HSDP)
     log_every: int = 10  # optimizer steps
     validate_every: int | None = None  # optimizer steps; null: once an epoch
-    save_every: int = 1000  # optimizer steps
-    save_minutes: float = 30.0
-    keep: int = 2  # checkpoints
-    accept_changes: list[str] = field(default_factory=list)  # keys of the config that a resumed run may change
     tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
@@ -80,183 +71,145 @@ def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
     return build_pretrained(find_pretrained(path), dropout=dropout)
 
 
+SECTIONS: config.Sections = {
+    "run": Run,
+    "model": {"pretrained": pretrained, **MODELS},
+    "head": HEADS,
+    "tokenizer": open_tokenizer,
+    "data": LABELLED,
+    "validation": LABELLED,
+    "loader": training_steps,
+    "loss": classification_step,
+    "optimizer": adamw,
+    "schedule": warmup_cosine,
+    "parallel": parallelize,
+    "saving": Saver,
+}
+
+
 def main() -> int:
-    cfg = config.load(
-        run=Run,
-        model={"pretrained": pretrained, **MODELS},
-        head=HEADS,
-        tokenizer=open_tokenizer,
-        data=LABELLED,
-        validation=LABELLED,
-        loader=training_steps,
-        loss=classification_step,
-        optimizer=adamw,
-        schedule=warmup_cosine,
-    )
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     folder = Path(run.folder)
-    device = start()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
-    lock = RunLock(folder)
+    with process_group() as device, RunLock(folder):
+        # data: labelled; the tokenizer is the pre-trained model's, if there is one
+        pairs, held_out = cfg.build("data"), cfg.build("validation")
+        refuse_other_classes(pairs, held_out)
+        if source is not None:
+            cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
+            tell_of_other_crop(source, cfg.loader["crop"])
+        tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
+        per_epoch = steps_per_epoch(pairs, run.batch_size)
+        text_only = text_only_accuracy(pairs, held_out)
 
-    # data: labelled, and read in the words of the pre-trained model if there is one
-    pairs, held_out = cfg.build("data"), cfg.build("validation")
-    refuse_other_classes(pairs, held_out)
-    if source is not None:
-        cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
-        tell_of_other_crop(source, cfg.loader["crop"])
-    tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
-    per_epoch = steps_per_epoch(pairs, run.batch_size)
-    last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
-    validate_every = run.validate_every or per_epoch
+        # model: the head on the parts of a CoCa, built without memory, sharded, then initialised or loaded
+        if source is not None:
+            builder, arguments = source.builder, source.arguments | {"dropout": cfg.model["dropout"]}
+        else:
+            cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
+            builder, arguments = cfg.model["name"], cfg.arguments("model")
+        description = describe_classifier(builder, arguments, cfg.loader["crop"], cfg.head["name"], pairs.classes)
+        with torch.device("meta"):
+            model = cfg.build("head", cfg.build("model"), len(pairs.classes))
+        freeze(model, run.freeze)
+        parallelize(model, device, **cfg.parallel)
+        initialize(model, device, seed=run.seed)
+        if source is not None:
+            load_parts(source, model)
+        optimizer = adamw(model, **cfg.optimizer)
 
-    # model: the head on the parts of a CoCa, built without memory, sharded, then filled
-    if source is not None:
-        builder, arguments = source.builder, source.arguments | {"dropout": cfg.model["dropout"]}
-    else:
-        cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
-        builder, arguments = cfg.model["name"], {key: x for key, x in cfg.model.items() if key != "name"}
-    description = describe_classifier(builder, arguments, cfg.loader["crop"], cfg.head["name"], pairs.classes)
-    with torch.device("meta"):
-        model = cfg.build("head", cfg.build("model"), len(pairs.classes))
-    freeze(model, run.freeze)
-    parallelize(
-        model,
-        device,
-        bf16=run.bf16,
-        float8=run.float8,
-        compile=run.compile,
-        activation_checkpointing=run.activation_checkpointing,
-        dp_replicate=run.dp_replicate,
-    )
-    materialize(model, device, seed=run.seed)
-    if source is not None:
-        load_parts(source, model)
-    optimizer = adamw(model, **cfg.optimizer)
-    loader = {
-        "rank": rank,
-        "world": world,
+        # resume, if there is a checkpoint
+        content = {
+            "start": weights_digest(source) if source else None,
+            "data": pairs.fingerprint,
+            "validation": held_out.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+        }
+        identity = run_identity(cfg, **content)
+        saver = Saver(folder, model, optimizer, identity=identity, description=description, **cfg.saving)
+        progress = saver.resume() or {"step": 0, "best": -1.0, "best_step": -1}
+        step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
+        saver.resume_best(best["best_step"])
+        facts = {
+            **parameter_counts(model),
+            "classes": len(pairs.classes),
+            **pair_counts(pairs, held_out),
+            "text_only_accuracy": text_only,
+            "steps_per_epoch": per_epoch,
+            **content,
+        }
+        log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
+
+        # loop: the best model so far is kept
+        last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
+        validate_every = run.validate_every or per_epoch
+        loader = loader_arguments(cfg, run, device, image_size=arguments["image_size"])
+        reading = {"image_size": arguments["image_size"], "crop": cfg.loader["crop"]}
+        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+        bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
+        throughput = Throughput(run.batch_size)
+        while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):
+            with throughput.waiting():
+                micro_batches = [batch.to(device) for batch in next(batches)]
+            lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
+            set_lr(optimizer, lr)
+            scores = classification_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+            norm = clip_gradients(model, run.max_grad_norm)
+            check_finite(scores, norm, step, micro_batches, folder)
+            if saver.due:  # finite gradients have shown that the weights of this step are finite
+                saver.save(step, **best)
+            if saver.stopping:
+                bar.close()
+                logging.info(f"stopped after step {step} of {last}; the same command continues")
+                return saver.stopping
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            throughput.step(micro_batches)
+            bar.update()
+            bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+
+            if step % run.log_every == 0 or step == last:
+                log.write("train", step, **scores._asdict(), lr=lr, grad_norm=norm, **throughput.metrics())
+
+            if step % validate_every == 0 or step == last:
+                with throughput.paused():
+                    scores = classification_scores(model, held_out, tokenizer, device, **reading)
+                    if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
+                        best = {"best": scores.accuracy, "best_step": step}
+                        saver.save_best(step, **best)
+                    shown = Examples([], [], answers(model, held_out, tokenizer, device, **reading))
+                    beside = {"text_only_accuracy": text_only, "best_accuracy": best["best"]}
+                    log.write("validation", step, **scores._asdict(), **beside, best_step=best["best_step"])
+                    on_rank_0(partial(write_report, folder, title=f"{builder} on {cfg.data['name']}", examples=shown))
+                    bar.write(
+                        f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
+                        f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}"
+                    )
+            saver.poll(step, due=step % validate_every == 0 or step == last)
+        bar.close()
+
+        # the end: the best is the model
+        if saver.due:
+            saver.save(step, **best)
+        load_checkpoint_weights(saver.best(best["best_step"]), model)
+        save_model(folder / "model", model, description, folder / "tokenizer.model")
+        logging.info(f"finished after step {step} of {last}; model/ holds the best; see {folder / 'report.html'}")
+    return 0
+
+
+def loader_arguments(cfg: config.Config, run: Run, device: torch.device, *, image_size: int) -> dict[str, Any]:
+    """Returns the arguments of `training_steps` that the config's section does not hold."""
+    return {
+        "rank": dist.get_rank(),
+        "world": dist.get_world_size(),
         "batch_size": run.batch_size,
         "micro_batch_size": run.micro_batch_size,
-        "image_size": arguments["image_size"],
+        "image_size": image_size,
         "pin_memory": device.type == "cuda",
         **cfg.loader,
     }
-
-    # resume, if there is something to resume
-    fingerprints = {
-        "start": weights_digest(source) if source else None,
-        "data": pairs.fingerprint,
-        "validation": held_out.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-    }
-    saver = Saver(
-        folder,
-        model,
-        optimizer,
-        run_identity(cfg, **fingerprints),
-        description=description,
-        save_every=run.save_every,
-        save_minutes=run.save_minutes,
-        keep=run.keep,
-    )
-    progress = saver.resume(accepted=run.accept_changes) or {"step": 0, "best": -1.0, "best_step": -1}
-    step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
-    saver.resume_best(best["best_step"])
-    blind = text_only_accuracy(pairs, held_out)
-    facts = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "classes": len(pairs.classes),
-        **pair_counts(pairs, held_out),
-        "text_only_accuracy": blind,
-        "steps_per_epoch": per_epoch,
-        "world_size": world,
-        "batch_size": run.batch_size,
-        **fingerprints,
-    }
-    log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard) if rank == 0 else None
-    if log and saver.changes:
-        log.write(split="change", step=step, changes=saver.changes)
-
-    # loop: the best model so far is kept
-    batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
-    bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=rank > 0)
-    pace = Pace(run.batch_size)
-    while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):
-        with pace.waiting():
-            micro_batches = [batch.to(device) for batch in next(batches)]
-        lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
-        set_lr(optimizer, lr)
-        scores = classification_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
-        norm = clip_gradients(model, run.max_grad_norm)
-        check_finite(scores, norm, step, micro_batches, folder)
-        if saver.due:  # these gradients have shown that the weights are sound
-            saver.save(step, **best)
-        if saver.stopping:
-            bar.close()
-            logging.info(f"stopped after step {step} of {last}; the same command continues")
-            lock.release()
-            return saver.stopping
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        pace.step(micro_batches)
-        bar.update()
-        bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-
-        if log and (step % run.log_every == 0 or step == last):
-            log.write(
-                split="train",
-                step=step,
-                epoch=step / per_epoch,
-                **scores._asdict(),
-                lr=lr,
-                grad_norm=norm,
-                **pace.line(),
-            )
-
-        if step % validate_every == 0 or step == last:
-            with pace.paused():
-                scores = classification_scores(
-                    model, held_out, tokenizer, device, image_size=arguments["image_size"], crop=cfg.loader["crop"]
-                )
-                if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
-                    best = {"best": scores.accuracy, "best_step": step}
-                    saver.save_best(step, **best)
-                shown = answers(
-                    model, held_out, tokenizer, device, image_size=arguments["image_size"], crop=cfg.loader["crop"]
-                )
-                if log:
-                    log.write(
-                        split="validation",
-                        step=step,
-                        epoch=step / per_epoch,
-                        **scores._asdict(),
-                        text_only_accuracy=blind,
-                        best_accuracy=best["best"],
-                        best_step=best["best_step"],
-                    )
-                    write_report(folder, title=f"{builder} on {cfg.data['name']}", examples=Examples([], [], shown))
-                    bar.write(
-                        f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                        f"{best['best']:.1%} at step {best['best_step']}; {blind:.1%} without a look at the images"
-                    )
-        saver.poll(step, due=step % validate_every == 0 or step == last)
-    bar.close()
-
-    # the end: the best is the model
-    if saver.due:
-        saver.save(step, **best)
-    load_checkpoint_weights(saver.best(best["best_step"]), model)
-    save_model(folder / "model", model, description, folder / "tokenizer.model")
-    logging.info(
-        f"finished after step {step} of {last}; the best model is in {folder / 'model'}; see {folder / 'report.html'}"
-    )
-    lock.release()
-    return 0
 
 
 if __name__ == "__main__":

@@ -75,17 +75,19 @@ def pretrained(*, path: str) -> CoCa:
     return build_pretrained(find_pretrained(path))
 
 
+SECTIONS: config.Sections = {
+    "run": Run,
+    "model": {"pretrained": pretrained, **MODELS},
+    "tokenizer": open_tokenizer,
+    "data": DATASETS,
+    "generation": generate,
+}
+
+
 def main() -> None:
-    cfg = config.load(
-        run=Run,
-        model={"pretrained": pretrained, **MODELS},
-        tokenizer=open_tokenizer,
-        data=DATASETS,
-        generation=generate,
-    )
-    run, folder = Run(**cfg.run), Path(cfg.run["folder"])
+    cfg = config.load(SECTIONS)
+    run, folder = cfg.get(Run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     device = start()
     check(run, source, device)
     pairs = cfg.build("data")

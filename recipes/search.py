@@ -39,10 +39,13 @@ class Model:
     path: str | None = None  # null: where it was then
 
 
+SECTIONS: config.Sections = {"run": Run, "model": Model}
+
+
 def main() -> int:
-    cfg = config.load(run=Run, model=Model)
-    refuse(cfg)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    validate_config(cfg)
+    run = cfg.get(Run)
     images = find_images(run.images) if run.images is not None else []
     path = cfg.model["path"] or open_index(run.index).model_path
 
@@ -63,7 +66,7 @@ def main() -> int:
     return 0
 
 
-def refuse(cfg: config.Config) -> None:
+def validate_config(cfg: config.Config) -> None:
     """Raises ValueError if there is nothing to look for; `grr check` asks, too."""
     if not cfg.run["texts"] and cfg.run["images"] is None:
         raise ValueError("search: there must be something to look for; give run.texts=[a fox] or run.images=photo.jpg")

@@ -42,9 +42,12 @@ class Run:
     overrides: list[str] = field(default_factory=list)  # "stage: key=value ...", for all runs of a stage
 
 
+SECTIONS: config.Sections = {"run": Run}
+
+
 def main() -> None:
-    cfg = config.load(run=Run)
-    run = Run(**cfg.run)
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     if run.jobs < 1:
         raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
     jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)

@@ -16,14 +16,14 @@ HOW_COMPUTED = frozenset(
     {
         "run.folder",
         "run.micro_batch_size",
-        "run.compile",
-        "run.activation_checkpointing",
+        "parallel.compile",
+        "parallel.activation_checkpointing",
         "run.in_memory",
-        "run.dp_replicate",
+        "parallel.dp_replicate",
         "run.log_every",
-        "run.save_every",
-        "run.save_minutes",
-        "run.keep",
+        "saving.every",
+        "saving.minutes",
+        "saving.keep",
         "run.tensorboard",
         "loader.workers",
         "loader.prefetch",
@@ -38,7 +38,7 @@ MAY_CHANGE = HOW_COMPUTED | {
     "run.num_eval_images",
     "run.wise_ft_alpha",
     "run.keep_model",
-    "run.accept_changes",
+    "saving.accept_changes",
     "loader.max_bad_fraction",
     "model.path",
 }
@@ -78,7 +78,7 @@ def check_identity(
     wrong = [key for key in accepted if key not in known or not _acceptable(key)]
     if wrong:
         names = ", ".join(sorted(filter(_acceptable, known)))
-        raise ValueError(f"check_identity: run.accept_changes can name {names}, got {', '.join(wrong)}")
+        raise ValueError(f"check_identity: saving.accept_changes can name {names}, got {', '.join(wrong)}")
     changes = {
         key: [saved.get(key, "not recorded"), wanted.get(key, "not there")]
         for key in sorted(known)
@@ -92,7 +92,7 @@ def check_identity(
         remedy = "Set run.folder to a new folder, or go back to the config.yaml in that folder"
         if all(map(_acceptable, refused)):
             names = ", ".join(refused)
-            remedy += f", or change the run on purpose with 'run.accept_changes=[{names}]', which its log records"
+            remedy += f", or change the run on purpose with 'saving.accept_changes=[{names}]', which its log records"
         raise ValueError(
             f"check_identity: the checkpoints in {folder} were written by a different run: {'; '.join(lines)}. {remedy}"
         )

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Write and read the checkpoints of a run: folder/checkpoints/step_N, and folder/best/step_N.
 
-        saver = Saver(folder, model, optimizer, identity, description=describe(...), save_every=1000, save_minutes=30.0,
-                      keep=2)
+        saver = Saver(folder, model, optimizer, identity=run_identity(...), description=describe(...), **cfg.saving)
         progress = saver.resume()
         while step < last:
             ...                                  # losses, gradients, and the check that they are finite
-            if saver.due:                        # the gradients have shown that the weights of `step` are sound
+            if saver.due:                        # the gradients have shown that the weights of `step` are finite
                 saver.save(step)
             if saver.stopping:
                 break
@@ -42,10 +41,11 @@ class Saver:
             step += 1
             saver.poll(step)
 
-    A checkpoint of step N is due after step N, and is written when the gradients of step N + 1 are finite: weights that
-    the next step finds ruined never become a checkpoint. identity: `run_identity`; description: what `describe` of
-    grr.inference.pretrained returns, so that a checkpoint can be opened as a model; average: the weights of a
-    `grr.training.ema.Average`. Called by all ranks alike.
+    A checkpoint of step N is due after step N, and is written when the gradients of step N + 1 are finite, so that
+    weights which the next step finds not to be finite never become a checkpoint.
+
+    ema: the weights of a `grr.training.ema.EMA`. identity: `run_identity`. description: `describe` of
+    grr.inference.pretrained, so that a checkpoint can be opened as a model. Called by all ranks alike.
     """
 
     def __init__(
@@ -53,39 +53,39 @@ class Saver:
         folder: Path,
         model: nn.Module,
         optimizer: Optimizer,
-        identity: Mapping[str, Any],
+        ema: Mapping[str, Tensor] | None = None,
         *,
+        identity: Mapping[str, Any],
         description: Mapping[str, Any],
-        average: Mapping[str, Tensor] | None = None,
-        save_every: int,
-        save_minutes: float,
-        keep: int,
+        every: int = 1000,  # optimizer steps from one checkpoint to the next, at most
+        minutes: float = 30.0,  # from one checkpoint to the next, at most
+        keep: int = 2,  # checkpoints, beside the best
+        accept_changes: tuple[str, ...] = (),  # keys of the config that a resumed run may change
     ) -> None:
-        self._folder, self._model, self._optimizer, self._average = folder, model, optimizer, average
-        self._identity, self._description = dict(identity), dict(description)
-        self._every, self._minutes, self._keep = save_every, save_minutes, keep
+        self._folder, self._model, self._optimizer, self._ema = folder, model, optimizer, ema
+        self._identity, self._description, self._accepted = dict(identity), dict(description), accept_changes
+        self._every, self._minutes, self._keep = every, minutes, keep
         self._stop, self._saved = StopSignal(), time.monotonic()
         self.due = False
         self.stopping = 0  # the exit status of a run that was asked to stop, else 0
         self.changes: dict[str, list[Any]] = {}  # accepted at resume: [value before, value now] by key
 
-    def resume(self, *, accepted: Collection[str] = ()) -> dict[str, Any] | None:
+    def resume(self) -> dict[str, Any] | None:
         """Load the newest whole checkpoint and return its progress; None if there is none to resume.
 
-        accepted: keys of the identity that were changed on purpose. Raises ValueError if anything else in it differs,
-        or if every checkpoint is damaged.
+        Raises ValueError if the identity differs in more than accept_changes, or if every checkpoint is damaged.
         """
         checkpoint = latest_checkpoint(self._folder / "checkpoints")
         if checkpoint is None:
             return None
         saved = read_progress(checkpoint)["identity"]
-        self.changes = check_identity(self._folder, saved, self._identity, accepted=accepted)
+        self.changes = check_identity(self._folder, saved, self._identity, accepted=self._accepted)
         checkpoint = adopt_checkpoint(checkpoint)
         remove_leftovers(self._folder / "checkpoints")
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        progress = load_checkpoint(checkpoint, self._model, self._optimizer, self._average)
+        progress = load_checkpoint(checkpoint, self._model, self._optimizer, self._ema)
         for group, options in zip(self._optimizer.param_groups, configured, strict=True):
-            group.update(options)  # those of the config, which are those of the checkpoint unless a change was accepted
+            group.update(options)  # those of the config, which differ from the checkpoint's only where accepted
         logger.info("resuming %s after step %d", self._folder, progress["step"])
         return progress
 
@@ -120,5 +120,5 @@ class Saver:
         self._write("best", step, progress, max(2, self._keep))
 
     def _write(self, name: str, step: int, progress: Mapping[str, Any], keep: int) -> None:
-        told = {"step": step, "identity": self._identity, "model": self._description, **progress}
-        save_checkpoint(self._folder / name, self._model, self._optimizer, told, self._average, keep=keep)
+        state = {"step": step, "identity": self._identity, "model": self._description, **progress}
+        save_checkpoint(self._folder / name, self._model, self._optimizer, state, self._ema, keep=keep)

@@ -1,11 +1,12 @@
 """A config before hours are spent on it: what its recipe would refuse, and a look at the data it names."""
 
+import dataclasses
 import importlib.util
 import inspect
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,27 +40,43 @@ from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrain
 from grr.parallel.process_group import derive_seed
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import Planned, run_cost
-from grr.training.optim import freeze, warmup_cosine
+from grr.training.optim import freeze
+from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
 HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
 SIZE = 224  # of images, where neither a config nor a model says it
-Sections = Mapping[str, config.Section]
 
 
-def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[config.Config, Sections]:
+def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[config.Config, config.Sections]:
     """A config as its recipe reads it, and the functions of its sections.
 
-    Raises ConfigError with all mistakes, and what the recipe's function `refuse`, if it has one, raises at the whole.
+    Raises ConfigError with all mistakes, and what the recipe's function `validate_config`, if it has one, raises.
+    ValueError if the recipe has no SECTIONS.
     """
-    module = _module(recipe)
-    sections = config.sections_of(module.main)
-    cfg = config.load(["--config", str(file), *overrides], **sections)
-    getattr(module, "refuse", _accept)(cfg)
+    sections, validate_config = recipe_sections(recipe)
+    cfg = config.load(sections, ["--config", str(file), *overrides])
+    validate_config(cfg)
     return cfg, sections
 
 
-def check(cfg: config.Config, sections: Sections, *, every: bool = False, processes: int = 1) -> Iterator[Finding]:
+def recipe_sections(recipe: Path) -> tuple[config.Sections, Callable[[config.Config], None]]:
+    """Returns the SECTIONS of a recipe and its `validate_config`, or a function that accepts every config.
+
+    Raises ValueError if the recipe has no SECTIONS.
+    """
+    module = _module(recipe)
+    if not hasattr(module, "SECTIONS"):
+        raise ValueError(
+            f"check: {recipe} must have the sections of its config at module level, got none; add "
+            'SECTIONS = {"run": Run, ...} and read it by config.load(SECTIONS)'
+        )
+    return module.SECTIONS, getattr(module, "validate_config", _accept)
+
+
+def check(
+    cfg: config.Config, sections: config.Sections, *, every: bool = False, processes: int = 1
+) -> Iterator[Finding]:
     """Open all that a config names, and look at a sample of its images and captions, or at `every` one.
 
     processes: of the run, over all machines, which its batches must fit. Nothing is written but the index of tar
@@ -68,7 +85,7 @@ def check(cfg: config.Config, sections: Sections, *, every: bool = False, proces
     if processes < 1:
         raise ValueError(f"check: a run has at least one process, got {processes=}")
     for section, function in sections.items():
-        if inspect.isclass(function):  # the knobs of a recipe, which may refuse each other
+        if dataclasses.is_dataclass(function):  # options that may exclude each other
             try:
                 cfg.build(section)
             except ValueError as error:
@@ -174,7 +191,7 @@ def _pretrained(cfg: config.Config) -> Pretrained | None:
 
 
 def _tokenizers(
-    cfg: config.Config, sections: Sections, source: Pretrained | None, train: Data | None
+    cfg: config.Config, sections: config.Sections, source: Pretrained | None, train: Data | None
 ) -> tuple[Tokenizer | None, Tokenizer | None]:
     """The tokenizer of the run, and one of the same words that reads four times as much."""
     if source is not None:
@@ -257,7 +274,7 @@ def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
 
 def _steps(
     cfg: config.Config,
-    sections: Sections,
+    sections: config.Sections,
     opened: Mapping[str, Data],
     tokenizer: Tokenizer,
     source: Pretrained | None,
@@ -290,10 +307,9 @@ def _steps(
     except ValueError as error:
         yield _refused("steps", error)
         return
-    if processes % run.get("dp_replicate", 1):
-        said = (
-            f"processes must be a multiple of run.dp_replicate={run['dp_replicate']}, got {processes}; tell --nproc N"
-        )
+    replicas = _section(cfg, "parallel").get("dp_replicate", 1)
+    if processes % replicas:
+        said = f"processes must be a multiple of parallel.dp_replicate={replicas}, got {processes}; give --nproc N"
         yield Finding("dp_replicate", said, wrong=True)
     ends = [n for n in ((run.get("epochs") or 0) * per_epoch, run.get("max_steps") or 0) if n]
     total = f", {min(ends):,} in all" if ends else ""
@@ -315,8 +331,8 @@ def _steps(
         run["micro_batch_size"],
         processes,
         min(ends, default=per_epoch),
-        run["keep"],
-        run.get("dp_replicate", 1),
+        _section(cfg, "saving")["keep"],
+        replicas,
         loader["workers"],
         cfg.optimizer,
         cfg.loss,

@@ -46,6 +46,8 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
     the one that fails first prints. Other errors are bugs and keep their traceback, and with GRR_DEBUG=1 all do.
     """
     logging.setLogRecordFactory(PrintableRecord)
+    rank_0 = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank_0 else logging.WARNING)
     if os.environ.get("GRR_DEBUG") != "1":
         for logger in NOISY:
             logging.getLogger(logger).setLevel(logging.ERROR)

@@ -1,8 +1,10 @@
 """Configs: a YAML section is the keyword arguments of one function, whose signature is the schema.
 
-    cfg = config.load(run=Run, model=MODELS, optimizer=adamw)   # in a recipe
-    run = Run(**cfg.run)
-    model = cfg.build("model")                                  # MODELS[name](**the rest)
+    SECTIONS: config.Sections = {"run": Run, "model": MODELS, "optimizer": adamw}   # in a recipe, at module level
+
+    cfg = config.load(SECTIONS)
+    run = cfg.get(Run)                          # Run(**cfg.run)
+    model = cfg.build("model")                  # MODELS[name](**the rest)
     optimizer = adamw(model, **cfg.optimizer)
 
 A section that is a dict of functions is chosen from by its key `name`; it may be left out where `none` is one of them.
@@ -25,19 +27,21 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from grr.config.keys import MEANINGS
+from grr.config.ranges import out_of_range
 from grr.config.renamed import RENAMED
 
 Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
+Sections = Mapping[str, Section]
+T = TypeVar("T")
 
 COMMAND_LINE = "command line"
 REQUIRED = object()  # the default of an argument that has none
@@ -46,7 +50,7 @@ PLAIN = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")  # ${section.key}
 
 
 def nothing() -> None:
-    """What a section that was left out is built to, if it may be left out: config.load(labelled=LABELLED | NONE)."""
+    """Returns None, which is what a section builds that may be left out and is: {"labelled": LABELLED | NONE}."""
 
 
 NONE: dict[str, Callable[..., Any]] = {"none": nothing}
@@ -62,9 +66,18 @@ class Config(SimpleNamespace):
     They may be changed by code, `cfg.model |= {"vocab_size": 512}`; what is built and saved is what stands in them.
     """
 
-    def __init__(self, functions: Mapping[str, Section], sections: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(self, functions: Sections, sections: Mapping[str, dict[str, Any]]) -> None:
         super().__init__(**sections)
         self._functions = functions
+
+    def get(self, kind: type[T]) -> T:
+        """Returns the section whose function is a class, as an object of it: cfg.get(Run) is Run(**cfg.run)."""
+        (section,) = (name for name, function in self._functions.items() if function is kind)
+        return kind(**vars(self)[section])
+
+    def arguments(self, section: str) -> dict[str, Any]:
+        """Returns the keyword arguments of a section without the name of its function."""
+        return {key: value for key, value in vars(self)[section].items() if key != "name"}
 
     def build(self, section: str, *args: Any) -> Any:
         """Call the function of a section with `args` and the keyword arguments of the section."""
@@ -74,33 +87,30 @@ class Config(SimpleNamespace):
         return function(*args, **arguments)
 
 
-def load(argv: list[str] | None = None, /, **sections: Section) -> Config:
+def load(sections: Sections, argv: list[str] | None = None) -> Config:
     """Read `--config FILE section.key=value ...` and check it against the signatures of the sections' functions.
 
-    Raises ConfigError with all mistakes at once, each with its place; in a recipe,
-    `grr.cli.program.run_main` prints them. Without argv, the program's own command line is read.
+    Without argv, the program's own command line is read. Raises ConfigError with all mistakes at once, each with its
+    place; in a recipe, `grr.cli.program.run_main` prints them.
     """
-    if _asked.get():
-        raise _Asked(sections)
-    return _load(sys.argv[1:] if argv is None else argv, sections)
-
-
-def sections_of(main: Callable[[], object]) -> dict[str, Section]:
-    """The sections that a recipe's main hands to `load`: it is called, and left there, with nothing read.
-
-    Raises ValueError if it ends without.
-    """
-    token = _asked.set(True)
-    try:
-        main()
-    except _Asked as answer:
-        return answer.sections
-    finally:
-        _asked.reset(token)
-    raise ValueError(
-        f"sections_of: {main.__module__}.{main.__qualname__} reads no config; a recipe's main begins with "
-        "config.load(...)"
+    argv = sys.argv[1:] if argv is None else argv
+    wants_help = {"-h", "--help"} & set(argv)
+    parser = _Parser(
+        usage="%(prog)s --config FILE [section.key=value ...]",
+        description=sys.modules["__main__"].__doc__,
+        epilog=_reference(sections, _given_beside_help(argv, sections)) if wants_help else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--config", metavar="FILE", required=True, help="a YAML file of the sections below")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="instead of the file's value")
+    options = parser.parse_intermixed_args(argv)
+
+    mistakes = _Mistakes()
+    given = _collect(options.config, options.overrides, sections, mistakes)
+    checked = {name: _check(name, sections[name], given[name], options.config, mistakes) for name in sections}
+    mistakes.refuse()
+    return Config(sections, checked)
 
 
 def save(cfg: Config, path: Path) -> None:
@@ -109,17 +119,6 @@ def save(cfg: Config, path: Path) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
     aside.replace(path)
-
-
-class _Asked(Exception):
-    """Leaves a main that is called for its sections."""
-
-    def __init__(self, sections: dict[str, Section]) -> None:
-        super().__init__()
-        self.sections = sections
-
-
-_asked = ContextVar("_asked", default=False)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -146,26 +145,6 @@ class _Mistakes:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{COMMAND_LINE}:\n  {message}")
-
-
-def _load(argv: list[str], sections: Mapping[str, Section]) -> Config:
-    asked = {"-h", "--help"} & set(argv)
-    parser = _Parser(
-        usage="%(prog)s --config FILE [section.key=value ...]",
-        description=sys.modules["__main__"].__doc__,
-        epilog=_reference(sections, _given_beside_help(argv, sections)) if asked else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", required=True, help="a YAML file of the sections below")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="instead of what the file says")
-    options = parser.parse_intermixed_args(argv)
-
-    mistakes = _Mistakes()
-    given = _collect(options.config, options.overrides, sections, mistakes)
-    checked = {name: _check(name, sections[name], given[name], options.config, mistakes) for name in sections}
-    mistakes.refuse()
-    return Config(sections, checked)
 
 
 def _collect(file: str, words: list[str], sections: Mapping[str, Section], mistakes: _Mistakes) -> dict[str, Given]:
@@ -293,6 +272,8 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
         if key in arguments:
             try:
                 result[key] = _fitted(value, arguments[key].kind)
+                if why := out_of_range(subject, result[key]):
+                    mistakes.add(place, subject, why)
             except ValueError:
                 kind = arguments[key].kind
                 why = f"{who} wants {_spelled(kind)}, got {value!r}{_did_you_mean(value, _words(kind))}"

@@ -1,36 +1,32 @@
-"""Ranges of the options that the recipes share."""
+"""Ranges of the options that recipes share, by `section.key`."""
 
 import math
-from typing import Any
 
 AT_LEAST = {
-    "epochs": 1,
-    "max_steps": 1,
-    "batch_size": 1,
-    "micro_batch_size": 1,
-    "dp_replicate": 1,
-    "log_every": 1,
-    "validate_every": 1,
-    "save_every": 1,
-    "keep": 1,
-    "patience": 1,
-    "num_eval_images": 2,
+    "run.epochs": 1,
+    "run.max_steps": 1,
+    "run.batch_size": 1,
+    "run.micro_batch_size": 1,
+    "run.log_every": 1,
+    "run.validate_every": 1,
+    "run.patience": 1,
+    "run.num_eval_images": 2,
+    "parallel.dp_replicate": 1,
+    "saving.every": 1,
+    "saving.keep": 1,
 }
-ABOVE_ZERO = ("max_grad_norm", "save_minutes")
-FRACTIONS = ("ema_decay", "wise_ft_alpha")
+ABOVE_ZERO = ("run.max_grad_norm", "saving.minutes")
+FRACTIONS = ("run.ema_decay", "run.wise_ft_alpha")
 
 
-def check_ranges(run: Any) -> None:
-    """Raise ValueError naming every option of a recipe's `Run` that is out of its range; None is never out of it."""
-    wrong = []
-    for name, value in vars(run).items():
-        if value is None:
-            continue
-        if name in AT_LEAST and value < AT_LEAST[name]:
-            wrong.append(f"{name} must be at least {AT_LEAST[name]}, got {value}")
-        if name in ABOVE_ZERO and not 0 < value < math.inf:
-            wrong.append(f"{name} must be above 0 and finite, got {value}")
-        if name in FRACTIONS and not 0 <= value <= 1:
-            wrong.append(f"{name} must be from 0 to 1, got {value}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
+def out_of_range(name: str, value: object) -> str | None:
+    """Returns the rule that a number breaks, with the number, as text; None if it breaks none."""
+    if not isinstance(value, int | float):
+        return None
+    if name in AT_LEAST and value < AT_LEAST[name]:
+        return f"must be at least {AT_LEAST[name]}, got {value}"
+    if name in ABOVE_ZERO and not 0 < value < math.inf:
+        return f"must be above 0 and finite, got {value}"
+    if name in FRACTIONS and not 0 <= value <= 1:
+        return f"must be from 0 to 1, got {value}"
+    return None

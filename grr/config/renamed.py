@@ -14,7 +14,6 @@ RENAMED = {
     "run.save_every": "saving.every",
     "run.save_minutes": "saving.minutes",
     "run.keep": "saving.keep",
-    "run.keep_model": "saving.keep_model",
     "run.accept_changes": "saving.accept_changes",
     "model.context": "model.context_length (tokens of the longest caption) or model.num_queries (of the pooler)",
     "tokenizer.context": "tokenizer.context_length",

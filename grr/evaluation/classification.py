@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from grr.data import Batch, Labelled
 from grr.data.collate import IGNORE, collate_captions
 from grr.data.images import BadImage, Crop
+from grr.evaluation.examples import Answer
 from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import all_sum, on_rank_0, unsharded
-from grr.reports.training import Answer
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import at_least_float32
 from grr.training.step import seed_dropout

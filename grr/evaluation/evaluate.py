@@ -7,11 +7,11 @@ import torch
 from grr.data import Pairs, epoch_order, validation_steps
 from grr.data.images import Crop
 from grr.evaluation.captions import caption_metrics
+from grr.evaluation.examples import Caption, Examples, Retrieval
 from grr.evaluation.outputs import Observation, observe
 from grr.evaluation.retrieval import retrieval
 from grr.models.coca import CoCa
 from grr.parallel.process_group import on_rank_0, unsharded
-from grr.reports.training import Caption, Examples, Retrieval
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import contrastive_loss, sigmoid_loss
 from grr.training.step import Losses, evaluation_losses

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from grr.components import AttentionPooler
 from grr.evaluation.zero_shot import accuracy
-from grr.training.optim import adamw, set_lr, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import set_lr, warmup_cosine
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FOLD = 5  # one of so many training images is held out while a strength is chosen

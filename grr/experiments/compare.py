@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from grr.experiments.runs import RunRecord, differences
 from grr.experiments.statistics import Difference, Spread, difference, spread
-from grr.reports.charts import is_number
+from grr.training.log import is_number
 
 DataSet = Literal["CC12M", "MSCOCO", "ROCOv2", "Flickr30k"]
 

@@ -10,12 +10,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from grr.checkpoint.identity import HOW_COMPUTED
-from grr.reports.charts import Row, is_number
-from grr.training.log import kept_step, read_metrics, read_starts
+from grr.training.log import LogLine, is_number, kept_step, read_metrics, read_starts
 
 # What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.
 FREE_SECTIONS = ("model", "data", "validation")
-FREE = HOW_COMPUTED | {"run.seed", "run.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
+FREE = HOW_COMPUTED | {"run.seed", "saving.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
 FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fingerprints, and the global batch
 
 
@@ -29,12 +28,12 @@ class RunRecord:
     model: dict[str, Any]  # name and arguments of its builder
     conditions: dict[str, Any]  # by name: all that must be equal if only the model shall make a difference
     start: dict[str, Any]  # the manifest's last
-    validations: list[Row]  # lines of metrics.jsonl
-    final: Row | None  # its line on the model that a fine-tuning left; None for other runs
+    validations: list[LogLine]  # lines of metrics.jsonl
+    final: LogLine | None  # its line on the model that a fine-tuning left; None for other runs
     evaluation: dict[str, Any]  # evaluation.json; empty if there is none
 
     @property
-    def best(self) -> Row:
+    def best(self) -> LogLine:
         """The line that a run counts by: of the model that was left, or else the validation with the lowest loss; of a
         classifier, the one with the highest accuracy, whose weights it keeps."""
         finite = [row for row in self.validations if is_number(row.get("loss"))]

@@ -29,21 +29,20 @@ def multiply_in_float8(model: nn.Module, device: torch.device, *, emulated: bool
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise ImportError(
-            'multiply_in_float8: torchao is not installed; pip install "grr-coca[quantize]", or set run.float8=false'
-        ) from error
+        remedy = 'pip install "grr-coca[quantize]", or set parallel.float8=false'
+        raise ImportError(f"multiply_in_float8: torchao is not installed; {remedy}") from error
     if not emulated and (device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY):
         what = (
             f"compute capability {torch.cuda.get_device_capability(device)}" if device.type == "cuda" else device.type
         )
         raise ValueError(
             f"multiply_in_float8: needs a CUDA GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), got "
-            f"{what}; set run.float8=false, or run.float8=emulated to see what its rounding does, without its speed"
+            f"{what}; set parallel.float8=false, or parallel.float8=emulated for the rounding alone"
         )
     if not any(_fits(layer, name) for block in blocks(model) for name, layer in block.named_modules()):
         raise ValueError(
             f"multiply_in_float8: no linear layer of a block has sides that are multiples of {SIDES}; "
-            "give the model other widths, or set run.float8=false"
+            "give the model other widths, or set parallel.float8=false"
         )
     config = Float8LinearConfig(emulate=emulated, pad_inner_dim=True)  # a batch's rows may be any number
     for block in blocks(model):

@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from grr.training.log import LogLine, is_number
 
 POINTS = 300  # of a curve, at most, however long the run
 WIDTH, HEIGHT = 400, 210  # of a chart, in its own units
@@ -16,7 +18,6 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 384, 10, 188  # of the plot inside it
 COLORS = "abcdefghij"  # classes of the style sheet
 
 Floats = NDArray[np.float64]
-Row = dict[str, Any]
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Series:
 
 
 def series(
-    rows: Sequence[Row],
+    rows: Sequence[LogLine],
     key: str,
     label: str,
     color: str,
@@ -111,11 +112,6 @@ def chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}: {spoken}" data-scale=\'{scale}\'>'
         f'{axes}{lines}<path class=rule d=""/></svg></figure>'
     )
-
-
-def is_number(value: object) -> bool:
-    """Whether a value of a log is a number that can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def percent(fraction: float) -> str:

@@ -11,9 +11,10 @@ from grr.experiments.compare import PUBLISHED, Comparison, Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
 from grr.models.builders import MODELS
-from grr.reports.charts import COLORS, Series, chart, is_number, series
+from grr.reports.charts import COLORS, Series, chart, series
 from grr.reports.page import header, write_page
 from grr.reports.table import Table, aligned, html, markdown
+from grr.training.log import is_number
 
 MANY = 4  # models from which on a table has a row for each instead of a column
 

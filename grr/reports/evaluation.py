@@ -14,10 +14,11 @@ from torch import Tensor
 
 import grr
 from grr.evaluation.captions import UNITS
+from grr.evaluation.examples import Examples
 from grr.reports.charts import number, percent
 from grr.reports.page import header, write_page
 from grr.reports.table import Table, aligned, html
-from grr.reports.training import Examples, show_captions, show_retrievals
+from grr.reports.training import show_captions, show_retrievals
 
 Evaluation = dict[str, Any]
 

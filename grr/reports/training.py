@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -12,47 +11,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from grr.reports.charts import Level, Row, Series, chart, is_number, number, percent, series
+from grr.evaluation.examples import Answer, Caption, Examples, Retrieval
+from grr.reports.charts import Level, Series, chart, number, percent, series
 from grr.reports.page import header, write_page
-from grr.training.log import kept_step, read_metrics
+from grr.training.log import LogLine, is_number, kept_step, read_metrics
 
 SIDE = 224  # pixels of a shown image, at most
-
-
-@dataclass
-class Retrieval:
-    """A sentence and the images nearest to it, best first; correct is the place of the right one, None if missed."""
-
-    query: str
-    images: list[Tensor]  # uint8 [3, h, w]
-    scores: list[float]
-    correct: int | None
-
-
-@dataclass
-class Caption:
-    """An image, the caption written for it, and those that people wrote."""
-
-    image: Tensor  # uint8 [3, h, w]
-    written: str
-    references: list[str]
-
-
-@dataclass
-class Answer:
-    """An image, what was asked or said of it, the class it was given, and the right one; None if it has none."""
-
-    image: Tensor  # uint8 [3, h, w]
-    text: str
-    given: str
-    right: str | None
-
-
-@dataclass
-class Examples:
-    retrievals: list[Retrieval]
-    captions: list[Caption]
-    answers: list[Answer] = field(default_factory=list)
 
 
 def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path:
@@ -76,7 +40,7 @@ def write_report(folder: Path, *, title: str, examples: Examples | None) -> Path
 # The parts of the page
 
 
-def _header(title: str, rows: list[Row], last: int | None) -> str:
+def _header(title: str, rows: list[LogLine], last: int | None) -> str:
     facts = []
     bar = ""
     if rows:
@@ -90,7 +54,7 @@ def _header(title: str, rows: list[Row], last: int | None) -> str:
     return header(title, *facts, below=bar + empty)
 
 
-def _last_step(folder: Path, rows: list[Row]) -> int | None:
+def _last_step(folder: Path, rows: list[LogLine]) -> int | None:
     """The step at which the run will end, if its config and its numbers tell."""
     epochs, max_steps = (_options(folder, "run").get(key) for key in ("epochs", "max_steps"))
     ends = [max_steps] if isinstance(max_steps, int) else []
@@ -108,7 +72,7 @@ def _options(folder: Path, section: str) -> dict[str, Any]:
         return {}
 
 
-def _key_numbers(validations: list[Row]) -> str:
+def _key_numbers(validations: list[LogLine]) -> str:
     """The last validation in large figures, each beside what it means or what it was before.
 
     The model that a run leaves has a line of its own at the end, "final": it is shown beside the first validation.
@@ -151,7 +115,7 @@ def _key_numbers(validations: list[Row]) -> str:
     return f"<section><h2>What it can do</h2><p>{when}{among}.{overfits}</p><dl>{items}</dl></section>"
 
 
-def _overfitting(validations: list[Row]) -> str:
+def _overfitting(validations: list[LogLine]) -> str:
     """From which step on the validation loss only rose, as a sentence; nothing while the last is the lowest."""
     losses = [
         (row["loss"], row["step"])
@@ -167,21 +131,21 @@ def _overfitting(validations: list[Row]) -> str:
     )
 
 
-def _was(before: Row | None, key: str) -> list[str]:
+def _was(before: LogLine | None, key: str) -> list[str]:
     if before is None or not is_number(before.get(key)):
         return []
     value = percent(before[key]) if key in ("accuracy", "caption_exact") else number(before[key])
     return [f"{value} at step {before['step']:,}"]
 
 
-def _loss_title(row: Row) -> str:
+def _loss_title(row: LogLine) -> str:
     """What a line of the log says of its loss: losses of different weights cannot be compared."""
     if not is_number(row.get("contrastive_weight")):
         return "Loss"
     return f"Loss = {row['contrastive_weight']:g} × contrastive + {row['captioning_weight']:g} × captioning"
 
 
-def _chances(train: list[Row], held_out: list[Row]) -> list[Level]:
+def _chances(train: list[LogLine], held_out: list[LogLine]) -> list[Level]:
     """The contrastive loss of guessing among as many pairs as each curve contrasts: 2 ln N, for two directions."""
     levels: dict[int, Level] = {}
     for rows, color in ((train, "a"), (held_out, "b")):
@@ -190,7 +154,7 @@ def _chances(train: list[Row], held_out: list[Row]) -> list[Level]:
     return list(levels.values())
 
 
-def _curves(rows: list[Row], *, softmax: bool) -> str:
+def _curves(rows: list[LogLine], *, softmax: bool) -> str:
     train, held_out = ([row for row in rows if row.get("split") == split] for split in ("train", "validation"))
 
     def both(key: str, factor: float = 1) -> list[Series]:

@@ -7,58 +7,101 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import grr
 from grr import config
+from grr.parallel.process_group import is_rank_0, on_rank_0
 from grr.training.step import Losses
 
 logger = logging.getLogger(__name__)
 
+LogLine = dict[str, Any]  # a line of metrics.jsonl
+
 
 class MetricsLog:
-    """Append JSON objects to folder/metrics.jsonl, one a line, and to TensorBoard's events if asked.
+    """Append JSON objects to folder/metrics.jsonl, one a line, and to TensorBoard's events if asked; on rank 0 alone.
 
-    Opened for a run that resumes after `step`, it first drops later lines and the one of its end ("final"), which will
-    be computed again, and a line that a kill left unfinished. Raises ImportError if TensorBoard is wanted and not
-    installed.
+    Opened for a run that resumes after `step`, it first removes later lines, a line that a kill cut, and the line
+    "final", which will be computed again. steps_per_epoch: each line then has its `epoch`. Raises ImportError if
+    TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
-        file = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step and line.get("split") != "final"]
-        _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = file.open("a", encoding="utf-8")
-        self._events: Any = _summary_writer(folder, step) if tensorboard else None
+    def __init__(
+        self, folder: Path, *, step: int = 0, steps_per_epoch: int | None = None, tensorboard: bool = False
+    ) -> None:
+        self._steps_per_epoch = steps_per_epoch
+        self._file: IO[str] | None = None
+        self._events: Any = None
+        if is_rank_0():
+            kept = [line for line in read_metrics(folder) if line["step"] <= step and line.get("split") != "final"]
+            _replace(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._events = _summary_writer(folder, step) if tensorboard else None
 
-    def write(self, **values: Any) -> None:
-        """Write one line; it must hold `split` and `step`. JSON has no NaN: such numbers become null."""
-        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+    def write(self, split: str, step: int, **values: Any) -> None:
+        """Write one line; on other ranks than 0, do nothing. JSON has no NaN: such numbers become null."""
+        if self._file is None:
+            return
+        epoch = {"epoch": step / self._steps_per_epoch} if self._steps_per_epoch else {}
+        line = {"split": split, "step": step, **epoch, **values}
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._events is not None:
-            for key, value in values.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._events.add_scalar(f"{values['split']}/{key}", value, values["step"])
+            for key, value in (epoch | values).items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{split}/{key}", value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
 
-def open_log(folder: Path, cfg: config.Config, facts: dict[str, Any], *, step: int, tensorboard: bool) -> MetricsLog:
-    """Write down what runs (config.yaml), on what (manifest.json); then open the file of its numbers."""
-    if step <= 0 and (lines := len(read_metrics(folder))):
-        logger.warning("%s holds no checkpoint: the run begins at step 0, and its log of %d lines anew", folder, lines)
-    config.save(cfg, folder / "config.yaml")
-    write_manifest(folder, step=step, **facts)
-    return MetricsLog(folder, step=step, tensorboard=tensorboard)
+def open_log(
+    folder: Path,
+    cfg: config.Config,
+    facts: dict[str, Any],
+    *,
+    step: int,
+    tensorboard: bool,
+    changes: Mapping[str, Any] | None = None,
+) -> MetricsLog:
+    """Write config.yaml and manifest.json (this start, with `facts`), then open metrics.jsonl; on rank 0 alone.
+
+    facts: what the run computes on; its steps_per_epoch gives each line of the log an epoch. changes: of the identity,
+    accepted at resume, which become a line of their own.
+    """
+
+    def write_start() -> None:
+        if step <= 0 and (lines := len(read_metrics(folder))):
+            logger.warning(
+                "%s has no checkpoint: the run starts at step 0 and replaces its log of %d lines", folder, lines
+            )
+        config.save(cfg, folder / "config.yaml")
+        write_manifest(folder, step=step, world_size=dist.get_world_size(), batch_size=cfg.run["batch_size"], **facts)
+
+    on_rank_0(write_start)
+    log = MetricsLog(folder, step=step, steps_per_epoch=facts["steps_per_epoch"], tensorboard=tensorboard)
+    if changes:
+        log.write("change", step, changes=changes)
+    return log
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Returns the number of parameters, and of those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {"parameters": sum(n for n, _ in sizes), "trained_parameters": sum(n for n, trained in sizes if trained)}
 
 
 def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
@@ -78,13 +121,18 @@ def has_ended(folder: Path, **end: Any) -> bool:
     return (folder / "model").is_dir() and any(end.items() <= line.items() for line in finals)
 
 
-def kept_step(row: dict[str, Any]) -> int | None:
+def is_number(value: object) -> bool:
+    """Returns whether a value of the log is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def kept_step(row: LogLine) -> int | None:
     """The step of the weights that a run keeps, by a line of its log: the final one, or a validation."""
     step = row.get("model_step", row.get("best_step", -1))
     return step if isinstance(step, int) and step >= 0 else None
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[LogLine]:
     """The lines of folder/metrics.jsonl, without one that is torn; none if there is no file."""
     file = folder / "metrics.jsonl"
     if not file.is_file():

@@ -1,14 +1,15 @@
-"""The optimizer, and its learning rate as a function of the step."""
+"""The optimizer, its parameter groups, and freezing of parts of a model."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from grr.components import Block
 from grr.training.low_bit import LowBitAdamW
+from grr.training.schedule import set_lr
 
 
 def adamw(
@@ -71,55 +72,6 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         children[part].requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"freeze: nothing is left to train when {', '.join(parts)} are frozen; leave one out")
-
-
-def warmup_cosine(
-    step: int,
-    steps_per_epoch: int,
-    peak: float,
-    *,
-    min_lr: float = 1e-6,
-    warmup_steps: int = 0,
-    cycle_epochs: float = 1.0,
-) -> float:
-    """The learning rate of an optimizer step, counted from 0: linear warm-up, then cosine with warm restarts.
-
-    It rises over warmup_steps to `peak`, then falls along half a cosine to min_lr, and starts again at `peak` every
-    cycle_epochs epochs (Loshchilov and Hutter 2016, equation 5). Cycles are counted from step 0, so each ends with an
-    epoch: the cycle in which the warm-up ends has its cosine in the steps that are left of it. The rate is a function
-    of the step alone, so a resumed run needs no state. Raises ValueError if min_lr is above peak, or a length is
-    negative.
-    """
-    if min_lr > peak:
-        raise ValueError(f"warmup_cosine: min_lr must not be above the optimizer's lr, got {min_lr=}, lr={peak}")
-    if warmup_steps < 0 or cycle_epochs <= 0:
-        raise ValueError(
-            f"warmup_cosine: warmup_steps must be at least 0 and cycle_epochs above 0, got "
-            f"{warmup_steps=}, {cycle_epochs=}"
-        )
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    cycle = max(1, round(cycle_epochs * steps_per_epoch))
-    end = (step // cycle + 1) * cycle
-    start = max(end - cycle, warmup_steps)
-    return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * (step - start) / (end - start))) / 2
-
-
-def describe_end(last: int, steps_per_epoch: int, peak: float, *, cycle_epochs: float = 1.0, **schedule: Any) -> str:
-    """Returns where a run of `last` steps ends, and whether a cosine of `warmup_cosine` ends there, as a sentence."""
-    cycle = max(1, round(cycle_epochs * steps_per_epoch))
-    rate = warmup_cosine(last - 1, steps_per_epoch, peak, cycle_epochs=cycle_epochs, **schedule)
-    place = f"the last step is {last:,}, after {last / steps_per_epoch:g} epochs of {steps_per_epoch:,} steps"
-    if last % cycle == 0:
-        return f"{place}, where a cosine of the learning rate ends, at {rate:.1e}"
-    whole = (last // cycle + 1) * cycle
-    return f"{place}, within a cosine of the learning rate, at {rate:.1e}; the cosine ends at step {whole:,}"
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate, times the scale of the group where it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)
 
 
 def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:

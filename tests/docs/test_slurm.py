@@ -20,7 +20,7 @@ TINY = [
     "data.scenes=320",
     "validation.held_out=64",
     "model.dim=32",
-    "run.save_every=1000",
+    "saving.every=1000",
 ]
 
 # What Slurm does for the script: one task a node, and signals to the tasks of a step.

@@ -22,7 +22,8 @@ from grr.models.builders import grr_coca
 from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.ema import EMA
 from grr.training.log import read_metrics
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 from grr.training.soft_reset import SoftReset, soft_reset
 from grr.training.step import global_batch_step
 

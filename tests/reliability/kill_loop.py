@@ -34,7 +34,7 @@ MODEL = [
     "model.dropout=0.1",
 ]
 SCENES = ["data.scenes=80", "data.held_out=20", "validation.scenes=80", "validation.held_out=20"]
-RUN = ["run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "run.save_every=2", "run.keep=1"]
+RUN = ["run.batch_size=16", "run.micro_batch_size=4", "run.log_every=1", "saving.every=2", "saving.keep=1"]
 OPERATIONS = {"pretrain": 60, "finetune": 60, "finetune_classifier": 60, "caption": 10, "embed": 16}  # about, in a run
 TIMES = ("samples_per_second", "data_wait", "time")  # values that no two runs share
 

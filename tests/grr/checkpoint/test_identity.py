@@ -28,13 +28,15 @@ def test_exactly_the_changes_that_are_not_accepted_are_refused_with_both_values(
     for key in saved | wanted:
         named = f"{key} is {saved.get(key, 'not recorded')} in the checkpoint and {wanted.get(key, 'not there')} in"
         assert (named in str(error.value)) == (key in changed - accepted)
-    assert ("run.accept_changes=[" in str(error.value)) == ("model.dim" not in changed)  # another model is another run
+    assert ("saving.accept_changes=[" in str(error.value)) == (
+        "model.dim" not in changed
+    )  # another model is another run
 
 
 @pytest.mark.parametrize("name", ["model.dim", "run.bf61"])
 def test_what_no_run_can_accept_is_not_taken_in_silence(name):
-    saved = {"model.dim": 32, "run.bf16": False}
-    with pytest.raises(ValueError, match=rf"run.accept_changes can name run.bf16, got {name}"):
+    saved = {"model.dim": 32, "parallel.bf16": False}
+    with pytest.raises(ValueError, match=rf"saving.accept_changes can name parallel.bf16, got {name}"):
         check_identity(Path("run"), saved, saved, accepted=[name])
 
 
@@ -59,7 +61,7 @@ def test_a_recipe_compares_every_key_that_is_not_listed_as_free(recipe):
         "run.seed",
         "run.batch_size",
         "run.max_grad_norm",
-        "run.bf16",
+        "parallel.bf16",
         "optimizer.lr",
         "optimizer.weight_decay",
         "schedule.min_lr",

@@ -13,7 +13,7 @@ import torch
 from grr.cli.program import attempt, is_user_mistake
 from grr.config import ConfigError
 from grr.experiments import catalog as installed
-from grr.training.optim import set_lr
+from grr.training.schedule import set_lr
 
 RECIPES = installed.recipes()
 PROGRAM = """

@@ -21,7 +21,8 @@ from grr.config import ConfigError
 from grr.data import DATASETS
 from grr.experiments import catalog as installed
 from grr.models.builders import MODELS
-from grr.training.optim import adamw, warmup_cosine
+from grr.training.optim import adamw
+from grr.training.schedule import warmup_cosine
 
 
 @dataclass

@@ -160,7 +160,7 @@ def test_where_the_hardware_cannot_the_remedy_is_told():
 
 def test_an_older_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"got compute capability \(8, 0\); .* run\.float8=emulated"):
+    with pytest.raises(ValueError, match=r"got compute capability \(8, 0\); .* parallel\.float8=emulated"):
         multiply_in_float8(grr_coca_tiny(), torch.device("cuda"))
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grr.evaluation.examples import Caption, Examples, Retrieval
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
-from grr.reports.training import Caption, Examples, Retrieval
 
 RECALLS = {1: 0.25, 5: 0.5, 10: 1.0}
 RESULTS = {

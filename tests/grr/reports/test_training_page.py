@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from grr.evaluation.examples import Answer, Caption, Examples, Retrieval
 from grr.reports.charts import Level, Series
 from grr.reports.charts import chart as draw
-from grr.reports.training import Answer, Caption, Examples, Retrieval, write_report
+from grr.reports.training import write_report
 
 VOID = {"meta", "img"}
 HOSTILE = """</title></pre></script><script>alert(1)</script><img src=x onerror="alert(1)">' " &amp; &lt; -->"""

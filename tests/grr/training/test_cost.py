@@ -122,7 +122,7 @@ def test_a_model_that_is_too_large_for_this_machine_is_not_built(tmp_path, token
 
     found = said(tmp_path, tokenizer, build)
     assert "not measured: weights, gradients and optimizer state take" in found["time"].said
-    assert found["disk"].wrong == ("lower run.keep" in found["disk"].said)
+    assert found["disk"].wrong == ("lower saving.keep" in found["disk"].said)
     assert built == ["meta"]
 
 

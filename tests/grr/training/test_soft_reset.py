@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from grr.training.optim import warmup_cosine
+from grr.training.schedule import warmup_cosine
 from grr.training.soft_reset import SoftReset, in_words, soft_reset
 
 LOSSES = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.nan, math.inf]), max_size=40)

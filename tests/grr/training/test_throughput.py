@@ -1,4 +1,4 @@
-"""A line of the log counts the steps since the line before, and no second in which none was taken."""
+"""Throughput covers the steps since the last call, without the seconds of validations."""
 
 import pytest
 import torch
@@ -6,16 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data import Batch
-from grr.training import throughput as pace
-from grr.training.throughput import Pace
+from grr.training import throughput
+from grr.training.throughput import Throughput
 
 SECONDS = st.floats(0.01, 100)
 STEP = st.tuples(st.just("step"), SECONDS, SECONDS, st.lists(st.integers(0, 3), min_size=1, max_size=3))
-EVENTS = st.lists(st.one_of(STEP, st.tuples(st.just("validation"), SECONDS), st.tuples(st.just("line"))), max_size=20)
+PAUSE = st.tuples(st.just("validation"), SECONDS)
+EVENTS = st.lists(st.one_of(STEP, PAUSE, st.tuples(st.just("metrics"))), max_size=20)
 
 
 class Clock:
-    """A clock that goes when it is told to."""
+    """Returns the time that the test has set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -29,25 +30,25 @@ def batch(replaced: int) -> Batch:
 
 
 @given(events=EVENTS, batch_size=st.integers(1, 999))
-def test_every_line_tells_the_steps_since_the_last_and_leaves_out_validations_wherever_they_stood(events, batch_size):
+def test_metrics_cover_the_steps_since_the_last_call_and_leave_out_validations(events, batch_size):
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "monotonic", clock)
-        counted, taken = Pace(batch_size), []  # steps since the last line
+        patch.setattr(throughput, "monotonic", clock)
+        meter, taken = Throughput(batch_size), []  # steps since the last call of metrics
         for kind, *values in events:
             if kind == "step":
                 wait, compute, replaced = values
-                with counted.waiting():
+                with meter.waiting():
                     clock.now += wait
                 clock.now += compute
-                counted.step([batch(n) for n in replaced])
+                meter.step([batch(n) for n in replaced])
                 taken.append((wait, compute, sum(replaced)))
             elif kind == "validation":
-                with counted.paused():
+                with meter.paused():
                     clock.now += values[0]
             elif taken:
                 waits, computes, replaced = zip(*taken, strict=True)
-                assert counted.line() == {
+                assert meter.metrics() == {
                     "samples_per_second": pytest.approx(len(taken) * batch_size / (sum(waits) + sum(computes))),
                     "data_wait": pytest.approx(sum(waits) / len(taken)),
                     "replaced": sum(replaced),

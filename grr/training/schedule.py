@@ -1,0 +1,54 @@
+"""Learning-rate schedule: the learning rate as a function of the optimizer step."""
+
+import math
+from typing import Any
+
+import torch
+
+
+def warmup_cosine(
+    step: int,
+    steps_per_epoch: int,
+    peak: float,
+    *,
+    min_lr: float = 1e-6,
+    warmup_steps: int = 0,
+    cycle_epochs: float = 1.0,
+) -> float:
+    """Compute the learning rate of an optimizer step, counted from 0: linear warm-up, then cosine with warm restarts.
+
+    The rate rises over warmup_steps to `peak`, then falls along half a cosine to min_lr, and restarts at `peak` every
+    cycle_epochs epochs (Loshchilov and Hutter 2016, equation 5). Cycles are counted from step 0, so that each ends with
+    an epoch: in the cycle in which the warm-up ends, the cosine covers the remaining steps. The rate depends on the
+    step alone, so a resumed run needs no state. Raises ValueError if min_lr is above peak, or a length is negative.
+    """
+    if min_lr > peak:
+        raise ValueError(f"warmup_cosine: min_lr must not be above the optimizer's lr, got {min_lr=}, lr={peak}")
+    if warmup_steps < 0 or cycle_epochs <= 0:
+        raise ValueError(
+            f"warmup_cosine: warmup_steps must be at least 0 and cycle_epochs above 0, got "
+            f"{warmup_steps=}, {cycle_epochs=}"
+        )
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    cycle = max(1, round(cycle_epochs * steps_per_epoch))
+    end = (step // cycle + 1) * cycle
+    start = max(end - cycle, warmup_steps)
+    return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * (step - start) / (end - start))) / 2
+
+
+def describe_end(last: int, steps_per_epoch: int, peak: float, *, cycle_epochs: float = 1.0, **schedule: Any) -> str:
+    """Returns a clause about the end of a run of `last` steps: its epoch, and whether a cosine ends with it."""
+    cycle = max(1, round(cycle_epochs * steps_per_epoch))
+    rate = warmup_cosine(last - 1, steps_per_epoch, peak, cycle_epochs=cycle_epochs, **schedule)
+    end = f"the last step is {last:,}, after {last / steps_per_epoch:g} epochs of {steps_per_epoch:,} steps"
+    if last % cycle == 0:
+        return f"{end}, where a cosine of the learning rate ends, at {rate:.1e}"
+    full = (last // cycle + 1) * cycle
+    return f"{end}, within a cosine of the learning rate, at {rate:.1e}; the cosine ends at step {full:,}"
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group, times the scale of the group where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
