@@ -171,11 +171,9 @@ def search(options: argparse.Namespace) -> int:
 
 
 def _opened(model: str) -> Any:
-    import torch
+    from grr.inference.pretrained import load
 
-    from grr.inference.pretrained import load_pretrained
-
-    return load_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    return load(model)
 
 
 def _images(words: Iterable[str]) -> list[str]:

@@ -21,7 +21,8 @@ from grr.evaluation.retrieval import whole_numbers
 from grr.evaluation.zero_shot import embed_texts
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome
 
 FORMAT = 1
@@ -97,7 +98,7 @@ class Index:
             raise ValueError("search: queries must be of unit length; take those of encode_text or encode_image")
 
 
-def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
+def open_index(folder: str | Path, trained: Captioner | None = None) -> Index:
     """Open an index to search it; with a model, only if that model made it.
 
     Raises FileNotFoundError if there is no index, ValueError if it is empty, damaged, of a newer version, or of another
@@ -125,7 +126,7 @@ def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
 
 
 def embed_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     folder: str | Path,
     model_path: str | Path,
@@ -167,7 +168,7 @@ def embed_files(
 
 
 def look_up(
-    trained: LoadedModel, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
+    trained: Captioner, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
 ) -> tuple[list[Found], dict[str, str]]:
     """Look for texts, and for images like those in some files: what was found for each, in this order, and the files
     that cannot be read, and why. Raises ValueError if a text says nothing, or as `Index.search` does.
@@ -196,7 +197,7 @@ def as_text(found: Sequence[Found]) -> str:
 
 @torch.no_grad()
 def embed_images(
-    trained: LoadedModel, files: Iterable[str], *, batch_size: int = BATCH
+    trained: Captioner, files: Iterable[str], *, batch_size: int = BATCH
 ) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:
     """Embed image files, a batch at a time: the files that can be read, float32 [b, e] of unit length, and why the
     others cannot. Raises ValueError if the model computes NaN or infinity."""
@@ -293,7 +294,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _refuse_another_model(folder: Path, description: dict[str, Any], trained: LoadedModel) -> None:
+def _refuse_another_model(folder: Path, description: dict[str, Any], trained: Captioner) -> None:
     mine = fingerprint(trained)
     if description["model"] != mine:
         raise ValueError(
