@@ -1,4 +1,4 @@
-"""Primitives: plain torch modules that know nothing of images' contents, captions or training."""
+"""Primitives: torch modules that depend on torch and on each other, and on no other part of the library."""
 
 if __name__ == "components":
     raise ImportError("import grr.components, not components: the folder is part of the package grr")

@@ -1,4 +1,4 @@
-"""Multi-head attention of a sequence to itself, and to another sequence, over torch's fused kernels."""
+"""Multi-head self-attention and cross-attention, computed by torch's fused kernels."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ Rotary = RotaryEmbedding | AxialRotaryEmbedding | MixedRotaryEmbedding
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, so that each is computed once while a caption is written.
+    """Keys and values of the tokens read so far, so that generation computes those of each token once.
 
-    keys, values: [b, h, t, k], room for t tokens; `length` of them are filled. Written in place, so without gradients.
+    keys, values: [b, h, t, k], memory for t tokens; the first `length` are filled. Tensors are written in place, so
+    no gradient passes through a cache.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -22,9 +23,9 @@ class KeyValueCache:
         self.keys = self.values = torch.empty(0)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values [b, h, s, k] behind the others; gives all of them, [b, h, length, k].
+        """Append keys and values [b, h, s, k] and return all that are stored, [b, h, length, k].
 
-        Raises ValueError if there is no room.
+        Raises ValueError if they exceed max_length.
         """
         b, h, s, k = keys.shape
         if self.length + s > self.max_length:
@@ -37,11 +38,11 @@ class KeyValueCache:
         return self.filled()
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """What was stored so far: keys and values [b, h, length, k]."""
+        """Returns the stored keys and values, [b, h, length, k] each."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows [n] of the batch, in this order; a row may be taken more than once."""
+        """Keep these rows [n] of the batch, in this order; a row may occur more than once."""
         if self.length == 0:
             return
         keys, values = (x[rows] for x in self.filled())  # [n, h, length, k]
@@ -51,14 +52,14 @@ class KeyValueCache:
 
 
 class SelfAttention(nn.Module):
-    """Each token attends to all tokens, or with `causal` to those before it and itself.
+    """Multi-head self-attention: a token attends to all tokens, or with `causal` to itself and earlier ones.
 
-    x: [b, s, d], positions: as the rotary embedding takes them -> [b, s, d]. Order is the order of the tensor;
-    positions only turn queries and keys. Query, key and value projections are one matrix, in that order; all four
-    projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries and keys of each head before they
-    are turned (Dehghani et al. 2023), against the growth of attention logits. With a cache, x holds the tokens that
-    follow those in the cache. A mask, of booleans that broadcast to [b, h, s, t], says what may be attended to; causal
-    attention hides later tokens as well. Raises ValueError if dim is not a multiple of num_heads.
+    x: [b, s, d], positions: as the rotary embedding takes them -> [b, s, d]. "Earlier" is defined by the order in the
+    tensor; positions only rotate queries and keys. Query, key and value projections are one matrix, in that order; all
+    four projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries and keys of each head before the
+    rotation (Dehghani et al. 2023), which limits the growth of attention logits. With a cache, x holds the tokens that
+    follow those in the cache. mask: booleans that broadcast to [b, h, s, t], true where a query may attend to a key;
+    causal attention hides later tokens as well. Raises ValueError if dim is not a multiple of num_heads.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             if positions is None:
                 raise ValueError("SelfAttention: a rotary embedding needs positions, got positions=None")
-            q, k = rotate(torch.stack((q, k)), self.rotary.angles(positions))  # both in one go: half the kernels
+            q, k = rotate(torch.stack((q, k)), self.rotary.angles(positions))  # one call for both: half the kernels
         if cache is not None:
             k, v = cache.append(k, v)
         t = k.shape[2]
-        causal = self.causal if s > 1 else False  # a branch: compiled for any length, `s > 1` itself is no bool
-        if causal and (mask is not None or t > s):  # is_causal takes no mask, and aligns the first query and first key
+        causal = self.causal if s > 1 else False  # a branch, because `s > 1` is symbolic when compiled for any length
+        if causal and (mask is not None or t > s):  # is_causal excludes a mask, and aligns the first query and key
             earlier = torch.ones(s, t, dtype=torch.bool, device=x.device).tril(t - s)
             mask, causal = earlier if mask is None else earlier & mask, False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -103,12 +104,12 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Each token attends to all vectors of a context. No positions: the context is a set.
+    """Multi-head cross-attention: a token attends to all vectors of a context, whose order does not matter.
 
-    x: [b, s, d], context: [b, t, c] -> [b, s, d], for c = context_dim, by default d. A context_norm is applied to the
-    context first; it may keep a part of its vectors. Key and value projections are one matrix, in that order; all have
+    x: [b, s, d], context: [b, t, c] -> [b, s, d], for c = context_dim, by default d. context_norm is applied to the
+    context first, and may return fewer vectors. Key and value projections are one matrix, in that order; all have
     biases: 2 (d^2 + d) + 2 (c d + d) parameters. With a cache, the context is projected at the first call only. x may
-    be [b n, s, d] as well: n rows that stand together attend to one context, and share its keys and values.
+    also be [b n, s, d]: each group of n consecutive rows attends to one context, and shares its keys and values.
     Raises ValueError if dim is not a multiple of num_heads.
     """
 

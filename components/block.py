@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, given its parts."""
+"""The pre-norm transformer block, composed of the modules that are passed to it."""
 
 from typing import NamedTuple
 
@@ -9,21 +9,21 @@ from .dropout import Dropout, DropoutKeys
 
 
 class BlockCache(NamedTuple):
-    """What one block remembers between the tokens of a caption: its own keys and values, and the context's."""
+    """Keys and values that one block stores during generation: those of the tokens and those of the context."""
 
     tokens: KeyValueCache
     context: KeyValueCache
 
 
 class Block(nn.Module):
-    """Attention, attention to a context, or one after the other; then a feed-forward network; each on normalised input.
+    """Pre-norm transformer block: self-attention, cross-attention, or both in this order; then a feed-forward network.
 
-    x: [b, s, d], positions and mask: as the attention takes them, context: [b, t, c] -> [b, s, d]. Every branch is
-    added to the residual stream through dropout, and nothing else is dropped; dropout_keys, of rows [3, b, s], key the
-    masks of the three branches in this order. The parts may be any modules of these
-    signatures: attention(x, positions=, cache=), and mask= where the block is called with one,
-    cross_attention(x, context, cache=), feed_forward(x), norms(x). Raises ValueError if an attention is given without
-    its norm, a norm without its attention, or no attention at all.
+    x: [b, s, d], positions and mask: as the attention takes them, context: [b, t, c] -> [b, s, d]. Each branch is
+    added to the residual stream after dropout, and nothing else is dropped; dropout_keys, of rows [3, b, s], determine
+    the masks of the three branches in this order. The parts may be any modules of these signatures:
+    attention(x, positions=, cache=), with mask= where the block is called with one,
+    cross_attention(x, context, cache=), feed_forward(x), norms(x). Raises ValueError if an attention is passed without
+    its norm, a norm without its attention, or neither attention.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Block(nn.Module):
         for name in ("attention", "cross_attention"):
             if (given[name] is None) != (given[f"{name}_norm"] is None):
                 only = name if given[name] is not None else f"{name}_norm"
-                raise ValueError(f"Block: {name} and {name}_norm come together, got only {only}")
+                raise ValueError(f"Block: {name} and {name}_norm must be passed together, got only {only}")
         if attention is None and cross_attention is None:
-            raise ValueError("Block: give it attention, cross_attention, or both, each with its norm; got neither")
+            raise ValueError("Block: pass attention, cross_attention, or both, each with its norm; got neither")
         self.attention_norm, self.attention = attention_norm, attention
         self.cross_attention_norm, self.cross_attention = cross_attention_norm, cross_attention
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
@@ -74,6 +74,7 @@ class Block(nn.Module):
                 inputs["mask"] = mask
             x = x + self.dropout(self.attention(self.attention_norm(x), **inputs), keys[0])
         if self.cross_attention is not None and self.cross_attention_norm is not None:
-            seen = cache.context if cache else None
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), context, cache=seen), keys[1])
+            context_cache = cache.context if cache else None
+            y = self.cross_attention(self.cross_attention_norm(x), context, cache=context_cache)
+            x = x + self.dropout(y, keys[1])
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), keys[2])

@@ -1,11 +1,11 @@
-"""One vector more than a sequence has."""
+"""A learned token in front of a sequence."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ClassToken(nn.Module):
-    """Put a learned vector before a sequence: it reads the others and stands for none of them.
+    """Prepend one learned vector to every sequence, whose output serves as a summary of the sequence.
 
     x: [b, s, d] -> [b, 1 + s, d]. Source: Devlin et al. 2018 (BERT), section 3; Dosovitskiy et al. 2020 (ViT),
     equation 1.

@@ -1,4 +1,4 @@
-"""Dropout whose masks a caller may key: by what a row is, and not by where in a batch it is computed."""
+"""Dropout whose masks may depend on keys of the samples, so that they do not depend on how a batch is split."""
 
 from typing import Any, NamedTuple
 
@@ -11,20 +11,20 @@ _MULTIPLIERS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # of Mu
 
 
 class DropoutKeys(NamedTuple):
-    """What the masks of a `Dropout` are computed from: an odd number for each row, and one for each channel."""
+    """Keys from which `Dropout` computes its masks: an odd number for each row, and one for each channel."""
 
-    rows: Tensor  # int32 [..., s]; in what `dropout_keys` returns [uses, b, s]
+    rows: Tensor  # int32 [..., s]; `dropout_keys` returns [uses, b, s]
     columns: Tensor  # int32 [d]
 
 
 class Dropout(nn.Dropout):
-    """Zero each number with probability p and divide the others by 1 - p, in training.
+    """Zero each element with probability p and divide the others by 1 - p, in training.
 
-    x: [..., s, d] -> [..., s, d]. Without keys the mask is drawn from torch's generator, as nn.Dropout does. With keys,
-    of rows [..., s], the mask is a function of the keys and p alone: the same on every device, in batches of any shape
-    and whatever was drawn before. A number is kept if the low 32 bits of its row's key times its column's key are at
-    least p 2^32; both are odd hashes, so each product is uniform over the odd numbers. Related: counter-based random
-    numbers (Salmon et al. 2011).
+    x: [..., s, d] -> [..., s, d]. Without keys the mask is drawn from torch's generator, as in nn.Dropout. With keys,
+    of rows [..., s], the mask is a function of the keys and p only: it is the same on every device, in batches of any
+    shape, and for any state of the generator. An element is kept if the low 32 bits of the product of its row's and
+    its column's key are at least p 2^32; both are odd hashes, so each product is uniform over the odd numbers.
+    Related: counter-based random numbers (Salmon et al. 2011).
     """
 
     def __init__(self, p: float = 0.0) -> None:
@@ -54,19 +54,19 @@ class _KeyedDropout(torch.autograd.Function):
 
 
 def fold_in(keys: Tensor | int, numbers: Tensor) -> Tensor:
-    """Derive new keys from keys and whole numbers, as jax.random.fold_in does: int64, of their common shape.
+    """Derive new keys from keys and integers, as jax.random.fold_in does: int64, of their common shape.
 
-    Equal inputs give equal keys; any other input gives keys that look independent of them. Source: SplitMix64 (Steele
-    et al. 2014), with the key as its state, after `numbers` + 1 steps.
+    Equal inputs lead to equal keys, different inputs to keys that are statistically independent. Source: SplitMix64
+    (Steele et al. 2014), with the key as its state, after `numbers` + 1 steps.
     """
     return _mix((numbers + 1) * _GOLDEN + keys)
 
 
 def dropout_keys(samples: Tensor, positions: Tensor, uses: int, dim: int) -> DropoutKeys:
-    """Keys for so many uses of dropout on vectors of width dim, for all tokens of a batch.
+    """Compute the keys for `uses` applications of dropout to the tokens of a batch, vectors of width dim.
 
     samples: int64 [b], a key for each sample; positions: [s] or [b, s], of its tokens -> rows [uses, b, s]. The mask of
-    a token depends on its sample's key, its position and the use, so cutting columns or rows off a batch changes none.
+    a token depends on its sample's key, its position and the use, and not on the other rows and columns of the batch.
     """
     device = samples.device
     tokens = fold_in(samples.unsqueeze(1), positions)  # [b, s]
@@ -76,17 +76,17 @@ def dropout_keys(samples: Tensor, positions: Tensor, uses: int, dim: int) -> Dro
 
 
 def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer (fmix64): each bit of the result depends on all bits of the int64 x."""
+    """Mix the bits of int64 x by MurmurHash3's finalizer (fmix64): each bit of the result depends on all of x."""
     for multiplier in _MULTIPLIERS:
         x = (x ^ _high(x, 33)) * multiplier
     return x ^ _high(x, 33)
 
 
 def _high(x: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros from the left, which int64's own shift fills with the sign."""
+    """Shift right and fill with zeros; the >> of int64 fills with the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _odd(x: Tensor) -> Tensor:
-    """The high half of each int64, made odd: int32."""
+    """Returns the high half of each int64 with its lowest bit set: int32."""
     return (x >> 32).to(torch.int32) | 1

@@ -1,11 +1,11 @@
-"""The two feed-forward networks of a block: the plain one of the first transformers, and the gated one."""
+"""The two feed-forward networks of a block: the MLP with GELU, and the gated GEGLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FeedForward(nn.Module):
-    """GELU(x W1 + b1) W2 + b2, the MLP of ViT and CoCa.
+    """Compute GELU(x W1 + b1) W2 + b2, the MLP of ViT and CoCa.
 
     x: [..., d] -> [..., d]. Parameters: 2 d hidden_dim + hidden_dim + d.
     """
@@ -20,10 +20,10 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """(GELU(x W + b) * (x V + c)) W2 + b2: a GELU branch gates a linear branch, channel by channel.
+    """Compute (GELU(x W + b) * (x V + c)) W2 + b2: the linear branch times the GELU branch, elementwise.
 
     x: [..., d] -> [..., d]. Parameters: 3 d hidden_dim + 2 hidden_dim + d. W and V are the two halves of one matrix
-    (`up.weight[:hidden_dim]` is W), so both branches cost one multiplication. Source: Shazeer 2020, equations 5 and 6.
+    (`up.weight[:hidden_dim]` is W), so both branches take one matmul. Source: Shazeer 2020, equations 5 and 6.
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:

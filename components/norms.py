@@ -1,4 +1,4 @@
-"""Normalisation of each vector of the residual stream. `LayerNorm` is torch's own."""
+"""Normalisation over the last axis. `LayerNorm` is that of torch."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,9 @@ from torch.nn import LayerNorm as LayerNorm
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the last axis, then scale each channel.
 
-    x: [..., d] -> [..., d], same dtype as x: x / sqrt(mean(x^2) + eps) * weight. torch's kernel takes the mean in
-    float32, because squares of bfloat16 activations lose too many bits to average, and is several times faster than
-    the formula written out. Source: Zhang and Sennrich 2019, equation 4.
+    x: [..., d] -> [..., d], same dtype as x: x / sqrt(mean(x^2) + eps) * weight. torch's fused kernel takes the mean in
+    float32, because squares of bfloat16 activations lose too many bits to average; it is several times faster than
+    the formula in separate operations. Source: Zhang and Sennrich 2019, equation 4.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # of one dtype: else no fused kernel
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # the fused kernel needs one dtype
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}"

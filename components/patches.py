@@ -1,12 +1,12 @@
-"""Images cut into squares, each a vector."""
+"""Patch embedding of images."""
 
 from torch import Tensor, nn
 
 
 class PatchEmbedding(nn.Module):
-    """Cut an image into squares and project each: a convolution whose stride is its kernel.
+    """Split images into square patches and project each to a vector: a convolution whose stride is its kernel size.
 
-    images: float [b, c, height, width] -> [b, p, d], rows first, for p = (height / patch_size) (width / patch_size).
+    images: float [b, c, height, width] -> [b, p, d], row by row, for p = (height / patch_size) (width / patch_size).
     Raises ValueError if a side is not a multiple of patch_size. Source: Dosovitskiy et al. 2020 (ViT), equation 1.
     """
 
@@ -23,4 +23,4 @@ class PatchEmbedding(nn.Module):
                 f"got {height} x {width}; resize it first"
             )
         x = self.projection(images.to(self.projection.weight.dtype)).flatten(2)  # [b, d, p]
-        return x.transpose(1, 2).contiguous()  # [b, p, d]; else all later sums keep the layout of a convolution
+        return x.transpose(1, 2).contiguous()  # [b, p, d]; otherwise all later sums keep the convolution's layout

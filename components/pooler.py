@@ -1,4 +1,4 @@
-"""A fixed number of learned queries read a sequence of any length."""
+"""Attention poolers: a fixed number of learned queries attends to a sequence of any length."""
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +8,11 @@ from .attention import CrossAttention
 
 
 class AttentionPooler(nn.Module):
-    """Learned queries attend to x; what they read is the output.
+    """Pool a sequence by attention: n learned queries attend to x.
 
-    x: [b, t, d] -> [b, n, d] for n = num_queries. The queries are used as they are, without a projection of their own;
-    key, value and output projections have biases: n d + 3 (d^2 + d) parameters. The order of x makes no difference.
-    Source: CoCa, section 3.2 (attentional pooling). Raises ValueError if dim is not a multiple of num_heads, and at an
-    x of another width.
+    x: [b, t, d] -> [b, n, d] for n = num_queries. The queries are not projected; key, value and output projections
+    have biases: n d + 3 (d^2 + d) parameters. The result does not depend on the order of x. Source: CoCa, section 3.2
+    (attentional pooling). Raises ValueError if dim is not a multiple of num_heads, or if x has another width than dim.
     """
 
     def __init__(self, dim: int, num_queries: int, num_heads: int) -> None:
@@ -27,14 +26,14 @@ class AttentionPooler(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.queries)  # unit variance, as a projected query would have
+        nn.init.normal_(self.queries)  # unit variance, that of a projected query
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
         if d != self.queries.shape[1]:
             raise ValueError(
-                f"AttentionPooler: x must be [b, t, {self.queries.shape[1]}], got {list(x.shape)}; give "
-                "the pooler the width of what it reads, or project that to the pooler's"
+                f"AttentionPooler: x must be [b, t, {self.queries.shape[1]}], got {list(x.shape)}; build the pooler "
+                "with the width of x, or project x first"
             )
         q = self.queries.to(x.dtype).view(1, -1, self.num_heads, d // self.num_heads).transpose(1, 2)  # [1, h, n, k]
         k, v = self.kv(x).view(b, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, t, k] each
@@ -46,9 +45,9 @@ class AttentionPooler(nn.Module):
 
 
 class CrossAttentionPooler(nn.Module):
-    """Learned queries read x as the tokens of a block read a context: normalised, through a projection of their own.
+    """Pool a sequence by the cross-attention of a block: n learned queries, normalised and projected, attend to x.
 
-    x: [b, t, c] -> [b, n, d] for n = num_queries, and c the width that the attention's context has.
+    x: [b, t, c] -> [b, n, d] for n = num_queries and c the width of the context of `attention`.
     """
 
     def __init__(self, dim: int, num_queries: int, *, norm: nn.Module, attention: CrossAttention) -> None:

@@ -1,11 +1,11 @@
-"""Absolute positions: a vector for each place, added to the residual stream once, before the first block."""
+"""Absolute position embeddings: a vector for each position, added to the tokens once, before the first block."""
 
 import torch
 from torch import Tensor, nn
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of wavelengths from 2 pi to 10,000 * 2 pi; nothing is learned.
+    """Compute sines and cosines of wavelengths from 2 pi to 10,000 * 2 pi; the module has no parameters.
 
     positions: [...] -> float32 [..., d]; even channels are sines, odd ones cosines. Source: Vaswani et al. 2017,
     section 3.5. Raises ValueError if dim is odd.
@@ -27,7 +27,7 @@ class SinusoidalPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each of num_positions places.
+    """Look up a learned vector for each of num_positions positions.
 
     positions: integers [...] below num_positions -> [..., d].
     """

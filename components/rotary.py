@@ -1,9 +1,9 @@
-"""Rotary position embeddings: queries and keys are turned by angles proportional to their positions.
+"""Rotary position embeddings: queries and keys are rotated by angles proportional to their positions.
 
-Pairing convention: channel i is turned together with channel i + k/2 ("halves", as in GPT-NeoX and Llama's
-Hugging Face weights), not with its neighbour i + 1 ("interleaved", as in RoFormer and Meta's Llama weights). The two
-differ by a fixed permutation of the channels of each head, so weights trained with one do not fit the other: PAIRING
-is stored with every saved model.
+Pairing convention: channels i and i + k/2 form a pair ("halves", as in GPT-NeoX and Llama's Hugging Face weights),
+not channels i and i + 1 ("interleaved", as in RoFormer and Meta's Llama weights). The two conventions differ by a fixed
+permutation of the channels of each head, so weights trained with one do not fit the other: PAIRING is stored with
+every saved model.
 """
 
 import math
@@ -15,7 +15,7 @@ PAIRING = "halves"
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + k/2) by its angle, in float32.
+    """Rotate each pair of channels (i, i + k/2) by its angle, in float32.
 
     x: [b, h, s, k], angles: float32 [..., s, k/2], broadcast over b and h -> [b, h, s, k], same dtype as x.
     """
@@ -25,10 +25,10 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """One axis: pair i of position m is turned by m * base^(-2i/k).
+    """Rotary embedding of one axis: pair i at position m is rotated by m * base^(-2i/k).
 
     x: [b, h, s, k], positions: [s] or [b, s], any numbers -> [b, h, s, k]. Scores of rotated queries and keys depend
-    on the difference of their positions alone. Source: Su et al. 2021 (RoFormer), equations 14 and 15.
+    only on the difference of their positions. Source: Su et al. 2021 (RoFormer), equations 14 and 15.
     Raises ValueError if head_dim is odd.
     """
 
@@ -37,11 +37,11 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, *, base: float = 10_000.0) -> None:
         super().__init__()
         if head_dim % 2:
-            raise ValueError(f"RotaryEmbedding: head_dim must be even, to be made of pairs, got {head_dim=}")
+            raise ValueError(f"RotaryEmbedding: head_dim must be even, because channels form pairs, got {head_dim=}")
         self.head_dim, self.base = head_dim, base
 
     def angles(self, positions: Tensor) -> Tensor:
-        """positions: [s] or [b, s] -> float32 [1, s, k/2] or [b, 1, s, k/2]."""
+        """Compute the angles of positions [s] or [b, s]: float32 [1, s, k/2] or [b, 1, s, k/2]."""
         frequencies = _frequencies(self.head_dim // 2, self.base, positions.device)
         return (positions.float().unsqueeze(-1) * frequencies).unsqueeze(-3)
 
@@ -53,11 +53,12 @@ class RotaryEmbedding(nn.Module):
 
 
 class AxialRotaryEmbedding(nn.Module):
-    """Two axes: the first half of the pairs turns with the row, the second half with the column.
+    """Rotary embedding of two axes: the row rotates the first half of the pairs, the column the second half.
 
-    x: [b, h, s, k], positions: [s, 2] or [b, s, 2], (row, column) -> [b, h, s, k]. Scores depend on the difference of
-    rows and on that of columns. The base is smaller than for text, since an image has tens of rows, not thousands.
-    Source: Heo et al. 2024 (RoPE-ViT), equation 8, "RoPE-Axial". Raises ValueError if head_dim is not a multiple of 4.
+    x: [b, h, s, k], positions: [s, 2] or [b, s, 2], (row, column) -> [b, h, s, k]. Scores depend only on the
+    differences of rows and of columns. The base is smaller than for text, because an image has tens of rows, not
+    thousands. Source: Heo et al. 2024 (RoPE-ViT), equation 8, "RoPE-Axial". Raises ValueError if head_dim is not a
+    multiple of 4.
     """
 
     axes = 2
@@ -66,13 +67,13 @@ class AxialRotaryEmbedding(nn.Module):
         super().__init__()
         if head_dim % 4:
             raise ValueError(
-                f"AxialRotaryEmbedding: head_dim must be a multiple of 4, to give each axis half of its "
-                f"pairs, got {head_dim=}"
+                "AxialRotaryEmbedding: head_dim must be a multiple of 4, because each axis rotates half of its pairs, "
+                f"got {head_dim=}"
             )
         self.head_dim, self.base = head_dim, base
 
     def angles(self, positions: Tensor) -> Tensor:
-        """positions: [s, 2] or [b, s, 2] -> float32 [1, s, k/2] or [b, 1, s, k/2]."""
+        """Compute the angles of positions [s, 2] or [b, s, 2]: float32 [1, s, k/2] or [b, 1, s, k/2]."""
         frequencies = _frequencies(self.head_dim // 4, self.base, positions.device)
         return (positions.float().unsqueeze(-1) * frequencies).flatten(-2).unsqueeze(-3)
 
@@ -84,11 +85,11 @@ class AxialRotaryEmbedding(nn.Module):
 
 
 class MixedRotaryEmbedding(nn.Module):
-    """Two axes with learned directions: pair i of head j turns by row * f[j, i, 0] + column * f[j, i, 1].
+    """Rotary embedding of two axes, learned: pair i of head j is rotated by row * f[j, i, 0] + column * f[j, i, 1].
 
-    x: [b, h, s, k], positions: [s, 2] or [b, s, 2], (row, column) -> [b, h, s, k]. The h k learned frequencies start
-    with the lengths of the axial ones, in a random direction for each head, so diagonals are seen from the first step.
-    Source: Heo et al. 2024 (RoPE-ViT), equation 10, "RoPE-Mixed".
+    x: [b, h, s, k], positions: [s, 2] or [b, s, 2], (row, column) -> [b, h, s, k]. The h k frequencies are initialised
+    with the lengths of the axial ones and a random direction for each head, so that diagonal differences change the
+    scores from the first step. Source: Heo et al. 2024 (RoPE-ViT), equation 10, "RoPE-Mixed".
     Raises ValueError if head_dim is not a multiple of 4.
     """
 
@@ -105,15 +106,16 @@ class MixedRotaryEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         length = _frequencies(self.head_dim // 4, self.base, self.frequencies.device)  # [k/4]
         direction = torch.rand(self.frequencies.shape[0], 1, device=length.device) * 2 * math.pi  # [h, 1]
-        across = direction + math.pi / 2  # each length stands in two directions at a right angle
-        pairs = torch.cat((_polar(length, direction), _polar(length, across)), dim=1)  # [h, k/2, 2]
+        orthogonal = direction + math.pi / 2  # each length occurs in two orthogonal directions
+        pairs = torch.cat((_polar(length, direction), _polar(length, orthogonal)), dim=1)  # [h, k/2, 2]
         with torch.no_grad():
             self.frequencies.copy_(pairs)
 
     def angles(self, positions: Tensor) -> Tensor:
-        """positions: [s, 2] or [b, s, 2] -> float32 [h, s, k/2] or [b, h, s, k/2]."""
-        places = positions.float()[..., None, :, None, :]  # [1, s, 1, 2] or [b, 1, s, 1, 2]
-        return (places * self.frequencies.float().unsqueeze(1)).sum(-1)  # no matmul: autocast would make it bfloat16
+        """Compute the angles of positions [s, 2] or [b, s, 2]: float32 [h, s, k/2] or [b, h, s, k/2]."""
+        rows_and_columns = positions.float()[..., None, :, None, :]  # [1, s, 1, 2] or [b, 1, s, 1, 2]
+        products = rows_and_columns * self.frequencies.float().unsqueeze(1)
+        return products.sum(-1)  # not a matmul, which autocast would compute in bfloat16
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, self.angles(positions))
@@ -123,10 +125,10 @@ class MixedRotaryEmbedding(nn.Module):
 
 
 def _frequencies(count: int, base: float, device: torch.device) -> Tensor:
-    """base^(-i/count) for i < count. Computed at each call: a buffer would be lost on the meta device."""
+    """Compute base^(-i/count) for i < count. Not a buffer, which would be lost on the meta device."""
     return base ** (-torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
 def _polar(length: Tensor, direction: Tensor) -> Tensor:
-    """[k/4], [h, 1] -> vectors of these lengths and directions [h, k/4, 2]."""
+    """Returns vectors of these lengths [k/4] and directions [h, 1]: [h, k/4, 2]."""
     return torch.stack((length * direction.cos(), length * direction.sin()), dim=-1)

@@ -1,3 +1,3 @@
 """GRR: contrastive captioners (CoCa) built from the parts modern language models use."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -36,16 +36,13 @@ from grr.evaluation.flops import Towers, forward_flops, training_flops
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import (
-    blocks,
-    clip_gradients,
-    derive_seed,
-    materialize,
-    start,
-)
+from grr.parallel.process_group import start
+from grr.parallel.shard import blocks
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
-from grr.training.optim import adamw
+from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
 Part = Literal["training", "towers", "captions"]
@@ -76,7 +73,7 @@ class Rates(NamedTuple):
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str = "runs/benchmark"  # benchmark.json and config.yaml
     seed: int = 0
@@ -184,7 +181,7 @@ def trained_model(variant: Variant, cfg: config.Config, run: Run, device: torch.
         compile="compile" in variant,
         activation_checkpointing="checkpoint" in variant,
     )
-    materialize(model, device, seed=run.seed)
+    initialize(model, device, seed=run.seed)
     return model
 
 
@@ -296,7 +293,7 @@ def loaded_model(word: str, cfg: config.Config, run: Run, device: torch.device) 
     """A model as grr.inference.pretrained.load_pretrained gives it, but with weights as they are before training."""
     with torch.device("meta"):
         model: CoCa = cfg.build("model")
-    materialize(model.to(DTYPES[word]), device, seed=run.seed)
+    initialize(model.to(DTYPES[word]), device, seed=run.seed)
     return model.eval()
 
 

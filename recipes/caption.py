@@ -27,7 +27,7 @@ PRINTED = 10  # captions
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     images: str  # a file, a folder, or a glob in quotes
     folder: str = "captions"  # where captions.jsonl and captions.html are written

@@ -28,7 +28,7 @@ PRINTED = 20  # images
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     images: str  # a file, a folder with all that is below it, or a glob in quotes
     classes: list[str] = field(default_factory=list)  # their names; or

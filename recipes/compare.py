@@ -19,7 +19,7 @@ from grr.reports.comparison import as_text, write_comparison
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     models: list[str]  # "name: folders, one a seed", with wildcards; others are held against the first
     folder: str = "runs/comparison"  # where comparison.md and comparison.html are written

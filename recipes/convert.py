@@ -25,7 +25,7 @@ from grr.tokenizers.clip import ClipTokenizer, installed_merges
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     checkpoint: str  # .pt, .bin or .safetensors, of open_clip's names
     folder: str  # what becomes of it: weights, description, vocabulary

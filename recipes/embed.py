@@ -21,7 +21,7 @@ from grr.inference.results import told
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     images: str  # a file, a folder with all that is below it, or a glob in quotes
     index: str = "index"  # the folder of the index

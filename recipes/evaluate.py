@@ -35,7 +35,7 @@ PROBES: tuple[Task, ...] = ("linear_probe", "attentive_probe")  # that need labe
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str | None = None  # where results are written; null: the folder of the run that trained the model
     tasks: list[Task] = field(default_factory=lambda: list(PAIRED))

@@ -30,7 +30,7 @@ ALLOWED = 1e-3  # between a graph and the model: rounding, of logits that may be
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str  # what becomes of it
     formats: list[Format] = field(default_factory=lambda: ["onnx", "pt2"])

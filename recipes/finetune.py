@@ -37,14 +37,15 @@ from grr.inference.pretrained import (
 )
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, process_group
+from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, parameter_counts, summary
-from grr.training.optim import adamw, freeze
+from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
-from grr.training.soft_reset import SoftReset, in_words, soft_reset
+from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
 from grr.training.step import check_finite, global_batch_step
 from grr.training.throughput import Throughput
 
@@ -153,7 +154,7 @@ def main() -> int:
             state = {key: getattr(control, key) for key in ("decision", "regime", "best_loss", "best_step")}
             log.write("validation", step, **losses.numbers(), **metrics, **state)
             on_rank_0(partial(report, examples=examples))
-            bar.write(f"{summary(step, losses, metrics)}; {in_words(control)}")
+            bar.write(f"{summary(step, losses, metrics)}; {describe_decision(control)}")
             if control.decision == "improved":  # on disk before a checkpoint names it
                 saver.save_best(step, control=control._asdict())
             if control.decision == "reset":
@@ -162,7 +163,7 @@ def main() -> int:
 
         # loop: an epoch, a validation, and a decision; the pre-trained weights are validated first
         if progress:
-            logging.info(f"learning-rate regime {control.regime}; {in_words(control)}")
+            logging.info(f"learning-rate regime {control.regime}; {describe_decision(control)}")
         else:
             control = judge(control)
             saver.poll(step, due=True)

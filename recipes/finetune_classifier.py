@@ -38,11 +38,12 @@ from grr.models.coca import CoCa
 from grr.models.heads import HEADS, describe_classifier, load_parts
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, process_group
+from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import open_log, parameter_counts
-from grr.training.optim import adamw, freeze
+from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.step import check_finite
 from grr.training.throughput import Throughput

@@ -27,11 +27,12 @@ from grr.inference.pretrained import describe
 from grr.models.builders import MODELS
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import clip_gradients, derive_seed, on_rank_0, process_group
+from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import has_ended, open_log, parameter_counts, summary
-from grr.training.optim import adamw
+from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, warmup_cosine
 from grr.training.step import check_finite, global_batch_step
 from grr.training.throughput import Throughput
@@ -166,8 +167,8 @@ def main() -> int:
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         log.write("final", last, **losses.numbers(), **metrics, model_step=kept, keep_model=run.keep_model)
         on_rank_0(partial(report, examples=examples))
-        logging.info(f"finished after step {last}; model/ holds the {run.keep_model} weights, of step {kept}")
-        logging.info(f"see {folder / 'report.html'}")
+        kept_model = f"model/ holds the {run.keep_model} weights, of step {kept}"
+        logging.info(f"finished after step {last} of {last}; {kept_model}; see {folder / 'report.html'}")
     return 0
 
 

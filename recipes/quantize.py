@@ -46,7 +46,8 @@ from grr.inference.pretrained import (
 )
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
-from grr.parallel.process_group import materialize, start
+from grr.parallel.initialize import initialize
+from grr.parallel.process_group import start
 from grr.reports.table import aligned
 from grr.tokenizers.sentencepiece import open_tokenizer
 
@@ -59,7 +60,7 @@ DEFAULT: list[Variant] = ["fp32", "bf16", "int8_weight_only", "int8_dynamic", "f
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     folder: str  # a folder for each variant, and quantization.json
     variants: list[Variant] = field(default_factory=lambda: list(DEFAULT))  # ratios are to the first
@@ -160,7 +161,7 @@ def untrained(cfg: config.Config, pairs: Pairs, folder: Path) -> Pretrained:
     cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
     with torch.device("meta"):
         model = cfg.build("model")
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     arguments = {key: value for key, value in cfg.model.items() if key != "name"}
     save_model(folder / "model", model, describe(cfg.model["name"], arguments, "squash"), folder / "tokenizer")
     return find_pretrained(folder)

@@ -23,7 +23,7 @@ from grr.reports.gallery import write_hits
 
 @dataclass
 class Run:
-    """The recipe's own knobs."""
+    """Options of the recipe."""
 
     index: str = "index"  # the folder that recipes/embed.py wrote
     texts: list[str] = field(default_factory=list)  # what to look for; without brackets, one text

@@ -32,7 +32,7 @@ TOLD = 15  # lines of a failed run's log
 
 @dataclass
 class Run:
-    """The recipe's own knobs; see grr.experiments.sweep.plan."""
+    """Options of the recipe; see grr.experiments.sweep.plan."""
 
     folder: str  # everything the runs write
     stages: list[str]  # "name: RECIPE/CONFIG arguments" as for grr run, in order; {name} is an earlier stage's folder

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import is_hypothesis_test, settings
 from PIL import ImageColor
 
@@ -14,7 +13,7 @@ from grr.checkpoint.training_state import save_model
 from grr.data.collate import collate_captions
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny
-from grr.parallel.process_group import start
+from grr.parallel import process_group as parallel
 from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.loss import contrastive_loss
 
@@ -59,9 +58,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     """A process group of this one process, for the tests of a file."""
-    start()
-    yield
-    dist.destroy_process_group()
+    with parallel.process_group():
+        yield
 
 
 @pytest.fixture(scope="session")

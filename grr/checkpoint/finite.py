@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grr.parallel.process_group import local
+from grr.parallel.shard import local
 
 SHOWN = 3  # names in a message
 

@@ -37,9 +37,9 @@ from grr.data.pairs import ImageFiles
 from grr.experiments import catalog as installed
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
-from grr.parallel.process_group import derive_seed
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
-from grr.training.cost import Planned, run_cost
+from grr.training.cost import RunPlan, run_cost
 from grr.training.optim import freeze
 from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
@@ -325,7 +325,7 @@ def _steps(
     size_of_negatives = run["batch_size" if cfg.loss["negatives"] == "global" else "micro_batch_size"]
     if met := false_negatives(data, size_of_negatives, run.get("seed", 0)):
         yield met
-    planned = Planned(
+    planned = RunPlan(
         Path(run["folder"]),
         run["batch_size"],
         run["micro_batch_size"],

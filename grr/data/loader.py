@@ -29,7 +29,7 @@ from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import Pairs
 from grr.data.threads import in_thread
 from grr.files.printable import printable
-from grr.parallel.process_group import derive_seed
+from grr.seeds import derive_seed
 from grr.tokenizers.sentencepiece import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops

@@ -18,7 +18,8 @@ from grr.evaluation.examples import Answer
 from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, on_rank_0, unsharded
+from grr.parallel.process_group import all_sum, on_rank_0
+from grr.parallel.shard import unsharded
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import at_least_float32
 from grr.training.step import seed_dropout

@@ -11,7 +11,8 @@ from grr.evaluation.examples import Caption, Examples, Retrieval
 from grr.evaluation.outputs import Observation, observe
 from grr.evaluation.retrieval import retrieval
 from grr.models.coca import CoCa
-from grr.parallel.process_group import on_rank_0, unsharded
+from grr.parallel.process_group import on_rank_0
+from grr.parallel.shard import unsharded
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import contrastive_loss, sigmoid_loss
 from grr.training.step import Losses, evaluation_losses

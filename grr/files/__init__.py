@@ -1,1 +1,1 @@
-"""Files: regular ones read with a limit, errors of the disk, names and captions as a terminal may show them."""
+"""Files: reading regular files up to a limit, disk errors, damaged weights, and printable text."""

@@ -1,25 +1,25 @@
-"""Files of weights that cannot be read, and the likely cause."""
+"""Diagnosis of weight files that cannot be read."""
 
 import struct
 from pathlib import Path
 
 from grr.files.regular import open_regular_file
 
-HEAD = 1024  # bytes that tell what a file is
+HEAD = 1024  # bytes from which the kind of a file is recognised
 
 
 def damage(file: Path) -> str:
-    """Returns what is likely wrong with a file of weights that cannot be read, and the remedy.
+    """Returns the likely reason why a weight file cannot be read, and the remedy.
 
-    The cause is seen in its first bytes and in its size: a Git LFS pointer, a page that a server sent in place of the
-    file, an empty file, a truncated one, or another format than its name says.
+    The reason follows from its first bytes and its size: a Git LFS pointer, a web page that a server sent in place of
+    the file, an empty or truncated file, or another format than that of its suffix.
     """
     with open_regular_file(file) as content:
         head = content.read(HEAD)
     size, again = file.stat().st_size, "download or copy it again"
     text = head.lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
-        return f"it is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` where it is from"
+        return f"it is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` in its repository"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"it is a web page, not the weights; {again} from the address of the file itself"
     if not size:
@@ -39,7 +39,7 @@ def damage(file: Path) -> str:
 
 
 def _tail(file: Path) -> bytes:
-    """The last bytes, where a zip archive has its directory."""
+    """Returns the last bytes, which hold the directory of a zip archive."""
     with open_regular_file(file) as content:
         content.seek(max(0, file.stat().st_size - 2**16))
         return content.read()

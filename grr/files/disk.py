@@ -1,4 +1,4 @@
-"""Errors of the disk, reported as the system gave them."""
+"""Disk errors, raised with the error number of the system."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise OSError with its number and this path where a library reports a failed write as an error of its own.
+    """Raise OSError with its number and this path where a library raises another error for a failed write.
 
     On a full disk torch raises RuntimeError ("unexpected pos 704 vs 598") while it handles the OSError, and safetensors
     raises SafetensorError with the number in its text. Other errors pass unchanged.
@@ -28,7 +28,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """Returns the system's number of an error or of the one that it hides, None if there is none."""
+    """Returns the system's number of an error or of one that it was raised from; None without a number."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

@@ -1,4 +1,4 @@
-"""Regular files: what a name in somebody's table may point to, opened without waiting and read up to a limit."""
+"""Regular files, opened without blocking and read up to a limit; other kinds of files are refused."""
 
 import errno
 import os
@@ -16,15 +16,15 @@ KINDS = {
 
 
 def open_regular_file(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading; a link to one is followed.
+    """Open a regular file, or a link to one, for reading.
 
-    A pipe, socket, device or folder is not opened: a pipe waits for a writer, a device may act on being opened. Raises
-    OSError, with the reason in `strerror`, for these and for a file that cannot be opened.
+    A pipe, socket, device or folder is not opened: opening a pipe blocks until it has a writer, and opening a device
+    may have effects. Raises OSError, with the reason in `strerror`, for these and for a file that cannot be opened.
     """
     _check_regular(os.stat(path), path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        _check_regular(os.fstat(descriptor), path)  # the name may point elsewhere by now
+        _check_regular(os.fstat(descriptor), path)  # the path may have been replaced since os.stat
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -32,10 +32,10 @@ def open_regular_file(path: str | Path) -> BinaryIO:
 
 
 def read_regular_file(path: str | Path, max_bytes: int) -> bytes:
-    """Return the content of a regular file of at most max_bytes bytes.
+    """Read a regular file of at most max_bytes bytes.
 
-    Raises OSError, with the reason in `strerror`, as `open_regular_file` does, and if the file is larger, whatever size
-    it states: files of /proc state none.
+    Raises OSError, with the reason in `strerror`, as `open_regular_file` does, and if the file is larger, also where
+    its stated size is wrong: files of /proc state 0 bytes.
     """
     with open_regular_file(path) as file:
         stated = os.fstat(file.fileno()).st_size

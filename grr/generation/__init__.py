@@ -1,1 +1,1 @@
-"""Generation of captions: sampling, beam search, the decoding state."""
+"""Generation of captions: greedy search, sampling, beam search."""

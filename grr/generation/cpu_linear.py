@@ -1,4 +1,4 @@
-"""Linear layers on a CPU through oneDNN as it is fastest for few rows, which is what writing a caption needs."""
+"""Linear layers on a CPU through oneDNN, which is the fastest kernel for the few rows of a decoding step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 @contextmanager
 def onednn_linears(*modules: nn.Module) -> Iterator[None]:
-    """Within it, and without gradients, the linear layers of these modules give the same numbers, but for rounding.
+    """Compute the linear layers of these modules by oneDNN, without gradients and equal but for rounding.
 
-    A token of a caption is the product of a row with every weight of a decoder, and so a matter of reading them. In
-    float32, torch takes a library (MKL) that reads them with one core; oneDNN reads with all. In bfloat16, torch takes
-    oneDNN, but with weights as they lie in memory; here they are copied once into its own order, for as long as the
-    context lasts. On a GPU, in other dtypes, for sharded or quantised layers, and in a module whose forward was
-    replaced (compiled, say, or by another such context), nothing changes.
+    A decoding step multiplies a few rows by every weight of a decoder, so its time is that of reading the weights. In
+    float32, torch calls MKL, which reads them with one core; oneDNN reads with all cores. In bfloat16, torch calls
+    oneDNN with the weights in their usual layout; here they are copied once into oneDNN's layout, for the duration of
+    the context. On a GPU, in other dtypes, for sharded or quantised layers, and in a module whose forward was replaced
+    (when compiled, or by another such context), nothing changes.
     """
     linears = [linear for module in modules for linear in _linears(module) if _is_plain(linear.weight)]
     for linear in linears:
@@ -37,7 +37,7 @@ def _linears(module: nn.Module) -> Iterator[nn.Linear]:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether oneDNN can read it: numbers of this machine's memory, neither a shard nor a few bits."""
+    """Returns whether oneDNN can read a weight: a plain CPU tensor, neither sharded nor quantised."""
     if weight.device.type != "cpu" or type(weight.data) is not Tensor or not torch.backends.mkldnn.is_available():
         return False
     in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

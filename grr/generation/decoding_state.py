@@ -1,4 +1,4 @@
-"""Captions being written: what the model has read of them, and how likely each next token is."""
+"""Decoding state: the tokens generated so far, their keys and values, and the probabilities of the next token."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from grr.tokenizers.sentencepiece import Tokenizer
 
 
 class DecodingState:
-    """Captions being written, one a row and all of one length, the same number for each image and side by side.
+    """Unfinished captions, one per row and all of one length; the rows of an image are consecutive, equally many each.
 
-    images: uint8 or normalised float [b, 3, h, w] -> b drafts that hold nothing but BOS. An image is read once, and
-    every token as well: keys and values are kept, and those of an image are shared by all its drafts. What may follow
-    is said by the arguments, as in `generate`, which checks them.
+    images: uint8 or normalised float [b, 3, h, w] -> b rows that hold only BOS. Every image and every token is computed
+    once: keys and values are cached, and the rows of an image share those of the image. The arguments restrict the next
+    token as in `generate`, which checks them.
     """
 
     def __init__(
@@ -27,52 +27,51 @@ class DecodingState:
         no_repeat_ngram_size: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.min_new_tokens, self.repetition_penalty, self.no_repeat_ngram_size = (
-            min_new_tokens,
-            repetition_penalty,
-            no_repeat_ngram_size,
-        )
+        self.min_new_tokens = min_new_tokens
+        self.repetition_penalty, self.no_repeat_ngram_size = repetition_penalty, no_repeat_ngram_size
         device = images.device
         self.context = model.image_context(images)  # [b, n, d]
         self.dtype = torch.promote_types(self.context.dtype, torch.float32)  # of log-probabilities
         self.caches = model.caches(self.context.shape[1], max_new_tokens)
-        self.ids = torch.full((len(images), 1), tokenizer.bos_id, device=device)  # [rows, 1 + tokens written]
-        self._places = torch.arange(max_new_tokens, device=device)
-        never = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.cls_id], device=device)
-        self._never = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device).index_fill(0, never, True)
+        self.ids = torch.full((len(images), 1), tokenizer.bos_id, device=device)  # [rows, 1 + generated tokens]
+        self._positions = torch.arange(max_new_tokens, device=device)
+        special = torch.tensor([tokenizer.pad_id, tokenizer.bos_id, tokenizer.cls_id], device=device)
+        self._forbidden = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device).index_fill(
+            0, special, True
+        )
 
     def log_probabilities(self) -> Tensor:
-        """Read the last token of every draft; gives how likely each next one is: [rows, v], float32 or wider.
+        """Compute the log-probability of every next token of every row: [rows, v], float32 or wider.
 
-        Minus infinity for what may not be written. Once for every token: what was read stands in the caches.
-        Raises ValueError if the model computes NaN.
+        Minus infinity for tokens that are not allowed. Call it once per token, because it appends the last token of
+        each row to the caches. Raises ValueError if the model computes NaN.
         """
         count = self.ids.shape[1] - 1
-        here = self._places[count : count + 1]
-        logits = self.model.next_token_logits(self.ids[:, -1:], self.context, positions=here, caches=self.caches)
-        log_p = logits.masked_fill(self._never, -torch.inf).log_softmax(-1, dtype=self.dtype)  # [rows, v]
+        position = self._positions[count : count + 1]
+        logits = self.model.next_token_logits(self.ids[:, -1:], self.context, positions=position, caches=self.caches)
+        log_p = logits.masked_fill(self._forbidden, -torch.inf).log_softmax(-1, dtype=self.dtype)  # [rows, v]
         if log_p.isnan().any():
             raise ValueError(
-                "generate: the scores of the next token must be numbers, got NaN; compute in float32, or "
-                "take a model whose weights are finite"
+                "generate: the scores of the next token must be numbers, got NaN; compute in float32, or use a model "
+                "whose weights are finite"
             )
-        written, n = self.ids[:, 1:], self.no_repeat_ngram_size  # [rows, count]
+        generated, n = self.ids[:, 1:], self.no_repeat_ngram_size  # [rows, count]
         if self.repetition_penalty != 1:
-            log_p.scatter_(1, written, log_p.gather(1, written) * self.repetition_penalty)
+            log_p.scatter_(1, generated, log_p.gather(1, generated) * self.repetition_penalty)
         if 0 < n <= count:
-            ngrams = written.unfold(1, n, 1)  # [rows, count - n + 1, n]
-            again = (ngrams[..., :-1] == written[:, None, count - n + 1 :]).all(-1)  # its last token would be a repeat
-            log_p.scatter_(1, ngrams[..., -1].masked_fill(~again, self.tokenizer.pad_id), -torch.inf)
+            ngrams = generated.unfold(1, n, 1)  # [rows, count - n + 1, n]
+            repeats = (ngrams[..., :-1] == generated[:, None, count - n + 1 :]).all(-1)  # if its last token followed
+            log_p.scatter_(1, ngrams[..., -1].masked_fill(~repeats, self.tokenizer.pad_id), -torch.inf)
         if count < self.min_new_tokens:
             log_p[:, self.tokenizer.eos_id] = -torch.inf
         return log_p
 
     def extend(self, ids: Tensor) -> None:
-        """Write one more token on each draft: [rows]."""
+        """Append one token to each row: [rows]."""
         self.ids = torch.cat((self.ids, ids.unsqueeze(1)), dim=1)
 
     def select(self, rows: Tensor, images: Tensor | None = None) -> None:
-        """Go on with these rows, in this order; a row may be taken more than once. With images, with these alone."""
+        """Keep these rows, in this order; a row may occur more than once. With images, keep only those images."""
         self.ids = self.ids[rows]
         for cache in (*self.caches[0], *self.caches[1]):
             cache.tokens.select(rows)

@@ -1,4 +1,4 @@
-"""Write captions: the most likely tokens one after the other, the best of several beginnings, or draws of the dice."""
+"""Generation of captions by greedy search, beam search or sampling."""
 
 import math
 from collections.abc import Callable
@@ -30,22 +30,23 @@ def generate(
     no_repeat_ngram_size: int = 0,
     seed: int = 0,
 ) -> list[str]:
-    """Write a caption for each image: greedy search, beam search with num_beams > 1, or sampling with temperature > 0.
+    """Generate a caption for each image by greedy search, beam search (num_beams > 1) or sampling (temperature > 0).
 
     images: uint8 or normalised float [b, 3, h, w] -> b captions of min_new_tokens to max_new_tokens tokens (None: as
-    many as fit, tokenizer.context_length - 3). PAD, BOS and CLS are never written.
+    many as fit, tokenizer.context_length - 3). PAD, BOS and CLS are never generated.
 
-    Beam search looks for the highest log-probability / number of tokens ** length_penalty: 0 compares captions as
-    wholes, which favours short ones, 1 by the token. Sampling draws from softmax(logits / temperature), of the top_k
-    most likely tokens, and of these from the fewest that hold the share top_p of the probability (Holtzman et al.
-    2020, nucleus sampling). The same seed gives the same captions for the same batch on the same device.
+    Beam search maximises log-probability / number of tokens ** length_penalty: 0 compares total log-probabilities,
+    which favours short captions, 1 the mean per token. Sampling draws from softmax(logits / temperature), restricted to
+    the top_k most likely tokens, then to the fewest of these whose probabilities sum to top_p (nucleus sampling,
+    Holtzman et al. 2020). Equal seeds lead to equal captions for the same batch on the same device.
 
-    repetition_penalty multiplies the log-probability of each token that was written already (after Keskar et al. 2019,
-    CTRL); no_repeat_ngram_size = n refuses what would end a sequence of n tokens that was written already.
-    Raises ValueError for arguments out of range or at odds with each other, or another model's tokenizer.
+    repetition_penalty multiplies the log-probability of every token that the caption contains (after Keskar et al.
+    2019, CTRL); no_repeat_ngram_size = n forbids a token that would repeat a sequence of n tokens of the caption.
+    Raises ValueError for arguments out of range, for arguments that contradict each other, and for a tokenizer with
+    another vocabulary than the model.
     """
-    room = tokenizer.context_length - 3  # BOS, EOS and CLS stand in every row
-    max_new_tokens = room if max_new_tokens is None else max_new_tokens
+    longest = tokenizer.context_length - 3  # BOS, EOS and CLS are in every row
+    max_new_tokens = longest if max_new_tokens is None else max_new_tokens
     _check(
         images,
         model.multimodal_decoder.head.out_features,
@@ -60,7 +61,7 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size,
     )
     with evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
-        drafts = DecodingState(
+        state = DecodingState(
             model,
             images,
             tokenizer,
@@ -70,57 +71,56 @@ def generate(
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
         if num_beams > 1:
-            captions, _ = beam_search(drafts, num_beams=num_beams, length_penalty=length_penalty)
+            captions, _ = beam_search(state, num_beams=num_beams, length_penalty=length_penalty)
         elif temperature > 0:
             generator = torch.Generator(images.device).manual_seed(seed)
-            captions = _write(drafts, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
+            captions = _decode(state, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
         else:
-            captions = _write(drafts, lambda log_p: log_p.argmax(-1))
+            captions = _decode(state, lambda log_p: log_p.argmax(-1))
     return [tokenizer.decode(row) for row in captions.tolist()]
 
 
 def sample(
     log_p: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """Draw one token a row: logarithms of probabilities [b, v], to a constant -> [b]."""
+    """Draw one token per row: log-probabilities up to a constant [b, v] -> [b]."""
     if top_k is None and top_p is None:
         return torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator).squeeze(1)
     v = log_p.shape[-1]
     log_p, ids = log_p.topk(min(top_k or v, v))  # [b, k], the most likely first
     p = (log_p / temperature).softmax(-1)
     if top_p is not None:
-        before = p.cumsum(-1) - p
-        p = p.masked_fill(before >= top_p, 0)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the token that reaches top_p
     return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
-def _write(drafts: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """Write one token after the other until all drafts have their EOS: ids [b, max_new_tokens], PAD behind the end.
+def _decode(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Append the token that `choose` returns until all rows end: ids [b, max_new_tokens], PAD after EOS.
 
-    When half of the drafts have ended, the others go on alone.
+    choose: log-probabilities [b, v] -> ids [b]. Rows that have ended are dropped when they are half of the batch.
     """
-    tokenizer, device, count = drafts.tokenizer, drafts.ids.device, len(drafts.ids)
-    captions = torch.full((count, drafts.max_new_tokens), tokenizer.pad_id, device=device)
-    images = torch.arange(count, device=device)  # [b], those that drafts are kept of
+    tokenizer, device, count = state.tokenizer, state.ids.device, len(state.ids)
+    captions = torch.full((count, state.max_new_tokens), tokenizer.pad_id, device=device)
+    images = torch.arange(count, device=device)  # [b], those of the rows in `state`
     ended = torch.zeros(count, dtype=torch.bool, device=device)  # [b]
-    for place in range(drafts.max_new_tokens):
-        ids = choose(drafts.log_probabilities()).masked_fill(ended, tokenizer.pad_id)  # [b]
-        captions[images, place] = ids
+    for position in range(state.max_new_tokens):
+        ids = choose(state.log_probabilities()).masked_fill(ended, tokenizer.pad_id)  # [b]
+        captions[images, position] = ids
         ended |= ids == tokenizer.eos_id
-        left = len(images) - int(ended.sum())
-        if left == 0:
+        unfinished = len(images) - int(ended.sum())
+        if unfinished == 0:
             break
-        drafts.extend(ids)
-        if 2 * left <= len(images):
+        state.extend(ids)
+        if 2 * unfinished <= len(images):
             kept = (~ended).nonzero().squeeze(1)
             images, ended = images[kept], ended[kept]
-            drafts.select(kept, kept)
+            state.select(kept, kept)
     return captions
 
 
 def _check(
     images: Tensor,
-    ids: int,
+    vocab_size: int,
     tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
@@ -133,29 +133,29 @@ def _check(
     no_repeat_ngram_size: int,
 ) -> None:
     """Raise ValueError with every rule that is broken."""
-    room, words = tokenizer.context_length - 3, tokenizer.vocab_size - 4  # words: all but PAD, EOS, BOS and CLS
+    longest, words = tokenizer.context_length - 3, tokenizer.vocab_size - 4  # words: all ids but PAD, EOS, BOS and CLS
     rules = [
         (
             images.ndim == 4 and len(images) > 0,
-            f"images must be [b, 3, h, w], at least one of them, got {list(images.shape)}; a single one is "
+            f"images must be [b, 3, h, w] with b >= 1, got {list(images.shape)}; for a single image, pass "
             "image.unsqueeze(0)",
         ),
         (
-            ids == tokenizer.vocab_size,
-            f"the model writes {ids} ids and the tokenizer reads {tokenizer.vocab_size}; take the tokenizer that the "
+            vocab_size == tokenizer.vocab_size,
+            f"the model has {vocab_size} ids and the tokenizer {tokenizer.vocab_size}; use the tokenizer that the "
             "model was trained with",
         ),
         (
-            1 <= max_new_tokens <= room,
-            f"max_new_tokens must be from 1 to {room}, what fits into context_length={tokenizer.context_length}, got "
-            f"{max_new_tokens=}",
+            1 <= max_new_tokens <= longest,
+            f"max_new_tokens must be from 1 to {longest}, what fits into context_length={tokenizer.context_length}, "
+            f"got {max_new_tokens=}",
         ),
         (
             0 <= min_new_tokens <= max_new_tokens,
             f"min_new_tokens must be from 0 to max_new_tokens, got {min_new_tokens=}, {max_new_tokens=}",
         ),
-        (num_beams >= 1, f"num_beams must be 1, for no beam search, or more, got {num_beams=}"),
-        (0 <= temperature < math.inf, f"temperature must be 0, for no sampling, or more, got {temperature=}"),
+        (num_beams >= 1, f"num_beams must be at least 1, got {num_beams=}; 1 turns beam search off"),
+        (0 <= temperature < math.inf, f"temperature must be at least 0, got {temperature=}; 0 turns sampling off"),
         (
             num_beams <= 1 or temperature == 0,
             f"beam search does not sample, got {num_beams=}, {temperature=}; leave one of them out",
@@ -175,11 +175,11 @@ def _check(
         ),
         (
             no_repeat_ngram_size >= 0,
-            f"no_repeat_ngram_size must be 0, for no rule, or more, got {no_repeat_ngram_size=}",
+            f"no_repeat_ngram_size must be at least 0, got {no_repeat_ngram_size=}; 0 allows repetition",
         ),
         (
             no_repeat_ngram_size == 0 or min_new_tokens <= words,
-            f"min_new_tokens must be at most {words}, the words of the vocabulary, where none may come again, got "
+            f"min_new_tokens must be at most {words}, the words of the vocabulary, if none may be repeated, got "
             f"{min_new_tokens=}, {no_repeat_ngram_size=}",
         ),
     ]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from grr.parallel.process_group import ORDER, blocks, preparations
+from grr.parallel.shard import ORDER, blocks, preparations
 
 SIDES = 16  # of which the sides of a matrix must be multiples for a GPU's float8 kernels
 CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grr.parallel.bf16 import compute_in_bf16
 from grr.parallel.float8 import multiply_in_float8
-from grr.parallel.process_group import METHODS, ORDER, blocks, preparations, shard_over
+from grr.parallel.shard import METHODS, ORDER, blocks, preparations, shard_over
 
 
 def parallelize(

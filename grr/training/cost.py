@@ -1,4 +1,4 @@
-"""What a training run will take, from a step of it that is timed here: minutes, memory and disk."""
+"""Estimate the minutes, memory and disk of a training run from a step that is timed on this machine."""
 
 import math
 import os
@@ -12,26 +12,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
-from grr.parallel.process_group import clip_gradients, start
+from grr.parallel.process_group import process_group
 from grr.tokenizers.sentencepiece import Tokenizer
-from grr.training.optim import adamw
+from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
-SECONDS = 4.0  # that a step may take and be followed by one of twice as many pairs
-AT_MOST = 20.0  # seconds that the first step may be expected to take
-IMAGES = 4096  # that steps are taken of
-STATE = 12  # bytes a weight in a checkpoint, in float32: itself and two moments
+SLOW_STEP = 4.0  # seconds; a slower step is not followed by one of twice as many pairs
+MAX_FIRST_STEP = 20.0  # seconds; a first step that is expected to take longer is not measured
+NUM_IMAGES = 4096  # of the data set that the measured steps draw from
+STATE = 12  # bytes per weight in a float32 checkpoint: the weight and two optimizer states
 
 
 @dataclass
-class Planned:
-    """The parts of a training run that decide what it takes."""
+class RunPlan:
+    """Settings of a training run that decide its cost."""
 
     folder: Path
     batch_size: int
@@ -45,11 +44,11 @@ class Planned:
     loss: dict[str, Any]
 
 
-class Part(Pairs):
-    """A pair of each of the first images: enough for some steps, so that no order of millions is drawn for them."""
+class FirstImages(Pairs):
+    """One pair of each of the first images, so that a few steps do not draw an order of millions of pairs."""
 
     def __init__(self, pairs: Pairs) -> None:
-        self.rows = np.sort(np.unique(pairs.image_of, return_index=True)[1])[:IMAGES]
+        self.rows = np.sort(np.unique(pairs.image_of, return_index=True)[1])[:NUM_IMAGES]
         chosen = np.zeros(len(pairs), dtype=bool)
         chosen[self.rows] = True
         super().__init__(pairs.ids.take(chosen), pairs.captions.take(chosen), pairs.image_of[chosen])
@@ -60,24 +59,24 @@ class Part(Pairs):
 
 
 @dataclass
-class Measured:
-    """A step of `pairs` pairs in one process, in seconds; bytes a pair that its forward pass keeps."""
+class StepCost:
+    """Cost of a step of `pairs` pairs in one process."""
 
     pairs: int
-    computing: float
-    reading: float
-    updating: float
-    kept: float
+    computing: float  # seconds of forward and backward pass
+    reading: float  # seconds
+    updating: float  # seconds of the optimizer
+    kept: float  # bytes of activations per pair
 
 
 def run_cost(
-    run: Planned, build: Callable[[], nn.Module], pairs: Pairs, tokenizer: Tokenizer, *, image_size: int, crop: Crop
+    run: RunPlan, build: Callable[[], nn.Module], pairs: Pairs, tokenizer: Tokenizer, *, image_size: int, crop: Crop
 ) -> Iterator[Finding]:
     """Estimate the minutes, the memory and the disk of a run.
 
-    After a step to warm up, steps of 2, 4, 8 ... pairs are taken, up to a micro-batch, for about 12 seconds; the one
-    that is fastest a pair is scaled to the run's batch. It is the run's model, loss, optimizer and data, in float32 and
-    not compiled. Where the model is too large for that, a line says so. Nothing is written, and nothing is raised.
+    After a warm-up step, steps of 2, 4, 8 ... pairs, up to a micro-batch, are timed for about 12 seconds; the fastest
+    per pair is scaled to the batch of the run. Model, loss, optimizer and data are those of the run, in float32 and
+    not compiled. If the model is too large or a step fails, a finding says so. Writes no files and raises no errors.
     """
     try:
         with torch.device("meta"):
@@ -93,12 +92,12 @@ def run_cost(
     if state > free / 2:
         yield Finding("time", f"not measured: {states}, and {_gb(free)} are free on this machine")
         return
-    expected = 2 * 6 * n * _tokens(model, image_size, tokenizer.context_length) / _flops_a_second()
-    if expected > AT_MOST:
+    expected = 2 * 6 * n * _tokens(model, image_size, tokenizer.context_length) / _flops_per_second()
+    if expected > MAX_FIRST_STEP:
         yield Finding("time", f"not measured: a step of 2 pairs may take {expected:,.0f} s on this machine; {states}")
         return
     try:
-        measured = _measure(run, build(), Part(pairs), tokenizer, image_size, crop)
+        measured = _measure(run, build(), FirstImages(pairs), tokenizer, image_size, crop)
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
         yield Finding("time", f"not measured: a step failed ({' '.join(str(error).split())[:300]})")
         return
@@ -107,8 +106,7 @@ def run_cost(
 
 
 def free_memory() -> int:
-    """Bytes of memory that a process may still take: of the GPU where there is one, else of this machine or, if that is
-    less, of the container."""
+    """Returns the free memory in bytes: of the GPU if there is one, else the lesser of machine and container."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -117,35 +115,30 @@ def free_memory() -> int:
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
         free = min(free, int(limit) - int(used))
-    except (OSError, ValueError, StopIteration):  # no Linux, no container, or one without a limit
+    except (OSError, ValueError, StopIteration):  # not Linux, not a container, or a container without a limit
         pass
     return max(free, 0)
 
 
 def _measure(
-    run: Planned, model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop
-) -> Measured:
-    """Take steps of more and more pairs, and return the fastest a pair: another program may slow some of them down."""
-    alone = not dist.is_initialized()
-    device = start() if alone else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    run: RunPlan, model: nn.Module, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop
+) -> StepCost:
+    """Time steps of increasing size, and return the fastest per pair: other programs may slow some of them."""
+    with process_group() as device:
         model = model.to(device).train()
         optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
         most = min(run.micro_batch_size, run.batch_size, len(pairs))
-        size, steps, until = min(2, most), list[Measured](), time.monotonic() + 3 * SECONDS
+        size, steps, until = min(2, most), list[StepCost](), time.monotonic() + 3 * SLOW_STEP
         while True:
             steps.append(_step(run, model, optimizer, pairs, tokenizer, size, image_size, crop, device))
-            slow = steps[-1].computing + steps[-1].reading > SECONDS
+            slow = steps[-1].computing + steps[-1].reading > SLOW_STEP
             if time.monotonic() > until or (len(steps) > 1 and size == most):
                 return min(steps, key=lambda step: (step.computing + step.reading) / step.pairs)
             size = min(2 * size, most) if len(steps) > 1 and not slow else size
-    finally:
-        if alone:
-            dist.destroy_process_group()
 
 
 def _step(
-    run: Planned,
+    run: RunPlan,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     pairs: Pairs,
@@ -154,7 +147,7 @@ def _step(
     image_size: int,
     crop: Crop,
     device: torch.device,
-) -> Measured:
+) -> StepCost:
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -179,58 +172,58 @@ def _step(
     if device.type == "cuda":
         torch.cuda.synchronize()
     updated = time.perf_counter()
-    return Measured(size, computed - read, read - begun, updated - computed, sum(kept.values()) / size)
+    return StepCost(size, computed - read, read - begun, updated - computed, sum(kept.values()) / size)
 
 
-def _time(run: Planned, measured: Measured) -> Finding:
-    """The minutes of a run, without its validations."""
-    share = run.batch_size / run.processes  # pairs of a process
-    twice = share > run.micro_batch_size and run.loss.get("negatives", "global") == "global"  # embedded, then replayed
-    computing = measured.computing / measured.pairs * share * (4 / 3 if twice else 1) + measured.updating
-    reading = measured.reading / measured.pairs * share / max(1, run.workers)
+def _time(run: RunPlan, measured: StepCost) -> Finding:
+    """Returns the minutes of a run, without its validations."""
+    pairs = run.batch_size / run.processes  # of a step in one process
+    twice = pairs > run.micro_batch_size and run.loss.get("negatives", "global") == "global"  # GradCache
+    computing = measured.computing / measured.pairs * pairs * (4 / 3 if twice else 1) + measured.updating
+    reading = measured.reading / measured.pairs * pairs / max(1, run.workers)
     minutes = run.steps * max(computing, reading) / 60
     device = "GPU" if torch.cuda.is_available() else "CPU"
-    said = (
+    message = (
         f"about {_minutes(minutes)} for {run.steps:,} steps without validation, on this {device}: "
-        f"{max(computing, reading):.2g} s a step of {run.batch_size:,} pairs, scaled from one of {measured.pairs} in "
+        f"{max(computing, reading):.2g} s per step of {run.batch_size:,} pairs, scaled from one of {measured.pairs} in "
         f"{measured.computing + measured.updating:.2g} s, in float32 and not compiled"
     )
     if run.processes > 1:
-        said += f"; with one for each of {run.processes:,} processes"
+        message += f"; each of the {run.processes:,} processes needs such a device"
     if reading > computing:
-        said += f"; reading takes longer than computing ({computing:.2g} s): raise loader.workers"
-    return Finding("time", said)
+        message += f"; reading takes longer than computing ({computing:.2g} s): raise loader.workers"
+    return Finding("time", message)
 
 
-def _memory(run: Planned, state: int, measured: Measured, free: int) -> Finding:
+def _memory(run: RunPlan, state: int, measured: StepCost, free: int) -> Finding:
     kept = measured.kept * run.micro_batch_size
-    own = state * run.dp_replicate / run.processes
-    said = (
-        f"about {_gb(own + kept)} a process: {_gb(own)} of weights, gradients and optimizer state, {_gb(kept)} of "
+    held = state * run.dp_replicate / run.processes
+    message = (
+        f"about {_gb(held + kept)} per process: {_gb(held)} of weights, gradients and optimizer state, {_gb(kept)} of "
         f"activations of {run.micro_batch_size:,} pairs in float32; {_gb(free)} are free here"
     )
-    wrong = own + kept > free
-    return Finding("memory", said + ("; lower run.micro_batch_size" if wrong else ""), wrong=wrong)
+    wrong = held + kept > free
+    return Finding("memory", message + ("; lower run.micro_batch_size" if wrong else ""), wrong=wrong)
 
 
-def _disk(run: Planned, n: int) -> Finding:
-    """Checkpoints and the best ones, one more of each while it is written, and the model at the end."""
+def _disk(run: RunPlan, n: int) -> Finding:
+    """Returns the disk space of the checkpoints, of two more while they are written, and of the final model."""
     most = 2 * (run.keep + 1) * STATE * n + 4 * n
     there = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    said = f"at most {_gb(most)} for the model and checkpoints of {_gb(STATE * n)}; {_gb(free)} are free"
+    message = f"at most {_gb(most)} for the model and checkpoints of {_gb(STATE * n)}; {_gb(free)} are free"
     wrong = most > free
-    return Finding("disk", said + ("; lower run.keep, or move run.folder" if wrong else ""), wrong=wrong)
+    return Finding("disk", message + ("; lower run.keep, or move run.folder" if wrong else ""), wrong=wrong)
 
 
 def _tokens(model: nn.Module, image_size: int, context_length: int) -> int:
-    """The longest sequence that a model reads, as far as it can be told: patches or tokens."""
+    """Returns the longest sequence of the model: patches or tokens."""
     patch = getattr(getattr(getattr(model, "vision_encoder", None), "patches", None), "patch_size", 16)
     return max(context_length, (image_size // int(patch)) ** 2)
 
 
-def _flops_a_second() -> float:
-    """Of matrix products on the device that is there, roughly."""
+def _flops_per_second() -> float:
+    """Returns the measured speed of matrix products on this device, roughly."""
     x = torch.randn(768, 768, device="cuda" if torch.cuda.is_available() else "cpu")
     (x @ x).sum().item()
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Means of weights: over the steps of a run, and between the two ends of a fine-tuning."""
+"""Exponential moving average of weights over a run, and WiSE-FT interpolation between two models."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,21 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from grr.parallel.process_group import local
+from grr.parallel.shard import local
 
 
 class EMA:
-    """The running mean of a model's weights, w <- decay w + (1 - decay) weights, which begins at the weights it meets.
+    """Exponential moving average of a model's weights: mean <- decay mean + (1 - decay) weights.
 
-        average = Average(model, decay=0.999)   # after the weights are there, plain or sharded
-        ...                                     # in the loop, behind each optimizer.step()
-        average.update()
-        with average.applied():                 # the model validates, and is saved, with the mean
+        ema = EMA(model, decay=0.999)   # after the weights are initialised or loaded, plain or sharded
+        ...
+        optimizer.step()
+        ema.update()                    # after each optimizer step
+        ...
+        with ema.applied():             # validate and save the model with the mean
             ...
 
-    `weights` holds the mean by the names of parameters, sharded as they are, for `save_checkpoint` and
-    `load_checkpoint`. With decay=0 there is no mean: it holds nothing, and nothing of this does anything.
-    Source: Polyak and Juditsky 1992, with exponential weights. Raises ValueError unless decay is in [0, 1).
+    The mean starts at the weights that the model has at construction. `weights` holds it by parameter name, sharded as
+    the parameters are, for `save_checkpoint` and `load_checkpoint`. With decay=0, `weights` is empty, and `update` and
+    `applied` change nothing. Source: Polyak and Juditsky 1992, with exponential weights.
+    Raises ValueError unless decay is in [0, 1).
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
@@ -32,21 +35,21 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Update the mean with the present weights of the model."""
         for mean, weight in self._pairs():
             mean.lerp_(weight, 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Exchange the two: the model holds the mean, and `weights` what the model is trained with, until the end."""
-        self._exchange()
+        """Swap the mean into the model for the block; `weights` then holds the weights that are trained."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         for mean, weight in self._pairs():
             kept = weight.clone()
             weight.copy_(mean)
@@ -59,17 +62,17 @@ class EMA:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters by name, sharded as they are."""
+    """Returns a copy of the parameters by name, sharded as they are."""
     return {name: weight.clone() for name, weight in _shards(model).items()}
 
 
 @torch.no_grad()
 def wise_ft(model: nn.Module, others: Mapping[str, Tensor], *, alpha: float) -> None:
-    """Move the model's weights toward others: w <- (1 - alpha) w + alpha other, exactly the others for a alpha of 1.
+    """Interpolate the model's weights: w <- (1 - alpha) w + alpha other; alpha=1 copies the others exactly.
 
-    From a pre-trained model toward what fine-tuning made of it, a alpha between gives, on data like neither's alone,
-    often better results than both ends (Wortsman et al. 2022, WiSE-FT). others: as `weights_of` a model of the same
-    kind gives them. Raises ValueError unless alpha is in [0, 1].
+    Between a pre-trained model and its fine-tuned version, an alpha inside (0, 1) is often more accurate than both
+    under a shift of the data (WiSE-FT, Wortsman et al. 2022). others: from `weights_of` a model of the same
+    architecture. Raises ValueError unless alpha is in [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"wise_ft: alpha must be from 0 to 1, got {alpha=}")
@@ -78,10 +81,10 @@ def wise_ft(model: nn.Module, others: Mapping[str, Tensor], *, alpha: float) -> 
 
 
 def _shards(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, in the memory where the optimizer keeps them.
+    """Returns the parameters by name, in the memory that the optimizer updates.
 
-    After a forward pass without a backward pass, FSDP2 still holds the outermost module's whole parameters, and would
-    compute with them whatever is written to their shards: so they are given up first.
+    After a forward pass without a backward pass, FSDP2 keeps the unsharded parameters of the outermost module, and the
+    next forward pass would use them instead of the shards: `reshard` frees them first.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""The two losses of a contrastive captioner, and their weighted sum."""
+"""Losses of a contrastive captioner: contrastive (softmax or sigmoid) and captioning."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ CHUNK = 2048  # labelled tokens whose logits exist at a time: 2,048 x 32,102 flo
 
 
 def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
-    """Cross-entropy of choosing the text of an image, plus that of choosing the image of a text.
+    """Compute the cross-entropy of choosing the text of an image, plus that of choosing the image of a text.
 
-    Both [b, e], of unit length, row i of one belonging to row i of the other -> scalar. A sum of the two directions,
-    not their mean, each averaged over b. Source: GRR-CoCa, equation 1. Raises ValueError if the shapes differ.
+    Both [b, e], unit length, row i of one belongs to row i of the other -> scalar. The two directions are summed, not
+    averaged; each is a mean over b. Source: GRR-CoCa, equation 1. Raises ValueError if the shapes differ.
     """
     _check_pairs("contrastive_loss", image_embeddings, text_embeddings)
     logits = image_embeddings @ text_embeddings.T / temperature  # [b, b]
@@ -26,9 +26,9 @@ def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperat
 def sigmoid_loss(
     image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.1, bias: float | Tensor = -10.0
 ) -> Tensor:
-    """Each of the b^2 pairs is judged alone, match or no match; summed over texts, averaged over images.
+    """Compute the binary cross-entropy of all b^2 pairs, match or not; summed over texts, averaged over images.
 
-    Both [b, e], of unit length -> scalar. Source: Zhai et al. 2023 (SigLIP), equation 2 and algorithm 1.
+    Both [b, e], unit length -> scalar. Source: Zhai et al. 2023 (SigLIP), equation 2 and algorithm 1.
     Raises ValueError if the shapes differ.
     """
     _check_pairs("sigmoid_loss", image_embeddings, text_embeddings)
@@ -38,10 +38,10 @@ def sigmoid_loss(
 
 
 def captioning_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token cross-entropy over the labels that are not IGNORE; perplexity is its exponential.
+    """Compute the mean next-token cross-entropy over labels that are not IGNORE; perplexity is its exponential.
 
     logits: [b, s, v], labels: [b, s] -> scalar. Source: GRR-CoCa, equations 2 and 3. Training computes the same from
-    hidden vectors, by `token_losses`.
+    hidden vectors with `token_losses`.
     """
     return F.cross_entropy(at_least_float32(logits.flatten(0, 1)), labels.flatten(), ignore_index=IGNORE)
 

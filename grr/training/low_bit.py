@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grr.parallel.process_group import local
+from grr.parallel.shard import local
 
 Bits = Literal["8bit", "4bit", "fp8"]
 BLOCK: dict[Bits, int] = {"8bit": 256, "4bit": 128, "fp8": 256}  # torchao's

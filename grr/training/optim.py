@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from grr.components import Block
 from grr.training.low_bit import LowBitAdamW
@@ -23,14 +25,14 @@ def adamw(
     layer_decay: float = 1.0,
     moments: Literal["fp32", "8bit", "4bit", "fp8"] = "fp32",
 ) -> torch.optim.Optimizer:
-    """AdamW as the paper has it (section 3.3): one weight decay for all parameters that are not frozen.
+    """Build AdamW as in the paper (section 3.3): one weight decay for all parameters that are not frozen.
 
-    With decay_all false, parameters of one axis (norms, biases, temperature) are not decayed, which is the usual
-    choice since GPT-2. With layer_decay below 1, the learning rate of a block is multiplied by layer_decay once for
-    every layer from it to the top of its tower: once for the last block, again for each below it, and once more for
-    what lies below the blocks (patches, embeddings, positions); poolers, norms and heads above them keep all of it
-    (Howard and Ruder 2018; the count of layers as in Bao et al. 2021). The fused kernel is several times faster than
-    the default on a CPU as well. `moments` other than fp32 keep the optimizer's two moments in 8 or 4 bits, in less
+    With decay_all false, parameters of one axis (norms, biases, temperature) are not decayed, as in GPT-2 and later
+    models. With layer_decay below 1, the learning rate of a block is multiplied by layer_decay once for each layer from
+    it to the top of its tower: once for the last block, twice for the one below it, and once more than the first block
+    for patches, embeddings and positions. Poolers, norms and heads above the blocks keep the full rate (Howard and
+    Ruder 2018; layers are counted as in Bao et al. 2021). The fused kernel is several times faster than the default, on
+    a CPU as well. `moments` other than fp32 keep the optimizer's two moments in 8 or 4 bits, in less
     than a third or a quarter of their memory for the paper's model (`grr.training.low_bit`): for GPUs, where torchao
     compiles the step, which on a CPU takes minutes where the fused one takes a second. Those of token embeddings stay
     whole: where a token is absent for long, a second moment rounded to 0 makes a step dozens of times too long.
@@ -61,24 +63,32 @@ def adamw(
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Keep the parameters of some children of the model, by name, from being trained. Before `adamw`.
+    """Freeze the parameters of some children of the model, given by name; call it before `adamw`.
 
-    Raises ValueError for a name that the model does not have, or if nothing is left to train.
+    Raises ValueError for an unknown name, or if no parameter remains to be trained.
     """
     children = dict(model.named_children())
     if unknown := [part for part in parts if part not in children]:
-        raise ValueError(f"freeze: the model has no part {', '.join(unknown)}; its parts are {', '.join(children)}")
+        raise ValueError(
+            f"freeze: the model does not have the part {', '.join(unknown)}; its parts are {', '.join(children)}"
+        )
     for part in parts:
         children[part].requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"freeze: nothing is left to train when {', '.join(parts)} are frozen; leave one out")
+        raise ValueError(f"freeze: no parameter remains to be trained when {', '.join(parts)} are frozen; remove one")
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to a norm of max_norm, over all parameters of all processes; returns the norm before."""
+    norm = clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:
-    """How many layers stand between a parameter and the top of its tower, its own among them.
+    """Returns the number of layers from each parameter to the top of its tower, its own layer included.
 
-    A tower is a module with a list of blocks. What it registers before that list is the lowest layer; what it registers
-    behind it, and what belongs to no tower, is left out. A parameter in two places counts where it stands first.
+    A tower is a module with a list of blocks. Modules registered before that list are the lowest layer; modules
+    registered after it, and those outside a tower, are left out. A shared parameter counts at its first place.
     """
     above: dict[nn.Parameter, int] = {}
     for tower in model.modules():

@@ -1,8 +1,9 @@
-"""The losses and gradients of one optimizer step, which depend on the global batch alone.
+"""Losses and gradients of one optimizer step, which depend on the global batch alone.
 
-The negatives of a contrastive loss are the whole global batch: all processes and all micro-batches. Where that is more
-than one micro-batch, embeddings are computed first without a graph, the loss is differentiated with respect to them,
-and each micro-batch is run again, with the same dropout, to carry that gradient to the weights (Gao et al. 2021).
+The negatives of the contrastive loss are the whole global batch: all processes and all micro-batches. With more than
+one micro-batch, the step is GradCache (Gao et al. 2021): compute the embeddings of all micro-batches without a graph,
+compute the gradient of the loss with respect to them, then run each micro-batch again, with the same dropout, and
+backpropagate that gradient to the weights.
 """
 
 import json
@@ -21,27 +22,28 @@ from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, derive_seed, gather
+from grr.parallel.process_group import all_sum, gather
+from grr.seeds import derive_seed
 from grr.training.loss import contrastive_loss, sigmoid_loss
 
 
 class Losses(NamedTuple):
-    """The losses of a global batch, or of many, and what they depend on."""
+    """Losses of one or several global batches, and the settings that they depend on."""
 
     loss: float  # contrastive_weight * contrastive_loss + captioning_weight * captioning_loss
     contrastive_loss: float
     captioning_loss: float
-    contrastive_batch: int  # pairs that are contrasted with each other; 2 ln of it is the loss of guessing
+    contrastive_batch: int  # pairs contrasted with each other; the chance level of the softmax loss is 2 ln of it
     contrastive_weight: float
     captioning_weight: float
 
     @property
     def perplexity(self) -> float:
-        """exp(captioning_loss); GRR-CoCa, equation 3."""
+        """Returns exp(captioning_loss); GRR-CoCa, equation 3."""
         return math.exp(min(self.captioning_loss, 700.0))
 
     def numbers(self) -> dict[str, float]:
-        """The paper's numbers by name, as the log has them."""
+        """Returns all fields and the perplexity by name, as in metrics.jsonl."""
         return {**self._asdict(), "perplexity": self.perplexity}
 
 
@@ -55,18 +57,18 @@ def global_batch_step(
     contrastive: Literal["softmax", "sigmoid"] = "softmax",
     negatives: Literal["global", "local"] = "global",
 ) -> Losses:
-    """Add the gradients of one optimizer step to the model, and give its losses.
+    """Compute the losses of one optimizer step, and add their gradients to the model (GradCache, Gao et al. 2021).
 
-    `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout (`seed_dropout`). The captioning loss is the mean over all tokens of the global batch. With local
-    negatives, each micro-batch of each process is contrasted in itself, and the losses are averaged: a smaller, easier
-    task, whose numbers may not be compared with those of the global batch.
+    batches: the micro-batches of this process, equal in number and size in all processes; seed: of the dropout
+    (`seed_dropout`). The captioning loss is the mean over all tokens of the global batch. With negatives="local", each
+    micro-batch is contrasted within itself and the losses are averaged: a smaller, easier task, whose losses are not
+    comparable with those of global negatives.
     """
     world, micro = dist.get_world_size(), len(batches[0].images)
     check_negatives(world * micro * len(batches), micro, negatives)
     tokens = _count_tokens(batches)
-    share = captioning_weight * world / tokens  # FSDP takes the mean over processes
-    captioning = []  # of each micro-batch; read at the end, for reading a number waits for the device
+    token_weight = captioning_weight * world / tokens  # FSDP averages gradients over processes
+    captioning = []  # sum of token losses per micro-batch; read at the end, since .item() waits for the device
 
     if negatives == "local" or len(batches) == 1:
         contrasts = []
@@ -74,33 +76,22 @@ def global_batch_step(
             output = _forward(model, batch, seed, i)
             contrasts.append(_contrast([output], contrastive, negatives) / len(batches))
             with recomputing(model):
-                (contrastive_weight * contrasts[-1] + share * _sum(output)).backward()
+                (contrastive_weight * contrasts[-1] + token_weight * _sum(output)).backward()
             captioning.append(_sum(output).detach())
         total = torch.stack([c.detach() for c in contrasts]).sum().item()
         return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches)
 
-    leaves = []
-    with torch.no_grad():
-        for i, batch in enumerate(batches):
-            keys = seed_dropout(batch, seed, i)
-            embed: Any = model.embed
-            leaves.append(embed(batch.images, batch.ids, positions=batch.positions, sample_keys=keys))
-    leaves = [CoCaOutput(*(x.detach().requires_grad_() for x in leaf[:4])) for leaf in leaves]
+    leaves = _embed(model, batches, seed)
     contrast = _contrast(leaves, contrastive, negatives)
     (contrastive_weight * contrast).backward()
     for i, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
         output = _forward(model, batch, seed, i)
-        carried = [
-            (x * x_leaf.grad).sum()
-            for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
-            if x.requires_grad and x_leaf.grad is not None
-        ]
+        carried = _carry_gradient(output, leaf)
         with recomputing(model):
-            (share * _sum(output) + sum(carried)).backward()
+            (token_weight * _sum(output) + carried).backward()
         captioning.append(_sum(output).detach())
-    return _losses(
-        contrast.item(), _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches
-    )
+    total = contrast.item()
+    return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches)
 
 
 @torch.no_grad()
@@ -113,10 +104,11 @@ def evaluation_losses(
     contrastive: Literal["softmax", "sigmoid"] = "softmax",
     negatives: Literal["global", "local"] = "global",
 ) -> Losses:
-    """The same losses without gradients and without dropout, over many global batches, as `validation_steps` cuts them.
+    """Compute the same losses without gradients and dropout over many global batches, from `validation_steps`.
 
     The captioning loss is the mean over all tokens of all batches. The contrastive loss is the mean over the batches
-    that are to be contrasted; with local negatives over their full micro-batches.
+    marked `contrast`; with local negatives, over their full micro-batches. Raises ValueError if fewer than two pairs of
+    a batch, or no tokens, could be read.
     """
     contrasts, count, size, captioning, tokens = [0.0], 0, 0, 0.0, 0
     with evaluating(model):
@@ -136,7 +128,8 @@ def evaluation_losses(
     contrast, counted, captioning, all_tokens = all_sum(sum(contrasts), count, captioning, tokens)
     if not counted or not all_tokens:
         raise ValueError(
-            "evaluation_losses: no two pairs of the validation data could be read; the log names the bad ones"
+            "evaluation_losses: a batch must hold two readable pairs, and no validation batch does; the log names the "
+            "bad samples"
         )
     contrast, captioning = contrast / counted, captioning / all_tokens
     loss = contrastive_weight * contrast + captioning_weight * captioning
@@ -146,10 +139,10 @@ def evaluation_losses(
 def seed_dropout(batch: Batch, seed: int, index: int) -> Tensor:
     """Seed the dropout of micro-batch `index` of this process, and return the keys of its samples, int64 [b].
 
-    A key depends on the seed and on the sample's place in the global batch, which `grr.data.training_steps` cuts into
-    micro-batches: any number of processes and micro-batches draws the same dropout. What draws from torch's generator
-    instead, such as nn.Dropout in a user's own encoder, draws by the micro-batch's place in the global batch, so there
-    a micro-batch of another size draws another dropout.
+    A key depends on the seed and the sample's index in the global batch, which `grr.data.training_steps` cuts into
+    micro-batches, so the dropout is the same for any number of processes and micro-batches. Modules that draw from
+    torch's generator instead, such as nn.Dropout in a user's encoder, are seeded by the index of the micro-batch in the
+    global batch, so their dropout changes with the size of a micro-batch.
     """
     place, b = index * dist.get_world_size() + dist.get_rank(), len(batch.ids)
     torch.manual_seed(derive_seed(seed, place))
@@ -157,10 +150,10 @@ def seed_dropout(batch: Batch, seed: int, index: int) -> Tensor:
 
 
 def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
-    """Stop all processes before an update that would ruin the weights, and name the pairs that led to it.
+    """Check that the loss and the gradient norm are finite before the optimizer updates the weights.
 
-    losses: with a field `loss`; norm: of the gradient. Writes folder/non_finite_step_N.json, in which a number that is
-    not finite is null. Raises FloatingPointError if the loss or the norm is not finite.
+    losses: with a field `loss`; norm: of the gradient. Raises FloatingPointError in all processes otherwise, and writes
+    the names of the pairs to folder/non_finite_step_N.json, in which a number that is not finite is null.
     """
     if math.isfinite(losses.loss) and math.isfinite(norm):  # type: ignore[attr-defined]
         return
@@ -171,19 +164,40 @@ def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[B
         numbers = {key: x if math.isfinite(x) else None for key, x in (losses._asdict() | {"grad_norm": norm}).items()}
         file.write_text(json.dumps({"step": step, **numbers, "names": names}, allow_nan=False))
     advice = (
-        "Look at those pairs, or lower optimizer.lr or raise schedule.warmup_steps, and submit the same command again"
+        "Check those pairs, or lower optimizer.lr or raise schedule.warmup_steps, and submit the same command again"
     )
     if (folder / "checkpoints").is_dir():
         advice += (
-            ": it continues from the last checkpoint, and names the option that accepts the change. If this is the "
-            f"first step since a resume, delete the newest folder in {folder / 'checkpoints'} to continue from the one "
-            "before"
+            ": the run continues from the last checkpoint, and prints the option that accepts the change. If this is "
+            f"the first step after a resume, delete the newest folder in {folder / 'checkpoints'} to continue from the "
+            "one before"
         )
     raise FloatingPointError(
         f"check_finite: the loss and its gradient must be finite, got {losses} and a norm of {norm} at step {step}, in "
-        f"the batch of {names[0][0][0]} (all its names are in {file}); the weights were not updated, and not saved. "
+        f"the batch of {names[0][0][0]} (all its names are in {file}); the weights were neither updated nor saved. "
         + advice
     )
+
+
+def _embed(model: nn.Module, batches: Sequence[Batch], seed: int) -> list[CoCaOutput]:
+    """Compute the embeddings of all micro-batches without a graph: the leaves that GradCache differentiates."""
+    embed: Any = model.embed
+    leaves = []
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            keys = seed_dropout(batch, seed, i)
+            leaves.append(embed(batch.images, batch.ids, positions=batch.positions, sample_keys=keys))
+    return [CoCaOutput(*(x.detach().requires_grad_() for x in leaf[:4])) for leaf in leaves]
+
+
+def _carry_gradient(output: CoCaOutput, leaf: CoCaOutput) -> Tensor | int:
+    """Returns a scalar whose gradient with respect to `output` is the gradient that was computed for `leaf`."""
+    products = [
+        (x * x_leaf.grad).sum()
+        for x, x_leaf in zip(output[:4], leaf[:4], strict=True)
+        if x.requires_grad and x_leaf.grad is not None
+    ]
+    return sum(products)
 
 
 def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutput:
@@ -195,15 +209,15 @@ def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutpu
 
 
 def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept: Tensor | None = None) -> Tensor:
-    """The contrastive loss of some micro-batches taken together, and of all processes if the negatives are global.
+    """Compute the contrastive loss of some micro-batches together, over all processes if the negatives are global.
 
-    kept: bool [b], the rows that count; None: all.
+    kept: bool [b], the rows to include; None: all.
     """
     image, text = (torch.cat([o[i] for o in outputs]) for i in (0, 1))  # type: ignore[misc]
     if negatives == "global":
         image, text = gather(image), gather(text)
     if kept is not None:
-        kept = gather(kept.byte()).bool() if negatives == "global" else kept  # gloo gathers no bool
+        kept = gather(kept.byte()).bool() if negatives == "global" else kept  # gloo cannot gather bool
         image, text = image[kept], text[kept]
     if kind == "sigmoid":
         return sigmoid_loss(image, text, 1 / outputs[0].scale, outputs[0].bias)
@@ -211,7 +225,7 @@ def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept:
 
 
 def _kept(batches: Sequence[Batch]) -> Tensor | None:
-    """The rows of some micro-batches that are samples, bool [b]; None if all are."""
+    """Returns which rows of some micro-batches are samples, bool [b]; None if all are."""
     if batches[0].kept is None:
         return None
     return torch.cat([batch.kept for batch in batches if batch.kept is not None])
@@ -238,7 +252,7 @@ def _losses(
     negatives: str,
     batches: Sequence[Batch],
 ) -> Losses:
-    """Make one process's parts whole: captioning is its share of the global mean."""
+    """Combine the losses of all processes; captioning: the part of this process in the global mean."""
     world = dist.get_world_size()
     all_contrast, captioning = all_sum(contrast, captioning)
     local = negatives == "local"

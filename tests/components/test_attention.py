@@ -1,4 +1,4 @@
-"""Self- and cross-attention: what an output may depend on, the formula, torch's module, and the cache."""
+"""Self- and cross-attention: dependence of outputs on inputs, the formula, torch's module, and the cache."""
 
 import math
 
@@ -20,14 +20,14 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def random(module: nn.Module, seed: int = 0) -> nn.Module:
-    """In float64, with biases and norms that are neither 0 nor 1."""
+    """Returns the module in float64, with random biases and norms instead of zeros and ones."""
     for i, parameter in enumerate(module.double().parameters()):
         parameter.data = normal(*parameter.shape, seed=seed + i) / math.sqrt(parameter.shape[-1])
     return module
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(width)) v, equation 1 of Vaswani et al. 2017, with minus infinity at what is hidden."""
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Compute softmax(q k^T / sqrt(k)) v, equation 1 of Vaswani et al. 2017, with minus infinity at masked scores."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
         scores = scores + torch.full_like(scores, -math.inf).triu(1)
@@ -40,7 +40,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ten
 
 
 @given(sizes=sizes, data=st.data(), seed=seeds)
-def test_no_output_depends_on_a_later_token_and_each_on_its_own(sizes, data, seed):
+def test_a_causal_output_depends_on_its_own_token_and_not_on_later_ones(sizes, data, seed):
     b, s, h = sizes
     module = random(SelfAttention(D, h, causal=True, rotary=RotaryEmbedding(D // h), qk_norm=True), seed)
     x, place = normal(b, s, D, seed=seed), data.draw(st.integers(0, s - 1))
@@ -60,7 +60,7 @@ def test_only_differences_of_positions_matter(sizes, shift, causal, seed):
 
 
 @given(sizes=sizes, seed=seeds)
-def test_tokens_that_move_together_with_their_positions_read_the_same(sizes, seed):
+def test_tokens_permuted_together_with_their_positions_have_the_same_outputs(sizes, seed):
     b, s, h = sizes
     module = random(SelfAttention(D, h, rotary=RotaryEmbedding(D // h)), seed)
     x, at = normal(b, s, D, seed=seed), torch.arange(s)
@@ -79,7 +79,7 @@ def test_the_order_of_a_context_makes_no_difference(sizes, t, qk_norm, seed):
 
 
 @given(sizes=sizes, causal=st.booleans(), data=st.data(), seed=seeds)
-def test_no_output_depends_on_what_a_mask_hides(sizes, causal, data, seed):
+def test_no_output_depends_on_masked_tokens(sizes, causal, data, seed):
     b, s, h = sizes
     module, x = random(SelfAttention(D, h, causal=causal), seed), normal(b, s, D, seed=seed)
     hidden = data.draw(st.integers(1, s))  # a token from here on is hidden; the first is not
@@ -91,11 +91,11 @@ def test_no_output_depends_on_what_a_mask_hides(sizes, causal, data, seed):
 
 
 @given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=seeds)
-def test_reading_with_a_cache_and_a_mask_is_reading_the_whole_with_the_mask(pieces, seed):
+def test_a_masked_sequence_read_in_pieces_with_a_cache_has_the_same_outputs(pieces, seed):
     s = sum(pieces)
     module, x, cache = random(SelfAttention(D, 2, causal=True), seed), normal(2, s, D, seed=seed), KeyValueCache(s)
     mask = torch.rand(2, 1, s, s, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask |= torch.eye(s, dtype=torch.bool)  # a token that sees nothing has no answer
+    mask |= torch.eye(s, dtype=torch.bool)  # the output of a token whose whole row is masked is undefined
     ends = torch.tensor(pieces).cumsum(0).tolist()
     read = [
         module(part, mask=mask[:, :, end - part.shape[1] : end, :end], cache=cache)
@@ -123,7 +123,7 @@ def test_self_attention_is_the_formula(sizes, causal, masked, seed):
     mask = mask | torch.eye(s, dtype=torch.bool) if masked else None
     q, k, v = (x @ w.T + c for w, c in zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), strict=True))
     heads = zip(*(y.chunk(h, dim=-1) for y in (q, k, v)), strict=True)
-    joined = torch.cat([attended(*head, causal=causal, mask=mask) for head in heads], dim=-1)
+    joined = torch.cat([attention(*head, causal=causal, mask=mask) for head in heads], dim=-1)
     given_mask = None if mask is None else mask.unsqueeze(1)  # [b, 1, s, s]
     torch.testing.assert_close(module(x, mask=given_mask), joined @ module.out.weight.T + module.out.bias)
 
@@ -135,7 +135,7 @@ def test_cross_attention_is_the_formula(sizes, t, seed):
     q = x @ module.q.weight.T + module.q.bias
     k, v = (context @ module.kv.weight.T + module.kv.bias).chunk(2, dim=-1)
     heads = zip(*(y.chunk(h, dim=-1) for y in (q, k, v)), strict=True)
-    joined = torch.cat([attended(*head) for head in heads], dim=-1)
+    joined = torch.cat([attention(*head) for head in heads], dim=-1)
     torch.testing.assert_close(module(x, context), joined @ module.out.weight.T + module.out.bias)
 
 
@@ -162,7 +162,7 @@ def test_cross_attention_agrees_with_torchs_module(sizes, t, seed):
 
 
 @given(sizes=sizes, t=st.integers(2, 8), c=st.integers(1, 12), seed=seeds)
-def test_a_context_of_another_width_is_normalised_first_and_a_part_of_it_may_be_left_out(sizes, t, c, seed):
+def test_context_norm_is_applied_first_and_may_drop_vectors_of_the_context(sizes, t, c, seed):
     class NormOfTheRest(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x[:, 1:])
@@ -184,7 +184,7 @@ def test_a_context_of_another_width_is_normalised_first_and_a_part_of_it_may_be_
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [RotaryEmbedding, lambda head_dim: MixedRotaryEmbedding(head_dim, 2)])
-def test_queries_and_keys_are_normalised_then_turned_then_handed_to_torchs_kernel(kind, causal):
+def test_queries_and_keys_are_normalised_before_they_are_rotated(kind, causal):
     module = random(SelfAttention(D, 2, causal=causal, rotary=kind(D // 2), qk_norm=True))
     x, at = normal(2, 5, D, seed=9), torch.arange(5)
     at = at if module.rotary.axes == 1 else torch.stack((at, -at), dim=-1)
@@ -208,7 +208,7 @@ def test_queries_and_keys_of_cross_attention_are_normalised():
 
 
 @given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5), spare=st.integers(0, 3), seed=seeds)
-def test_reading_in_any_pieces_is_reading_the_whole(pieces, spare, seed):
+def test_a_sequence_read_in_pieces_with_a_cache_has_the_same_outputs(pieces, spare, seed):
     module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2), qk_norm=True), seed)
     s = sum(pieces)
     x, at, cache = normal(2, s, D, seed=seed), torch.arange(s), KeyValueCache(s + spare)
@@ -230,7 +230,7 @@ def test_a_context_is_projected_at_the_first_call_only():
 
 
 @given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), too_many=st.integers(1, 3))
-def test_a_cache_gives_back_what_it_was_given_and_refuses_more_than_it_has_room_for(pieces, too_many):
+def test_a_cache_returns_what_was_appended_and_refuses_more_than_max_length(pieces, too_many):
     s = sum(pieces)
     keys, values, cache = normal(2, 3, s, 4, seed=0), normal(2, 3, s, 4, seed=1), KeyValueCache(s)
     for k, v in zip(keys.split(pieces, dim=2), values.split(pieces, dim=2), strict=True):
@@ -238,17 +238,17 @@ def test_a_cache_gives_back_what_it_was_given_and_refuses_more_than_it_has_room_
     more = torch.zeros(2, 3, too_many, 4)
     with pytest.raises(ValueError, match=rf"KeyValueCache: {s} \+ {too_many} tokens do not fit into max_length={s}"):
         cache.append(more, more)
-    stored_keys, stored_values = cache.filled()  # the refusal harmed nothing
+    stored_keys, stored_values = cache.filled()  # the refused call changed nothing
     assert stored_keys.equal(keys)
     assert stored_values.equal(values)
 
 
 @given(pieces=st.lists(st.integers(1, 3), min_size=2, max_size=4), data=st.data(), seed=seeds)
-def test_a_cache_whose_rows_are_selected_is_that_of_sequences_selected_from_the_start(pieces, data, seed):
+def test_selecting_rows_of_a_cache_equals_selecting_the_sequences_first(pieces, data, seed):
     b, s = 3, sum(pieces)
     x, at, cache = normal(b, s, D, seed=seed), torch.arange(s), KeyValueCache(s)
     module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2)), seed)
-    cache.select(torch.tensor([0]))  # an empty one is that of any rows
+    cache.select(torch.tensor([0]))  # an empty cache fits any rows
     order, read = torch.arange(b), 0
     for piece in pieces:
         part = slice(read, read + piece)
@@ -260,7 +260,7 @@ def test_a_cache_whose_rows_are_selected_is_that_of_sequences_selected_from_the_
 
 
 @given(sizes=sizes, n=st.integers(1, 3), t=st.integers(1, 4), seed=seeds)
-def test_rows_that_share_a_context_read_what_each_reads_of_a_copy(sizes, n, t, seed):
+def test_rows_that_share_a_context_have_the_outputs_of_rows_with_a_copy_each(sizes, n, t, seed):
     b, s, h = sizes
     module, context = random(CrossAttention(D, h, qk_norm=True), seed), normal(b, t, D, seed=seed + 1)
     x, cache = normal(b * n, s, D, seed=seed), KeyValueCache(t)
@@ -280,6 +280,6 @@ def test_a_rotary_embedding_without_positions_is_refused():
 
 
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
-def test_a_width_that_the_heads_cannot_share_is_refused(kind):
+def test_a_width_that_is_not_a_multiple_of_num_heads_is_refused(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: dim must be a multiple of num_heads, got dim=8, .*=3"):
         kind(8, 3)

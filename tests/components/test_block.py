@@ -1,4 +1,4 @@
-"""Block: the pre-norm residual formula, dropout in training only, and parts that anyone may replace."""
+"""Block: the pre-norm residual formula, dropout in training only, and replaceable parts."""
 
 import pytest
 import torch
@@ -34,20 +34,25 @@ def a_block(*, context: bool, dropout: float = 0.0, seed: int = 0) -> Block:
     ).double()
 
 
-def some(*shape: int) -> Tensor:
+def random_input(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) * shape[1]), dtype=torch.float64)
 
 
 @given(b=st.integers(1, 3), s=st.integers(1, 6), seed=st.integers(0, 99))
-def test_each_branch_reads_the_normalised_stream_and_is_added_to_it(b, s, seed):
-    block, x, at = a_block(context=False, seed=seed), some(b, s, D), torch.arange(s)
+def test_a_block_without_cross_attention_equals_the_pre_norm_formula(b, s, seed):
+    block, x, at = a_block(context=False, seed=seed), random_input(b, s, D), torch.arange(s)
     y = x + block.attention(block.attention_norm(x), positions=at)
     torch.testing.assert_close(block(x, positions=at), y + block.feed_forward(block.feed_forward_norm(y)))
 
 
 @given(b=st.integers(1, 3), s=st.integers(1, 6), t=st.integers(1, 6), seed=st.integers(0, 99))
-def test_the_context_is_read_between_the_two(b, s, t, seed):
-    block, x, context, at = a_block(context=True, seed=seed), some(b, s, D), some(b, t, D), torch.arange(s)
+def test_cross_attention_comes_between_self_attention_and_feed_forward(b, s, t, seed):
+    block, x, context, at = (
+        a_block(context=True, seed=seed),
+        random_input(b, s, D),
+        random_input(b, t, D),
+        torch.arange(s),
+    )
     y = x + block.attention(block.attention_norm(x), positions=at)
     z = y + block.cross_attention(block.cross_attention_norm(y), context)
     expected = z + block.feed_forward(block.feed_forward_norm(z))
@@ -55,8 +60,8 @@ def test_the_context_is_read_between_the_two(b, s, t, seed):
 
 
 @given(b=st.integers(1, 3), s=st.integers(1, 6), t=st.integers(1, 6))
-def test_a_block_may_read_its_context_alone(b, s, t):
-    whole, x, context = a_block(context=True), some(b, s, D), some(b, t, D)
+def test_a_block_may_have_cross_attention_only(b, s, t):
+    whole, x, context = a_block(context=True), random_input(b, s, D), random_input(b, t, D)
     block = Block(
         cross_attention_norm=whole.cross_attention_norm,
         cross_attention=whole.cross_attention,
@@ -69,8 +74,8 @@ def test_a_block_may_read_its_context_alone(b, s, t):
     torch.testing.assert_close(block(x, context=context, cache=cache), expected)
 
 
-def test_a_mask_is_handed_to_the_attention():
-    block, x, at = a_block(context=False), some(2, 3, D), torch.arange(3)
+def test_a_mask_is_passed_to_the_attention():
+    block, x, at = a_block(context=False), random_input(2, 3, D), torch.arange(3)
     mask = torch.tensor([True, False, True])
     y = x + block.attention(block.attention_norm(x), positions=at, mask=mask)
     expected = y + block.feed_forward(block.feed_forward_norm(y))
@@ -80,18 +85,18 @@ def test_a_mask_is_handed_to_the_attention():
 
 @given(s=st.integers(2, 6), data=st.data())
 def test_no_token_of_a_causal_block_depends_on_a_later_one(s, data):
-    block, x, place = a_block(context=True), some(2, s, D), data.draw(st.integers(1, s - 1))
+    block, x, place = a_block(context=True), random_input(2, s, D), data.draw(st.integers(1, s - 1))
     changed = x.clone()
     changed[:, place:] += 1
-    before, after = (block(t, positions=torch.arange(s), context=some(2, 3, D)) for t in (x, changed))
+    before, after = (block(t, positions=torch.arange(s), context=random_input(2, 3, D)) for t in (x, changed))
     torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-12, rtol=0)
     assert (after[:, place:] != before[:, place:]).any()
 
 
 @given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4))
-def test_reading_with_a_cache_in_any_pieces_is_reading_the_whole(pieces):
+def test_a_block_that_reads_pieces_with_a_cache_has_the_same_outputs(pieces):
     s = sum(pieces)
-    block, x, context, at = a_block(context=True), some(2, s, D), some(2, 5, D), torch.arange(s)
+    block, x, context, at = a_block(context=True), random_input(2, s, D), random_input(2, 5, D), torch.arange(s)
     cache = BlockCache(tokens=KeyValueCache(s), context=KeyValueCache(5))
     read = [
         block(part, positions=place, context=context, cache=cache)
@@ -103,25 +108,25 @@ def test_reading_with_a_cache_in_any_pieces_is_reading_the_whole(pieces):
 @pytest.mark.parametrize("context", [False, True])
 def test_dropout_acts_in_training_only(context):
     block, plain = a_block(context=context, dropout=0.5), a_block(context=context)
-    x = some(2, 4, D)
-    inputs = {"positions": torch.arange(4), "context": some(2, 3, D) if context else None}
+    x = random_input(2, 4, D)
+    inputs = {"positions": torch.arange(4), "context": random_input(2, 3, D) if context else None}
     assert (block(x, **inputs) != block(x, **inputs)).any()
     torch.testing.assert_close(block.eval()(x, **inputs), plain(x, **inputs), atol=0, rtol=0)
 
 
 def test_every_branch_is_dropped_and_nothing_else():
-    block, x = a_block(context=True, dropout=1.0), some(2, 4, D)
-    torch.testing.assert_close(block(x, positions=torch.arange(4), context=some(2, 3, D)), x, atol=0, rtol=0)
+    block, x = a_block(context=True, dropout=1.0), random_input(2, 4, D)
+    torch.testing.assert_close(block(x, positions=torch.arange(4), context=random_input(2, 3, D)), x, atol=0, rtol=0)
 
 
 class RunningMean(nn.Module):
-    """An attention of a user's own: each token reads the mean of all tokens up to itself."""
+    """An attention written by a user: each output is the mean of all tokens up to its own."""
 
     def forward(self, x: Tensor, *, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         return x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(-1)
 
 
-def test_parts_of_a_users_own_drop_in():
+def test_a_block_accepts_other_modules_as_parts():
     block = Block(
         attention_norm=nn.Identity(), attention=RunningMean(), feed_forward_norm=nn.Identity(), feed_forward=nn.Tanh()
     )
@@ -132,22 +137,23 @@ def test_parts_of_a_users_own_drop_in():
 
 @pytest.mark.parametrize("kind", ["attention", "cross_attention"])
 @pytest.mark.parametrize("only", ["", "_norm"])
-def test_an_attention_without_its_norm_is_refused_and_so_is_a_norm_alone(kind, only):
+def test_an_attention_without_its_norm_or_a_norm_without_its_attention_is_refused(kind, only):
     parts = {"feed_forward_norm": nn.Identity(), "feed_forward": nn.Tanh(), kind + only: nn.Identity()}
-    with pytest.raises(ValueError, match=f"Block: {kind} and {kind}_norm come together, got only {kind}{only}$"):
+    rule = f"Block: {kind} and {kind}_norm must be passed together, got only {kind}{only}$"
+    with pytest.raises(ValueError, match=rule):
         Block(**parts)
 
 
 def test_a_block_without_any_attention_is_refused():
-    with pytest.raises(ValueError, match=r"Block: give it attention, cross_attention, or both, .*; got neither"):
+    with pytest.raises(ValueError, match=r"Block: pass attention, cross_attention, or both, .*; got neither"):
         Block(feed_forward_norm=nn.Identity(), feed_forward=nn.Tanh())
 
 
 @pytest.mark.parametrize("context", [False, True])
-def test_a_block_compiles_whole_for_any_length(context):
+def test_a_block_compiles_as_one_graph_for_any_length(context):
     torch.compiler.reset()
     block = a_block(context=context)
-    compiled = torch.compile(block, backend="eager", fullgraph=True)  # where it could not be read whole, it raises
+    compiled = torch.compile(block, backend="eager", fullgraph=True)  # fullgraph raises at a graph break
     for s in (5, 6, 7):
-        inputs = {"positions": torch.arange(s), "context": some(2, 3, D) if context else None}
-        torch.testing.assert_close(compiled(some(2, s, D), **inputs), block(some(2, s, D), **inputs))
+        inputs = {"positions": torch.arange(s), "context": random_input(2, 3, D) if context else None}
+        torch.testing.assert_close(compiled(random_input(2, s, D), **inputs), block(random_input(2, s, D), **inputs))

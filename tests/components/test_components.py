@@ -1,4 +1,4 @@
-"""What holds for every primitive: documented, exported once, initialised by its owner, sound in half the bits."""
+"""Rules for every primitive: docstrings, exports, initialisation, gradients, and accuracy in bfloat16."""
 
 import importlib
 import pkgutil
@@ -35,7 +35,7 @@ from grr.components import (
 )
 
 AT = torch.arange(8)  # positions on one axis
-GRID = torch.cartesian_prod(torch.arange(4), torch.arange(2))  # and on two
+GRID = torch.cartesian_prod(torch.arange(4), torch.arange(2))  # positions on two axes
 
 
 def a_block() -> Block:
@@ -58,7 +58,7 @@ def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(1, 2)  # [b, 2, 8, 8]
 
 
-# How to make one, and how to call it with x: [2, 8, 16].
+# A function that builds each primitive, and one that calls it with x: [2, 8, 16].
 PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
     "RMSNorm": (lambda: RMSNorm(16), lambda m, x: m(x)),
     "LayerNorm": (lambda: LayerNorm(16), lambda m, x: m(x)),
@@ -90,7 +90,7 @@ def test_the_list_above_names_every_primitive():
 @every_primitive
 @given(seed=st.integers(0, 999))
 def test_bfloat16_is_within_a_hundredth_of_float64(make, call, seed):
-    """The stated error: of all outputs together, 1 % of their length, with weights and input rounded beforehand."""
+    """The norm of the error is at most 1 % of the norm of the output, with weights and input rounded to bfloat16."""
     torch.manual_seed(seed)
     module, x = make().bfloat16(), torch.randn(2, 8, 16).bfloat16()
     rounded = call(module, x)
@@ -100,7 +100,7 @@ def test_bfloat16_is_within_a_hundredth_of_float64(make, call, seed):
 
 
 @every_primitive
-def test_under_autocast_the_answer_stays(make, call):
+def test_autocast_is_within_a_hundredth_of_float32(make, call):
     torch.manual_seed(0)
     module, x = make(), torch.randn(2, 8, 16)
     exact = call(module, x)
@@ -109,8 +109,8 @@ def test_under_autocast_the_answer_stays(make, call):
 
 
 @every_primitive
-def test_the_gradient_of_the_input_is_the_slope_of_the_output(make, call):
-    """Of all that is read, the context of a cross-attention too: central differences along a random direction."""
+def test_the_gradient_of_the_input_equals_central_differences(make, call):
+    """Compare with a difference along a random direction, which includes the context of a cross-attention."""
     torch.manual_seed(0)
     module, x, direction = make().double(), torch.randn(2, 8, 16).double(), torch.randn(2, 8, 16).double()
     weights = torch.randn_like(call(module, x))
@@ -135,7 +135,7 @@ def test_every_parameter_is_initialised_by_the_module_that_owns_it(make, call):
 
 
 @every_primitive
-def test_it_can_be_built_without_memory_and_filled_afterwards(make, call):
+def test_it_can_be_built_on_the_meta_device_and_initialised_afterwards(make, call):
     with torch.device("meta"):
         module = make()
     assert not list(module.buffers()), "a buffer would be lost on the meta device"

@@ -1,4 +1,4 @@
-"""Keyed dropout: its masks written out in Python's integers, how evenly they fall, and what they do not depend on."""
+"""Keyed dropout: its masks computed with Python's integers, their statistics, and what they do not depend on."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BITS = 2**64 - 1
 
 
 def masks(seed: int, p: float, *, b: int, s: int, uses: int, d: int) -> Tensor:
-    """What is kept: [uses, b, s, d] of 0 and 1."""
+    """Returns the kept elements as ones, the dropped ones as zeros: [uses, b, s, d]."""
     keys = dropout_keys(fold_in(seed, torch.arange(b)), torch.arange(s), uses, d)
     dropped = [Dropout(p)(torch.ones(b, s, d), DropoutKeys(rows, keys.columns)) for rows in keys.rows]
     return (torch.stack(dropped) != 0).double()
@@ -37,12 +37,12 @@ def test_a_mask_is_the_formula_in_integers(seed, p):
     ):
         row = folded(folded(folded(seed, b), s), use) >> 32 | 1
         column = folded(0, d) >> 32 | 1
-        # signed, as int32 is: 0x80000000 is the smallest number, so half a turn is added
+        # int32 is signed: 0x80000000 is its smallest number, so 2^31 is added
         assert kept == ((row * column + 2**31) % 2**32 >= round(p * 2**32))
 
 
 @given(seed=seeds, p=st.floats(0.05, 0.95))
-def test_numbers_are_kept_as_often_as_asked_for_in_every_sample_position_channel_and_use(seed, p):
+def test_the_kept_fraction_is_1_minus_p_for_every_sample_position_channel_and_use(seed, p):
     found = masks(seed, p, b=8, s=16, uses=3, d=64)
     for axis in range(4):
         kept = found.transpose(0, axis).flatten(1).mean(1)
@@ -53,7 +53,7 @@ def test_numbers_are_kept_as_often_as_asked_for_in_every_sample_position_channel
 
 @pytest.mark.parametrize("p", [0.1, 0.15, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, 2**62 + 1])
-def test_no_two_samples_positions_channels_or_uses_are_kept_together(p, seed):
+def test_masks_of_two_samples_positions_channels_or_uses_are_uncorrelated(p, seed):
     found = masks(seed, p, b=24, s=48, uses=6, d=128)
     for axis in range(4):
         rows = found.transpose(0, axis).flatten(1)
@@ -69,7 +69,7 @@ def test_another_seed_draws_another_mask(seed):
 
 
 @given(seed=seeds, p=st.floats(0.01, 0.99), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-def test_what_is_kept_is_divided_by_how_often_and_its_gradient_too(seed, p, dtype):
+def test_kept_elements_and_their_gradients_are_divided_by_1_minus_p(seed, p, dtype):
     rows, columns = dropout_keys(fold_in(seed, torch.arange(2)), torch.arange(5), 1, 16)
     x = torch.randn(2, 5, 16, dtype=dtype).abs_().add_(0.1).requires_grad_()
     y = Dropout(p)(x, DropoutKeys(rows[0], columns))
@@ -82,7 +82,7 @@ def test_what_is_kept_is_divided_by_how_often_and_its_gradient_too(seed, p, dtyp
     torch.testing.assert_close(x.grad.double(), gradient.double() * kept / (1 - p), **tolerance)
 
 
-def test_the_expectation_of_what_comes_out_is_what_went_in():
+def test_the_expectation_of_the_output_is_the_input():
     x = torch.linspace(-2, 2, 32)
     total = torch.zeros(32, dtype=torch.float64)
     for seed in range(400):
@@ -93,7 +93,7 @@ def test_the_expectation_of_what_comes_out_is_what_went_in():
 
 
 @given(seed=seeds, b=st.integers(1, 4), s=st.integers(1, 6), first=st.integers(0, 3))
-def test_a_samples_mask_depends_neither_on_its_batch_nor_on_what_was_drawn_before(seed, b, s, first):
+def test_the_mask_of_a_sample_depends_neither_on_its_batch_nor_on_the_generator(seed, b, s, first):
     x = torch.ones(8, 6, 16)
     samples, at = fold_in(seed, torch.arange(8)), torch.randint(0, 99, (8, 6))
     rows, columns = dropout_keys(samples, at, 2, 16)
@@ -104,7 +104,7 @@ def test_a_samples_mask_depends_neither_on_its_batch_nor_on_what_was_drawn_befor
     assert torch.equal(Dropout(0.4)(x[cut, :s], DropoutKeys(rows[1], columns)), whole[cut, :s])
 
 
-def test_without_keys_it_is_torchs_dropout_and_in_evaluation_nothing():
+def test_without_keys_it_is_torchs_dropout_and_in_evaluation_the_identity():
     x = torch.randn(3, 4, 8)
     torch.manual_seed(1)
     ours = Dropout(0.3)(x)
@@ -118,7 +118,7 @@ def test_without_keys_it_is_torchs_dropout_and_in_evaluation_nothing():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_it_compiles_whole_and_draws_the_same(backend):
+def test_it_compiles_as_one_graph_with_the_same_masks(backend):
     torch.compiler.reset()
     module = Dropout(0.3)
     compiled = torch.compile(module, backend=backend, fullgraph=True)

@@ -1,4 +1,4 @@
-"""The two feed-forward networks against their formulas, GELU written with the error function."""
+"""The two feed-forward networks against their formulas, with GELU computed from the error function."""
 
 import math
 
@@ -18,7 +18,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the probability that a standard normal variable is smaller."""
+    """Compute x times the probability that a standard normal variable is below x."""
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
@@ -45,7 +45,7 @@ def test_feed_forward_is_its_formula(sizes, seed):
 
 
 @given(sizes=sizes, seed=seeds)
-def test_every_token_is_read_alone(sizes, seed):
+def test_every_token_is_computed_independently(sizes, seed):
     x = normal(4, sizes[0], seed=seed)
     for module in (random(GEGLU(*sizes), seed), random(FeedForward(*sizes), seed)):
         torch.testing.assert_close(module(x), torch.stack([module(token) for token in x]))

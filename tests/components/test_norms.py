@@ -1,4 +1,4 @@
-"""RMSNorm: what it does to lengths, the formula, torch's module, and half the bits."""
+"""RMSNorm: invariance to scale, the formula, torch's module, and accuracy in bfloat16."""
 
 import pytest
 import torch
@@ -47,14 +47,14 @@ def test_rms_norm_agrees_with_torch(dtype):
 
 
 @given(dim=st.sampled_from([64, 768, 4096]), scale=st.sampled_from([1e-3, 1.0, 1e3]), seed=seeds)
-def test_the_mean_of_bfloat16_is_taken_with_more_bits_than_it_has(dim, scale, seed):
-    """Nothing is lost but one rounding of the output, 2^-8 of each channel; a mean in bfloat16 would stall at 256."""
+def test_the_mean_of_bfloat16_values_is_taken_in_float32(dim, scale, seed):
+    """The only error is one rounding of the output, 2^-8 of each channel; a sum in bfloat16 would stop at 256."""
     x, norm = (scale * normal(2, dim, seed=seed)).bfloat16(), RMSNorm(dim, eps=0.0)
     exact = norm.double()(x.double())
     assert ((norm.bfloat16()(x).double() - exact).abs() <= (2**-8 + 1e-6) * exact.abs()).all()
 
 
-def test_the_output_has_the_dtype_of_the_input_whatever_the_weight_has():
+def test_the_output_has_the_dtype_of_the_input_for_any_dtype_of_the_weight():
     norm = RMSNorm(8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         assert norm(torch.ones(2, 8, dtype=dtype)).dtype == dtype

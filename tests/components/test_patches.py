@@ -1,4 +1,4 @@
-"""PatchEmbedding: each square of the image becomes one vector, rows first."""
+"""PatchEmbedding: each patch of the image becomes one vector, row by row."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def some_images(rows: int, columns: int, patch: int) -> torch.Tensor:
 
 
 @given(grid=grids, data=st.data())
-def test_a_pixel_reaches_the_vector_of_its_square_and_no_other(grid, data):
+def test_a_pixel_changes_only_the_vector_of_its_patch(grid, data):
     rows, columns, patch = grid
     y = data.draw(st.integers(0, rows * patch - 1))
     x = data.draw(st.integers(0, columns * patch - 1))
@@ -29,15 +29,15 @@ def test_a_pixel_reaches_the_vector_of_its_square_and_no_other(grid, data):
 
 
 @given(grid=grids)
-def test_it_is_a_linear_layer_over_unfolded_squares(grid):
+def test_it_equals_a_linear_layer_over_unfolded_patches(grid):
     module, images = PatchEmbedding(8, grid[2]).double(), some_images(*grid)
     squares = nn.functional.unfold(images, grid[2], stride=grid[2]).transpose(1, 2)  # [b, p, 3 * patch * patch]
     expected = nn.functional.linear(squares, module.projection.weight.flatten(1), module.projection.bias)
     torch.testing.assert_close(module(images), expected)
 
 
-def test_the_channels_of_a_vector_lie_side_by_side_in_memory():
-    """Sums keep the layout of their first term, so the whole residual stream has that of its first vectors."""
+def test_the_output_is_contiguous():
+    """Sums keep the memory layout of their first term, so the residual stream has that of the patch embedding."""
     x = PatchEmbedding(8, 2)(torch.zeros(2, 3, 6, 6))
     assert (x + torch.zeros(2, 9, 8)).is_contiguous()
 
@@ -46,7 +46,7 @@ def test_parameter_count():
     assert sum(p.numel() for p in PatchEmbedding(768, 18).parameters()) == 768 * 3 * 18 * 18 + 768
 
 
-def test_images_are_read_in_the_dtype_of_the_weights():
+def test_images_are_cast_to_the_dtype_of_the_weights():
     assert PatchEmbedding(8, 4, channels=1).bfloat16()(torch.ones(1, 1, 8, 8)).dtype == torch.bfloat16
 
 

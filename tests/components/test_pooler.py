@@ -1,4 +1,4 @@
-"""The poolers: a set goes in, a fixed number of vectors comes out."""
+"""The poolers: invariance to order and repetition, torch's attention, and parameter counts."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def test_the_order_of_the_input_makes_no_difference(sizes, seed):
 
 
 @given(sizes=sizes, times=st.integers(2, 4), seed=seeds)
-def test_reading_everything_several_times_tells_nothing_new(sizes, times, seed):
+def test_repeating_the_input_does_not_change_the_output(sizes, times, seed):
     pooler, x = pooler_and_input(*sizes, seed)
     torch.testing.assert_close(pooler(x.repeat(1, times, 1)), pooler(x))
 
 
 @given(sizes=sizes, seed=seeds)
-def test_it_is_torchs_attention_whose_query_projection_is_the_identity(sizes, seed):
+def test_it_equals_torchs_attention_with_an_identity_query_projection(sizes, seed):
     pooler, x = pooler_and_input(*sizes, seed)
     theirs = nn.MultiheadAttention(8, sizes[-1], batch_first=True).double()
     with torch.no_grad():
@@ -54,20 +54,18 @@ def test_queries_begin_with_unit_variance():
     assert AttentionPooler(64, 64, 4).queries.std().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_a_width_that_the_heads_cannot_share_is_refused():
+def test_a_width_that_is_not_a_multiple_of_num_heads_is_refused():
     with pytest.raises(ValueError, match=r"AttentionPooler: dim must be a multiple of num_heads, got dim=8, .*=3"):
         AttentionPooler(8, 1, 3)
 
 
 @given(sizes=sizes, c=st.integers(2, 12), seed=seeds)
-def test_with_a_projection_of_the_queries_it_is_torchs_attention_on_normalised_queries_and_input(sizes, c, seed):
+def test_the_cross_attention_pooler_equals_torchs_attention_on_normalised_inputs(sizes, c, seed):
     b, t, n, h = sizes
     torch.manual_seed(seed)
     attention = CrossAttention(8, h, context_dim=c, context_norm=LayerNorm(c))
-    pooler, x = (
-        CrossAttentionPooler(8, n, norm=LayerNorm(8), attention=attention).double(),
-        torch.randn(b, t, c).double(),
-    )
+    pooler = CrossAttentionPooler(8, n, norm=LayerNorm(8), attention=attention).double()
+    x = torch.randn(b, t, c).double()
     theirs = nn.MultiheadAttention(8, h, kdim=c, vdim=c, batch_first=True).double()
     with torch.no_grad():
         if c == 8:  # torch then keeps the three matrices as one
@@ -78,12 +76,12 @@ def test_with_a_projection_of_the_queries_it_is_torchs_attention_on_normalised_q
             theirs.v_proj_weight.copy_(attention.kv.weight[8:])
         theirs.in_proj_bias.copy_(torch.cat((attention.q.bias, attention.kv.bias)))
     theirs.out_proj.load_state_dict(attention.out.state_dict())
-    queries, read = nn.functional.layer_norm(pooler.queries, (8,)), nn.functional.layer_norm(x, (c,))
-    expected, _ = theirs(queries.expand(b, -1, -1), read, read, need_weights=False)
+    queries, context = nn.functional.layer_norm(pooler.queries, (8,)), nn.functional.layer_norm(x, (c,))
+    expected, _ = theirs(queries.expand(b, -1, -1), context, context, need_weights=False)
     torch.testing.assert_close(pooler(x), expected)
     assert pooler(x).shape == (b, n, 8)
 
 
-def test_vectors_of_another_width_are_refused():
-    with pytest.raises(ValueError, match=r"AttentionPooler: x must be \[b, t, 8\], got \[2, 5, 12\]; give the pooler"):
+def test_an_input_of_another_width_is_refused_by_the_pooler():
+    with pytest.raises(ValueError, match=r"AttentionPooler: x must be \[b, t, 8\], got \[2, 5, 12\]; build the"):
         AttentionPooler(8, 1, 2)(torch.zeros(2, 5, 12))

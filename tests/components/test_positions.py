@@ -1,4 +1,4 @@
-"""Absolute positions: the formula of Vaswani et al., and a table."""
+"""Absolute positions: the formula of Vaswani et al., and a learned table."""
 
 import math
 
@@ -11,7 +11,7 @@ from grr.components import LearnedPositions, SinusoidalPositions
 
 
 @given(dim=st.sampled_from([2, 4, 10, 64]), positions=st.lists(st.integers(0, 500), min_size=1, max_size=8))
-def test_sinusoidal_positions_are_the_formula_of_vaswani(dim, positions):
+def test_sinusoidal_positions_equal_the_formula_of_vaswani(dim, positions):
     table = SinusoidalPositions(dim)(torch.tensor(positions))
     for row, position in zip(table, positions, strict=True):
         for i in range(dim // 2):
@@ -34,7 +34,7 @@ def test_learned_positions_are_rows_of_a_table(shape, seed):
     torch.testing.assert_close(module(positions), torch.nn.functional.embedding(positions, module.weight))
 
 
-def test_a_learned_position_learns_where_it_was_read_and_nowhere_else():
+def test_only_positions_that_were_looked_up_receive_a_gradient():
     module = LearnedPositions(6, 10)
     module(torch.tensor([2, 7])).sum().backward()
     assert module.weight.grad.any(-1).nonzero().flatten().tolist() == [2, 7]

@@ -1,4 +1,4 @@
-"""Rotary embeddings: what the scores may depend on, complex numbers in float64, and the learned one."""
+"""Rotary embeddings: dependence of scores on positions, complex numbers in float64, and the learned embedding."""
 
 import math
 
@@ -22,14 +22,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def somewhere(axes: int, *shape: int, seed: int = 0) -> Tensor:
-    """Random places of this shape: numbers on one axis, (row, column) on two."""
+def random_positions(axes: int, *shape: int, seed: int = 0) -> Tensor:
+    """Returns random positions of this shape: numbers on one axis, (row, column) on two."""
     shape = shape if axes == 1 else (*shape, axes)
     return torch.randint(-50, 50, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Channels (i, i + k/2) as one complex number, times e^(i angle), in float64."""
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Multiply channels (i, i + k/2), as one complex number, by e^(i angle), in float64."""
     real, imaginary = x.double().chunk(2, dim=-1)
     y = torch.complex(real, imaginary) * torch.exp(1j * angles.double())
     return torch.cat((y.real, y.imag), dim=-1)
@@ -42,7 +42,7 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
 @given(k=widths, shift=st.tuples(places, places), seed=seeds)
 def test_scores_depend_only_on_the_differences_of_positions_on_each_axis(kind, k, shift, seed):
     embed = kind(k)
-    q, at = normal(2, 1, HEADS, 5, k, seed=seed), somewhere(embed.axes, 2, 5, seed=seed)
+    q, at = normal(2, 1, HEADS, 5, k, seed=seed), random_positions(embed.axes, 2, 5, seed=seed)
     moved = at + torch.tensor(shift[: embed.axes])
     scores = embed(q[0], at[0]) @ embed(q[1], at[1]).mT  # [1, h, 5, 5]
     shifted = embed(q[0], moved[0]) @ embed(q[1], moved[1]).mT
@@ -54,12 +54,12 @@ def test_scores_depend_only_on_the_differences_of_positions_on_each_axis(kind, k
 def test_every_pair_of_channels_keeps_its_length(kind, k, seed):
     embed = kind(k)
     x = normal(2, HEADS, 5, k, seed=seed)
-    y = embed(x, somewhere(embed.axes, 5, seed=seed))
+    y = embed(x, random_positions(embed.axes, 5, seed=seed))
     torch.testing.assert_close(y.unflatten(-1, (2, -1)).norm(dim=-2), x.unflatten(-1, (2, -1)).norm(dim=-2))
 
 
 @every_kind
-def test_position_zero_turns_nothing_and_every_axis_turns_something(kind):
+def test_position_zero_is_the_identity_and_every_axis_rotates(kind):
     embed, x = kind(8), normal(1, HEADS, 1, 8)
     origin = torch.zeros(1) if embed.axes == 1 else torch.zeros(1, 2)
     torch.testing.assert_close(embed(x, origin), x, atol=0, rtol=0)
@@ -70,7 +70,7 @@ def test_position_zero_turns_nothing_and_every_axis_turns_something(kind):
 
 
 @given(k=widths, seed=seeds)
-def test_turns_add_up(k, seed):
+def test_rotations_add_up(k, seed):
     x, a, b = normal(1, 1, 3, k, seed=seed), normal(3, k // 2, seed=seed + 1), normal(3, k // 2, seed=seed + 2)
     torch.testing.assert_close(rotate(rotate(x, a), b), rotate(x, a + b))
     torch.testing.assert_close(rotate(rotate(x, a), -a), x)
@@ -78,9 +78,9 @@ def test_turns_add_up(k, seed):
 
 @every_kind
 @given(seed=seeds)
-def test_each_row_of_a_batch_may_have_positions_of_its_own(kind, seed):
+def test_each_row_of_a_batch_may_have_different_positions(kind, seed):
     embed, x = kind(8), normal(3, HEADS, 5, 8, seed=seed)
-    at = somewhere(embed.axes, 3, 5, seed=seed)
+    at = random_positions(embed.axes, 3, 5, seed=seed)
     one_by_one = [embed(row[None], place) for row, place in zip(x, at, strict=True)]
     torch.testing.assert_close(embed(x, at), torch.cat(one_by_one), atol=1e-5, rtol=0)
 
@@ -89,16 +89,16 @@ def test_each_row_of_a_batch_may_have_positions_of_its_own(kind, seed):
 def test_angles_are_float32_and_broadcast_over_batch_and_heads_as_documented(kind):
     embed = kind(8)
     heads = HEADS if isinstance(embed, MixedRotaryEmbedding) else 1
-    assert embed.angles(somewhere(embed.axes, 5)).shape == (heads, 5, 4)
-    angles = embed.bfloat16().angles(somewhere(embed.axes, 3, 5))
+    assert embed.angles(random_positions(embed.axes, 5)).shape == (heads, 5, 4)
+    angles = embed.bfloat16().angles(random_positions(embed.axes, 3, 5))
     assert angles.shape == (3, heads, 5, 4)
     assert angles.dtype == torch.float32
 
 
 @every_kind
-def test_autocast_leaves_angles_as_they_are(kind):
+def test_autocast_does_not_change_the_angles(kind):
     embed = kind(8)
-    at = somewhere(embed.axes, 5)
+    at = random_positions(embed.axes, 5)
     expected = embed.angles(at)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(embed.angles(at), expected)
@@ -106,11 +106,11 @@ def test_autocast_leaves_angles_as_they_are(kind):
 
 @every_kind
 @given(seed=seeds)
-def test_bfloat16_loses_one_rounding_of_the_output(kind, seed):
-    """At most 2^-8 of the length of a pair, whatever the position."""
+def test_bfloat16_differs_by_one_rounding_of_the_output(kind, seed):
+    """The error is at most 2^-8 of the norm of a pair, at every position."""
     embed, x = kind(8), normal(2, HEADS, 5, 8, seed=seed).bfloat16()
-    at = somewhere(embed.axes, 5, seed=seed)
-    error = (embed(x, at).double() - turned(x, embed.angles(at))).unflatten(-1, (2, -1)).norm(dim=-2)
+    at = random_positions(embed.axes, 5, seed=seed)
+    error = (embed(x, at).double() - rotated(x, embed.angles(at))).unflatten(-1, (2, -1)).norm(dim=-2)
     length = x.double().unflatten(-1, (2, -1)).norm(dim=-2)
     assert (error <= (2**-8 + 1e-6) * length).all()
 
@@ -119,36 +119,36 @@ def test_bfloat16_loses_one_rounding_of_the_output(kind, seed):
 
 
 @given(k=widths, base=st.sampled_from([100.0, 10_000.0]), seed=seeds)
-def test_one_axis_is_multiplication_by_complex_numbers(k, base, seed):
-    x, at = normal(2, HEADS, 5, k, seed=seed), somewhere(1, 5, seed=seed)
+def test_the_rotation_of_one_axis_equals_complex_multiplication(k, base, seed):
+    x, at = normal(2, HEADS, 5, k, seed=seed), random_positions(1, 5, seed=seed)
     angles = [[m * base ** (-2 * i / k) for i in range(k // 2)] for m in at.tolist()]
     y = RotaryEmbedding(k, base=base)(x, at)
-    torch.testing.assert_close(y.double(), turned(x, torch.tensor(angles)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.double(), rotated(x, torch.tensor(angles)), atol=1e-4, rtol=0)
 
 
 @given(k=widths, base=st.sampled_from([100.0, 10_000.0]), seed=seeds)
-def test_the_axial_one_turns_half_of_the_pairs_with_the_row_and_half_with_the_column(k, base, seed):
-    x, at = normal(2, HEADS, 5, k, seed=seed), somewhere(2, 5, seed=seed)
+def test_the_axial_embedding_rotates_half_of_the_pairs_by_the_row_and_half_by_the_column(k, base, seed):
+    x, at = normal(2, HEADS, 5, k, seed=seed), random_positions(2, 5, seed=seed)
     angles = [[m * base ** (-4 * i / k) for m in place for i in range(k // 4)] for place in at.tolist()]
     y = AxialRotaryEmbedding(k, base=base)(x, at)
-    torch.testing.assert_close(y.double(), turned(x, torch.tensor(angles)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.double(), rotated(x, torch.tensor(angles)), atol=1e-4, rtol=0)
 
 
 @given(k=widths, seed=seeds)
-def test_the_mixed_one_turns_every_pair_with_row_and_column_by_its_own_frequencies(k, seed):
-    x, at = normal(2, HEADS, 5, k, seed=seed), somewhere(2, 5, seed=seed)
+def test_the_mixed_embedding_rotates_every_pair_by_row_and_column_with_its_frequencies(k, seed):
+    x, at = normal(2, HEADS, 5, k, seed=seed), random_positions(2, 5, seed=seed)
     embed = MixedRotaryEmbedding(k, HEADS)
     angles = [
         [[row * f + column * g for f, g in head] for row, column in at.tolist()] for head in embed.frequencies.tolist()
     ]
-    torch.testing.assert_close(embed(x, at).double(), turned(x, torch.tensor(angles)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(embed(x, at).double(), rotated(x, torch.tensor(angles)), atol=1e-4, rtol=0)
 
 
 @given(k=widths, seed=seeds)
-def test_the_other_pairing_differs_by_a_permutation_of_channels_and_has_the_same_scores(k, seed):
-    """What PAIRING records: pairs (2i, 2i + 1), as RoFormer's equation 34 writes them, moved to (i, i + k/2)."""
+def test_interleaved_pairs_differ_by_a_permutation_of_channels_and_have_the_same_scores(k, seed):
+    """PAIRING records this choice: pairs (2i, 2i + 1), as in RoFormer's equation 34, are moved to (i, i + k/2)."""
     assert PAIRING == "halves"
-    q, at = normal(2, 1, 1, 5, k, seed=seed), somewhere(1, 5, seed=seed)
+    q, at = normal(2, 1, 1, 5, k, seed=seed), random_positions(1, 5, seed=seed)
     angles = RotaryEmbedding(k).angles(at)
     interleaved = []
     for x in q:
@@ -160,10 +160,10 @@ def test_the_other_pairing_differs_by_a_permutation_of_channels_and_has_the_same
     torch.testing.assert_close(halves[0] @ halves[1].mT, interleaved[0] @ interleaved[1].mT, atol=1e-4, rtol=0)
 
 
-# The learned one
+# The learned embedding
 
 
-def test_the_mixed_one_equals_the_axial_one_when_its_frequencies_lie_on_the_axes():
+def test_the_mixed_embedding_equals_the_axial_one_if_its_frequencies_lie_on_the_axes():
     axial, mixed = AxialRotaryEmbedding(16, base=10.0), MixedRotaryEmbedding(16, HEADS, base=10.0)
     steps = axial.angles(torch.tensor([[1, 0], [0, 1]]))[0]  # [2, k/2], of one row and of one column
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_the_mixed_one_equals_the_axial_one_when_its_frequencies_lie_on_the_axes
 
 
 @given(h=st.integers(1, 4), k=widths, seed=seeds)
-def test_mixed_frequencies_start_with_axial_lengths_in_two_directions_at_a_right_angle(h, k, seed):
+def test_mixed_frequencies_start_with_axial_lengths_in_two_orthogonal_directions(h, k, seed):
     torch.manual_seed(seed)
     frequencies = MixedRotaryEmbedding(k, h).frequencies.detach()
     assert frequencies.numel() == h * k
@@ -184,14 +184,14 @@ def test_mixed_frequencies_start_with_axial_lengths_in_two_directions_at_a_right
     torch.testing.assert_close((first * second).sum(-1), torch.zeros(h, k // 4), atol=1e-6, rtol=0)
 
 
-def test_every_head_of_the_mixed_one_has_a_direction_of_its_own():
+def test_every_head_of_the_mixed_embedding_starts_with_another_direction():
     row, column = MixedRotaryEmbedding(8, 6).frequencies[:, 0].T
     assert len({round(math.atan2(y, x), 3) for y, x in zip(row.tolist(), column.tolist(), strict=True)}) == 6
 
 
 def test_gradients_reach_the_mixed_frequencies():
     embed, x = MixedRotaryEmbedding(8, HEADS), normal(1, HEADS, 4, 8)
-    scores = embed(x, somewhere(2, 4)) @ x.mT
+    scores = embed(x, random_positions(2, 4)) @ x.mT
     scores.square().sum().backward()
     assert (embed.frequencies.grad != 0).all()
 
@@ -202,18 +202,18 @@ def test_gradients_reach_the_mixed_frequencies():
 @pytest.mark.parametrize(
     ("kind", "head_dim", "message"),
     [
-        (KINDS[0], 5, "RotaryEmbedding: head_dim must be even, to be made of pairs, got head_dim=5"),
+        (KINDS[0], 5, "RotaryEmbedding: head_dim must be even, because channels form pairs, got head_dim=5"),
         (KINDS[1], 6, "AxialRotaryEmbedding: head_dim must be a multiple of 4, .* half of its pairs, got head_dim=6"),
         (KINDS[2], 6, "MixedRotaryEmbedding: head_dim must be a multiple of 4, got head_dim=6"),
     ],
 )
-def test_a_width_that_cannot_be_paired_is_refused(kind, head_dim, message):
+def test_a_head_dim_that_cannot_be_paired_is_refused(kind, head_dim, message):
     with pytest.raises(ValueError, match=message):
         kind(head_dim)
 
 
 def test_the_bases_are_those_of_the_papers():
-    """RoFormer's 10,000 for text, RoPE-ViT's 100 and 10 for images; the slowest pair tells them apart."""
+    """The bases are RoFormer's 10,000 for text, RoPE-ViT's 100 and 10 for images; the slowest pair depends on them."""
     one = torch.ones(1)
     slowest = RotaryEmbedding(64).angles(one).flatten()[-1]
     torch.testing.assert_close(slowest, torch.tensor(10_000.0 ** (-62 / 64)))

@@ -21,8 +21,9 @@ from grr.evaluation.evaluate import captioning, examine, losses, recalls
 from grr.evaluation.outputs import features, observe, over_images
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, on_rank_0, start
+from grr.parallel.process_group import on_rank_0, start
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]
@@ -67,7 +68,7 @@ def a_tokenizer(folder: Path) -> Tokenizer:
 def a_model(tokenizer: Tokenizer, seed: int = 0) -> CoCa:
     with torch.device("meta"):
         model = grr_coca_tiny(vocab_size=tokenizer.vocab_size, context_length=16, dropout=0.1)
-    materialize(model, torch.device("cpu"), seed=seed)
+    initialize(model, torch.device("cpu"), seed=seed)
     return model
 
 

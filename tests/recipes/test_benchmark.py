@@ -17,21 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grr import config
 from grr.data.collate import IGNORE
-from grr.models.builders import MODELS, grr_coca_tiny
-from grr.parallel.process_group import materialize
+from grr.models.builders import grr_coca_tiny
+from grr.parallel.initialize import initialize
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
-from grr.training.optim import adamw
-from grr.training.step import global_batch_step
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))
 sys.path.insert(0, str(RECIPES))
-from benchmark import Numbers, Run, batch_flops, random_batches, sizes, token_bytes, while_memory_lasts  # noqa: E402
+from benchmark import SECTIONS, Numbers, Run, batch_flops, random_batches, sizes, token_bytes, while_memory_lasts  # noqa: E402
 
 
 def load(file: Path, *overrides: str) -> config.Config:
     words = ["--config", str(file), *overrides]
-    return config.load(words, run=Run, model=MODELS, loss=global_batch_step, optimizer=adamw)
+    return config.load(SECTIONS, words)
 
 
 def run(words: list[str], **options) -> subprocess.CompletedProcess:
@@ -112,7 +110,7 @@ def test_the_cost_of_a_batch_is_torchs_count(name, tokens):
     cfg = load(CONFIGS[0], f"model.name={name}", *small)
     with torch.device("meta"):
         model = cfg.build("model")
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     (batch,) = random_batches(Run(batch_size=3, micro_batch_size=3), tokens, **sizes(cfg))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)

@@ -17,7 +17,6 @@ from PIL import Image
 from waiting import started, wait_until
 
 from grr import config
-from grr.generation.generate import generate
 from grr.inference.results import read_results
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/caption.py"
@@ -216,9 +215,9 @@ def test_a_copied_recipe_that_is_killed_goes_on_by_the_same_command(colour_run, 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
     sys.path.insert(0, str(RECIPE.parent))
-    from caption import Model, Run
+    from caption import SECTIONS
 
     words = ["--config", str(file), "model.path=runs/openmoji", "run.images=photos"]
-    cfg = config.load(words, run=Run, model=Model, generation=generate)
+    cfg = config.load(SECTIONS, words)
     assert cfg.generation["temperature"] == 0
     assert f"recipes/caption.py --config recipes/configs/caption/{file.name}" in file.read_text().split("\nrun:")[0]

@@ -90,7 +90,7 @@ def test_every_config_is_valid_and_says_how_to_run_it(file):
     from classify import Model, Run
 
     words = ["--config", str(file), "model.path=runs/openmoji", "run.images=photos"]
-    cfg = config.load(words, run=Run, model=Model, zero_shot=class_embeddings)
+    cfg = config.load({"run": Run, "model": Model, "zero_shot": class_embeddings}, words)
     if file.stem == "openmoji":
         assert cfg.run["classes"] == list(OBJECTS)
     assert f"recipes/classify.py --config recipes/configs/classify/{file.name}" in file.read_text().split("\nrun:")[0]

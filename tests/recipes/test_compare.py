@@ -107,8 +107,8 @@ def test_every_config_compares_what_the_sweep_of_its_name_leaves(file, monkeypat
     import compare
     import sweep
 
-    run = compare.Run(**config.load(["--config", str(file)], run=compare.Run).run)
-    grid = sweep.Run(**config.load(["--config", str(RECIPES / "configs/sweep" / file.name)], run=sweep.Run).run)
+    run = config.load(compare.SECTIONS, ["--config", str(file)]).get(compare.Run)
+    grid = config.load(sweep.SECTIONS, ["--config", str(RECIPES / "configs/sweep" / file.name)]).get(sweep.Run)
     assert f"\n# python recipes/compare.py --config recipes/configs/compare/{file.name}\n" in file.read_text()
     jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds)
     last = [job for job in jobs if job.stage == jobs[-1].stage]

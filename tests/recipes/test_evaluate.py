@@ -12,11 +12,7 @@ import pytest
 import torch
 
 from grr import config
-from grr.data import DATASETS, LABELLED
-from grr.evaluation.evaluate import losses
-from grr.evaluation.probe import attentive_probe, linear_probe
-from grr.evaluation.zero_shot import class_embeddings
-from grr.generation.generate import generate
+from grr.data import DATASETS
 from grr.inference.pretrained import load_pretrained
 from grr.training.log import read_metrics
 
@@ -47,7 +43,7 @@ TRAINING = [
     "run.epochs=2",
     "run.validate_every=null",
     "tokenizer.vocab_size=128",
-    "run.save_every=6",
+    "saving.every=6",
 ]
 
 
@@ -177,22 +173,13 @@ def test_a_checkpoint_is_judged_in_bfloat16_by_a_copied_recipe_into_the_runs_fol
 def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
     """A config as the recipe reads it, and the recipe's check of its tasks."""
     sys.path.insert(0, str(RECIPES))
-    from evaluate import Model, Run, refuse
+    from evaluate import SECTIONS, validate_config
 
     cfg = config.load(
+        SECTIONS,
         ["--config", *argv],
-        run=Run,
-        model=Model,
-        data=DATASETS | config.NONE,
-        losses=losses,
-        generation=generate,
-        labelled=LABELLED | config.NONE,
-        labelled_train=LABELLED | config.NONE,
-        zero_shot=class_embeddings,
-        linear_probe=linear_probe,
-        attentive_probe=attentive_probe,
     )
-    return cfg, refuse
+    return cfg, validate_config
 
 
 @pytest.mark.parametrize(
@@ -200,20 +187,20 @@ def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
 )
 def test_a_task_without_its_data_is_refused(tmp_path, task, missing):
     (tmp_path / "c.yaml").write_text("model: {path: nowhere}")
-    cfg, refuse = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
+    cfg, validate_config = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
     with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, and there is none"):
-        refuse(cfg)
+        validate_config(cfg)
 
 
 def test_a_probe_needs_data_to_learn_from(tmp_path):
     (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, labelled: {name: openmoji_classes}}")
-    cfg, refuse = load(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
+    cfg, validate_config = load(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
     with pytest.raises(ValueError, match="the task attentive_probe needs the section labelled_train"):
-        refuse(cfg)
+        validate_config(cfg)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
-    cfg, refuse = load(str(file))
-    refuse(cfg)
+    cfg, validate_config = load(str(file))
+    validate_config(cfg)
     assert f"recipes/evaluate.py --config recipes/configs/evaluate/{file.name}" in file.read_text().split("\nrun:")[0]

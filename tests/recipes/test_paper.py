@@ -67,7 +67,8 @@ ADAMW = {
     "moments": "fp32",
 }
 SHARED = {
-    "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "max_grad_norm": 1.0, "bf16": True, "float8": False},
+    "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "max_grad_norm": 1.0},
+    "parallel": {"bf16": True, "float8": False},
     "loader": {"crop": "squash"},
 }
 PRETRAIN = {
@@ -112,17 +113,17 @@ PAPER = {
 
 
 @pytest.fixture
-def sections_of(monkeypatch) -> Callable[[str], dict[str, config.Section]]:
+def sections_of(monkeypatch) -> Callable[[str], config.Sections]:
     """The sections of a recipe's config, by the recipe's name."""
     monkeypatch.syspath_prepend(str(RECIPES))
-    return lambda recipe: config.sections_of(__import__(recipe).main)
+    return lambda recipe: __import__(recipe).SECTIONS
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_config_of_the_paper_has_the_papers_values(name, sections_of):
     """Read as the recipe reads it, so a default that changes counts as a value that changes."""
     file = RECIPES / f"configs/{name}.yaml"
-    cfg = vars(config.load(["--config", str(file)], **sections_of(name.split("/")[0])))
+    cfg = vars(config.load(sections_of(name.split("/")[0]), ["--config", str(file)]))
     for section, values in PAPER[name].items():
         assert {key: cfg[section][key] for key in values} == values, section
     if name.startswith("pretrain/"):  # every argument of the model is a value of the paper
@@ -213,10 +214,9 @@ def train(house: House, recipe: str, name: str, data: Pictures, *, dropout: floa
             "epochs": STEPS,
             "max_grad_norm": CLIP,
             "log_every": 1,
-            "save_every": 1,
-            "keep": 100,
             "num_eval_images": 4,
         },
+        "saving": {"every": 1, "keep": 100},
         "data": {"name": "folder", "path": str(data.path)},
         "validation": {"name": "folder", "path": str(house.validation.path)},
         "loader": {"workers": 0},

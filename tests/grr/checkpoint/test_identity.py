@@ -43,9 +43,9 @@ def test_what_no_run_can_accept_is_not_taken_in_silence(name):
 def sections(recipe: str) -> dict[str, set[str]]:
     """The keys of every section that a recipe's config may hold."""
     sys.path.insert(0, str(RECIPES))
-    main = __import__(recipe).main
+    recipe_sections = __import__(recipe).SECTIONS
     found: dict[str, set[str]] = {}
-    for section, function in config.sections_of(main).items():
+    for section, function in recipe_sections.items():
         functions = function.values() if isinstance(function, dict) else [function]
         found[section] = {key for each in functions for key in inspect.signature(each).parameters}
     return found

@@ -14,7 +14,7 @@ from PIL import Image
 
 from grr import config
 from grr.cli import main
-from grr.cli.check import _module, check, read_config
+from grr.cli.check import check, read_config, recipe_sections
 from grr.config import ConfigError
 from grr.experiments import catalog as installed
 
@@ -142,7 +142,7 @@ def test_captions_longer_than_the_context_are_counted(photos):
 def test_the_config_of_every_recipe_is_read_as_its_recipe_reads_it(item):
     recipe, given = installed.recipe_of(item.path), []
     try:
-        config.load(["--config", str(item.path)], **config.sections_of(_module(recipe).main))
+        config.load(recipe_sections(recipe)[0], ["--config", str(item.path)])
     except ConfigError as error:  # what only its user can say
         given = [f"{key}=x" for key in re.findall(r"^  (\S+): \w+ needs this argument", str(error), re.MULTILINE)]
     given += [word for word in NEEDED.get(recipe.stem, []) if item.name != "classify/openmoji"]
@@ -179,8 +179,8 @@ def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path)
     assert "validation must have the classes of the training data" in finding.said
 
 
-def test_knobs_that_a_recipe_refuses_are_told():
-    with pytest.raises(config.ConfigError, match=r"run: wise_ft_alpha must be from 0 to 1, got 2"):
+def test_an_option_out_of_its_range_is_refused():
+    with pytest.raises(config.ConfigError, match=r"run\.wise_ft_alpha: must be from 0 to 1, got 2"):
         findings("finetune/photos", "run.wise_ft_alpha=2")
 
 
@@ -256,18 +256,15 @@ def test_a_config_brings_no_program_with_it(command, tmp_path, monkeypatch, capf
         assert "sent/pretrain.py: a recipe that only a config names is not imported by a check" in said.out
 
 
-def test_a_main_without_a_config_is_refused_and_loading_works_again_afterwards(tmp_path):
-    def main() -> None: ...
-
-    with pytest.raises(ValueError, match=r"main reads no config"):
-        config.sections_of(main)
-    (tmp_path / "empty.yaml").write_text("{}")
-    assert vars(config.load(["--config", str(tmp_path / "empty.yaml")])).keys() == {"_functions"}
+def test_a_recipe_without_sections_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def main() -> None: ...\n")
+    with pytest.raises(ValueError, match=r"mine\.py must have the sections .* got none; add SECTIONS = "):
+        recipe_sections(tmp_path / "mine.py")
 
 
 def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
     told = {f.what: f.said for f in findings("pretrain/photos", *SMALL)}
-    assert re.match(r"about a minute for 80 steps .* a step of 8 pairs, scaled from one of \d in ", told["time"])
+    assert re.match(r"about a minute for 80 steps .* per step of 8 pairs, scaled from one of \d in ", told["time"])
     assert "of activations of 4 pairs" in told["memory"]
     assert told["disk"].startswith("at most ")
     assert told["epoch"] == "uses 32 of 32 pairs (100.0%), 0 are left out"
@@ -322,5 +319,5 @@ def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
 def test_a_fine_tuning_run_is_timed_with_the_model_it_starts_from(photos, colour_run):
     told = findings("finetune/photos", f"model.path={colour_run}", "run.batch_size=8", "run.micro_batch_size=8")
     said = {f.what: f.said for f in told}
-    assert re.search(r" a step of 8 pairs, scaled from one of 8 in ", said["time"])
+    assert re.search(r" per step of 8 pairs, scaled from one of 8 in ", said["time"])
     assert "of activations of 8 pairs" in said["memory"]

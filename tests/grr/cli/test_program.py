@@ -34,8 +34,8 @@ run_main(main)
 def program(folder: Path, body: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a recipe whose main has this body."""
     imports = (
-        "import torch.distributed as dist; from grr.parallel.process_group import all_sum, start"
-        if "start" in body
+        "import torch.distributed as dist; from grr.parallel.process_group import all_sum, process_group"
+        if "process_group" in body
         else ""
     )
     indented = "\n".join(f"    {line}" for line in body.splitlines())
@@ -152,8 +152,8 @@ CTRL_C = "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.g
         ("refuse()", 1, "recipe: data: nothing is there\n"),
         ("open('gone.txt')", 1, "recipe: gone.txt: No such file or directory\n"),
         (CTRL_C, 130, ""),
-        ("start(); all_sum(1)", 0, ""),
-        ("start(); refuse()", 1, "recipe: data: nothing is there\n"),
+        ("with process_group(): all_sum(1)", 0, ""),
+        ("with process_group(): refuse()", 1, "recipe: data: nothing is there\n"),
     ],
 )
 def test_a_recipe_exits_with_its_status_and_at_most_its_mistake(body, status, said, tmp_path):
@@ -199,9 +199,9 @@ ONE = "recipe: data: nothing is there\n"
     "body",
     [
         "refuse()",
-        "start(); refuse()",
-        "start()\nif dist.get_rank() == 1: refuse()\nall_sum(1)",  # rank 0 waits for it
-        "start()\nif dist.get_rank() == 0: refuse()\nall_sum(1)",
+        "with process_group(): refuse()",
+        "with process_group():\n    if dist.get_rank() == 1: refuse()\n    all_sum(1)",  # rank 0 waits for it
+        "with process_group():\n    if dist.get_rank() == 0: refuse()\n    all_sum(1)",
         "if os.environ['RANK'] == '1': refuse()\ntime.sleep(60)",  # rank 0 knows nothing of it
     ],
     ids=["before", "all", "rank 1", "rank 0", "rank 1 before"],
@@ -214,21 +214,28 @@ def test_many_processes_print_a_mistake_once(body, tmp_path):
 @pytest.mark.slow
 def test_torchruns_own_report_comes_after_the_mistake_and_ends_with_it(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = program(tmp_path, "start(); refuse()", *torchrun)
+    done = program(tmp_path, "with process_group(): refuse()", *torchrun)
     assert done.returncode == 1
     assert done.stderr.startswith(ONE)
     assert "traceback : recipe: data: nothing is there" in done.stderr.partition("Root Cause")[2]
     assert done.stderr.count("Traceback") == 1  # torchrun's
 
 
+KILLED = """
+with process_group():
+    if dist.get_rank() == 1: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        ("start(); all_sum(1)", 0, ""),
-        ("start(); raise SystemExit(143)", 143, ""),
-        ("start()\nif dist.get_rank() == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 137, "SIGKILL"),
-        ("start(); int('ten')", 1, "ValueError: invalid literal"),
+        ("with process_group(): all_sum(1)", 0, ""),
+        ("with process_group(): raise SystemExit(143)", 143, ""),
+        (KILLED, 137, "SIGKILL"),
+        ("with process_group(): int('ten')", 1, "ValueError: invalid literal"),
     ],
     ids=["finished", "interrupted", "killed", "bug"],
 )

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr import config
-from grr.cli.check import _module
+from grr.cli.check import recipe_sections
 from grr.config import ConfigError
 from grr.data import DATASETS
 from grr.experiments import catalog as installed
@@ -27,7 +27,7 @@ from grr.training.schedule import warmup_cosine
 
 @dataclass
 class Run:
-    """The knobs of a recipe."""
+    """Options of a recipe."""
 
     steps: int
     folder: Path = Path("runs/x")
@@ -57,7 +57,7 @@ GOOD = "{run: {steps: 3}, data: {name: folder, path: photos}}"
 def load(tmp_path: Path, yaml: str, *overrides: str, **sections) -> config.Config:
     file = tmp_path / "tiny.yaml"
     file.write_text(textwrap.dedent(yaml), encoding="utf-8")
-    return config.load(["--config", str(file), *overrides], **(sections or SECTIONS))
+    return config.load(sections or SECTIONS, ["--config", str(file), *overrides])
 
 
 def refusal(tmp_path: Path, yaml: str, *overrides: str) -> str:
@@ -66,12 +66,12 @@ def refusal(tmp_path: Path, yaml: str, *overrides: str) -> str:
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
-def test_a_section_that_may_be_left_out_is_built_to_nothing_and_survives_being_saved(tmp_path):
+def test_an_optional_section_that_is_missing_builds_none_and_is_saved(tmp_path):
     sections = {"run": Run, "extra": DATA | config.NONE}
     cfg = load(tmp_path, "{run: {steps: 3}}", **sections)
     assert cfg.build("extra") is None
     config.save(cfg, tmp_path / "saved.yaml")
-    assert config.load(["--config", str(tmp_path / "saved.yaml")], **sections) == cfg
+    assert config.load(sections, ["--config", str(tmp_path / "saved.yaml")]) == cfg
     assert (
         load(tmp_path, "{run: {steps: 3}}", "extra.name=shards", "extra.pattern=x", **sections).extra["pattern"] == "x"
     )
@@ -99,13 +99,13 @@ def test_a_saved_config_loads_as_the_same_config(tmp_path_factory, folder, **val
     cfg = load(tmp_path, GOOD)
     cfg.run = {"folder": Path(folder), **values}
     config.save(cfg, tmp_path / "config.yaml")
-    again = config.load(["--config", str(tmp_path / "config.yaml")], **SECTIONS)
+    again = config.load(SECTIONS, ["--config", str(tmp_path / "config.yaml")])
     assert again == cfg
     assert {key: type(value) for key, value in again.run.items()} == {k: type(v) for k, v in cfg.run.items()}
 
 
 @given(name=st.sampled_from(sorted(MODELS)), dim=st.integers(1, 9), rate=st.floats(0, 1))
-def test_what_is_given_is_kept_and_the_rest_are_the_defaults_of_the_function(tmp_path_factory, name, dim, rate):
+def test_missing_values_are_the_defaults_of_the_function(tmp_path_factory, name, dim, rate):
     yaml = f"model: {{name: {name}, dim: {dim}}}\noptimizer: {{lr: {rate!r}}}"
     cfg = load(tmp_path_factory.mktemp("config"), yaml, model=MODELS, optimizer=adamw, schedule=warmup_cosine)
     defaults = {key: p.default for key, p in inspect.signature(MODELS[name]).parameters.items()}
@@ -115,7 +115,7 @@ def test_what_is_given_is_kept_and_the_rest_are_the_defaults_of_the_function(tmp
     assert list(cfg.schedule) == list(warmup_cosine.__kwdefaults__)  # in the order of the signature
 
 
-def test_all_mistakes_are_told_at_once_with_their_places(tmp_path):
+def test_all_mistakes_are_reported_at_once_with_their_places(tmp_path):
     yaml = """
         run:
           step: 3
@@ -170,16 +170,16 @@ def test_all_mistakes_are_told_at_once_with_their_places(tmp_path):
         ("--verbose", "unrecognized arguments: --verbose"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told_as_such(tmp_path, override, message):
+def test_a_mistake_on_the_command_line_is_reported_as_such(tmp_path, override, message):
     with pytest.raises(ConfigError, match="command line:\n(.*\n)*  " + message):
         load(tmp_path, GOOD, override)
 
 
-def test_the_name_of_a_chosen_function_is_needed(tmp_path):
+def test_a_section_with_a_choice_of_functions_needs_a_name(tmp_path):
     assert refusal(tmp_path, "run: {steps: 1}") == "tiny.yaml:\n  data.name: must be one of folder, shards"
 
 
-def test_another_name_brings_other_arguments(tmp_path):
+def test_another_name_has_other_arguments(tmp_path):
     assert refusal(tmp_path, GOOD, "data.name=shards") == (
         "tiny.yaml:\n  data.pattern: shards needs this argument, str"
     )
@@ -195,19 +195,19 @@ def test_another_name_brings_other_arguments(tmp_path):
         ("run: !!python/object/apply:os.getcwd []", "cannot be read as YAML: could not determine a constructor"),
     ],
 )
-def test_what_is_no_config_at_all_is_refused(tmp_path, yaml, message):
+def test_a_file_that_is_not_a_config_is_refused(tmp_path, yaml, message):
     with pytest.raises(ConfigError, match=rf"tiny\.yaml:\n  {message}"):
         load(tmp_path, yaml)
 
 
 def test_a_file_must_be_named_and_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"command line:\n  the following arguments are required: --config"):
-        config.load([], **SECTIONS)
+        config.load(SECTIONS, [])
     with pytest.raises(ConfigError, match=r"none\.yaml:\n  cannot be read as YAML: .*No such file"):
-        config.load(["--config", str(tmp_path / "none.yaml")], **SECTIONS)
+        config.load(SECTIONS, ["--config", str(tmp_path / "none.yaml")])
 
 
-def test_values_become_what_the_annotation_says(tmp_path):
+def test_values_are_converted_to_the_annotated_type(tmp_path):
     cfg = load(tmp_path, GOOD, "optimizer.lr=1e-4", "optimizer.betas=[0, 1]", "run.note='2'", "run.words=[a, b]")
     assert cfg.optimizer["lr"] == 1e-4
     assert repr(cfg.optimizer["betas"]) == "(0.0, 1.0)"
@@ -254,10 +254,10 @@ NAMED = "data: {name: karpathy, annotations: a.json, images: b, split: train}"
 
 def named(tmp_path: Path, *overrides: str, text: str = NAMED) -> dict[str, object]:
     (tmp_path / "named.yaml").write_text(text)
-    return config.load(["--config", str(tmp_path / "named.yaml"), *overrides], data=DATASETS | config.NONE).data
+    return config.load({"data": DATASETS | config.NONE}, ["--config", str(tmp_path / "named.yaml"), *overrides]).data
 
 
-def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
+def test_another_name_drops_arguments_that_only_the_first_function_takes(tmp_path):
     assert named(tmp_path, "data.path=photos", "data.name=folder") == {
         "name": "folder",
         "path": "photos",
@@ -278,7 +278,7 @@ def test_another_name_drops_what_only_the_files_function_takes(tmp_path):
         (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
     ],
 )
-def test_another_name_hides_no_mistake(tmp_path, overrides, text, said):
+def test_another_name_does_not_hide_a_mistake(tmp_path, overrides, text, said):
     with pytest.raises(ConfigError, match=said):
         named(tmp_path, *overrides, text=text)
 
@@ -296,14 +296,14 @@ from grr.cli.program import run_main
 
 @dataclass
 class Run:
-    """The knobs."""
+    """Options."""
 
     steps: int
     note: str | None = None
 
 
 def main() -> None:
-    cfg = config.load(run=Run, model=MODELS)
+    cfg = config.load({"run": Run, "model": MODELS})
     print(cfg.run)
 
 
@@ -325,13 +325,13 @@ def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.Compl
     )
 
 
-def test_a_recipe_with_a_bad_config_says_what_is_wrong_and_leaves_with_2(tmp_path):
+def test_a_recipe_with_a_bad_config_prints_the_mistake_and_exits_2(tmp_path):
     done = recipe(tmp_path, "--config", "tiny.yaml", "run.stps=4")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "command line:\n  run.stps: Run takes no such argument (did you mean steps?)\n"
 
 
-def test_only_the_first_of_many_processes_speaks(tmp_path):
+def test_only_the_first_process_prints_config_errors(tmp_path):
     done = recipe(tmp_path, "--config", "tiny.yaml", "run.stps=4", rank="1")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
@@ -344,13 +344,13 @@ def test_a_recipe_reads_its_command_line(tmp_path):
 def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path):
     text = recipe(tmp_path, "--help").stdout
     assert "Train something, 100 % of it." in text
-    assert "run:  # Run: The knobs.\n  steps:  # int, required\n  note: null  # str | null\n" in text
+    assert "run:  # Run: Options.\n  steps:  # int, required\n  note: null  # str | null\n" in text
     assert "name: baseline_coca  # Build the baseline CoCa" in text
     assert "image_size: 288  # int" in text
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
 
 
-def test_help_shows_the_values_of_the_config_it_stands_beside(tmp_path):
+def test_help_shows_the_values_of_the_config_on_its_command_line(tmp_path):
     text = recipe(tmp_path, "--config", "tiny.yaml", "run.note=hello", "--help").stdout
     assert '  steps: 3  # int, required\n  note: "hello"  # str | null, default null\n' in text
     assert "model:  # one of these functions, by name; another name keeps the keys that both take\n  name: g" in text
@@ -377,20 +377,20 @@ def meant(
     """A function."""
 
 
-def test_a_meaning_stands_in_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
+def test_a_meaning_comes_from_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
     text = config._reference({"run": Meant, "other": meant}, {})
     assert "  folder:  # str, required: where it writes\n  steps: 3  # int: how many\n" in text
     assert '  names: []  # list[str]: what: "a" or b\n' in text
     assert "  mode: \"a\"  # 'a' | 'b': which\n" in text
     assert "  dim: 3  # int: width of the residual stream and of the embeddings\n  size: 4  # int" in text
     (tmp_path / "c.yaml").write_text("{run: {folder: x, steps: 4}, other: {mode: b}}")
-    cfg = config.load(["--config", str(tmp_path / "c.yaml")], run=Meant, other=meant)
+    cfg = config.load({"run": Meant, "other": meant}, ["--config", str(tmp_path / "c.yaml")])
     assert (cfg.run["steps"], cfg.other["mode"]) == (4, "b")
 
 
 @pytest.mark.parametrize("item", [r for r in installed.recipes() if r.name != "sizes"], ids=lambda item: item.name)
 def test_every_key_of_every_recipe_has_a_meaning(item):
-    text = config._reference(config.sections_of(_module(item.path).main), {})
+    text = config._reference(recipe_sections(item.path)[0], {})
     keys = [line for line in text.splitlines() if line.startswith("  ") and not line.lstrip().startswith("name: ")]
     without = [line.strip() for line in keys if not re.search(r"  # [^:]+: \S", line)]
     assert without == []
@@ -403,7 +403,7 @@ def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
         "[A man, standing]": ["A man", "standing"],
         '["A man, standing"]': ["A man, standing"],
     }.items():
-        cfg = config.load(["--config", str(tmp_path / "c.yaml"), f"run.names={word}"], run=Meant)
+        cfg = config.load({"run": Meant}, ["--config", str(tmp_path / "c.yaml"), f"run.names={word}"])
         assert cfg.run["names"] == names
 
 

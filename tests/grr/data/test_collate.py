@@ -21,7 +21,7 @@ def layout(tokens: list[int]) -> list[int]:
 
 
 @given(b=st.integers(1, 4), s=st.integers(1, 12), pad_id=st.sampled_from([0, 3]), seed=st.integers(0, 999))
-def test_packing_moves_padding_to_the_end_and_unpacking_undoes_it(b, s, pad_id, seed):
+def test_right_pad_moves_padding_to_the_end_and_undo_right_pad_moves_it_back(b, s, pad_id, seed):
     ids = torch.randint(0, 5, (b, s), generator=torch.Generator().manual_seed(seed))
     packed, positions = right_pad(ids, pad_id=pad_id)
     for row, packed_row, places in zip(ids.tolist(), packed.tolist(), positions.tolist(), strict=True):
@@ -49,7 +49,7 @@ def test_each_label_is_what_follows_in_the_caption(captions):
 
 
 @given(captions=captions)
-def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_stands_behind_eos_at_position_63(captions):
+def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_follows_eos_at_position_63(captions):
     ids, positions, _ = collate_captions([layout(c) for c in captions])
     assert ids.shape == positions.shape == (len(captions), max(map(len, captions)) + 3)
     for caption, row, places in zip(captions, ids.tolist(), positions.tolist(), strict=True):
@@ -58,12 +58,12 @@ def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_stands_behind_eos_at_
         assert places[: n + 3] == [*range(n + 2), 63]
 
 
-def test_an_empty_caption_teaches_only_to_end():
+def test_the_only_label_of_an_empty_caption_is_eos():
     ids, positions, labels = collate_captions([layout([])])
     assert (ids.tolist(), positions.tolist(), labels.tolist()) == ([[BOS, EOS, CLS]], [[0, 1, 63]], [[EOS]])
 
 
-def test_no_caption_is_taught_to_say_bos_or_cls_wherever_they_stand():
+def test_bos_and_cls_are_never_labels():
     _, _, labels = collate_captions([layout([7, BOS, 8, CLS, 9])])
     assert labels.tolist() == [[7, IGNORE, 8, IGNORE, 9, EOS]]
 
@@ -75,7 +75,7 @@ def table() -> nn.Embedding:
 
 
 @given(captions=captions)
-def test_causal_attention_over_packed_rows_is_masked_attention_over_the_layout(table, captions):
+def test_causal_attention_over_right_padded_rows_equals_masked_attention_over_the_layout(table, captions):
     """No token sees a later one, none sees PAD but PAD, and CLS sees the caption, where the mask says so in full."""
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, causal=True, rotary=RotaryEmbedding(4)).double()

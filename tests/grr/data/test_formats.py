@@ -102,7 +102,7 @@ def test_a_folder_with_a_table_of_any_kind(tmp_path, name, text):
     assert list(pairs.ids) == ["a.png#0", "b.png#0"]
 
 
-def test_the_split_of_a_folder_moves_no_image_when_others_come(tmp_path):
+def test_adding_images_to_a_folder_moves_no_image_to_the_other_split(tmp_path):
     def splits(count: int) -> list[set[str]]:
         rows = "".join(f"{i}.png,{c}\n" for i in range(count) for c in ("x", "y"))
         (tmp_path / "captions.csv").write_text("image,caption\n" + rows)
@@ -168,7 +168,7 @@ def test_real_shards_give_what_tarfile_gives(shared_data, tmp_path):
     assert all(len(part) for part in parts)
 
 
-def test_the_validation_split_of_shards_is_the_fraction_asked_for_and_training_the_rest(tmp_path):
+def test_the_validation_split_of_shards_is_validation_fraction_and_training_is_the_rest(tmp_path):
     image = io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "JPEG")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -217,7 +217,7 @@ def test_a_shard_without_text_uses_json_and_one_without_image_is_counted(tmp_pat
         ("webdataset", {"shards": "*.tar"}, r"there is no file \*.tar; shards must be a file, a folder, a glob"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, monkeypatch, name, arguments, message):
+def test_a_missing_path_is_named(tmp_path, monkeypatch, name, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=message):
         DATASETS[name](**arguments)
@@ -241,7 +241,7 @@ def test_a_list_of_captions_is_a_pair_for_each(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_names_are_one_image_however_they_are_spelled(tmp_path, form):
+def test_different_spellings_of_a_name_are_one_image(tmp_path, form):
     name = "café.png"
     picture(tmp_path / "x" / unicodedata.normalize(form, name))
     spellings = [
@@ -259,7 +259,7 @@ def test_names_are_one_image_however_they_are_spelled(tmp_path, form):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "missing", "long"])
-def test_a_name_that_is_no_image_file_is_a_bad_sample_and_nothing_waits_for_it(tmp_path, kind):
+def test_a_name_that_is_not_a_regular_file_is_a_bad_sample_without_waiting(tmp_path, kind):
     picture(tmp_path / "a.png")
     name = {"device": "/dev/zero", "long": "n" * 5000}.get(kind, kind)
     if kind == "pipe":
@@ -333,7 +333,7 @@ HEADER = b"image,caption\na.png,one\n"
     ("captions.jsonl", b'{"image": "a.png", "caption": "\\ud800"}\n', "line 1: a caption must be text, got half of a"),
     ("captions.csv", b"image,caption,split\na.png,x,train\na.png,y,\n", "line 3: split must be train, validation or"),
 ])  # fmt: skip
-def test_what_cannot_be_understood_is_refused_with_its_line_and_a_remedy(tmp_path, name, content, message):
+def test_a_table_that_cannot_be_parsed_is_refused_with_its_line_and_a_remedy(tmp_path, name, content, message):
     picture(tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^folder: .*{name} {message}") as caught:
@@ -341,7 +341,7 @@ def test_what_cannot_be_understood_is_refused_with_its_line_and_a_remedy(tmp_pat
     assert ";" in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_name(tmp_path):
     picture(tmp_path / "a.png")
     for name, text in (
         ("captions.csv", "image,caption\na.png,x\n"),
@@ -353,7 +353,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         (tmp_path / name).unlink()
 
 
-def test_real_tables_of_addresses_and_real_results_are_refused_with_what_was_found(shared_data, tmp_path):
+def test_real_tables_of_urls_and_real_results_are_refused_with_what_was_found(shared_data, tmp_path):
     for name, message in (
         ("cc12m_like_with_header.tsv", r"got the columns \['url', 'caption'\]"),
         ("cc3m_validation.head200.tsv", "must name image files"),
@@ -376,7 +376,7 @@ def test_real_tables_of_addresses_and_real_results_are_refused_with_what_was_fou
         ("image,caption,split\na.png,x,some\n", "split must be train, validation or test, got 'some'"),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused(tmp_path, text, message):
+def test_an_implausible_table_is_refused(tmp_path, text, message):
     picture(tmp_path / "a.png")
     (tmp_path / "captions.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -402,7 +402,7 @@ def shard(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("laid", ["a file", "a link", "a link to nothing"])
-def test_an_index_that_cannot_be_kept_beside_its_shard_is_kept_in_memory_and_nowhere_else(
+def test_an_index_that_cannot_be_written_beside_its_shard_is_kept_in_memory_only(
     shard, tmp_path, monkeypatch, caplog, laid
 ):
     (tmp_path / "victim").mkdir()
@@ -467,7 +467,7 @@ def changed(index: dict[str, np.ndarray], fault: str) -> None:
         "empty",
     ],
 )
-def test_an_index_that_does_not_fit_its_shard_is_made_again(shard, fault):
+def test_an_index_that_does_not_fit_its_shard_is_rebuilt(shard, fault):
     pairs = webdataset(shards=str(shard))
     file = shard / ".grr_index/0.tar.npz"
     whole = file.read_bytes()
@@ -491,7 +491,7 @@ def test_an_index_that_does_not_fit_its_shard_is_made_again(shard, fault):
     assert np.load(file)["offsets"].tolist() == np.load(io.BytesIO(whole))["offsets"].tolist()
 
 
-def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_ones_stay(shard):
+def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_ones_kept(shard):
     folder_of_index = shard / ".grr_index"
     folder_of_index.mkdir()
     for name, age in (("0.tar.npz.abcdefgh.tmp", 7200), ("tmpabcdefgh", 7200), ("1.tar.npz.abcdefgh.tmp", 60)):
@@ -516,7 +516,7 @@ def test_shards_in_folders_below_are_found_by_two_stars(shard):
     assert len(webdataset(shards=str(shard / "*.tar"))) == 3
 
 
-def test_a_range_of_more_shards_than_there_can_be_is_refused(tmp_path):
+def test_a_range_of_too_many_shards_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"at most 1,000,000 shards, got \{0\.\.99999999999\}; is it a typing error"):
         webdataset(shards=str(tmp_path / "{0..99999999999}.tar"))
 
@@ -535,7 +535,7 @@ def test_an_image_in_a_shard_that_would_fill_the_memory_is_skipped(shard):
     assert pairs.records.skipped == {"image of more than 536,870,912 bytes": 1}
 
 
-def test_a_name_that_would_move_the_cursor_is_spelled_out(tmp_path, caplog):
+def test_a_name_with_control_characters_is_printed_as_escapes(tmp_path, caplog):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in ("\x1b[2Jevil.jpg", "a.jpg", "a.txt"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())

@@ -107,7 +107,7 @@ def test_an_image_without_a_finite_number_is_bad(value):
         load_image(encoded(Image.fromarray(np.full((9, 9), value, np.float32)), "TIFF"), size=8)
 
 
-def test_what_is_not_finite_is_black_or_white_and_changes_no_other_pixel():
+def test_pixels_that_are_not_finite_become_black_or_white_and_change_no_other_pixel():
     values = np.tile(np.linspace(0, 1, 8, dtype=np.float32), (8, 1))
     odd = values.copy()
     odd[0, :3] = np.nan, np.inf, -np.inf
@@ -118,7 +118,7 @@ def test_what_is_not_finite_is_black_or_white_and_changes_no_other_pixel():
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F", "I", "RGBA", "LA", "CMYK", "P"])
-def test_an_image_converted_in_strips_is_the_image_converted_whole(mode, monkeypatch):
+def test_converting_an_image_in_strips_equals_converting_it_at_once(mode, monkeypatch):
     ramp = np.add.outer(np.arange(70), np.arange(50))
     kind = {"I;16": np.uint16, "F": np.float32, "I": np.int32}.get(mode)
     if kind is None:
@@ -174,7 +174,7 @@ def test_decoding_takes_at_most_16_bytes_a_pixel():
 
 
 @linux
-def test_a_small_file_takes_little_memory_whatever_it_inflates_to(tmp_path):
+def test_a_small_file_that_inflates_takes_little_memory(tmp_path):
     zeros = zlib.compress(bytes(300_000_000), 9)
     gif = bytearray(encoded(Image.new("P", (8, 8)), "GIF"))
     place = gif.index(b"\x2c", 13 + 3) + 5  # an image descriptor: left, top, then width and height

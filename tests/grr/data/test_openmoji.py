@@ -41,14 +41,14 @@ def test_sentences_are_english_and_name_two_different_objects(relation, words):
         assert [a, b, c] == ["an" if word[0] in "aeiou" else "a" for word in (first, second, colour)]
 
 
-def test_by_default_the_objects_come_in_alphabetical_order_whichever_side_they_stand_on():
+def test_by_default_a_sentence_names_the_objects_in_alphabetical_order():
     pairs = openmoji()
     nouns = [re.findall(r"an? (\w+) (?:and|on)", caption) for caption in pairs.captions]
     assert all(first < second for first, second in nouns)
 
 
 @given(i=st.integers(0, 499), relation=st.booleans())
-def test_a_picture_is_always_the_same_and_holds_both_objects_whole_on_its_colour(i, relation):
+def test_a_picture_is_reproducible_and_shows_both_objects_whole_on_its_colour(i, relation):
     pairs = openmoji(split="validation", relation=relation)
     pixels = pairs.load(i, size=128, crop="squash")
     assert torch.equal(pixels, openmoji(split="validation", relation=relation).load(i, size=128, crop="squash"))

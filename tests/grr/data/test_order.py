@@ -31,7 +31,7 @@ def test_no_batch_holds_two_of_a_group_and_no_sample_comes_twice(sizes, batch_si
 
 
 @given(sizes=sizes, batch_size=batch_sizes)
-def test_an_epoch_has_as_many_batches_as_there_can_be(sizes, batch_size):
+def test_an_epoch_has_as_many_batches_as_possible(sizes, batch_size):
     """Against the greedy filler that takes the largest groups that are left, which is optimal."""
     assume(batch_size <= len(sizes))
     left, batches = sorted(sizes, reverse=True), 0
@@ -65,7 +65,7 @@ def test_the_order_is_that_of_its_seed_and_epoch(sizes):
 
 
 @pytest.mark.parametrize("sizes", [[1] * 11, [2, 2, 1, 1, 1], [4, 2, 2, 2]])
-def test_every_sample_has_its_turn_in_every_place(sizes):
+def test_every_sample_occurs_at_every_position_equally_often(sizes):
     """Over 3,000 epochs, samples of groups of equal size fall equally often in each batch and column."""
     groups = groups_of(sizes)
     orders = np.stack([epoch_order(groups, seed=0, epoch=epoch, batch_size=3) for epoch in range(3_000)])

@@ -113,7 +113,7 @@ def test_a_table_without_quoting_keeps_every_row_and_every_quotation_mark(photos
 
 @many
 @given(rows=st.lists(st.text(st.sampled_from('ab"\n\t '), max_size=8), max_size=6))
-def test_a_table_with_tabs_that_was_quoted_is_read_or_its_line_is_named(photos, rows):
+def test_a_quoted_table_with_tabs_is_read_or_its_line_is_named(photos, rows):
     rows = [("a.png", "first"), *(("b.png", f"x{c}") for c in rows)]
     text = io.StringIO()
     csv.writer(text, delimiter="\t").writerows([("image", "caption"), *rows])
@@ -131,7 +131,7 @@ def test_a_table_with_tabs_that_was_quoted_is_read_or_its_line_is_named(photos, 
     first=st.booleans(),
     separator=st.sampled_from(",;|\t"),
 )
-def test_a_quotation_mark_swallows_no_row_of_a_table_nobody_quoted(photos, captions, first, separator):
+def test_a_quotation_mark_hides_no_row_of_an_unquoted_table(photos, captions, first, separator):
     rows = [("a.png", "first"), *(("b.png", f"{c}x") for c in captions)]
     order = (lambda i, c: (i, c)) if first else (lambda i, c: (c, i))
     lines = [separator.join(order(*row)) for row in [("image", "caption"), *rows]]
@@ -240,7 +240,7 @@ def test_karpathy_names_the_sentence_that_is_not_text(photos, raw):
 @given(
     questions=st.lists(st.tuples(CAPTION, st.sampled_from(["yes", "no", "rare"])), max_size=8), more=st.integers(0, 3)
 )
-def test_vqa_counts_every_question_and_answers_to_none(photos, questions, more):
+def test_vqa_counts_every_question_and_answers_without_a_question(photos, questions, more):
     questions = [("is it", "yes"), ("is it", "yes"), ("is it", "no"), *questions]
     Image.new("RGB", (4, 4)).save(photos / "COCO_val2014_000000000001.jpg")
     asked = [{"question_id": j, "image_id": 1, "question": q} for j, (q, _) in enumerate(questions)]

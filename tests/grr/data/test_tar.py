@@ -77,7 +77,7 @@ def test_of_a_file_that_was_cut_off_the_members_before_the_cut_are_found(shard, 
 
 
 @given(contents=CONTENTS, noise=st.binary(min_size=1, max_size=3 * BLOCK))
-def test_behind_noise_members_are_found_again(shard, contents, noise):
+def test_members_after_noise_are_found(shard, contents, noise):
     noise = b"\x01" + padded(noise)[1:]
     found = members_of(shard, START + noise + archive(contents))
     names = [item.name for item in found if isinstance(item, Member)]
@@ -108,7 +108,7 @@ def test_odd_members_have_a_fault_and_the_next_ones_are_read(shard, kind, fault)
 
 
 @pytest.mark.parametrize("size", [-1, -512, -(2**62), 10**6, 2**62])
-def test_a_size_that_lies_costs_its_member_alone(shard, size):
+def test_a_false_size_affects_only_its_member(shard, size):
     found = members_of(shard, header("odd.jpg", size) + padded(b"content") + GOOD)
     assert [(item.name, item.fault) for item in found] == [
         ("odd.jpg", "its size cannot be true"),
@@ -146,7 +146,7 @@ def test_sparse_files_are_odd_and_their_maps_are_passed_over(shard):
 
 
 @given(content=st.binary(max_size=200))
-def test_an_extended_header_of_any_content_stops_nothing(shard, content):
+def test_an_extended_header_of_any_content_does_not_stop_the_reading(shard, content):
     found = members_of(shard, header("pax", len(content), tarfile.XHDTYPE) + padded(content) + GOOD)
     assert found[-1].name == "good.txt"
 

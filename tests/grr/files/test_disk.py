@@ -1,4 +1,4 @@
-"""A write that fails is reported as the system gave it, whatever library wrote."""
+"""A failed write raises OSError with the system's error number, whichever library wrote."""
 
 import errno
 import resource
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from grr.files.disk import disk_errors
 
-FULL = Path("/dev/full")  # every write to it fails for want of space
+FULL = Path("/dev/full")  # every write to it fails with ENOSPC
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

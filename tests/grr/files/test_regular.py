@@ -1,4 +1,4 @@
-"""Only regular files of a bounded size are read, and no other kind makes the reader wait."""
+"""Only regular files of a bounded size are read, and files of other kinds do not block the reader."""
 
 import os
 import socket
@@ -57,7 +57,7 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path, kind):
     assert errors == [f"must be a regular file, but is {kind}"]
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_is_refused_when_it_is_open(tmp_path, monkeypatch):
+def test_a_pipe_that_replaces_a_file_is_refused_after_it_is_opened(tmp_path, monkeypatch):
     file, pipe = tmp_path / "file", tmp_path / "pipe"
     file.write_bytes(b"x")
     os.mkfifo(pipe)

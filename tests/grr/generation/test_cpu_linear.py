@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN are the same function, and are put back."""
+"""Linear layers through oneDNN compute the same function, and are restored afterwards."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def replaced(model: nn.Module) -> list[str]:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_it_is_the_linear_layer_for_any_sizes(rows, inputs, outputs, bias, dtype, seed):
+def test_it_equals_the_linear_layer_for_any_sizes(rows, inputs, outputs, bias, dtype, seed):
     torch.manual_seed(seed)
     linear = nn.Linear(inputs, outputs, bias=bias)
     x = torch.randn(*rows, inputs)
@@ -38,7 +38,7 @@ def test_it_is_the_linear_layer_for_any_sizes(rows, inputs, outputs, bias, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_decoder_scores_the_same_tokens_and_has_its_layers_back_afterwards_and_after_an_error(dtype):
+def test_a_decoder_has_the_same_scores_and_its_layers_are_restored_after_an_error(dtype):
     model = grr_coca_tiny().to(dtype).eval()
     ids, images = torch.tensor([[510, 7, 1, 511]] * 3), torch.rand(3, 3, 32, 32)
 
@@ -62,7 +62,7 @@ def test_a_decoder_scores_the_same_tokens_and_has_its_layers_back_afterwards_and
     assert replaced(model) == []
 
 
-def test_what_it_cannot_read_is_left_alone():
+def test_layers_that_onednn_cannot_read_are_unchanged():
     compiled, double = grr_coca_tiny(), grr_coca_tiny().double()
     parallelize(compiled, torch.device("cpu"), compile=True)
     with onednn_linears(compiled, double):
@@ -70,7 +70,7 @@ def test_what_it_cannot_read_is_left_alone():
         assert replaced(compiled) == [n for n in replaced(compiled) if ".blocks." not in n] != []
 
 
-def test_layers_of_few_bits_are_left_alone():
+def test_quantised_layers_are_unchanged():
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: the extra quantize")
     linear = nn.Sequential(nn.Linear(64, 64))
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())

@@ -1,4 +1,4 @@
-"""Captions obey their options, and are those of a plain computation without caches, token for token."""
+"""Captions obey their options, and equal those of a plain computation without caches, token for token."""
 
 import itertools
 import math
@@ -16,7 +16,9 @@ from grr.generation.beam import beam_search
 from grr.generation.decoding_state import DecodingState
 from grr.generation.generate import generate, sample
 from grr.models.builders import grr_coca_tiny
-from grr.parallel.process_group import materialize, shard_over, start, unsharded
+from grr.parallel.initialize import initialize
+from grr.parallel.process_group import start
+from grr.parallel.shard import shard_over, unsharded
 from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
@@ -25,7 +27,7 @@ ROOM = CONTEXT - 3
 
 
 class Spelled(Tokenizer):
-    """Decodes to the ids themselves, so that a test sees what was written: "17 4 1", EOS (1) included."""
+    """Tokenizer whose decode returns the ids, EOS (1) included: "17 4 1"."""
 
     def decode(self, ids) -> str:
         end = ids.index(self.eos_id) + 1 if self.eos_id in ids else len(ids)
@@ -43,14 +45,14 @@ def tok(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Tokenizer:
-    """A vocabulary so small that all captions of a few tokens can be counted up."""
+    """A vocabulary so small that all captions of a few tokens can be enumerated."""
     path = tmp_path_factory.mktemp("letters") / "t.model"
     train_tokenizer(["a a a"], path, vocab_size=10)
     return Spelled(path, context_length=CONTEXT)
 
 
 def a_model(tok: Tokenizer, seed: int, **options):
-    """In float64, with decided opinions that the image has a say in, and a liking for EOS: captions of all lengths."""
+    """Returns a float64 model whose logits are large, depend on the image, and favour EOS: captions of all lengths."""
     torch.manual_seed(seed)
     model = grr_coca_tiny(vocab_size=tok.vocab_size, context_length=CONTEXT, **options).double()
     with torch.no_grad():
@@ -81,7 +83,7 @@ def next_log_probabilities(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
 ) -> list[list[float]]:
-    """Whole prefixes, of one length, computed anew, and the rules one token at a time."""
+    """Compute prefixes of one length from the start, without a cache, and apply the rules token by token."""
     ids = torch.tensor([[tok.bos_id, *written] for written in prefixes])
     logits = model(image.expand(len(ids), -1, -1, -1), ids).logits[:, -1]
     logits[:, [tok.pad_id, tok.bos_id, tok.cls_id]] = -torch.inf
@@ -109,22 +111,22 @@ def greedily(model, image: Tensor, tok: Tokenizer, max_new_tokens: int, **rules)
 def with_beams(
     model, image: Tensor, tok: Tokenizer, max_new_tokens: int, num_beams: int, length_penalty: float, **rules
 ) -> tuple[float, list[int]]:
-    """The rule of `beam_search`, in lists."""
-    drafts: list[tuple[float, list[int]]] = [(0.0, [])]
+    """Beam search as `beam_search` defines it, in lists: the score and the ids of the best caption."""
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
     captions: list[tuple[float, list[int]]] = []
     for length in range(1, max_new_tokens + 1):
-        following = next_log_probabilities(model, image, tok, [written for _, written in drafts], **rules)
+        following = next_log_probabilities(model, image, tok, [written for _, written in beams], **rules)
         longer = [
             (total + p, [*written, token])
-            for (total, written), log_p in zip(drafts, following, strict=True)
+            for (total, written), log_p in zip(beams, following, strict=True)
             for token, p in enumerate(log_p)
             if p > -math.inf
         ]
         longer.sort(reverse=True)
         ended = [d for d in longer[:num_beams] if d[1][-1] == tok.eos_id or length == max_new_tokens]
         captions += [(total / length**length_penalty, written) for total, written in ended]
-        drafts = [d for d in longer if d[1][-1] != tok.eos_id][:num_beams]
-        if len(captions) >= num_beams or not drafts:
+        beams = [d for d in longer if d[1][-1] != tok.eos_id][:num_beams]
+        if len(captions) >= num_beams or not beams:
             break
     return max(captions)
 
@@ -153,9 +155,7 @@ searches = st.one_of(
 
 
 @given(rules=rules, search=searches, max_new_tokens=st.integers(6, ROOM), seed=st.integers(0, 99))
-def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_again(
-    tok, rules, search, max_new_tokens, seed
-):
+def test_captions_obey_every_rule_of_every_search_and_are_reproducible(tok, rules, search, max_new_tokens, seed):
     model, images = a_model(tok, seed), some_images(3, seed)
     captions = generate(model, images, tok, max_new_tokens=max_new_tokens, **rules, **search)
     n = rules["no_repeat_ngram_size"]
@@ -164,7 +164,7 @@ def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_agai
         words = written[:-1] if written[-1] == tok.eos_id else written
         assert rules["min_new_tokens"] <= len(words) <= max_new_tokens
         assert tok.eos_id not in words
-        assert len(words) < max_new_tokens or written == words  # the last place is no place for EOS alone
+        assert len(words) < max_new_tokens or written == words  # a caption of max_new_tokens ends without EOS
         ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)] if n else []
         assert len(set(ngrams)) == len(ngrams)
     assert generate(model, images, tok, max_new_tokens=max_new_tokens, **rules, **search) == captions
@@ -172,19 +172,16 @@ def test_captions_obey_every_rule_whatever_the_search_and_come_out_the_same_agai
 
 @settings(max_examples=20)
 @given(rules=rules, seed=st.integers(0, 99), max_new_tokens=st.integers(6, ROOM))
-def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_new_tokens):
+def test_sampling_without_a_choice_equals_greedy_search(tok, rules, seed, max_new_tokens):
     model, images = a_model(tok, seed), some_images(3, seed)
     expected = generate(model, images, tok, max_new_tokens=max_new_tokens, **rules)
     for choice in ({"top_k": 1}, {"top_p": 1e-9}, {}):
         temperature = 2.0 if choice else 1e-6
-        sampled = generate(
-            model, images, tok, max_new_tokens=max_new_tokens, temperature=temperature, **choice, **rules
-        )
-        assert sampled == expected
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, **choice, **rules}
+        assert generate(model, images, tok, **options) == expected
     with torch.no_grad():
-        captions, _ = beam_search(
-            DecodingState(model, images, tok, max_new_tokens=max_new_tokens, **rules), num_beams=1
-        )
+        state = DecodingState(model, images, tok, max_new_tokens=max_new_tokens, **rules)
+        captions, _ = beam_search(state, num_beams=1)
     assert [tok.decode(row) for row in captions.tolist()] == expected
 
 
@@ -192,7 +189,7 @@ def test_every_way_to_leave_no_choice_is_greedy_search(tok, rules, seed, max_new
 @given(
     num_beams=st.integers(1, 4), count=st.integers(2, 7), seed=st.integers(0, 99), dropout=st.sampled_from([0.0, 0.5])
 )
-def test_a_batch_is_written_as_its_images_one_at_a_time(tok, num_beams, count, seed, dropout):
+def test_a_batch_has_the_captions_of_its_images_one_at_a_time(tok, num_beams, count, seed, dropout):
     model, images = a_model(tok, seed, dropout=dropout).train(), some_images(count, seed)
     alone = [generate(model, image.unsqueeze(0), tok, num_beams=num_beams)[0] for image in images]
     assert generate(model, images, tok, num_beams=num_beams) == alone
@@ -209,40 +206,40 @@ def test_a_batch_is_written_as_its_images_one_at_a_time(tok, num_beams, count, s
         (1.0, None, 1.0),
     ],
 )
-def test_tokens_are_drawn_as_often_as_the_cut_softmax_says(temperature, top_k, top_p):
+def test_tokens_are_drawn_with_the_probabilities_of_the_truncated_softmax(temperature, top_k, top_p):
     logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0, -1.0, 1.5, 0.0, -3.0])
     weights = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist()) if x > -math.inf}
     expected: dict[int, float] = {}
     kept = sorted(weights, key=weights.__getitem__, reverse=True)[:top_k]
-    for i in kept:  # the fewest that hold top_p of what top_k left
+    for i in kept:  # the fewest whose probabilities sum to top_p, of those that top_k kept
         if top_p is None or sum(expected.values()) < top_p * sum(weights[j] for j in kept):
             expected[i] = weights[i]
-    share = {i: w / sum(expected.values()) for i, w in expected.items()}
+    probability = {i: w / sum(expected.values()) for i, w in expected.items()}
     draws = 20_000
     drawn = sample(logits.expand(draws, -1), torch.Generator().manual_seed(0), temperature, top_k, top_p)
     counts = torch.bincount(drawn, minlength=len(logits)).tolist()
-    assert all(counts[i] == 0 for i in range(len(logits)) if i not in share)
-    chi_square = sum((counts[i] - draws * s) ** 2 / (draws * s) for i, s in share.items())
-    freedom = len(share) - 1
-    assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)  # its mean, and five of its deviations
+    assert all(counts[i] == 0 for i in range(len(logits)) if i not in probability)
+    chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in probability.items())
+    freedom = len(probability) - 1
+    assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)  # its mean and five standard deviations
 
 
-def test_captions_are_drawn_as_often_as_the_model_says(few):
-    """Two tokens, in a batch in which most captions end at different times."""
+def test_captions_are_drawn_with_the_probabilities_of_the_model(few):
+    """Captions of two tokens, in a batch whose captions end at different steps."""
     model, image, draws = a_model(few, 1), some_images(1, 1)[0], 3000
     (first,) = next_log_probabilities(model, image, few, [[]])
-    share = {}
+    probability = {}
     for i, p in enumerate(first):
         if i == few.eos_id:
-            share[str(i)] = math.exp(p)
+            probability[str(i)] = math.exp(p)
         elif p > -math.inf:
             (second,) = next_log_probabilities(model, image, few, [[i]])
-            share |= {f"{i} {j}": math.exp(p + q) for j, q in enumerate(second) if q > -math.inf}
-    assert sum(share.values()) == pytest.approx(1)
+            probability |= {f"{i} {j}": math.exp(p + q) for j, q in enumerate(second) if q > -math.inf}
+    assert sum(probability.values()) == pytest.approx(1)
     captions = generate(model, image.expand(draws, -1, -1, -1), few, max_new_tokens=2, temperature=1.0)
-    likely = {caption: s for caption, s in share.items() if draws * s >= 5}
+    likely = {caption: p for caption, p in probability.items() if draws * p >= 5}
     assert len(likely) > 5
-    chi_square = sum((captions.count(c) - draws * s) ** 2 / (draws * s) for c, s in likely.items())
+    chi_square = sum((captions.count(c) - draws * p) ** 2 / (draws * p) for c, p in likely.items())
     assert chi_square <= len(likely) + 5 * math.sqrt(2 * len(likely))
 
 
@@ -259,19 +256,18 @@ def test_captions_are_drawn_as_often_as_the_model_says(few):
         {"text_norm": "layernorm", "text_feed_forward": "mlp", "text_position": "sinusoidal", "qk_norm": True},
     ],
 )
-def test_captions_are_those_of_the_plain_computation(tok, options):
+def test_captions_equal_those_of_the_plain_computation(tok, options):
     captions, lengths = set(), set()
-    for seed, rule in enumerate(
-        [{}, {}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4, "repetition_penalty": 1.3}]
-    ):
+    cases = [{}, {}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4, "repetition_penalty": 1.3}]
+    for seed, rule in enumerate(cases):
         model, images = a_model(tok, seed, dropout=0.5, **options), some_images(5, seed)
         written = ids_of(generate(model.train(), images, tok, **rule))
-        assert model.training  # as it was before
+        assert model.training
         model.eval()
         assert written == [greedily(model, image, tok, ROOM, **rule) for image in images]
         captions |= set(map(tuple, written))
         lengths |= set(map(len, written))
-    assert len(captions) >= 8  # it was not one caption all along
+    assert len(captions) >= 8  # otherwise the comparison would prove little
     assert len(lengths) >= 3
 
 
@@ -279,16 +275,16 @@ def test_captions_are_those_of_the_plain_computation(tok, options):
     num_beams=st.integers(2, 4),
     length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]),
     rules=rules,
-    sure=st.sampled_from([0.1, 0.3, 1.0]),
+    scale=st.sampled_from([0.1, 0.3, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_beam_search_is_its_rule_in_plain_lists(few, num_beams, length_penalty, rules, sure, seed):
+def test_beam_search_equals_its_definition_in_plain_lists(few, num_beams, length_penalty, rules, scale, seed):
     rules = rules | {"min_new_tokens": min(rules["min_new_tokens"], few.vocab_size - 4)}
     model, images = a_model(few, seed), some_images(3, seed)
     with torch.no_grad():
-        model.multimodal_decoder.head.weight *= sure  # the less so, the closer is the race
-        drafts = DecodingState(model, images, few, max_new_tokens=6, **rules)
-        captions, scores = beam_search(drafts, num_beams=num_beams, length_penalty=length_penalty)
+        model.multimodal_decoder.head.weight *= scale  # a small scale makes the scores of beams nearly equal
+        state = DecodingState(model, images, few, max_new_tokens=6, **rules)
+        captions, scores = beam_search(state, num_beams=num_beams, length_penalty=length_penalty)
     for image, row, score in zip(images, captions.tolist(), scores.tolist(), strict=True):
         expected_score, expected = with_beams(model, image, few, 6, num_beams, length_penalty, **rules)
         assert score == pytest.approx(expected_score)
@@ -297,20 +293,19 @@ def test_beam_search_is_its_rule_in_plain_lists(few, num_beams, length_penalty, 
 
 @pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 0.7, 1.0, 3.0])
 @pytest.mark.parametrize("min_new_tokens", [0, 2])
-def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_penalty, min_new_tokens):
+def test_a_beam_as_wide_as_the_number_of_captions_finds_the_best(few, length_penalty, min_new_tokens):
     model, images, longest = a_model(few, 3, text_position="learned"), some_images(2, 3), 4
     words = [i for i in range(few.vocab_size) if i not in (few.pad_id, few.eos_id, few.bos_id, few.cls_id)]
     whole = list(itertools.product(words, repeat=longest))
     with torch.no_grad():
         ids = torch.tensor([[few.bos_id, *caption[:-1]] for caption in whole])
-        drafts = DecodingState(model, images, few, max_new_tokens=longest, min_new_tokens=min_new_tokens)
-        captions, scores = beam_search(drafts, num_beams=few.vocab_size**longest, length_penalty=length_penalty)
-        narrow = beam_search(
-            DecodingState(model, images, few, max_new_tokens=longest, min_new_tokens=min_new_tokens),
-            num_beams=2,
-            length_penalty=length_penalty,
-        )[1]
-    for image, row, score, less in zip(images, captions.tolist(), scores.tolist(), narrow.tolist(), strict=True):
+        wide, narrow = (
+            DecodingState(model, images, few, max_new_tokens=longest, min_new_tokens=min_new_tokens) for _ in range(2)
+        )
+        captions, scores = beam_search(wide, num_beams=few.vocab_size**longest, length_penalty=length_penalty)
+        _, narrow_scores = beam_search(narrow, num_beams=2, length_penalty=length_penalty)
+    results = zip(images, captions.tolist(), scores.tolist(), narrow_scores.tolist(), strict=True)
+    for image, row, score, narrow_score in results:
         with torch.no_grad():
             logits = model(image.expand(len(ids), -1, -1, -1), ids).logits  # [captions, 4, v]
         logits[..., [few.pad_id, few.bos_id, few.cls_id]] = -torch.inf
@@ -325,22 +320,22 @@ def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(few, length_
         best = max(every, key=every.__getitem__)
         assert ids_of([few.decode(row)]) == [list(best)]
         assert score == pytest.approx(every[best])
-        assert less <= score + 1e-9
+        assert narrow_score <= score + 1e-9
 
 
-def test_a_penalty_without_end_forbids_what_can_be_avoided(tok):
+def test_a_very_large_repetition_penalty_prevents_avoidable_repetition(tok):
     for seed in range(5):
         written = ids_of(generate(a_model(tok, seed), some_images(4), tok, repetition_penalty=1e9, min_new_tokens=ROOM))
         assert all(len(set(caption)) == ROOM for caption in written)
     repeating = ids_of(generate(a_model(tok, 0), some_images(4), tok, min_new_tokens=ROOM))
-    assert any(len(set(caption)) < ROOM for caption in repeating)  # it had to be forbidden
+    assert any(len(set(caption)) < ROOM for caption in repeating)  # without the penalty there is repetition
 
 
-# No needless work
+# Work
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
-def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_left_behind(tok, search):
+def test_images_and_tokens_are_computed_once_and_ended_captions_are_dropped(tok, search):
     model, images, projected, read = a_model(tok, 5), some_images(8, 5), [], []
     for block in model.multimodal_decoder.blocks:
         block.cross_attention.kv.register_forward_hook(lambda _, inputs, output: projected.append(inputs[0].shape[0]))
@@ -349,7 +344,7 @@ def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_le
     assert projected == [8] * len(model.multimodal_decoder.blocks)
     assert {shape[1] for shape in read} == {1}
     rows = [shape[0] for shape in read]
-    assert rows[0] == 8  # not once for each beam
+    assert rows[0] == 8  # once for each image, not for each beam
     assert rows[-1] <= max(rows) // 2
     assert len(rows) == max(map(len, captions)) or "num_beams" in search
 
@@ -357,7 +352,7 @@ def test_an_image_is_projected_once_each_token_is_read_once_and_the_ended_are_le
 # Use
 
 
-def test_words_come_out_and_a_longer_leash_does_not_change_how_a_caption_begins(tok, tmp_path):
+def test_a_larger_max_new_tokens_does_not_change_how_a_caption_begins(tok, tmp_path):
     tok.save(tmp_path / "t.model")
     plain, model, images = Tokenizer(tmp_path / "t.model", context_length=CONTEXT), a_model(tok, 0), some_images(3)
     captions = generate(model, images, plain)
@@ -368,20 +363,20 @@ def test_words_come_out_and_a_longer_leash_does_not_change_how_a_caption_begins(
         assert ids_of(generate(model, images, tok, max_new_tokens=count)) == [ids[:count] for ids in long]
 
 
-def test_seeds_differ(tok):
+def test_different_seeds_draw_different_captions(tok):
     model, images = a_model(tok, 0), some_images(3)
     assert len({tuple(generate(model, images, tok, temperature=2.0, seed=seed)) for seed in range(5)}) == 5
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0, "top_p": 0.9}])
-def test_bytes_and_bfloat16_will_do(tok, search):
+def test_uint8_images_and_bfloat16_models_are_accepted(tok, search):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     captions = generate(a_model(tok, 0).bfloat16(), images, tok, **search)
     assert all(ids_of(captions))
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
-def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
+def test_a_sharded_model_writes_the_captions_of_the_whole_model(tok, search):
     start()
     try:
         models = []
@@ -390,7 +385,7 @@ def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
                 model = grr_coca_tiny(vocab_size=tok.vocab_size, context_length=CONTEXT).double()
             if sharded:
                 shard_over(model, init_device_mesh("cpu", (1,)))
-            materialize(model, torch.device("cpu"), seed=0)
+            initialize(model, torch.device("cpu"), seed=0)
             models.append(model)
         whole, sharded = models
         images = some_images(5)
@@ -402,9 +397,9 @@ def test_a_sharded_model_writes_what_the_whole_one_writes(tok, search):
         dist.destroy_process_group()
 
 
-def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
+def test_the_mode_of_every_module_is_restored_after_an_error(tok):
     model = a_model(tok, 0).train()
-    model.vision_encoder.eval()  # frozen, say
+    model.vision_encoder.eval()  # a frozen part
     before = [module.training for module in model.modules()]
     generate(model, some_images(2), tok, num_beams=2, max_new_tokens=2)
     assert [module.training for module in model.modules()] == before
@@ -425,9 +420,9 @@ def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
             {"max_new_tokens": 3, "min_new_tokens": 4},
             "min_new_tokens must be from 0 to max_new_tokens, got min_new_tokens=4, max_new_tokens=3",
         ),
-        ({"num_beams": 0}, "num_beams must be 1, for no beam search, or more, got num_beams=0"),
-        ({"temperature": -1.0}, "temperature must be 0, for no sampling, or more, got temperature=-1.0"),
-        ({"temperature": math.nan}, "temperature must be 0"),
+        ({"num_beams": 0}, "num_beams must be at least 1, got num_beams=0"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature must be at least 0"),
         (
             {"num_beams": 2, "temperature": 1.0},
             "beam search does not sample, got num_beams=2, temperature=1.0; leave one of them",
@@ -437,40 +432,33 @@ def test_the_modes_of_a_model_are_what_they_were_after_an_error_too(tok):
         ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got top_k=0; leave it out"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got top_p=0.0; leave it out"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, and above 1 to discourage repetition, got"),
-        (
-            {"no_repeat_ngram_size": -1},
-            "no_repeat_ngram_size must be 0, for no rule, or more, got no_repeat_ngram_size=-1",
-        ),
-        ({"num_beams": 0, "max_new_tokens": 99}, "max_new_tokens must .*; num_beams must be 1"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, got no_repeat_ngram_size=-1"),
+        ({"num_beams": 0, "max_new_tokens": 99}, "max_new_tokens must .*; num_beams must be at least 1"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(tok, arguments, message):
+def test_arguments_out_of_range_are_refused_by_generate(tok, arguments, message):
     with pytest.raises(ValueError, match=f"generate: {message}"):
         generate(a_model(tok, 0), some_images(1), tok, **arguments)
 
 
-def test_more_different_words_than_there_are_are_refused(few):
+def test_more_distinct_tokens_than_the_vocabulary_has_are_refused(few):
     words = few.vocab_size - 4
     model, images = a_model(few, 0), some_images(2)
     written = ids_of(generate(model, images, few, min_new_tokens=words, no_repeat_ngram_size=1, num_beams=3))
     assert all(len(set(caption[:words])) == words for caption in written)
-    with pytest.raises(
-        ValueError, match=f"generate: min_new_tokens must be at most {words}, the words of the vocabulary"
-    ):
+    rule = f"generate: min_new_tokens must be at most {words}, the words of the vocabulary"
+    with pytest.raises(ValueError, match=rule):
         generate(model, images, few, min_new_tokens=words + 1, no_repeat_ngram_size=1)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (0, 3, 32, 32)])
-def test_one_image_without_a_batch_and_no_image_at_all_are_refused(tok, shape):
-    message = f"images must be [b, 3, h, w], at least one of them, got {list(shape)}; a single one is image."
+def test_an_image_without_a_batch_and_an_empty_batch_are_refused(tok, shape):
+    message = f"images must be [b, 3, h, w] with b >= 1, got {list(shape)}; for a single image, pass image."
     with pytest.raises(ValueError, match=re.escape(message)):
         generate(a_model(tok, 0), torch.zeros(shape, dtype=torch.float64), tok)
 
 
 def test_another_models_tokenizer_is_refused(tok, few):
-    with pytest.raises(
-        ValueError,
-        match=rf"generate: the model writes {tok.vocab_size} ids and the tokenizer reads "
-        rf"{few.vocab_size}; take the tokenizer that the model was trained with",
-    ):
+    rule = f"generate: the model has {tok.vocab_size} ids and the tokenizer {few.vocab_size}; use the tokenizer"
+    with pytest.raises(ValueError, match=rule):
         generate(a_model(tok, 0), some_images(1), few)

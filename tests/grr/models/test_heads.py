@@ -23,7 +23,8 @@ from grr.models.heads import (
     load_parts,
 )
 from grr.models.open_clip import open_clip_coca
-from grr.parallel.process_group import materialize, shard_over
+from grr.parallel.initialize import initialize
+from grr.parallel.shard import shard_over
 from grr.tokenizers.sentencepiece import train_tokenizer
 from grr.training.optim import adamw
 
@@ -169,7 +170,7 @@ def filled(name: str, *, sharded: bool, seed: int = 0) -> nn.Module:
         head = HEADS[name](grr_coca_tiny(), len(CLASSES))
     if sharded:
         shard_over(head, init_device_mesh("cpu", (1,)))
-    materialize(head, torch.device("cpu"), seed=seed)
+    initialize(head, torch.device("cpu"), seed=seed)
     return head
 
 
@@ -211,7 +212,7 @@ def test_trained_parts_fill_a_head_and_what_is_new_stays_as_it_was_drawn(pretrai
         head = HEADS[name](build_pretrained(source, dropout=0.1), len(CLASSES))
     if sharded:
         shard_over(head, init_device_mesh("cpu", (1,)))
-    materialize(head, torch.device("cpu"), seed=0)
+    initialize(head, torch.device("cpu"), seed=0)
     drawn = {key: value.clone() for key, value in weights(head).items()}
     load_parts(source, head)
     for key, value in weights(head).items():
@@ -227,7 +228,7 @@ def test_a_saved_classifier_opens_as_the_same_function(pretrained, tmp_path, nam
         head = HEADS[name](build_pretrained(source), len(CLASSES))
     if sharded:
         shard_over(head, init_device_mesh("cpu", (1,)))
-    materialize(head, torch.device("cpu"), seed=1)
+    initialize(head, torch.device("cpu"), seed=1)
     description = describe_classifier(source.builder, source.arguments, source.crop, name, CLASSES)
     save_model(tmp_path / "model", head, description, source.tokenizer)
     save_checkpoint(tmp_path / "checkpoints", head, adamw(head), {"step": 1, "model": description})
@@ -251,7 +252,7 @@ def test_a_description_of_another_head_or_without_classes_is_refused(pretrained,
     source = find_pretrained(pretrained)
     with torch.device("meta"):
         head = HEADS["image_classifier"](build_pretrained(source), len(CLASSES))
-    materialize(head, torch.device("cpu"), seed=1)
+    initialize(head, torch.device("cpu"), seed=1)
     described = describe_classifier(source.builder, source.arguments, source.crop, "image_classifier", CLASSES)
     save_model(tmp_path / "model", head, described | change, source.tokenizer)
     with pytest.raises(ValueError, match=r"load_classifier: .* must name a head, one of image_classifier, "):

@@ -20,7 +20,7 @@ from grr.export.convert import CLIP_MEAN, CLIP_STD, convert_open_clip, read_open
 from grr.generation.generate import generate
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
-from grr.parallel.process_group import materialize
+from grr.parallel.initialize import initialize
 from grr.tokenizers.sentencepiece import Tokenizer
 from grr.training.loss import contrastive_loss
 
@@ -493,7 +493,7 @@ def test_it_can_be_trained_from_the_start():
         model = open_clip_coca(**TINY)
     for parameter in model.parameters():
         assert parameter.is_meta
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     output = model(some_images(2), rows([[3, 4], [5]])[:, :-1])
     assert output.image_embeddings.isfinite().all()
     assert output.text_embeddings.isfinite().all()

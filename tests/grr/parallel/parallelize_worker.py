@@ -20,8 +20,10 @@ from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE, collate_captions
 from grr.models.builders import grr_coca
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import derive_seed, materialize, start
+from grr.parallel.process_group import start
+from grr.seeds import derive_seed
 from grr.training.loss import CHUNK, captioning_loss, contrastive_loss
 from grr.training.step import global_batch_step
 
@@ -68,7 +70,7 @@ def built(**prepared: object) -> nn.Module:
     with torch.device("meta"):
         model = grr_coca(**SIZES)
     parallelize(model, torch.device("cpu"), **prepared)
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     return model
 
 
@@ -81,7 +83,7 @@ def expected() -> tuple[list[float], dict[str, Tensor]]:
     """The losses and gradients by the formulas, in float64; every process computes all of them."""
     with torch.device("meta"):
         model = grr_coca(**SIZES)
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     model = model.double()
     images, rows = global_batch()
     ids, following = torch.tensor(rows)[:, :-1], torch.tensor(rows)[:, 1:]

@@ -10,8 +10,9 @@ from grr.data import Batch
 from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.bf16 import InBFloat16, held_in_bf16
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, shard_over, unsharded
+from grr.parallel.shard import shard_over, unsharded
 from grr.training.step import global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -23,7 +24,7 @@ def built(prepare, **options) -> nn.Module:
     with torch.device("meta"):
         model = grr_coca_tiny(**options)
     prepare(model)
-    materialize(model, CPU, seed=0)
+    initialize(model, CPU, seed=0)
     return model
 
 

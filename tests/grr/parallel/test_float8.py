@@ -13,8 +13,8 @@ from grr.components import Block
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize
 from grr.training.loss import contrastive_loss
 from grr.training.optim import adamw
 
@@ -28,7 +28,7 @@ def a_model(*, float8: bool, **changes) -> nn.Module:
         model = grr_coca_tiny(**SIZES | changes)
     if float8:
         multiply_in_float8(model, CPU, emulated=True)
-    materialize(model, CPU, seed=0)
+    initialize(model, CPU, seed=0)
     return model
 
 

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, preparations, shard_over
+from grr.parallel.shard import preparations, shard_over
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -70,7 +71,7 @@ def built(**prepared: object) -> nn.Module:
     with torch.device("meta"):
         model = grr_coca_tiny(**SIZES)
     parallelize(model, CPU, **prepared)
-    materialize(model, CPU, seed=0)
+    initialize(model, CPU, seed=0)
     return model
 
 

@@ -58,7 +58,7 @@ def tokens(tok: Tokenizer, text: str) -> list[int]:
 
 
 @given(text=st.text(max_size=12))
-def test_all_that_can_be_seen_of_a_text_comes_back_in_lower_case(tok, text):
+def test_every_visible_character_of_a_text_is_decoded_in_lower_case(tok, text):
     import html
 
     seen = "".join(html.unescape(html.unescape(ftfy.fix_text(text))).lower().split())
@@ -105,7 +105,7 @@ def spelled(word: str) -> list[str]:
 @given(word=st.text("thearndifoxbc", min_size=1, max_size=12))
 @example(word="bread")
 @example(word="theand")
-def test_a_word_is_what_the_merges_make_of_it_one_after_the_other(tok, word):
+def test_a_word_is_encoded_by_applying_the_merges_in_their_order(tok, word):
     parts = spelled(word)
     ids = tokens(tok, word)
     assert [tok.decode([i]) for i in ids] == [part.removesuffix("</w>") for part in parts]
@@ -113,7 +113,7 @@ def test_a_word_is_what_the_merges_make_of_it_one_after_the_other(tok, word):
     assert ends == [part.endswith("</w>") for part in parts]
 
 
-def test_the_ids_are_bytes_then_bytes_at_the_end_of_a_word_then_merges_then_the_special_ones(tok):
+def test_the_ids_are_bytes_then_bytes_at_the_end_of_a_word_then_merges_then_special_ids(tok):
     assert tokens(tok, "!") == [256]
     assert tokens(tok, "a!") == [256 + ord("a") - ord("!"), 256]
     assert tokens(tok, "xa") == [ord("x") - ord("!"), 256 + ord("a") - ord("!")]
@@ -135,7 +135,7 @@ def test_the_ids_are_bytes_then_bytes_at_the_end_of_a_word_then_merges_then_the_
         ("“a” ’s &amp;lt;", ['"', "a", '"', "'s", "<"]),
     ],
 )
-def test_letters_digits_and_signs_make_words_of_their_own(tok, text, words):
+def test_letters_digits_and_signs_are_separate_words(tok, text, words):
     assert tok.decode(tok.encode(text)) == " ".join(words)
 
 
@@ -160,13 +160,13 @@ def assert_same(clip: ClipTokenizer, theirs, caption: str) -> None:
 
 
 @given(text=st.text(max_size=100))
-def test_any_text_has_open_clips_ids(clip, theirs, text):
+def test_any_text_has_the_ids_of_open_clip(clip, theirs, text):
     assume(all(unicodedata.category(c) != "Cn" for c in text))  # unassigned as yet: versions of Unicode differ
     assert_same(clip, theirs, text)
 
 
 @pytest.mark.parametrize("text", SENTENCES)
-def test_sentences_have_open_clips_ids(clip, theirs, text):
+def test_sentences_have_the_ids_of_open_clip(clip, theirs, text):
     assert_same(clip, theirs, text)
 
 
@@ -181,7 +181,7 @@ def test_decode_takes_tensors_and_stops_at_eos_or_at_the_padding(tok):
     assert tok.decode([0, *ids[1:3], tok.cls_id, 10**6, -1]) == "!the red"
 
 
-def test_packed_and_plain_lists_are_the_same_vocabulary(tok, merges, tmp_path):
+def test_compressed_and_plain_lists_are_the_same_vocabulary(tok, merges, tmp_path):
     header = '"bpe_simple_vocab_16e6.txt#version: 0.2'  # as OpenAI's begins
     more = [f"{chr(ord('a') + i % 26)} {chr(ord('a') + i // 26 % 26)}" for i in range(49_000)]  # longer than CLIP reads
     with gzip.open(tmp_path / "a.gz", "wt", encoding="utf-8") as file:
@@ -194,7 +194,7 @@ def test_packed_and_plain_lists_are_the_same_vocabulary(tok, merges, tmp_path):
     assert ClipTokenizer(tmp_path / "long.gz").vocab_size == 49_409
 
 
-def test_it_is_saved_as_a_plain_list_and_found_again_by_its_content(tok, tmp_path):
+def test_it_is_saved_as_a_plain_list_and_recognised_by_its_content(tok, tmp_path):
     tok.save(tmp_path / "tokenizer.model")
     assert is_merges(tmp_path / "tokenizer.model")
     for again in (load_tokenizer(tmp_path / "tokenizer.model", context_length=64), pickle.loads(pickle.dumps(tok))):
@@ -203,7 +203,7 @@ def test_it_is_saved_as_a_plain_list_and_found_again_by_its_content(tok, tmp_pat
         assert again.encode("bread, and the fox") == tok.encode("bread, and the fox")
 
 
-def test_a_vocabulary_of_sentencepiece_is_told_from_it(tmp_path):
+def test_a_sentencepiece_model_is_not_taken_for_a_list_of_merges(tmp_path):
     train_tokenizer(["a red fox"], tmp_path / "own.model", vocab_size=40)
     assert not is_merges(tmp_path / "own.model")
     assert type(load_tokenizer(tmp_path / "own.model", context_length=16)) is Tokenizer
@@ -232,7 +232,7 @@ def test_a_run_may_be_trained_with_it(merges, tok, tmp_path):
         ("#version: 0.2\nt \N{SNOWMAN}\n".encode(), "a line of .*m.txt must be two pieces, got 't \N{SNOWMAN}'"),
     ],
 )
-def test_what_is_no_list_of_merges_is_refused(tmp_path, content, message):
+def test_a_file_that_is_not_a_list_of_merges_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "m.txt").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -246,13 +246,13 @@ def test_a_context_without_room_for_a_token_is_refused(merges):
         ClipTokenizer(merges, context_length=3)
 
 
-def test_without_ftfy_it_says_what_to_install(merges, monkeypatch):
+def test_without_ftfy_the_error_says_what_to_install(merges, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ImportError, match=r'ClipTokenizer: ftfy, .* is not installed; pip install "grr-coca\[clip\]"'):
         ClipTokenizer(merges)
 
 
-def test_without_open_clip_it_says_whose_the_merges_are(monkeypatch):
+def test_without_open_clip_the_error_says_where_the_merges_are(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="CLIP's merges are not part of this library, and open_clip_torch, wh"):
         installed_merges()

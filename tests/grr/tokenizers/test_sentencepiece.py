@@ -72,7 +72,7 @@ def test_cutting_a_long_text_early_changes_no_token_that_is_kept(own, tmp_path):
     assert own.encode(text) == own.encode(" ".join(text.split()[:200]))
 
 
-def test_decode_takes_tensors_and_skips_what_is_no_piece(own):
+def test_decode_takes_tensors_and_skips_ids_that_are_not_pieces(own):
     ids = own.encode("a red fox")
     assert own.decode(torch.tensor(ids)) == "a red fox"
     assert own.decode([own.cls_id, 0, *ids[1:4], own.bos_id, 10**6, *ids[4:]]) == "a red fox"
@@ -113,18 +113,18 @@ def test_training_gives_the_same_model_for_the_same_captions(own, tmp_path):
     assert train_tokenizer(iter(CAPTIONS), tmp_path / "x.model", vocab_size=80).fingerprint == own.fingerprint
 
 
-def test_a_small_corpus_gives_fewer_ids_than_asked_for(tmp_path):
+def test_a_small_corpus_yields_fewer_ids_than_vocab_size(tmp_path):
     assert train_tokenizer(["a b", "b c"], tmp_path / "x.model", vocab_size=5_000).vocab_size < 50
 
 
-def test_it_survives_pickling_and_saving(own, tmp_path):
+def test_pickling_and_saving_preserve_a_tokenizer(own, tmp_path):
     own.save(tmp_path / "copy.model")
     for copy in (pickle.loads(pickle.dumps(own)), Tokenizer(tmp_path / "copy.model")):
         assert copy.encode("a red fox") == own.encode("a red fox")
         assert copy.fingerprint == own.fingerprint
 
 
-def test_a_run_trains_its_tokenizer_once_and_keeps_a_copy_of_one_that_is_given(own, tmp_path):
+def test_a_run_trains_its_tokenizer_once_or_copies_the_one_of_the_config(own, tmp_path):
     assert not dist.is_initialized()
     first = open_tokenizer(CAPTIONS, tmp_path / "run.model", vocab_size=80, context_length=32)
     again = open_tokenizer(["other captions"], tmp_path / "run.model", vocab_size=80, context_length=32)
@@ -136,7 +136,7 @@ def test_a_run_trains_its_tokenizer_once_and_keeps_a_copy_of_one_that_is_given(o
     assert Tokenizer(tmp_path / "run2.model").fingerprint == own.fingerprint
 
 
-def test_what_is_no_tokenizer_is_refused_with_a_remedy(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere.model; T5's vocabulary is the file"):
         Tokenizer(tmp_path / "nowhere.model")
     (tmp_path / "text.model").write_text("not a model")

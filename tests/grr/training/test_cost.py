@@ -1,4 +1,4 @@
-"""What a run takes is scaled from a step that was taken, and nothing that goes wrong there stops a check."""
+"""The cost of a run is scaled from a measured step, and an error in that step does not stop a check."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from grr.data.images import BadImage
 from grr.data.pairs import Texts
 from grr.models.builders import grr_coca
 from grr.tokenizers.sentencepiece import train_tokenizer
-from grr.training.cost import Measured, Planned, _memory, _time, free_memory, run_cost
+from grr.training.cost import RunPlan, StepCost, _memory, _time, free_memory, run_cost
 
 SIZES = {
     "image_size": 16,
@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory):
     )
 
 
-def planned(folder: Path, **changes) -> Planned:
+def planned(folder: Path, **changes) -> RunPlan:
     plan = {
         "folder": folder,
         "batch_size": 8,
@@ -61,29 +61,29 @@ def planned(folder: Path, **changes) -> Planned:
         "optimizer": {"lr": 1e-3},
         "loss": {"negatives": "global"},
     }
-    return Planned(**plan | changes)
+    return RunPlan(**plan | changes)
 
 
-def said(folder: Path, tokenizer, build=None, pairs: Pairs | None = None, **changes):
+def findings(folder: Path, tokenizer, build=None, pairs: Pairs | None = None, **changes):
     build = build or (lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **SIZES))
     pairs = pairs or Grey()
-    found = run_cost(planned(folder, **changes), build, pairs, tokenizer, image_size=16, crop="squash")
-    return {finding.what: finding for finding in found}
+    costs = run_cost(planned(folder, **changes), build, pairs, tokenizer, image_size=16, crop="squash")
+    return {finding.what: finding for finding in costs}
 
 
-def test_a_step_is_taken_up_to_a_micro_batch_and_nothing_is_left_behind(tmp_path, tokenizer):
-    found = said(tmp_path / "runs/new", tokenizer)
+def test_a_step_of_a_micro_batch_is_timed_and_leaves_no_files(tmp_path, tokenizer):
+    found = findings(tmp_path / "runs/new", tokenizer)
     assert set(found) == {"disk", "time", "memory"}
     assert not any(finding.wrong for finding in found.values())
-    assert re.search(r"for 30 steps .* a step of 8 pairs, scaled from one of 4 in ", found["time"].said)
+    assert re.search(r"for 30 steps .* s per step of 8 pairs, scaled from one of 4 in ", found["time"].said)
     assert list(tmp_path.iterdir()) == []
     assert not dist.is_initialized()
 
 
-def test_weights_gradients_and_moments_are_16_bytes_a_weight_and_12_of_them_are_in_a_checkpoint(tmp_path, tokenizer):
+def test_a_weight_takes_16_bytes_in_memory_and_12_in_a_checkpoint(tmp_path, tokenizer):
     model = grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **SIZES)
     n = sum(p.numel() for p in model.parameters())
-    found = said(tmp_path, tokenizer)
+    found = findings(tmp_path, tokenizer)
     assert f"{16 * n / 1e6:.1f} MB of weights, gradients and optimizer state" in found["memory"].said
     assert f"checkpoints of {12 * n / 1e6:.1f} MB" in found["disk"].said
     assert f"at most {(6 * 12 + 4) * n / 1e6:.1f} MB" in found["disk"].said
@@ -92,7 +92,9 @@ def test_weights_gradients_and_moments_are_16_bytes_a_weight_and_12_of_them_are_
 def test_more_layers_keep_more_activations(tmp_path, tokenizer):
     def kept(layers: int) -> float:
         sizes = SIZES | {"vision_layers": layers}
-        found = said(tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes))
+        found = findings(
+            tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
+        )
         return float(re.search(r"([\d.]+) MB of activations", found["memory"].said)[1])
 
     assert kept(1) < kept(3) < kept(9)
@@ -105,8 +107,8 @@ def test_more_layers_keep_more_activations(tmp_path, tokenizer):
         ({"optimizer": {"betas": (2.0, 0.9)}}, "not measured: a step failed (Invalid beta parameter"),
     ],
 )
-def test_a_step_that_fails_is_a_line(tmp_path, tokenizer, changes, reason):
-    found = said(tmp_path, tokenizer, **changes)
+def test_a_step_that_fails_is_a_finding(tmp_path, tokenizer, changes, reason):
+    found = findings(tmp_path, tokenizer, **changes)
     assert found["time"].said.startswith(reason)
     assert not dist.is_initialized()
 
@@ -120,15 +122,15 @@ def test_a_model_that_is_too_large_for_this_machine_is_not_built(tmp_path, token
             raise AssertionError("it was built")
         return torch.nn.Linear(10**5, free_memory() // 10**5)  # 16 bytes a weight
 
-    found = said(tmp_path, tokenizer, build)
+    found = findings(tmp_path, tokenizer, build)
     assert "not measured: weights, gradients and optimizer state take" in found["time"].said
     assert found["disk"].wrong == ("lower saving.keep" in found["disk"].said)
     assert built == ["meta"]
 
 
 def test_a_model_that_is_too_slow_for_this_machine_is_not_built(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("grr.training.cost._flops_a_second", lambda: 1000.0)
-    found = said(tmp_path, tokenizer)
+    monkeypatch.setattr("grr.training.cost._flops_per_second", lambda: 1000.0)
+    found = findings(tmp_path, tokenizer)
     assert re.match(r"not measured: a step of 2 pairs may take [\d,]+ s on this machine", found["time"].said)
 
 
@@ -145,7 +147,7 @@ seconds = st.floats(1e-3, 1e3)
     updating=seconds,
     negatives=st.sampled_from(["global", "local"]),
 )
-def test_the_minutes_are_those_of_the_slower_of_computing_and_reading(
+def test_the_minutes_follow_the_slower_of_computing_and_reading(
     batch, micro, processes, steps, computing, reading, updating, negatives
 ):
     run = planned(
@@ -156,12 +158,12 @@ def test_the_minutes_are_those_of_the_slower_of_computing_and_reading(
         steps=steps,
         loss={"negatives": negatives},
     )
-    text = _time(run, Measured(16, computing, reading, updating, 0.0)).said
+    text = _time(run, StepCost(16, computing, reading, updating, 0.0)).said
     share = batch / processes / 16
     again = share * 16 > micro and negatives == "global"  # embeddings first, then each micro-batch again
     slow = share * computing * (4 / 3 if again else 1) + updating
     expected = max(slow, share * reading / 2)
-    assert f"{expected:.2g} s a step of {batch} pairs" in text
+    assert f"{expected:.2g} s per step of {batch} pairs" in text
     stated = re.match(r"about (a minute|([\d,]+) (minutes|hours)) for ", text)
     minutes = expected * steps / 60
     if stated[2] is None:
@@ -173,7 +175,7 @@ def test_the_minutes_are_those_of_the_slower_of_computing_and_reading(
 
 
 @given(state=st.integers(1, 10**12), kept=st.floats(0, 1e10), micro=st.integers(1, 99), processes=st.integers(1, 9))
-def test_memory_is_marked_if_it_is_not_there(state, kept, micro, processes):
+def test_too_little_memory_is_marked(state, kept, micro, processes):
     run = planned(Path("x"), micro_batch_size=micro, processes=processes)
-    finding = _memory(run, state, Measured(2, 1.0, 1.0, 1.0, kept), 10**10)
+    finding = _memory(run, state, StepCost(2, 1.0, 1.0, 1.0, kept), 10**10)
     assert finding.wrong == (state / processes + kept * micro > 10**10)

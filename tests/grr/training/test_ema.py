@@ -1,4 +1,4 @@
-"""Means of weights, whole and sharded."""
+"""EMA and WiSE-FT, of plain and sharded models."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
-from grr.parallel.process_group import shard_over
+from grr.parallel.shard import shard_over
 from grr.training.ema import EMA, weights_of, wise_ft
 
 
@@ -66,81 +66,81 @@ def answer(model: nn.Module) -> Tensor:
 def test_the_mean_weighs_each_step_by_the_formula(decay, values):
     model = nn.Linear(1, 1, bias=False).double()
     model.weight.data.fill_(values[0])
-    average = EMA(model, decay=decay)
+    ema = EMA(model, decay=decay)
     for value in values[1:]:
         model.weight.data.fill_(value)
-        average.update()
+        ema.update()
     n = len(values) - 1
     expected = decay**n * values[0] + sum((1 - decay) * decay ** (n - i) * values[i] for i in range(1, n + 1))
-    assert average.weights["weight"].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert ema.weights["weight"].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_it_is_torchs_own_exponential_average():
+def test_the_mean_equals_torchs_averaged_model():
     model = grr_coca_tiny()
-    average, torchs = EMA(model, decay=0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema, torchs = EMA(model, decay=0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     torchs.update_parameters(model)  # its first call copies
     for seed in range(3):
         disturb(model, seed)
-        average.update()
+        ema.update()
         torchs.update_parameters(model)
     for name, p in torchs.module.named_parameters():
-        torch.testing.assert_close(average.weights[name], p.detach())
+        torch.testing.assert_close(ema.weights[name], p.detach())
 
 
-def test_while_it_is_applied_the_model_computes_with_the_mean_and_afterwards_as_if_nothing_had_been(model):
+def test_applied_swaps_the_mean_in_and_the_trained_weights_back(model):
     started, sharded = snapshot(model), dist.is_initialized()
-    before = answer(model)  # after which FSDP2 goes on holding whole parameters
-    average = EMA(model, decay=0.5)
-    assert all(isinstance(x, DTensor) == sharded for x in average.weights.values())
+    before = answer(model)  # after it, FSDP2 keeps the unsharded parameters
+    ema = EMA(model, decay=0.5)
+    assert all(isinstance(x, DTensor) == sharded for x in ema.weights.values())
     disturb(model, 0)
-    average.update()
+    ema.update()
     trained, after = snapshot(model), answer(model)
-    mean = {name: whole(x) for name, x in average.weights.items()}
+    mean = {name: whole(x) for name, x in ema.weights.items()}
     torch.testing.assert_close(mean, {name: (started[name] + trained[name]) / 2 for name in started})
 
-    with average.applied():
+    with ema.applied():
         assert same(snapshot(model), mean)
-        assert same(average.weights, trained)
+        assert same(ema.weights, trained)
         between = answer(model)
     assert same(snapshot(model), trained)
-    assert same(average.weights, mean)
+    assert same(ema.weights, mean)
     assert torch.equal(answer(model), after)
 
-    wise_ft(model, average.weights, alpha=1.0)
+    wise_ft(model, ema.weights, alpha=1.0)
     assert torch.equal(answer(model), between)
     assert not torch.equal(between, before)
     assert not torch.equal(between, after)
 
 
-def test_an_error_while_it_is_applied_leaves_the_model_as_it_was(model):
-    average = EMA(model, decay=0.5)
+def test_an_error_inside_applied_restores_the_trained_weights(model):
+    ema = EMA(model, decay=0.5)
     disturb(model, 0)
     trained = snapshot(model)
-    with pytest.raises(KeyboardInterrupt), average.applied():
+    with pytest.raises(KeyboardInterrupt), ema.applied():
         raise KeyboardInterrupt
     assert same(snapshot(model), trained)
 
 
-def test_without_decay_there_is_no_mean(model):
-    average = EMA(model, decay=0.0)
+def test_decay_0_holds_no_mean(model):
+    ema = EMA(model, decay=0.0)
     before = snapshot(model)
-    average.update()
-    with average.applied():
+    ema.update()
+    with ema.applied():
         assert same(snapshot(model), before)
-    assert average.weights == {}
+    assert ema.weights == {}
 
 
 def test_tied_weights_have_one_mean():
     model = grr_coca_tiny(tied_embeddings=True)
-    average = EMA(model, decay=0.5)
+    ema = EMA(model, decay=0.5)
     disturb(model, 0)
-    average.update()
-    with average.applied():
+    ema.update()
+    with ema.applied():
         assert torch.equal(model.multimodal_decoder.head.weight, model.text_decoder.embedding.weight)
 
 
 @given(alpha=st.floats(0, 1))
-def test_interpolation_is_the_line_between_two_models(alpha):
+def test_wise_ft_is_the_line_between_two_models(alpha):
     torch.manual_seed(0)
     start, other = grr_coca_tiny(), grr_coca_tiny()
     a, b = snapshot(start), snapshot(other)
@@ -150,7 +150,7 @@ def test_interpolation_is_the_line_between_two_models(alpha):
         torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_its_ends_are_exactly_the_two_models(model):
+def test_alpha_0_and_1_are_exactly_the_two_models(model):
     start = snapshot(model)
     mine = weights_of(model)
     disturb(model, 0)

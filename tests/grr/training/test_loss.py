@@ -32,7 +32,7 @@ def test_contrastive_loss_is_equation_1(pairs, temperature):
 
 
 @given(pairs=pairs, seed=st.integers(0, 99))
-def test_losses_do_not_depend_on_the_order_of_the_pairs_nor_on_which_side_is_which(pairs, seed):
+def test_losses_are_symmetric_and_do_not_depend_on_the_order_of_pairs(pairs, seed):
     image, text = unit(*pairs)
     order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
     for loss in (contrastive_loss, sigmoid_loss):
@@ -42,7 +42,7 @@ def test_losses_do_not_depend_on_the_order_of_the_pairs_nor_on_which_side_is_whi
 
 
 @given(pairs=pairs, bias=st.floats(-10, 0))
-def test_sigmoid_loss_judges_every_pair_alone(pairs, bias):
+def test_sigmoid_loss_is_the_binary_cross_entropy_of_every_pair(pairs, bias):
     image, text = unit(*pairs)
     n = len(image)
     total = 0.0
@@ -61,7 +61,7 @@ def test_the_loss_of_the_paper_is_the_sum_of_both_directions():
 
 
 @given(count=st.integers(0, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99))
-def test_the_chunked_head_gives_the_loss_and_gradients_of_the_whole(count, chunk, seed):
+def test_the_chunked_head_has_the_loss_and_gradients_of_the_whole(count, chunk, seed):
     torch.manual_seed(seed)
     head = nn.Linear(8, 30).double()
     hidden = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
@@ -76,12 +76,12 @@ def test_the_chunked_head_gives_the_loss_and_gradients_of_the_whole(count, chunk
 
 def test_captioning_loss_is_the_mean_over_labels_that_are_not_ignored():
     logits = torch.zeros(1, 4, 10)
-    logits[0, 3, 0] = 100.0  # a certain answer where nothing is asked
+    logits[0, 3, 0] = 100.0  # a confident prediction at an ignored position
     labels = torch.tensor([[3, 4, 5, -100]])
     assert float(captioning_loss(logits, labels)) == pytest.approx(math.log(10))
 
 
 @pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
-def test_embeddings_that_do_not_pair_are_refused(loss):
+def test_embeddings_of_different_shapes_are_refused(loss):
     with pytest.raises(ValueError, match=r"must both be \[b, e\], got \[3, 4\] and \[2, 4\]"):
         loss(torch.ones(3, 4), torch.ones(2, 4))

@@ -10,7 +10,7 @@ from grr.training.optim import adamw, freeze
 from grr.training.schedule import set_lr
 
 
-def test_the_paper_decays_everything_and_the_option_only_matrices():
+def test_all_parameters_decay_by_default_and_only_matrices_without_decay_all():
     model = grr_coca_tiny()
     (everything,) = adamw(model).param_groups
     assert len(everything["params"]) == len(list(model.parameters()))
@@ -30,7 +30,7 @@ def scales(model: torch.nn.Module, **arguments) -> dict[str, float]:
 
 
 @given(decay=st.floats(0.1, 1.0), layers=st.integers(1, 4), decay_all=st.booleans(), lr=st.floats(1e-6, 1.0))
-def test_each_layer_down_a_tower_learns_slower_by_the_same_factor(decay, layers, decay_all, lr):
+def test_layer_decay_multiplies_the_rate_once_per_layer_from_the_top(decay, layers, decay_all, lr):
     model = grr_coca_tiny(vision_layers=layers, vision_position="learned", text_layers=2, multimodal_layers=1)
     found = scales(model, layer_decay=decay, decay_all=decay_all)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -50,7 +50,7 @@ def test_each_layer_down_a_tower_learns_slower_by_the_same_factor(decay, layers,
         assert all(group["lr"] == lr * group["scale"] for group in optimizer.param_groups)
 
 
-def test_a_tower_alone_decays_as_within_a_model():
+def test_a_tower_outside_a_model_decays_as_inside():
     model = grr_coca_tiny()
     whole = scales(model, layer_decay=0.5)
     for name in ("vision_encoder", "text_decoder", "multimodal_decoder"):
@@ -58,11 +58,11 @@ def test_a_tower_alone_decays_as_within_a_model():
         assert alone == {key.removeprefix(f"{name}."): value for key, value in whole.items() if key.startswith(name)}
 
 
-def test_a_tied_embedding_learns_as_an_embedding():
+def test_a_tied_embedding_has_the_rate_of_an_embedding():
     assert scales(grr_coca_tiny(tied_embeddings=True), layer_decay=0.5)["text_decoder.embedding.weight"] == 0.5**3
 
 
-def test_a_step_moves_each_layer_by_its_own_rate():
+def test_a_step_moves_each_layer_by_its_rate():
     """Adam's first step is the learning rate times the sign of the gradient."""
     model = grr_coca_tiny()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -77,7 +77,7 @@ def test_a_step_moves_each_layer_by_its_own_rate():
     assert moved["vision_encoder.patches.projection.bias"] == pytest.approx(0.00125, rel=1e-3)
 
 
-def test_what_is_frozen_is_not_optimized():
+def test_frozen_parameters_are_not_optimized():
     model = grr_coca_tiny()
     freeze(model, ["vision_encoder", "generative_pooler"])
     trained = scales(model)
@@ -85,18 +85,20 @@ def test_what_is_frozen_is_not_optimized():
     assert not any(p.requires_grad for p in model.vision_encoder.parameters())
 
 
-def test_what_cannot_be_frozen_is_named():
+def test_freeze_names_unknown_parts_and_a_model_without_trainable_parameters():
     with pytest.raises(
-        ValueError, match=r"freeze: the model has no part vision, tex; its parts are vision_encoder, .*"
+        ValueError, match=r"freeze: the model does not have the part vision, tex; its parts are vision_encoder, .*"
     ):
         freeze(grr_coca_tiny(), ["vision", "text_decoder", "tex"])
     parts = ["vision_encoder", "generative_pooler", "contrastive_pooler", "text_decoder", "multimodal_decoder"]
-    with pytest.raises(ValueError, match=r"freeze: nothing is left to train when vision_encoder, .*; leave one out"):
+    with pytest.raises(
+        ValueError, match=r"freeze: no parameter remains to be trained when vision_encoder, .*; remove one"
+    ):
         freeze(grr_coca_tiny(), parts)
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, 1.5, float("nan")])
-def test_a_decay_that_is_none_is_refused(layer_decay):
+def test_a_layer_decay_out_of_range_is_refused(layer_decay):
     with pytest.raises(ValueError, match=f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}"):
         adamw(grr_coca_tiny(), layer_decay=layer_decay)
 
@@ -106,7 +108,7 @@ def test_a_decay_that_is_none_is_refused(layer_decay):
     [{"lr": float("nan")}, {"lr": float("inf")}, {"lr": 0.0}, {"weight_decay": -1e-3}, {"eps": -1e-8}],
     ids=str,
 )
-def test_numbers_that_no_optimizer_can_use_are_refused(arguments):
+def test_numbers_out_of_range_are_refused(arguments):
     (name, value), *_ = arguments.items()
     with pytest.raises(ValueError, match=rf"adamw: lr must be above 0, .*eps at least 0.*{name}={value}"):
         adamw(grr_coca_tiny(), **arguments)

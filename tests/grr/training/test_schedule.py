@@ -23,21 +23,20 @@ def torchs_rates(cycle: int, steps: int) -> list[float]:
 
 
 @given(warmup=st.integers(0, 60), cycle=st.integers(1, 40))
-def test_after_warm_up_it_is_torchs_cosine_and_every_cycle_ends_with_its_epoch(warmup, cycle):
+def test_after_warm_up_the_rate_is_torchs_cosine_and_a_cycle_ends_with_its_epoch(warmup, cycle):
     ours = [warmup_cosine(i, cycle, 1e-4, min_lr=1e-6, warmup_steps=warmup) for i in range(5 * cycle + warmup)]
     first = (warmup // cycle + 1) * cycle  # the end of the cycle in which the warm-up ends
     assert ours[warmup:first] == pytest.approx(torchs_rates(first - warmup, first - warmup), rel=1e-9)
     assert ours[first:] == pytest.approx(torchs_rates(cycle, len(ours) - first), rel=1e-9)
 
 
-def test_the_papers_schedule_ends_every_epoch_and_the_run_at_the_lowest_rate():
+def test_the_papers_schedule_ends_every_epoch_at_the_minimum_rate():
     per_epoch = 10_445_110 // 768
     schedule = {"min_lr": 1e-6, "warmup_steps": 2000}
     for epoch in range(1, 22):
         assert warmup_cosine(epoch * per_epoch - 1, per_epoch, 1e-4, **schedule) == pytest.approx(1e-6, rel=1e-4)
-    assert "where a cosine of the learning rate ends, at 1.0e-06" in describe_end(
-        21 * per_epoch, per_epoch, 1e-4, **schedule
-    )
+    full = describe_end(21 * per_epoch, per_epoch, 1e-4, **schedule)
+    assert "where a cosine of the learning rate ends, at 1.0e-06" in full
     cut = describe_end(300_000, per_epoch, 1e-4, **schedule)
     assert f"within a cosine of the learning rate, at 9.9e-05; the cosine ends at step {23 * per_epoch:,}" in cut
 
@@ -60,7 +59,7 @@ def test_set_lr_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_a_group_without_a_scale_has_the_whole_rate():
+def test_a_group_without_a_scale_has_the_full_rate():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
     set_lr(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] == 0.25
@@ -73,6 +72,6 @@ def test_a_group_without_a_scale_has_the_whole_rate():
         ({"min_lr": 0.0, "cycle_epochs": 0}, "cycle_epochs above 0, got warmup_steps=0, cycle_epochs=0"),
     ],
 )
-def test_a_wrong_schedule_is_named(arguments, message):
+def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         warmup_cosine(0, 10, 1.0, **arguments)

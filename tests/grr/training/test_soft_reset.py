@@ -1,4 +1,4 @@
-"""Three learning rates are tried, each until three validations in a row have brought nothing."""
+"""Fine-tuning has three learning-rate regimes, each ended by three validations without improvement."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grr.training.schedule import warmup_cosine
-from grr.training.soft_reset import SoftReset, in_words, soft_reset
+from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
 
 LOSSES = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.nan, math.inf]), max_size=40)
 CONTROL = st.fixed_dictionaries(
@@ -30,7 +30,7 @@ def judged(losses: Sequence[float], **control: float) -> list[SoftReset]:
 
 
 @given(losses=LOSSES, control=CONTROL)
-def test_the_best_loss_is_the_first_least_one_and_is_what_improved(losses, control):
+def test_the_best_loss_is_the_first_lowest_one(losses, control):
     states = judged([7.0, *losses], **control)
     for n, state in enumerate(states, 1):
         finite = [loss if math.isfinite(loss) else math.inf for loss in [7.0, *losses][:n]]
@@ -41,7 +41,7 @@ def test_the_best_loss_is_the_first_least_one_and_is_what_improved(losses, contr
 
 @example(losses=[math.inf] * 9, control={"patience": 3, "regimes": 3, "factor": 100.0})  # chance seldom gets there
 @given(losses=LOSSES, control=CONTROL)
-def test_regimes_end_as_a_count_of_streaks_says(losses, control):
+def test_regimes_end_with_each_full_patience_of_a_streak(losses, control):
     """Of a streak of validations without improvement each whole `patience` ends a regime; the last end is the stop."""
     states = judged([7.0, *losses], **control)
     for n, state in enumerate(states, 1):
@@ -61,7 +61,7 @@ def test_nine_validations_after_the_last_improvement_it_stops(falls):
     assert decisions == ["improved"] * falls + ["continue", "continue", "reset"] * 2 + ["continue", "continue", "stop"]
 
 
-def test_an_improvement_gives_its_regime_the_whole_patience_again_and_no_new_learning_rate():
+def test_an_improvement_restarts_the_patience_and_keeps_the_learning_rate():
     states = judged([9, 9, 9, 8, 8, 8, 8, 7, 7, 7, 7, 7, 6, 6, 6, 6, 5])
     assert "".join(s.decision[0] for s in states) == "iccicc" + "ricc" + "rcicc" + "s"
     assert [s.regime for s in states] == [1] * 6 + [2] * 4 + [3] * 6
@@ -80,14 +80,14 @@ def test_a_divided_cosine_is_the_cosine_between_divided_ends(step, regime):
     assert divided == pytest.approx(warmup_cosine(step, 20, 1e-5 / divisor, min_lr=1e-7 / divisor), rel=1e-12)
 
 
-def test_each_decision_is_said_in_words():
+def test_each_decision_has_a_description():
     states = judged([3.0] + [4.0] * 20, patience=2, regimes=2)
-    assert list(map(in_words, states)) == [
+    assert list(map(describe_decision, states)) == [
         "the best so far",
         "the best, 3.0000, was after step 0; validations without improvement: 1",
-        "the best, 3.0000, was after step 0: back to it, with both ends of the learning rate divided by 100",
+        "the best, 3.0000, was after step 0: reset to it, with the learning rate divided by 100",
         "the best, 3.0000, was after step 0; validations without improvement: 1",
-        "the best, 3.0000, was after step 0: that was the last learning rate to try",
+        "the best, 3.0000, was after step 0: stop after the last learning-rate regime",
     ]
 
 
@@ -99,12 +99,12 @@ def test_each_decision_is_said_in_words():
         ({"factor": 0.5}, "got patience=3, regimes=3, factor=0.5"),
     ],
 )
-def test_an_argument_out_of_range_is_named(arguments, got):
+def test_arguments_out_of_range_are_refused(arguments, got):
     with pytest.raises(ValueError, match=f"soft_reset: patience, regimes and factor must be at least 1, {got}"):
         soft_reset(SoftReset(), 0, 1.0, **arguments)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_start_without_a_loss_is_refused(loss):
-    with pytest.raises(ValueError, match=f"soft_reset: the loss must be finite .*got {loss}; are the weights"):
+def test_a_first_loss_that_is_not_finite_is_refused(loss):
+    with pytest.raises(ValueError, match=f"soft_reset: the loss must be finite .*got {loss}; check the weights"):
         soft_reset(SoftReset(), 0, loss)

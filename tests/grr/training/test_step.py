@@ -45,7 +45,7 @@ def split(images: torch.Tensor, rows: list[list[int]], pieces: int) -> list[Batc
     seed=st.integers(0, 99),
     learned=st.booleans(),
 )
-def test_any_split_gives_the_losses_and_gradients_of_the_formula_on_the_whole_batch(pieces, contrastive, seed, learned):
+def test_any_split_has_the_losses_and_gradients_of_the_whole_batch(pieces, contrastive, seed, learned):
     torch.manual_seed(seed)
     model = grr_coca_tiny(learned_temperature=learned, logit_bias=-1.0).double()
     images, rows = pairs(8, seed)
@@ -86,7 +86,7 @@ def test_dropout_is_the_same_in_both_passes():
         torch.testing.assert_close(once.text_embeddings, again.text_embeddings, rtol=0, atol=0)
 
 
-def test_another_seed_draws_another_dropout():
+def test_the_seed_decides_the_dropout():
     torch.manual_seed(0)
     model = grr_coca_tiny(dropout=0.5).double()
     batches = split(*pairs(8, 0), 1)
@@ -105,7 +105,7 @@ def test_local_negatives_are_the_mean_over_micro_batches_and_an_easier_task():
 
 
 @pytest.mark.parametrize("negatives", ["global", "local"])
-def test_evaluation_gives_the_losses_of_a_step_and_no_gradients(negatives):
+def test_evaluation_returns_the_losses_of_a_step_without_gradients(negatives):
     torch.manual_seed(0)
     model = grr_coca_tiny().double()
     batches = split(*pairs(8, 0), 2)
@@ -114,7 +114,7 @@ def test_evaluation_gives_the_losses_of_a_step_and_no_gradients(negatives):
     assert evaluated == pytest.approx(global_batch_step(model, batches, 0, negatives=negatives))
 
 
-def test_an_evaluation_is_without_dropout_and_training_goes_on_with_it():
+def test_an_evaluation_is_without_dropout_and_leaves_the_model_in_training_mode():
     torch.manual_seed(0)
     model, plain = grr_coca_tiny(dropout=0.5).double(), grr_coca_tiny().double()
     plain.load_state_dict(model.state_dict())
@@ -179,7 +179,7 @@ def test_bfloat16_stays_near_float32(processes):
     assert_same(run(processes, micro=1, bf16=True, steps=1), run(1, micro=1, steps=1), tolerance=2e-3)
 
 
-def test_an_encoder_without_keys_draws_by_the_micro_batch_and_the_same_in_both_passes():
+def test_an_encoder_without_keys_draws_the_same_dropout_in_both_passes():
     torch.manual_seed(0)
     model = grr_coca_tiny(dropout=0.5)
     model.vision_encoder = encoder = nn.Sequential(nn.Flatten(2), nn.Linear(32 * 32, 64), nn.Dropout(0.5))

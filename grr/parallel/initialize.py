@@ -1,0 +1,53 @@
+"""The initial weights of a model that was built on the meta device."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from grr.seeds import derive_seed
+
+
+def initialize(model: nn.Module, device: torch.device, *, seed: int) -> None:
+    """Allocate the parameters of a model built on the meta device, sharded or not, and draw its initial weights.
+
+    The weights of a module depend on the seed and on its name alone: not on the number of processes, nor on the order
+    in which a model is built. Each module is drawn whole on the CPU (`reset_parameters`, as torch's modules have it),
+    and each process keeps its shard, so that no process ever holds more than the largest module in full. Tied
+    parameters stay tied.
+    Raises ValueError naming the modules that hold parameters or buffers and have no reset_parameters.
+    """
+    owners = [(name, m) for name, m in model.named_modules() if m._parameters or m._buffers]
+    stuck = [f"{name} ({type(m).__name__})" for name, m in owners if not hasattr(m, "reset_parameters")]
+    if stuck:
+        raise ValueError(
+            f"initialize: these modules hold parameters or buffers but cannot initialize them: "
+            f"{', '.join(stuck)}; give them a reset_parameters() method"
+        )
+    first: dict[int, tuple[nn.Module, str]] = {}  # the module and name that a parameter is first found under
+    again: list[tuple[nn.Module, str, nn.Module, str]] = []  # other places of it, each with the first
+    for _, module in owners:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and first.setdefault(id(parameter), (module, key)) != (module, key):
+                again.append((module, key, *first[id(parameter)]))
+    model.to_empty(device=device)
+    for module, key, other, other_key in again:
+        module._parameters[key] = other._parameters[other_key]
+    for name, module in owners:
+        _draw(module, derive_seed(seed, name))
+
+
+@torch.no_grad()
+def _draw(module: nn.Module, seed: int) -> None:
+    """Draw the parameters that a module holds itself, whole on the CPU, and copy its shard of them into place."""
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    whole = {key: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for key, p in own.items()}
+    module._parameters.update(whole)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.reset_parameters()  # type: ignore[operator]
+    module._parameters.update(own)
+    for key, parameter in own.items():
+        value = whole[key].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
