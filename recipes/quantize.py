@@ -34,7 +34,6 @@ from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
-from grr.export.quantization import check_scheme, quantize, quantized_state
 from grr.generation.generate import generate
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
@@ -44,12 +43,13 @@ from grr.inference.pretrained import (
     find_pretrained,
     load_pretrained,
 )
+from grr.inference.quantization import check_scheme, quantize, quantized_state
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.initialize import initialize
 from grr.parallel.process_group import start
 from grr.reports.table import aligned
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 
 Variant = Literal[
     "fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"

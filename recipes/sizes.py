@@ -19,7 +19,7 @@ from grr.experiments.sweep import plan
 from grr.models.builders import MODELS, T5_VOCABULARY
 from grr.reports.charts import number
 from grr.reports.table import aligned
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from grr.data.threads import in_thread
 from grr.evaluation.zero_shot import TEMPLATES, class_embeddings, class_probabilities, embed_texts
 from grr.generation.generate import generate
 from grr.models.coca import CoCa, evaluating
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 BATCH = 50  # images at a time
 

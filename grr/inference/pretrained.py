@@ -18,14 +18,14 @@ from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
-from grr.export.quantization import SCHEMES, Scheme, load_quantized
 from grr.files.regular import read_regular_file
 from grr.inference.captioner import Captioner
+from grr.inference.quantization import SCHEMES, Scheme, load_quantized
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS
-from grr.parallel.process_group import on_rank_0
-from grr.tokenizers.sentencepiece import load_tokenizer
+from grr.parallel.process_group import default_device, on_rank_0
+from grr.tokenizers import load_tokenizer
 
 FORMAT = 1
 MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000
@@ -74,14 +74,12 @@ def load(
 
         captioner = load("runs/openmoji")
 
-    path: a run's folder, its model/, one of its checkpoints, or a quantised model. device: None means CUDA where there
-    is a GPU, and else the CPU. A quantised model computes in `dtype` as well.
+    path: a run's folder, its model/, one of its checkpoints, or a quantised model. device: None means the GPU where there is
+    one, else the CPU. A quantised model computes in `dtype` as well.
     Raises FileNotFoundError if there is no model, ValueError if it is damaged, of an unknown builder, or has weights
     that are not finite or too large for `dtype`.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_pretrained(path, device=device, dtype=dtype)
+    return load_pretrained(path, device=default_device() if device is None else device, dtype=dtype)
 
 
 def load_pretrained(
@@ -177,7 +175,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
             f"load_weights: {source.path} is a classifier, {source.head}, without all parts of a CoCa; give the model "
-            "that it was trained from, or open it with grr.models.heads.load_classifier"
+            "that it was trained from, or open it with grr.inference.classifiers.load_classifier"
         )
     if source.quantization is not None:
         raise ValueError(

@@ -7,7 +7,7 @@ from PIL import Image
 from grr.data.image_files import find_images
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import load_pretrained
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="module")

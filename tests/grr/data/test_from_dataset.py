@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from grr.data import Pairs, training_steps
 from grr.data.images import BadImage, load_image
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 
 def colour(i: int) -> tuple[int, int, int]:
