@@ -18,7 +18,7 @@ import torch.distributed as dist
 from grr import config
 from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
-from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
+from grr.data import DATASETS, LABELLED, Labelled, check_classes
 from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, examples, losses, recalls
 from grr.evaluation.outputs import features, observe
@@ -92,7 +92,7 @@ def main() -> None:
         test = features(model, labelled, device, patches=patches, **look)
         if any(task in PROBES for task in run.tasks):
             labelled_train = cfg.build("labelled_train")
-            refuse_other_classes(labelled_train, labelled)
+            check_classes(labelled_train, labelled)
             train = features(model, labelled_train, device, patches=patches, **look)
     if dist.get_rank() > 0:
         return

@@ -117,7 +117,7 @@ def add_embed(subparsers: Any) -> None:
 def embed(options: argparse.Namespace) -> int:
     """Add images to an index."""
     from grr.inference.index import embed_files
-    from grr.inference.results import told
+    from grr.inference.results import summary
 
     files = _find_images(options.images)
     outcome = embed_files(
@@ -128,7 +128,7 @@ def embed(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         progress=sys.stderr.isatty(),
     )
-    print(told(outcome, what=f"in {options.index}"))
+    print(summary(outcome, what=f"in {options.index}"))
     if outcome.status == 0:
         print(f'next: grr search {quote(options.index)} "a fox and a key"')
     return outcome.status
@@ -214,13 +214,13 @@ def _write_classes(
     folder: Path, model: str, trained: Any, files: list[str], classes: list[str], arguments: dict[str, Any]
 ) -> int:
     from grr.inference.classify import classify_files
-    from grr.inference.results import read_results, told
+    from grr.inference.results import read_results, summary
     from grr.reports.gallery import write_classes
 
     output = folder / "classes.jsonl"
     outcome = classify_files(trained, files, classes, output, progress=sys.stderr.isatty(), **arguments)
     page = write_classes(output.with_suffix(".html"), read_results(output), model, f"{len(classes):,} classes")
-    print(told(outcome, what="classified"))
+    print(summary(outcome, what="classified"))
     print(f"all classes are in {output}; see {page}")
     return outcome.status
 

@@ -91,7 +91,7 @@ def _model_of(command: list[str]) -> Arguments:
     from omegaconf import OmegaConf
 
     from grr.models.builders import T5_VOCABULARY
-    from grr.tokenizers.sentencepiece import open_tokenizer
+    from grr.tokenizers import open_tokenizer
 
     config = OmegaConf.load(command[command.index("--config") + 1])
     config.merge_with_dotlist([word for word in command if word.startswith(("model.", "tokenizer."))])

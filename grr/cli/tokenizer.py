@@ -67,8 +67,8 @@ def add_train(subparsers: Any) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train a vocabulary on the captions of text files and configs."""
+    from grr.cli.vocabulary import train_vocabulary
     from grr.config import OVERRIDE
-    from grr.tokenizers.vocabulary import train_vocabulary
 
     overrides = [word for word in options.captions if OVERRIDE.match(word)]
     sources = [word for word in options.captions if word not in overrides]

@@ -14,7 +14,7 @@ from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.inference.pretrained import describe, load_pretrained
 from grr.models.builders import grr_coca_tiny
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 pytest.importorskip("nltk", reason='pip install "grr-coca[evaluate]"')

@@ -22,12 +22,13 @@ from grr.components import fold_in
 from grr.data import Batch
 from grr.data.collate import IGNORE, collate_captions
 from grr.models.builders import grr_coca
+from grr.models.head import CHUNK
 from grr.parallel.float8 import multiply_in_float8
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import start
 from grr.seeds import derive_seed
-from grr.training.loss import CHUNK, captioning_loss, contrastive_loss
+from grr.training.loss import captioning_loss, contrastive_loss
 from grr.training.step import global_batch_step
 
 SIZES = {
