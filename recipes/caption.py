@@ -1,10 +1,10 @@
-"""Caption images of your own with a trained model: a file, a folder with all that is below it, or a glob.
+"""Write captions for image files, folders or globs with a trained model.
 
     python recipes/caption.py --config recipes/configs/caption/default.yaml model.path=runs/openmoji run.images=photos
 
-Writes captions.jsonl, a line an image, as they come, and captions.html when all are done. The same command, submitted
-again, passes over what is captioned already. No file stops it: those that cannot be read are named in both, and at the
-end. The exit status is 0 if there is a caption of one image at least.
+Writes captions.jsonl, a line for each image, while it runs, and captions.html at the end. The same command, submitted
+again, skips images that have a caption. Files that cannot be read do not stop it; both files and the output name them.
+The exit status is 0 if at least one image has a caption.
 """
 
 from dataclasses import dataclass
