@@ -40,7 +40,7 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import load_tokenizer
+from grr.tokenizers import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients, freeze

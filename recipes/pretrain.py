@@ -30,7 +30,7 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, warmup_cosine
@@ -82,7 +82,7 @@ def main() -> int:
         pairs, held_out = cfg.build("data"), cfg.build("validation")
         if run.in_memory:
             pairs, held_out = InMemory(pairs), InMemory(held_out)
-        tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
+        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
         loader = loader_arguments(cfg, run, device)
 

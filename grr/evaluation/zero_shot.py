@@ -10,7 +10,7 @@ from torch import Tensor
 from grr.checkpoint.finite import check_finite_outputs
 from grr.data.collate import collate_captions
 from grr.models.coca import CoCa, evaluating
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 BATCH = 200  # texts at a time
 TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an image that shows a {}")

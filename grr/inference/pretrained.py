@@ -18,13 +18,13 @@ from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
-from grr.export.quantization import SCHEMES, Scheme, load_quantized
 from grr.files.regular import read_regular_file
+from grr.inference.quantization import SCHEMES, Scheme, load_quantized
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.parallel.process_group import on_rank_0
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
+from grr.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 1
 MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000
@@ -169,7 +169,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
             f"load_weights: {source.path} is a classifier, {source.head}, without all parts of a CoCa; give the model "
-            "that it was trained from, or open it with grr.models.heads.load_classifier"
+            "that it was trained from, or open it with grr.inference.classifiers.load_classifier"
         )
     if source.quantization is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_layers import LAYERS
 
 import grr
 from grr.config.renamed import RENAMED
@@ -70,10 +71,9 @@ def test_every_file_of_the_repository_that_a_page_names_exists(page):
 # --- README --------------------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_table_of_packages_is_the_library():
-    listed = [re.search(r"`(.+)/`", row[0])[1] for row in table_rows(README, "package")]
-    packages = {path.parent.name for path in (ROOT / "grr").glob("*/__init__.py")} - {"components"}
-    assert sorted(listed) == sorted(["components", *(f"grr/{name}" for name in packages)])
+def test_the_readmes_table_of_packages_is_the_library_in_the_order_of_its_layers():
+    listed = [re.search(r"`(?:grr/)?(\w+)(?:/|\.py)`", row[0])[1] for row in table_rows(README, "package")]
+    assert listed == list(LAYERS)
 
 
 def test_the_readmes_table_of_recipes_names_every_recipe():

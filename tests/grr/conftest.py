@@ -6,7 +6,7 @@ from PIL import Image
 
 from grr.data.image_files import find_images
 from grr.inference.pretrained import LoadedModel, load_pretrained
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="module")
