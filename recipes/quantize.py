@@ -36,8 +36,8 @@ from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
 from grr.generation.generate import generate
+from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
-    LoadedModel,
     Pretrained,
     build_pretrained,
     describe,
@@ -186,13 +186,11 @@ def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path
     save_model_state(folder, quantized_state(model), description, source.tokenizer)
 
 
-def opened(variant: Variant, run: Run, device: torch.device) -> LoadedModel:
+def opened(variant: Variant, run: Run, device: torch.device) -> Captioner:
     return load_pretrained(Path(run.folder) / variant, device=device, dtype=dtype_of(variant, run))
 
 
-def judge(
-    it: LoadedModel, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device
-) -> dict[str, float]:
+def judge(it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device) -> dict[str, float]:
     """What a variant finds and says of images."""
     seen = observe(
         it.model,
@@ -209,7 +207,7 @@ def judge(
     return {**recalls(seen), **captioning(seen, it.tokenizer)}
 
 
-def some_images(it: LoadedModel, pairs: Pairs, count: int) -> Tensor:
+def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:
     """The first `count` of the data that can be read: uint8 [b, 3, h, w]."""
     pixels: list[Tensor] = []
     for i in range(len(pairs)):

@@ -345,7 +345,7 @@ def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path
     text = recipe(tmp_path, "--help").stdout
     assert "Train something, 100 % of it." in text
     assert "run:  # Run: Options.\n  steps:  # int, required\n  note: null  # str | null\n" in text
-    assert "name: baseline_coca  # Baseline CoCa" in text
+    assert "name: baseline_coca  # Build the baseline CoCa" in text
     assert "image_size: 288  # int" in text
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
 
