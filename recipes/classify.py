@@ -20,7 +20,7 @@ from grr.evaluation.zero_shot import class_embeddings
 from grr.files.printable import printable
 from grr.inference.classify import classify_files, read_classes
 from grr.inference.pretrained import load_pretrained
-from grr.inference.results import read_results, told
+from grr.inference.results import read_results, summary
 from grr.reports.gallery import write_classes
 
 PRINTED = 20  # images
@@ -75,7 +75,7 @@ def main() -> int:
     for row in named[:PRINTED]:
         likely = ", ".join(f"{printable(c)} {p:.1%}" for c, p in zip(row["classes"], row["probabilities"], strict=True))
         print(f"{printable(row['file'])}: {likely}")
-    print(told(outcome, what="classified"))
+    print(summary(outcome, what="classified"))
     print(f"all classes are in {output}; see {page}")
     return outcome.status
 

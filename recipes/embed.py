@@ -16,7 +16,7 @@ from grr.cli.program import run_main
 from grr.data.image_files import find_images
 from grr.inference.index import embed_files
 from grr.inference.pretrained import load_pretrained
-from grr.inference.results import told
+from grr.inference.results import summary
 
 
 @dataclass
@@ -47,7 +47,7 @@ def main() -> int:
     dtype = torch.bfloat16 if run.bf16 else torch.float32
     trained = load_pretrained(cfg.model["path"], device=device, dtype=dtype)
     outcome = embed_files(trained, files, run.index, cfg.model["path"], batch_size=run.batch_size, progress=True)
-    print(told(outcome, what=f"in {run.index}"))
+    print(summary(outcome, what=f"in {run.index}"))
     return outcome.status
 
 

@@ -140,11 +140,11 @@ def classify(options: argparse.Namespace) -> int:
 def embed(options: argparse.Namespace) -> int:
     """Embed images into an index."""
     from grr.inference.index import embed_files
-    from grr.inference.results import told
+    from grr.inference.results import summary
 
     files = _images(options.images)
     outcome = embed_files(_opened(options.model), files, options.index, options.model, progress=sys.stderr.isatty())
-    print(told(outcome, what=f"in {options.index}"))
+    print(summary(outcome, what=f"in {options.index}"))
     if outcome.status == 0:
         print(f'next: grr search {quote(options.index)} "a fox and a key"')
     return outcome.status

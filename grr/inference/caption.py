@@ -1,4 +1,4 @@
-"""Caption image files with a trained model."""
+"""Captioning of image files with a trained model."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +21,11 @@ def caption_files(
     batch_size: int = BATCH,
     progress: bool = False,
 ) -> Outcome:
-    """Write a caption for each file to output, a JSON line {"file", "caption"} or {"file", "error"} each, as they come.
+    """Caption image files, and append a JSON line {"file", "caption"} or {"file", "error"} per file to output.
 
-    generation: the options of `generate`. Files that output has captions of are passed over, so a run that was killed
-    goes on. No file stops it. Raises ValueError if output was made with another model or other options.
+    generation: options of `generate`. Files that already have a caption in output are skipped, so a run that was killed
+    can be continued. An unreadable file does not end the run. Raises ValueError if output was written with another
+    model or other options.
     """
     made_with = {"model": fingerprint(trained), "generation": generation or {}}
 
@@ -37,7 +38,7 @@ def caption_files(
 def caption_images(
     trained: LoadedModel, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
 ) -> Iterator[list[Row]]:
-    """Caption files, a batch of rows at a time: {"file", "caption"}, then {"file", "error"} of those that are bad."""
+    """Caption image files; yield the rows of a batch: {"file", "caption"}, then {"file", "error"} of bad files."""
     model, tokenizer, image_size, crop = trained
     device = next(model.parameters()).device
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):

@@ -72,7 +72,7 @@ def test_an_index_of_another_model_is_refused_and_says_what_to_do(here, colour_r
     for name, words in {"search": "run.texts=[x]", "embed": "run.images=mine"}.items():
         assert run(monkeypatch, name, "model.path=other", words) == 1
         said = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(r"index was made by another model.*; give that model, or embed the images", said)
+        assert re.search(r"index must hold embeddings of this model.*; use that model, or embed the images", said)
     assert len(open_index("index")) == 24
 
 
