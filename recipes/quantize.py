@@ -32,6 +32,7 @@ from grr.checkpoint.training_state import save_model, save_model_state
 from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
+from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
 from grr.generation.generate import generate
@@ -87,6 +88,7 @@ SECTIONS: config.Sections = {
 
 def main() -> None:
     cfg = config.load(SECTIONS)
+    validate_config(cfg)
     run, folder = cfg.get(Run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     device = start()
@@ -131,15 +133,22 @@ def main() -> None:
     print(aligned(table(rows)))
 
 
+def validate_config(cfg: config.Config) -> None:
+    """Raises ValueError if a model without training is to be evaluated, ImportError without what metrics need."""
+    if cfg.run["images"] == 0:
+        return
+    if cfg.model["name"] != "pretrained":
+        raise ValueError(
+            f"quantize: a model without training has no quality to measure, got run.images={cfg.run['images']}; "
+            "set run.images=0, or model.name=pretrained and model.path"
+        )
+    treebank()
+
+
 def check(run: Run, source: Pretrained | None, device: torch.device) -> None:
     """Say at once what would fail later."""
     if dist.get_world_size() > 1:
         raise ValueError(f"quantize: one process does it, got {dist.get_world_size()}; start it without torchrun")
-    if source is None and run.images != 0:
-        raise ValueError(
-            f"quantize: a model that no one trained has no quality to judge, got run.images={run.images}; "
-            "set run.images=0, or model.name=pretrained and model.path"
-        )
     if source is not None and source.quantization is not None:
         raise ValueError(
             f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it was made from"

@@ -121,7 +121,7 @@ def open_index(folder: str | Path, trained: Captioner | None = None) -> Index:
             files += names
             parts.append(embeddings)
     if not files:
-        raise ValueError(f"open_index: {folder} is an index without images; embed some with recipes/embed.py")
+        raise ValueError(f"open_index: {folder} is an index without images; embed some with grr embed")
     return Index(folder, description["model"], description["model_path"], files, parts)
 
 
@@ -204,7 +204,7 @@ def as_text(results: Sequence[SearchResult]) -> str:
 def embed_images(
     trained: Captioner, files: Iterable[str], *, batch_size: int = BATCH
 ) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:
-    """Embed image files; yield of each batch the readable files, float32 [b, e] of unit length, and unreadable files.
+    """Embed image files; yield for each batch the readable files, float32 [b, e] of unit length, and unreadable files.
 
     Raises ValueError if the model computes NaN or infinity.
     """
@@ -287,7 +287,7 @@ def _check_part(names: Any, embeddings: Any) -> None:
 def _read_description(folder: Path) -> dict[str, Any]:
     file = folder / "index.json"
     if not file.exists():
-        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with recipes/embed.py")
+        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with grr embed")
     try:
         description = dict(json.loads(read_regular_file(file, MAX_JSON)))
         version, model, path = (description[key] for key in ("format", "model", "model_path"))

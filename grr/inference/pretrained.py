@@ -74,8 +74,8 @@ def load(
 
         captioner = load("runs/openmoji")
 
-    path: a run's folder, its model/, one of its checkpoints, or a quantised model. device: None means the GPU, if there
-    is one, else the CPU. A quantised model computes in `dtype` as well.
+    path: a run's folder, its model/, one of its checkpoints, or a quantised model. device: None means the GPU where
+    there is one, else the CPU. A quantised model computes in `dtype` as well.
     Raises FileNotFoundError if there is no model, ValueError if it is damaged, of an unknown builder, or has weights
     that are not finite or too large for `dtype`.
     """

@@ -126,7 +126,7 @@ def _measure(
     """Time steps of increasing size, and return the fastest per pair: other programs may slow some of them."""
     with process_group() as device:
         model = model.to(device).train()
-        optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
+        optimizer = adamw(model, **run.optimizer)
         most = min(run.micro_batch_size, run.batch_size, len(pairs))
         size, steps, until = min(2, most), list[StepCost](), time.monotonic() + 3 * SLOW_STEP
         while True:
