@@ -32,16 +32,17 @@ from grr.data import (
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.evaluation.examples import Examples
+from grr.inference.classifiers import describe_classifier, load_parts
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
-from grr.models.heads import HEADS, describe_classifier, load_parts
+from grr.models.heads import HEADS
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 from grr.training.log import open_log, parameter_counts
 from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
@@ -100,7 +101,7 @@ def main() -> int:
         if source is not None:
             cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
             tell_of_other_crop(source, cfg.loader["crop"])
-        tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
+        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
         text_only = text_only_accuracy(pairs, held_out)
 

@@ -38,7 +38,7 @@ from grr.experiments import catalog as installed
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
+from grr.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import RunPlan, run_cost
 from grr.training.optim import freeze
 from grr.training.schedule import warmup_cosine

@@ -20,7 +20,7 @@ from grr.data.images import SUFFIXES, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import ImageFiles, Ints, Pairs, place
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 MAX_IMAGES = 500  # that are read of each data set, unless all are
 MAX_CAPTIONS = 20_000  # whose tokens are counted, unless all are

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from torch import Tensor
 from grr.data.images import Crop, load_image
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
+
+if TYPE_CHECKING:
+    from grr.data.from_dataset import Field, MapDataset
 
 MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]
@@ -80,6 +83,31 @@ class Pairs(ABC):
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @staticmethod
+    def from_dataset(dataset: "MapDataset", *, image: "Field", caption: "Field") -> "Pairs":
+        """Make pairs of any map-style data set: one of torch, one of Hugging Face, or a list.
+
+            pairs = Pairs.from_dataset(load_dataset("..."), image="image", caption="text")
+            pairs = Pairs.from_dataset(CocoCaptions(...), image=0, caption=1)
+            pairs = Pairs.from_dataset(dataset, image="jpg", caption=lambda sample: sample["json"]["caption"])
+
+        image, caption: where a sample has them: a key, an index of a tuple, or a function of the sample. A caption is a
+        string or a list of strings, an image is a path, the bytes of a file, a Pillow image, an array uint8 [h, w, 3]
+        or a tensor uint8 [3, h, w]. Captions of one image belong into one sample, as a list, because pairs of one image
+        must not meet in a batch; samples whose images are one path are one image.
+
+        All captions are read here, by one dataset[i] for each i; of a Hugging Face data set, where `caption` is a
+        column, only the columns of text are read. Images are read later, by dataset[i] from several threads at once.
+        The pairs of sample i are named i#0, i#1 ...; the fingerprint is a hash of these names and of the captions, so
+        it is the same as long as the captions and their order are. Empty captions, and samples that raise OSError, are
+        counted in `records`.
+        Raises ValueError, naming the sample, for a missing field, a caption that is not text, or an image of another
+        kind; for a data set without length or without captions.
+        """
+        from grr.data.from_dataset import dataset_pairs
+
+        return dataset_pairs(dataset, image=image, caption=caption)
 
     @cached_property
     def fingerprint(self) -> str:

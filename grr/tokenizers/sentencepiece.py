@@ -9,8 +9,6 @@ from pathlib import Path
 import sentencepiece
 from torch import Tensor
 
-from grr.parallel.process_group import on_rank_0
-
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"  # google-t5/t5-base, spiece.model
 T5_SENTINELS = 100  # ids that T5 reserves for masked spans, after its 32,000 pieces
 PAD, EOS, UNK = 0, 1, 2  # of T5, and of every vocabulary that `train_tokenizer` makes
@@ -50,7 +48,7 @@ class Tokenizer:
         if special != (PAD, EOS, UNK):
             raise ValueError(
                 f"Tokenizer: pad, eos and unk must have the ids 0, 1 and 2, as in T5, got {special} from {path}; "
-                "train with pad_id=0, eos_id=1, unk_id=2, or with grr.tokenizers.sentencepiece.train_tokenizer"
+                "train with pad_id=0, eos_id=1, unk_id=2, or with grr.tokenizers.train_tokenizer"
             )
         self._count: int = self._pieces.get_piece_size()
         sentinels = T5_SENTINELS if self.fingerprint == T5_SHA256 else 0
@@ -136,34 +134,6 @@ def train_tokenizer(
     if tokenizer.vocab_size < vocab_size:
         logger.info("the captions need %d of the %d ids of tokenizer.vocab_size", tokenizer.vocab_size, vocab_size)
     return tokenizer
-
-
-def load_tokenizer(path: str | Path, *, context_length: int = 64) -> Tokenizer:
-    """The tokenizer of whatever vocabulary the file holds, a SentencePiece model or CLIP's merges, told by its content.
-
-    Raises as `Tokenizer` and `ClipTokenizer` do.
-    """
-    from grr.tokenizers.clip import ClipTokenizer, is_merges  # which builds on this file
-
-    kind = ClipTokenizer if is_merges(path) else Tokenizer
-    return kind(path, context_length=context_length)
-
-
-def open_tokenizer(
-    captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512, context_length: int = 64
-) -> Tokenizer:
-    """A run's tokenizer, the same in all processes, and kept in `file`: the vocabulary at `path` (T5's spiece.model,
-    say), or without a path the one already in `file`, or else one of vocab_size ids trained on the captions.
-    """
-
-    def prepare() -> None:
-        if path is not None:
-            load_tokenizer(path, context_length=context_length).save(file)
-        elif not file.is_file():
-            train_tokenizer(captions, file, vocab_size=vocab_size, context_length=context_length)
-
-    on_rank_0(prepare)
-    return load_tokenizer(file, context_length=context_length)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,12 +1,9 @@
-"""Vocabulary files: T5's, verified by its sha256, and vocabularies trained on a user's captions."""
+"""T5's vocabulary, from a file or from the Hugging Face hub, verified by its sha256."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grr.cli.check import read_config
-from grr.experiments import catalog as installed
-from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer
 
 REPOSITORY, FILE = "google-t5/t5-base", "spiece.model"  # on the Hugging Face hub
 
@@ -33,32 +30,6 @@ def fetch_t5(source: str | Path | None, output: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     Tokenizer(file).save(output)
     return output
-
-
-def train_vocabulary(sources: Sequence[Path], overrides: Sequence[str], output: Path, *, vocab_size: int) -> Tokenizer:
-    """Train a vocabulary on the captions of text files, one per line, and of the section `data` of configs.
-
-    overrides: section.key=value for the configs. Raises ValueError if output exists, if a config is wrong or its recipe
-    has no captions, or as `train_tokenizer` does; FileNotFoundError if a file is missing.
-    """
-    if output.exists():
-        raise ValueError(f"train_vocabulary: {output} exists already; name another file, or delete it")
-    captions = [caption for source in sources for caption in _captions(source, overrides)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return train_tokenizer(captions, output, vocab_size=vocab_size)
-
-
-def _captions(source: Path, overrides: Sequence[str]) -> Iterator[str]:
-    if source.suffix in (".yaml", ".yml"):
-        cfg, sections = read_config(source, overrides, installed.recipe_of(source))
-        if "data" not in sections:
-            raise ValueError(f"train_vocabulary: {source} has no section data, so it has no captions")
-        yield from cfg.build("data").captions
-        return
-    if not source.is_file():
-        raise FileNotFoundError(f"train_vocabulary: there is no file of captions {source}")
-    with source.open(encoding="utf-8-sig", errors="replace") as lines:
-        yield from lines
 
 
 def _from_hub() -> Path:

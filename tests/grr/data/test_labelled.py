@@ -31,7 +31,7 @@ from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.vqa_v2 import vqa_v2
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 GENERATED = ["openmoji_classes", "openmoji_questions", "openmoji_entailment"]
 

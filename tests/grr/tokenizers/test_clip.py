@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from grr.tokenizers.clip import ClipTokenizer, installed_merges, is_merges
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer, train_tokenizer
+from grr.tokenizers import ClipTokenizer, Tokenizer, installed_merges, load_tokenizer, open_tokenizer, train_tokenizer
+from grr.tokenizers.clip import is_merges
 
 ftfy = pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
 PAIRS = ["t h", "th e</w>", "a n", "an d</w>", "i n", "r e", "o x</w>", "f ox</w>", "re d</w>", "b re", "bre a",

