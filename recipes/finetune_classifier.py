@@ -24,8 +24,8 @@ from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save
 from grr.cli.program import run_main
 from grr.data import (
     LABELLED,
+    check_classes,
     pair_counts,
-    refuse_other_classes,
     steps_per_epoch,
     text_only_accuracy,
     training_steps,
@@ -97,7 +97,7 @@ def main() -> int:
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")
-        refuse_other_classes(pairs, held_out)
+        check_classes(pairs, held_out)
         if source is not None:
             cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
             tell_of_other_crop(source, cfg.loader["crop"])

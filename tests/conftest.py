@@ -34,7 +34,6 @@ LONGEST = (
     "test_finetune.py",
     "test_step.py",
     "test_resume.py",
-    "test_low_bit.py",
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from grr.config.ranges import out_of_range
 from grr.config.read import Given, Mistakes, did_you_mean
-from grr.config.renamed import RENAMED
+from grr.config.renamed import replacement
 from grr.config.signature import REQUIRED, Section, arguments_of, spelled, words
 
 
@@ -43,8 +43,7 @@ def check_section(section: str, function: Section, given: Given, file: str, mist
         elif key in by_code:
             mistakes.add(place, subject, f"{who} is given this by code, it cannot be set here")
         else:
-            new = RENAMED.get(subject)
-            hint = f"; it is {new} now" if new else did_you_mean(key, arguments)
+            hint = replacement(subject) or did_you_mean(key, arguments)
             mistakes.add(place, subject, f"{who} takes no such argument{hint}")
     for key, argument in arguments.items():
         subject = f"{section}.{key}"

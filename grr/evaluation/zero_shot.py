@@ -52,6 +52,19 @@ def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device:
     return whole
 
 
+@torch.no_grad()
+def class_probabilities(model: CoCa, images: Tensor, classes: Tensor, *, who: str, of: Sequence[str]) -> Tensor:
+    """Compute the probability of each class for b images: softmax(cosine similarities / temperature), float64 [b, c].
+
+    images: as `CoCa.encode_image` takes them, classes: [c, e] of `class_embeddings`, `who` and `of`: the function and
+    the names of the images, for messages. Raises ValueError if the model computes NaN or infinity.
+    """
+    scale, _ = model.logit_scale(images.device)
+    scores = (model.encode_image(images) @ classes.T * scale).double()  # [b, c]
+    check_finite_outputs(who, scores, of)
+    return scores.softmax(1)
+
+
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """How often the right class scores highest: top_1, top_5 if there are more than five classes, mean_per_class.
 

@@ -1,8 +1,8 @@
-"""Heads: the parts of a contrastive captioner as a classifier of images, or of images with a text.
+"""Task heads: classifiers of images, or of images with a text, on the parts of a contrastive captioner.
 
-A head keeps the parts of a CoCa by reference and under the names that they have there, so that a trained model fills
-them; what it adds is its own, and new. All heads are called alike: head(images, ids, positions=positions) -> logits.
-In training, sample_keys= key their dropout as they do in `CoCa`.
+A head references the parts of a CoCa under the same names, so that weights of a trained CoCa load into it; its
+other parts are initialised. All heads have the call head(images, ids, positions=positions) -> logits. In training,
+sample_keys= are dropout keys as in `CoCa`.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from grr.models.coca import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecode
 
 
 class Head(nn.Module):
-    """What all heads have: the image side of a CoCa, dropout, and a linear layer that scores the classes."""
+    """Base class of heads: the image side of a CoCa, dropout, and a linear layer that scores the classes."""
 
     def __init__(self, coca: CoCa, *, classifier: nn.Linear, dropout: float = 0.0) -> None:
         super().__init__()
@@ -27,22 +27,22 @@ class Head(nn.Module):
         self.classifier = classifier
 
     def _context(self, images: Tensor, sample_keys: Tensor | None) -> Tensor:
-        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
-        return self.generative_pooler(self.pooler_norm(seen))  # [b, n, d]
+        patches = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
+        return self.generative_pooler(self.pooler_norm(patches))  # [b, n, d]
 
-    def _classify(self, read: Tensor, sample_keys: Tensor | None) -> Tensor:
-        """The vectors that are classified [b, d] -> logits [b, c]."""
+    def _classify(self, x: Tensor, sample_keys: Tensor | None) -> Tensor:
+        """Score the classes of vectors: [b, d] -> logits [b, c]."""
         if sample_keys is None:
-            return self.classifier(self.dropout(read))
-        own = fold_in(sample_keys, torch.full_like(sample_keys, CLASSIFIER))
-        rows, columns = dropout_keys(own, own.new_zeros(1), 1, read.shape[-1])  # [1, b, 1], [d]
-        return self.classifier(self.dropout(read, DropoutKeys(rows[0, :, 0], columns)))
+            return self.classifier(self.dropout(x))
+        keys = fold_in(sample_keys, torch.full_like(sample_keys, CLASSIFIER))
+        rows, columns = dropout_keys(keys, keys.new_zeros(1), 1, x.shape[-1])  # [1, b, 1], [d]
+        return self.classifier(self.dropout(x, DropoutKeys(rows[0, :, 0], columns)))
 
 
 class ImageClassifier(Head):
-    """Image -> vision encoder -> generative pooler -> one more query, the task's own -> norm -> a logit for each class.
+    """Image classifier: vision encoder, generative pooler, a task pooler of one query, norm, a logit per class.
 
-    images: uint8 or normalised float [b, 3, h, w] -> [b, c]; ids are not read. The text towers are left behind.
+    images: uint8 or normalised float [b, 3, h, w] -> [b, c]; ids are ignored. The text towers are not used.
     Source: CoCa, section 3.2 (a pooler for each task) and 4.2 (image classification).
     """
 
@@ -61,17 +61,16 @@ class ImageClassifier(Head):
         positions: Tensor | None = None,
         sample_keys: Tensor | None = None,
     ) -> Tensor:
-        read = self.norm(self.task_pooler(self._context(images, sample_keys))[:, 0])  # [b, d]
-        return self._classify(read, sample_keys)  # [b, c]
+        x = self.norm(self.task_pooler(self._context(images, sample_keys))[:, 0])  # [b, d]
+        return self._classify(x, sample_keys)  # [b, c]
 
 
 class ImageTextClassifier(Head):
-    """A text, a question or a statement, goes through both decoders, of which the second sees the image; the vector at
-    CLS has read all of it -> a logit for each class.
+    """Classifier of an image with a text (question or statement): a logit per class from the multimodal vector at CLS.
 
-    images: uint8 or normalised float [b, 3, h, w], ids: [b, s], CLS the last token that is not PAD; without positions
-    as the tokenizer lays them out, with positions [s] or [b, s] packed -> [b, c]. The contrastive pooler and the
-    vocabulary head are left behind. Source: CoCa, section 4.2 (multimodal understanding).
+    images: uint8 or normalised float [b, 3, h, w], ids: [b, s], in which CLS is the last token that is not PAD -> [b,
+    c]. Without positions, ids have the layout of the tokenizer; with positions [s] or [b, s], they are right-padded.
+    The contrastive pooler and the vocabulary head are not used. Source: CoCa, section 4.2 (multimodal understanding).
     """
 
     def __init__(self, coca: CoCa, *, classifier: nn.Linear, dropout: float = 0.0) -> None:
@@ -81,7 +80,7 @@ class ImageTextClassifier(Head):
         self.multimodal_decoder = MultimodalDecoder(
             blocks=coca.multimodal_decoder.blocks,  # type: ignore[arg-type]  # a ModuleList is iterable
             norm=coca.multimodal_decoder.norm,
-            head=nn.Identity(),  # type: ignore[arg-type]  # classes are scored instead of words
+            head=nn.Identity(),  # type: ignore[arg-type]  # the classifier replaces the vocabulary head
         )
 
     def forward(
@@ -94,15 +93,15 @@ class ImageTextClassifier(Head):
         keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
         context = self._context(images, sample_keys)
         hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
-        cls = (ids != self.pad_id).sum(dim=1) - 1  # [b]: padding stands behind it
-        read = hidden[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
-        return self._classify(read, sample_keys)  # [b, c]
+        cls = (ids != self.pad_id).sum(dim=1) - 1  # [b]: rows are right-padded
+        at_cls = hidden[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
+        return self._classify(at_cls, sample_keys)  # [b, c]
 
 
 def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageClassifier:
-    """Build a classifier of images on the image side of a CoCa; dropout is that of the vector that is classified.
+    """Build an image classifier on a CoCa; dropout is applied to the vector that is classified.
 
-    Raises ValueError if there are fewer than two classes.
+    Raises ValueError if num_classes is below 2.
     """
     classifier = _linear("image_classifier", coca, num_classes)
     return ImageClassifier(
@@ -115,9 +114,9 @@ def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> I
 
 
 def image_text_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageTextClassifier:
-    """Build a classifier of images with a text on a CoCa: visual question answering, visual entailment.
+    """Build a classifier of images with a text on a CoCa, for visual question answering or visual entailment.
 
-    Raises ValueError if there are fewer than two classes.
+    Raises ValueError if num_classes is below 2.
     """
     classifier = _linear("image_text_classifier", coca, num_classes)
     return ImageTextClassifier(coca, classifier=classifier, dropout=dropout)
@@ -131,5 +130,5 @@ HEADS: dict[str, Callable[..., Head]] = {
 
 def _linear(who: str, coca: CoCa, num_classes: int) -> nn.Linear:
     if num_classes < 2:
-        raise ValueError(f"{who}: there must be at least two classes to choose from, got {num_classes=}")
+        raise ValueError(f"{who}: num_classes must be at least 2, got {num_classes=}; check the classes of the data")
     return nn.Linear(coca.dim, num_classes)

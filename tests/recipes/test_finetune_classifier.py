@@ -293,7 +293,7 @@ def test_validation_data_with_other_classes_are_refused_before_a_model_is_built(
     other = ["validation.name=openmoji_questions", "validation.scenes=20", "validation.held_out=5"]
     done = run(command(tmp_path / "run", "classification", *other))
     assert done.returncode != 0
-    assert "refuse_other_classes: validation must have the classes of the training data" in done.stderr
+    assert "check_classes: validation must have the classes of the training data" in done.stderr
     assert not (tmp_path / "run/config.yaml").exists()
 
 

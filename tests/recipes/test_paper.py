@@ -64,7 +64,6 @@ ADAMW = {
     "eps": 1e-8,
     "decay_all": True,
     "layer_decay": 1.0,
-    "moments": "fp32",
 }
 SHARED = {
     "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "max_grad_norm": 1.0},

@@ -62,7 +62,7 @@ def rows(lengths: list[int], seed: int = 0) -> list[list[int]]:
 # --- what they compute ---------------------------------------------------------------------------------------------
 
 
-def test_an_image_classifier_reads_the_context_that_captions_are_written_from(coca):
+def test_an_image_classifier_reads_the_image_context_of_the_coca(coca):
     head = image_classifier(coca, 3).eval()
     read = head.task_pooler(coca.image_context(images()))[:, 0]
     torch.testing.assert_close(head(images()), head.classifier(head.norm(read)))
@@ -70,7 +70,7 @@ def test_an_image_classifier_reads_the_context_that_captions_are_written_from(co
     torch.testing.assert_close(head(images(), torch.tensor([[510, 1, 511]] * 2)), head(images()))
 
 
-def test_an_image_text_classifier_reads_the_vector_that_the_vocabulary_would_be_scored_with_at_cls(coca):
+def test_an_image_text_classifier_reads_the_input_of_the_vocabulary_head_at_cls(coca):
     """With the vocabulary head for its classes, it gives the logits of the CoCa at CLS."""
     head = image_text_classifier(coca, 3).eval()
     head.classifier = coca.multimodal_decoder.head
@@ -98,7 +98,7 @@ def test_a_batch_trimmed_to_its_longest_text_scores_as_texts_alone(lengths, seed
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_an_answer_depends_on_the_image_and_on_every_word(coca):
+def test_logits_depend_on_the_image_and_on_every_word(coca):
     head = image_text_classifier(coca, 3).eval()
     ids = torch.tensor(rows([5]))[:, :-1]
     score = head(images(1), ids)
@@ -113,7 +113,7 @@ def test_an_answer_depends_on_the_image_and_on_every_word(coca):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_has_the_parts_of_the_coca_themselves_and_trains_all_it_has(coca, name):
+def test_a_head_shares_the_parts_of_the_coca_and_trains_all_its_parameters(coca, name):
     head = HEADS[name](coca, 3).train()
     theirs = {id(p): key for key, p in coca.named_parameters()}
     new = {key for key, p in head.named_parameters() if id(p) not in theirs}
@@ -126,14 +126,14 @@ def test_a_head_has_the_parts_of_the_coca_themselves_and_trains_all_it_has(coca,
     assert not still
 
 
-def test_a_coca_still_writes_captions_beside_its_heads(coca):
+def test_a_coca_computes_the_same_after_heads_are_built_on_it(coca):
     ids = torch.tensor(rows([4, 9]))[:, :-1]
     before = coca(images(), ids)
     image_classifier(coca, 3), image_text_classifier(coca, 5)
     torch.testing.assert_close(coca(images(), ids), before)
 
 
-def test_dropout_falls_on_the_vector_that_is_classified():
+def test_dropout_applies_to_the_vector_that_is_classified():
     torch.manual_seed(0)
     coca = grr_coca_tiny()
     ids = torch.tensor(rows([4]))[:, :-1]
@@ -144,8 +144,8 @@ def test_dropout_falls_on_the_vector_that_is_classified():
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_one_class_is_no_choice(name):
-    with pytest.raises(ValueError, match=f"{name}: there must be at least two classes .*num_classes=1"):
+def test_fewer_than_two_classes_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: num_classes must be at least 2, got num_classes=1"):
         HEADS[name](grr_coca_tiny(), 1)
 
 
@@ -166,7 +166,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_built_without_memory_and_sharded_is_the_same_function(name):
+def test_a_head_built_on_the_meta_device_and_sharded_is_the_same_function(name):
     ids = torch.tensor(rows([4, 9]))[:, :-1]
     plain, sharded = filled(name, sharded=False), filled(name, sharded=True)
     torch.testing.assert_close(sharded(images(), ids), plain(images(), ids))

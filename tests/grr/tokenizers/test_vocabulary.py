@@ -17,7 +17,7 @@ def test_the_downloaded_file_is_stored_and_a_changed_one_is_refused(shared_data,
     output = fetch_t5(source, tmp_path / "deep" / "spiece.model")
     assert output.read_bytes() == source.read_bytes()
     assert Tokenizer(output).vocab_size == 32_102
-    assert fetch_t5("not even looked at", output) == output  # it is there already
+    assert fetch_t5("a path that is not read", output) == output  # the output exists already
     changed = bytearray(source.read_bytes())
     changed[1000] ^= 1
     (tmp_path / "changed.model").write_bytes(changed)
@@ -28,7 +28,7 @@ def test_the_downloaded_file_is_stored_and_a_changed_one_is_refused(shared_data,
 
 def test_another_file_is_not_overwritten_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ValueError, match=r"mine is there, and is not T5's vocabulary; name another file"):
+    with pytest.raises(ValueError, match=r"mine exists and is not T5's vocabulary; name another file"):
         fetch_t5(None, tmp_path / "mine")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone"):
         fetch_t5(tmp_path / "gone", tmp_path / "spiece.model")
@@ -42,7 +42,7 @@ def test_without_a_file_and_without_the_hub_package_the_error_says_what_to_insta
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that gives what lies in a folder, and has no network for what does not; it keeps what it was asked."""
+    """A hub that returns the files of a folder, raises ConnectionError for others, and lists the requests."""
     asked = []
 
     def download(repository: str, file: str) -> str:
@@ -69,8 +69,8 @@ def test_the_file_of_the_hub_is_verified_as_a_local_one_is(shared_data, tmp_path
 def test_without_network_the_error_is_one_line_with_a_remedy(tmp_path, hub, capsys):
     assert main(["tokenizer", "fetch", "--output", str(tmp_path / "mine.model")]) == 1
     assert capsys.readouterr().err == (
-        "grr tokenizer fetch: fetch_t5: the Hugging Face hub does not give spiece.model of google-t5/t5-base (no route "
-        "to host NameResolutionError); download it elsewhere, and name the file: grr tokenizer fetch FILE\n"
+        "grr tokenizer fetch: fetch_t5: spiece.model of google-t5/t5-base was not downloaded from the Hugging Face hub "
+        "(no route to host NameResolutionError); download it elsewhere, and name the file: grr tokenizer fetch FILE\n"
     )
     assert not (tmp_path / "mine.model").exists()
 
@@ -87,5 +87,5 @@ def test_the_real_hub_without_network_raises_the_same_error(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1
-    assert "fetch_t5: the Hugging Face hub does not give spiece.model of google-t5/t5-base (" in done.stderr
+    assert "fetch_t5: spiece.model of google-t5/t5-base was not downloaded from the Hugging Face hub (" in done.stderr
     assert "Traceback" not in done.stderr
