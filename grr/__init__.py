@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from grr.training.schedule import warmup_cosine
     from grr.training.step import global_batch_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Batch",
