@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 DRAFT = 2  # a JPEG is decoded at no less than so many times the wanted size
 MAX_SCANS = 500  # of a JPEG; a progressive one has about ten, and each passes over the whole image
 STRIP = 2**16  # pixels that are converted at a time
+THUMBNAIL = 224  # pixels of the longer side of an image that a page shows
 MAX_CLIP_PIXELS = 2**24  # of an image that is resized whole before its middle is cut out
 
 Crop = Literal["squash", "center", "clip"]
@@ -48,9 +49,12 @@ def load_image(source: str | Path | bytes | BinaryIO, *, size: int = 288, crop: 
     return _decoded(source, size, lambda image: to_tensor(image, size=size, crop=crop))
 
 
-def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int) -> Tensor:
-    """Decode an image as `load_image` does, in its own shape, at most `side` pixels a side: uint8 RGB [3, h, w]."""
-    return _decoded(source, side, lambda image: _small(image, side))
+def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int = THUMBNAIL) -> Tensor:
+    """Decode an image as `load_image` does, whole and never enlarged: uint8 RGB [3, h, w], h and w <= side.
+
+    Raises as `load_image` does.
+    """
+    return _decoded(source, side, lambda image: to_thumbnail(image, side=side))
 
 
 def _decoded(source: str | Path | bytes | BinaryIO, size: int, use: Callable[[Image.Image], Tensor]) -> Tensor:
@@ -123,6 +127,17 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
+def to_thumbnail(image: Image.Image, *, side: int = THUMBNAIL) -> Tensor:
+    """A Pillow image of any mode, in RGB and its own shape, at most `side` pixels a side: uint8 [3, h, w].
+
+    A smaller image keeps its size. Raises BadImage if the image has no pixels.
+    """
+    _refuse_empty(image)
+    rgb = _rgb(_upright(image))
+    rgb.thumbnail((side, side))
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
 def normalize(images: Tensor) -> Tensor:
     """uint8 [b, 3, h, w] -> float32, scaled to [0, 1], less the mean, by the deviation of ImageNet.
 
@@ -133,13 +148,6 @@ def normalize(images: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     deviation = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / deviation
-
-
-def _small(image: Image.Image, side: int) -> Tensor:
-    _refuse_empty(image)
-    rgb = _rgb(_upright(image))
-    rgb.thumbnail((side, side))
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
 def _refuse_empty(image: Image.Image) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from grr.data.collate import IGNORE
 from grr.data.formats.annotations import objects_in, read_annotations, value_of, with_images
 from grr.data.formats.rows import read_lines, read_objects
-from grr.data.images import SUFFIXES, Crop
+from grr.data.images import SUFFIXES, THUMBNAIL, Crop
 from grr.data.pairs import ImageFiles, Ints, Pairs, Row, Texts, read_rows
 from grr.data.records import Records
 
@@ -43,6 +43,9 @@ class Labelled(Pairs):
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
         return self.pairs.load(i, size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return self.pairs.thumbnail(i, side=side)
 
 
 def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:

