@@ -41,7 +41,8 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import start
 from grr.parallel.shard import blocks
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
+from grr.tokenizers import Tokenizer
+from grr.tokenizers.sentencepiece import EOS, PAD, UNK
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 

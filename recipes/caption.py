@@ -1,10 +1,10 @@
-"""Caption images of your own with a trained model: a file, a folder with all that is below it, or a glob.
+"""Caption images with a trained model: a file, a folder with its subfolders, or a glob.
 
     python recipes/caption.py --config recipes/configs/caption/default.yaml model.path=runs/openmoji run.images=photos
 
-Writes captions.jsonl, a line an image, as they come, and captions.html when all are done. The same command, submitted
-again, passes over what is captioned already. No file stops it: those that cannot be read are named in both, and at the
-end. The exit status is 0 if there is a caption of one image at least.
+Writes captions.jsonl, a line per image and batch by batch, and captions.html at the end. The same command, submitted
+again, skips images that have a caption. Files that cannot be read do not end the run: both files and the last message
+name them. The exit status is 0 if at least one image has a caption.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from grr.files.printable import printable
 from grr.generation.generate import generate
 from grr.inference.caption import caption_files
 from grr.inference.pretrained import load_pretrained
-from grr.inference.results import read_results, told
+from grr.inference.results import read_results, summary
 from grr.reports.gallery import write_captions
 
 PRINTED = 10  # captions
@@ -37,7 +37,7 @@ class Run:
 
 @dataclass
 class Model:
-    """The model that writes."""
+    """Trained model."""
 
     path: str  # a run's folder, its model/, one of its checkpoints/step_N, or what recipes/convert.py wrote
 
@@ -61,12 +61,12 @@ def main() -> int:
     rows = read_results(output)
     page = write_captions(output.with_suffix(".html"), rows, cfg.model["path"])
 
-    # tell
-    asked = set(files)
-    written = [row for row in rows if "caption" in row and row["file"] in asked]
-    for row in written[:PRINTED]:
+    # report
+    requested = set(files)
+    captioned = [row for row in rows if "caption" in row and row["file"] in requested]
+    for row in captioned[:PRINTED]:
         print(f"{printable(row['file'])}: {printable(row['caption'])}")
-    print(told(outcome, what="captioned"))
+    print(summary(outcome, what="captioned"))
     print(f"all captions are in {output}; see {page}")
     return outcome.status
 

@@ -20,7 +20,7 @@ from grr.cli.program import run_main
 from grr.export.convert import convert_open_clip, read_open_clip
 from grr.inference.pretrained import describe
 from grr.models.open_clip import OPEN_CLIP_MODELS
-from grr.tokenizers.clip import ClipTokenizer, installed_merges
+from grr.tokenizers import ClipTokenizer, installed_merges
 
 
 @dataclass

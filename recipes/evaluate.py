@@ -18,7 +18,8 @@ import torch.distributed as dist
 from grr import config
 from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
-from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
+from grr.data import DATASETS, LABELLED, Labelled, check_classes
+from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, losses, recalls
 from grr.evaluation.examples import examples
 from grr.evaluation.outputs import features, observe
@@ -92,7 +93,7 @@ def main() -> None:
         test = features(model, labelled, device, patches=patches, **look)
         if any(task in PROBES for task in run.tasks):
             labelled_train = cfg.build("labelled_train")
-            refuse_other_classes(labelled_train, labelled)
+            check_classes(labelled_train, labelled)
             train = features(model, labelled_train, device, patches=patches, **look)
     if dist.get_rank() > 0:
         return
@@ -148,7 +149,7 @@ def main() -> None:
 
 
 def validate_config(cfg: config.Config) -> None:
-    """A task needs its data: raises ValueError naming the section that is missing."""
+    """Raises ValueError if a task lacks the section of its data, ImportError if it lacks a package."""
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES}
     for section, wanted in needs.items():
         for task in cfg.run["tasks"]:
@@ -157,6 +158,8 @@ def validate_config(cfg: config.Config) -> None:
                     f"evaluate: the task {task} needs the section {section}, and there is none; add it to "
                     f"the config, or leave {task} out of run.tasks"
                 )
+    if "captions" in cfg.run["tasks"]:
+        treebank()
 
 
 def run_of(source: Pretrained) -> Path:

@@ -1,4 +1,4 @@
-"""Caption image files with a trained model."""
+"""Captioning of image files with a trained model."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -6,14 +6,15 @@ from typing import Any
 
 from grr.data.image_files import read_images
 from grr.generation.generate import generate
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome, Row, write_results
 
 BATCH = 50  # images at a time
 
 
 def caption_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     output: Path,
     generation: dict[str, Any] | None = None,
@@ -21,10 +22,11 @@ def caption_files(
     batch_size: int = BATCH,
     progress: bool = False,
 ) -> Outcome:
-    """Write a caption for each file to output, a JSON line {"file", "caption"} or {"file", "error"} each, as they come.
+    """Caption image files, and append a JSON line {"file", "caption"} or {"file", "error"} per file to output.
 
-    generation: the options of `generate`. Files that output has captions of are passed over, so a run that was killed
-    goes on. No file stops it. Raises ValueError if output was made with another model or other options.
+    generation: options of `generate`. Files that already have a caption in output are skipped, so a run that was killed
+    can be continued. An unreadable file does not end the run. Raises ValueError if output was written with another
+    model or other options.
     """
     made_with = {"model": fingerprint(trained), "generation": generation or {}}
 
@@ -35,9 +37,9 @@ def caption_files(
 
 
 def caption_images(
-    trained: LoadedModel, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
+    trained: Captioner, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
 ) -> Iterator[list[Row]]:
-    """Caption files, a batch of rows at a time: {"file", "caption"}, then {"file", "error"} of those that are bad."""
+    """Caption image files; yield the rows of a batch: {"file", "caption"}, then {"file", "error"} of bad files."""
     model, tokenizer, image_size, crop = trained
     device = next(model.parameters()).device
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):

@@ -1,4 +1,4 @@
-"""Name what image files show, with a trained model that knows the classes by nothing but their names."""
+"""Zero-shot classification of image files with a trained model."""
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from grr.checkpoint.finite import check_finite_outputs
 from grr.data.image_files import read_images
-from grr.evaluation.zero_shot import TEMPLATES, class_embeddings
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.evaluation.zero_shot import TEMPLATES, class_embeddings, class_probabilities
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome, Row, write_results
 
 BATCH = 50  # images at a time
 
 
 def classify_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     classes: Sequence[str],
     output: Path,
@@ -26,10 +26,10 @@ def classify_files(
     batch_size: int = BATCH,
     progress: bool = False,
 ) -> Outcome:
-    """Write the `top` likeliest classes of each file to output, a JSON line each, as they come; see `classify_images`.
+    """Classify image files, and append a JSON line per file to output, with the rows of `classify_images`.
 
-    Files that output has classes of are passed over, so a run that was killed goes on. No file stops it.
-    Raises ValueError if output was made with another model or other classes.
+    Files that already have classes in output are skipped, so a run that was killed can be continued. An unreadable file
+    does not end the run. Raises ValueError if output was written with another model or other classes.
     """
     made_with = {"model": fingerprint(trained), "classes": list(classes), "templates": list(templates), "top": top}
 
@@ -41,7 +41,7 @@ def classify_files(
 
 @torch.no_grad()
 def classify_images(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Iterable[str],
     classes: Sequence[str],
     *,
@@ -49,53 +49,49 @@ def classify_images(
     top: int = 5,
     batch_size: int = BATCH,
 ) -> Iterator[list[Row]]:
-    """Classify files, a batch of rows at a time: {"file", "classes", "probabilities"}, the likeliest class first, then
-    {"file", "error"} of those that are bad.
+    """Classify image files; yield a batch of rows at a time.
 
-    Probabilities are softmax(cosine similarities / the model's temperature) over all classes. Classes that are equally
-    likely stand in the order given. Raises ValueError as `class_embeddings` does, if top < 1, and if the model computes
-    NaN or infinity.
+    A row is {"file", "classes", "probabilities"} with the `top` most probable classes, best first, or {"file", "error"}
+    of a bad file, after the others. Probabilities are softmax(cosine similarities / temperature of the model) over all
+    classes; classes of equal probability keep the order of `classes`. Raises ValueError as `class_embeddings` does, if
+    top < 1, and if the model computes NaN or infinity.
     """
     if top < 1:
         raise ValueError(f"classify_images: top must be at least 1, got {top=}")
     model, tokenizer, image_size, crop = trained
     device = next(model.parameters()).device
     names = class_embeddings(model, tokenizer, classes, device, templates=templates)  # [c, e]
-    scale, _ = model.logit_scale(device)
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
         rows: list[Row] = []
         if pixels is not None:
-            scores = (model.encode_image(pixels.to(device)) @ names.T * scale).double()  # [b, c]
-            check_finite_outputs("classify_images", scores, good)
-            p, order = scores.softmax(1).sort(dim=1, descending=True, stable=True)
+            probabilities = class_probabilities(model, pixels.to(device), names, who="classify_images", of=good)
+            p, order = probabilities.sort(dim=1, descending=True, stable=True)  # [b, c]
             for file, ids, likely in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
                 rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": likely})
         yield rows + [{"file": file, "error": why} for file, why in bad.items()]
 
 
 def split_classes(text: str) -> list[str]:
-    """The names of classes in a text, separated by commas; a name that holds a comma stands in double quotes.
+    """Returns the class names of a comma-separated text; a name that contains a comma needs double quotes.
 
     Raises ValueError if a quote is not closed.
     """
     try:
         names = next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error:
-        raise ValueError(
-            f"split_classes: a name begins and ends with a double quote or has none, got {text!r}"
-        ) from None
+        raise ValueError(f"split_classes: a double quote must be closed after its name, got {text!r}") from None
     return [name for part in names if (name := " ".join(part.split()))]
 
 
 def read_classes(file: str | Path) -> list[str]:
-    """The names of classes in a text file, one a line; empty lines say nothing.
+    """Returns the class names in a text file, one per line; empty lines are ignored.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not text.
+    Raises FileNotFoundError if the file does not exist, ValueError if it is not UTF-8 text.
     """
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"read_classes: {file} is not UTF-8 text ({error}); save it as UTF-8") from error
     except FileNotFoundError:
-        raise FileNotFoundError(f"read_classes: there is no file of classes {file}") from None
+        raise FileNotFoundError(f"read_classes: the file of classes {file} does not exist; check the path") from None
     return [name for line in text.split("\n") if (name := " ".join(line.split()))]

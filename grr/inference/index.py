@@ -1,4 +1,4 @@
-"""An index of images on disk: their embeddings by one model, in which texts and images are looked up, exactly."""
+"""Index of image embeddings on disk, with exact search by text or image."""
 
 import io
 import json
@@ -21,26 +21,27 @@ from grr.evaluation.retrieval import whole_numbers
 from grr.evaluation.zero_shot import embed_texts
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome
 
 FORMAT = 1
 BATCH = 50  # images at a time
-PART = 1000  # images that are written together: what a kill can cost
+PART = 1000  # images that are written together, so at most as many are lost by a kill
 CHUNK = 16_384  # images compared with all queries at a time
-MAX_JSON = 2**26  # bytes of a file of names: 1000 of the longest that a system allows take 25 million
-MAX_DEVIATION = 0.02  # of an embedding's length from 1; bfloat16 rounds to 0.004
+MAX_JSON = 2**26  # bytes of a file of names; 1000 names of the longest allowed paths take 25 million
+MAX_DEVIATION = 0.02  # of the length of an embedding from 1; bfloat16 rounds to 0.004
 
 
 class Hit(NamedTuple):
-    """An image that was found."""
+    """Image in the result of a search."""
 
-    file: str  # its absolute path, when it was embedded
+    file: str  # absolute path at the time of embedding
     score: float  # cosine similarity
 
 
-class Found(NamedTuple):
-    """A text or an image file that was looked for, and what was found, best first."""
+class SearchResult(NamedTuple):
+    """Query, a text or an image file, and its hits, best first."""
 
     query: str
     is_image: bool
@@ -49,11 +50,11 @@ class Found(NamedTuple):
 
 @dataclass
 class Index:
-    """Embeddings of n images by one model, memory-mapped: searching takes memory for a chunk of them, not for all."""
+    """Memory-mapped embeddings of n images by one model; a search holds one chunk of them in memory."""
 
     folder: Path
-    model: str  # the fingerprint of the model that made it
-    model_path: str  # where that was
+    model: str  # fingerprint of the model
+    model_path: str  # at the time of embedding
     files: list[str]  # [n] absolute paths, in the order of the embeddings
     parts: list[NDArray[np.float32]]  # [m, e] each, unit length
 
@@ -61,11 +62,11 @@ class Index:
         return len(self.files)
 
     def search(self, queries: Tensor, *, top: int = 10) -> list[list[Hit]]:
-        """The `top` images nearest to each query, best first: [q, e] of unit length -> q lists.
+        """Returns the `top` images nearest to each query, best first: [q, e] of unit length -> q lists.
 
-        Every image is compared. Scores are sums without rounding, so they depend neither on chunks nor on the machine,
-        and of images that score the same the one that was embedded first stands first. Computed where the queries are.
-        Raises ValueError if top < 1, or if queries are not finite, of unit length and of this width.
+        Every image is compared. Scores are sums without rounding, so they depend neither on chunks nor on the machine;
+        images of equal score keep the order of embedding. Computed on the device of the queries.
+        Raises ValueError if top < 1, or if queries are not finite, of unit length and of the width of the index.
         """
         self._check(queries, top)
         wanted = whole_numbers(queries, longest=1.0)  # [q, e]
@@ -92,21 +93,21 @@ class Index:
             raise ValueError(f"search: top must be at least 1, got {top=}")
         e = self.parts[0].shape[1]
         if queries.dim() != 2 or queries.shape[1] != e:
-            raise ValueError(f"search: queries must be [q, {e}], as wide as the index, got {list(queries.shape)}")
+            raise ValueError(f"search: queries must be [q, {e}], the width of the index, got {list(queries.shape)}")
         if not ((queries.double().norm(dim=1) - 1).abs() < 1e-3).all():  # NaN is not less
-            raise ValueError("search: queries must be of unit length; take those of encode_text or encode_image")
+            raise ValueError("search: queries must be of unit length; use those of encode_text or encode_image")
 
 
-def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
-    """Open an index to search it; with a model, only if that model made it.
+def open_index(folder: str | Path, trained: Captioner | None = None) -> Index:
+    """Open an index for search; with `trained`, check that it holds embeddings of that model.
 
-    Raises FileNotFoundError if there is no index, ValueError if it is empty, damaged, of a newer version, or of another
-    model.
+    Raises FileNotFoundError if the folder does not hold an index, ValueError if the index is empty, damaged, of a newer
+    version, or of another model.
     """
     folder = Path(folder)
     description = _read_description(folder)
     if trained is not None:
-        _refuse_another_model(folder, description, trained)
+        _check_model(folder, description, trained)
     files: list[str] = []
     parts: list[NDArray[np.float32]] = []
     for file in _parts(folder):
@@ -120,12 +121,12 @@ def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
             files += names
             parts.append(embeddings)
     if not files:
-        raise ValueError(f"open_index: {folder} is an index without images; embed some with recipes/embed.py")
+        raise ValueError(f"open_index: {folder} is an index without images; embed some with grr embed")
     return Index(folder, description["model"], description["model_path"], files, parts)
 
 
 def embed_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     folder: str | Path,
     model_path: str | Path,
@@ -133,20 +134,24 @@ def embed_files(
     batch_size: int = BATCH,
     progress: bool = False,
 ) -> Outcome:
-    """Add image files to the index in folder, which is made if there is none; those that are in it are passed over.
+    """Add image files to the index in folder, which is created if needed; files that are in it are skipped.
 
-    It is written in parts of up to 1000 images, each whole or not at all, so that a run that was killed goes on behind
-    the last of them. No file stops it; bad ones are named in left_out.json. model_path is where a search finds the
+    The index is written in parts of up to 1000 images, each complete or absent, so a killed run continues after the
+    last part. An unreadable file does not end the run; left_out.json names them. model_path: where a search finds the
     model. Raises ValueError if the index is damaged or of another model, BlockingIOError if another process writes it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder):
         if (folder / "index.json").exists():
-            _refuse_another_model(folder, _read_description(folder), trained)
+            _check_model(folder, _read_description(folder), trained)
         else:
-            whole = {"format": FORMAT, "model": fingerprint(trained), "model_path": str(Path(model_path).absolute())}
-            _replace_json(folder / "index.json", whole)
+            description = {
+                "format": FORMAT,
+                "model": fingerprint(trained),
+                "model_path": str(Path(model_path).absolute()),
+            }
+            _replace_json(folder / "index.json", description)
         _remove_leftovers(folder)
         known = {name for file in _parts(folder) for name in _read_part(file)[0]}
         wanted = [str(Path(file).absolute()) for file in files]
@@ -167,13 +172,14 @@ def embed_files(
 
 
 def look_up(
-    trained: LoadedModel, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
-) -> tuple[list[Found], dict[str, str]]:
-    """Look for texts, and for images like those in some files: what was found for each, in this order, and the files
-    that cannot be read, and why. Raises ValueError if a text says nothing, or as `Index.search` does.
+    trained: Captioner, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
+) -> tuple[list[SearchResult], dict[str, str]]:
+    """Search an index by texts and image files: returns a result per query, in order, and unreadable files -> cause.
+
+    Raises ValueError if a text is blank, or as `Index.search` does.
     """
     if blank := [text for text in texts if not text.strip()]:
-        raise ValueError(f"look_up: a text must say something, got {blank[0]!r}")
+        raise ValueError(f"look_up: a text must not be blank, got {blank[0]!r}; write what to search for")
     model, tokenizer, _, _ = trained
     queries = [embed_texts(model, tokenizer, texts, next(model.parameters()).device)] if texts else []
     named, bad = [(text, False) for text in texts], dict[str, str]()
@@ -182,24 +188,26 @@ def look_up(
         queries += [embeddings] if good else []
         bad |= unread
     hits = index.search(torch.cat(queries), top=top) if queries else []
-    return [Found(*query, some) for query, some in zip(named, hits, strict=True)], bad
+    return [SearchResult(*query, some) for query, some in zip(named, hits, strict=True)], bad
 
 
-def as_text(found: Sequence[Found]) -> str:
-    """What was found, for a terminal: files below the folder that one is in by their path from there."""
+def as_text(results: Sequence[SearchResult]) -> str:
+    """Returns the results for a terminal; files below the working directory have relative paths."""
     blocks = []
-    for one in found:
-        lines = [f"  {hit.score:6.3f}  {printable(_from_here(hit.file))}" for hit in one.hits]
-        blocks.append("\n".join([printable(one.query), *lines]))
+    for result in results:
+        lines = [f"  {hit.score:6.3f}  {printable(_relative(hit.file))}" for hit in result.hits]
+        blocks.append("\n".join([printable(result.query), *lines]))
     return "\n\n".join(blocks)
 
 
 @torch.no_grad()
 def embed_images(
-    trained: LoadedModel, files: Iterable[str], *, batch_size: int = BATCH
+    trained: Captioner, files: Iterable[str], *, batch_size: int = BATCH
 ) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:
-    """Embed image files, a batch at a time: the files that can be read, float32 [b, e] of unit length, and why the
-    others cannot. Raises ValueError if the model computes NaN or infinity."""
+    """Embed image files; yield for each batch the readable files, float32 [b, e] of unit length, and unreadable files.
+
+    Raises ValueError if the model computes NaN or infinity.
+    """
     model, _, image_size, crop = trained
     device = next(model.parameters()).device
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
@@ -209,16 +217,16 @@ def embed_images(
         yield good, embeddings, bad
 
 
-def _from_here(file: str) -> str:
-    path, here = Path(file), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else file
+def _relative(file: str) -> str:
+    path, working = Path(file), Path.cwd()
+    return str(path.relative_to(working)) if path.is_relative_to(working) else file
 
 
 # --- on disk: index.json, and of each part its embeddings, part_00000.npy, and then its files, part_00000.json -------
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The names of the parts, in the order in which they were written."""
+    """Returns the .json files of the parts, in the order in which they were written."""
     numbered = {
         int(match[1]): file
         for file in folder.glob("part_*.json")
@@ -230,14 +238,14 @@ def _parts(folder: Path) -> list[Path]:
 def _write_part(folder: Path, names: list[str], embeddings: Tensor) -> None:
     number = 1 + max((int(file.stem.removeprefix("part_")) for file in _parts(folder)), default=-1)
     file = folder / f"part_{number:05d}.npy"
-    content = io.BytesIO()  # np.save into a file hides the system's error, of a full disk
+    content = io.BytesIO()  # np.save into a file hides the error of a full disk
     np.save(content, embeddings.numpy(), allow_pickle=False)
-    file.write_bytes(content.getbuffer())  # not a part before its names are there
+    file.write_bytes(content.getbuffer())  # becomes a part when its names are written
     _replace_json(file.with_suffix(".json"), names)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left: files being written, and embeddings without their names. The lock is held."""
+    """Remove unfinished files and embeddings without names, which a killed run left. The caller holds the lock."""
     whole = {file.with_suffix(".npy").name for file in _parts(folder)}
     for file in [*folder.glob("*.json.tmp"), *folder.glob("part_*.npy")]:
         if file.name not in whole:
@@ -245,11 +253,13 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
-    """Read a part and check it: m names, and as many float32 rows of finite numbers and unit length, [m, e]."""
+    """Read and check a part: m names, and finite float32 embeddings of unit length, [m, e]."""
     try:
         names = json.loads(read_regular_file(file, MAX_JSON))
         open_regular_file(file.with_suffix(".npy")).close()
-        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)  # "c": torch wants to write
+        embeddings = np.load(
+            file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False
+        )  # "c": torch warns about read-only arrays
         _check_part(names, embeddings)
     except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
         raise ValueError(
@@ -260,7 +270,7 @@ def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
 
 def _check_part(names: Any, embeddings: Any) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("it must have a list of the names of files")
+        raise ValueError("it must have a list of file names")
     if not isinstance(embeddings, np.ndarray):
         raise ValueError(f"it must have one array of embeddings, got {type(embeddings).__name__}")
     if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype != np.float32:
@@ -277,29 +287,30 @@ def _check_part(names: Any, embeddings: Any) -> None:
 def _read_description(folder: Path) -> dict[str, Any]:
     file = folder / "index.json"
     if not file.exists():
-        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with recipes/embed.py")
+        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with grr embed")
     try:
         description = dict(json.loads(read_regular_file(file, MAX_JSON)))
-        made_with, model, path = (description[key] for key in ("format", "model", "model_path"))
+        version, model, path = (description[key] for key in ("format", "model", "model_path"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"open_index: {file} does not describe an index ({error!r}); was it edited?") from error
-    if made_with != FORMAT:
-        raise ValueError(f"open_index: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
+        raise ValueError(
+            f"open_index: {file} is not the description of an index ({error!r}); restore it, or embed into a new folder"
+        ) from error
+    if version != FORMAT:
+        raise ValueError(f"open_index: {file} has format {version!r}, this version reads {FORMAT}; upgrade GRR")
     if not isinstance(model, str) or not isinstance(path, str):
         raise ValueError(
-            f"open_index: {file} does not describe an index: model and model_path must be texts, got "
-            f"{model!r} and {path!r}; was it edited?"
+            f"open_index: {file} is not the description of an index: model and model_path must be strings, got "
+            f"{model!r} and {path!r}; restore it, or embed into a new folder"
         )
     return description
 
 
-def _refuse_another_model(folder: Path, description: dict[str, Any], trained: LoadedModel) -> None:
+def _check_model(folder: Path, description: dict[str, Any], trained: Captioner) -> None:
     mine = fingerprint(trained)
     if description["model"] != mine:
         raise ValueError(
-            f"open_index: {folder} was made by another model, {description['model']} from {description['model_path']}, "
-            f"not by this one, {mine}: their embeddings cannot be compared; give that model, or embed the images again "
-            "into another folder"
+            f"open_index: {folder} must hold embeddings of this model, {mine}, got those of {description['model']} "
+            f"from {description['model_path']}; use that model, or embed the images again into another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""What came of image files, a line of JSON each, written as it comes; a killed run goes on where it stopped."""
+"""Results of a run over image files, as JSON lines that are written batch by batch, so a killed run can continue."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,19 +10,19 @@ from tqdm import tqdm
 from grr.checkpoint.training_state import RunLock
 from grr.files.printable import printable
 
-Row = dict[str, Any]  # "file", and what came of it, or "error" and why nothing did
+Row = dict[str, Any]  # "file" and its results, or "file" and "error"
 
 
 class Outcome(NamedTuple):
-    """How a run over some files ended."""
+    """Counts of a run over image files."""
 
-    done: int  # files that something came of
+    done: int  # files with a result
     before: int  # of these, in earlier runs
-    bad: dict[str, str]  # files that nothing came of, and why
+    bad: dict[str, str]  # file without a result -> cause
 
     @property
     def status(self) -> int:
-        """The exit status of a program: 0 if something came of one file at least."""
+        """Exit status: 0 if at least one file has a result, else 1."""
         return 0 if self.done else 1
 
 
@@ -34,22 +34,22 @@ def write_results(
     *,
     progress: str | None = None,
 ) -> Outcome:
-    """Add what work(files) gives, batch by batch, to output, a line of JSON a file: each batch is on disk as it comes.
+    """Append the rows of work(files) to output, a JSON line per file; each batch is flushed before the next.
 
-    Files that something came of before are passed over; those that nothing came of are tried again. `made_with`, JSON
-    values, is kept beside it, in NAME.made_with.json. Progress is shown under a name, if there is one.
-    Raises ValueError, and changes nothing, if output was made with anything else; BlockingIOError, as RunLock does, if
-    another process writes into the folder of output.
+    Files that already have a result are skipped; files with an error are tried again. `made_with`, of JSON values, is
+    saved beside output in NAME.made_with.json. A progress bar is shown if it is named. Raises ValueError, and changes
+    no file, if output was written with other options; BlockingIOError, as RunLock does, if another process writes into
+    the folder of output.
     """
     made = json.loads(json.dumps(made_with))
     with RunLock(output.parent):
-        _refuse_other(output, made)
-        whole = [row for row in read_results(output) if "error" not in row]  # without errors, and without a torn line
+        _check_made_with(output, made)
+        whole = [row for row in read_results(output) if "error" not in row]  # drops an incomplete last line
         _replace(_beside(output), json.dumps(made, indent=2).encode())
         _replace(output, b"".join(map(_line, whole)))
 
-        known = {row["file"] for row in whole}
-        left = [file for file in files if file not in known]
+        finished = {row["file"] for row in whole}
+        left = [file for file in files if file not in finished]
         done, bad = len(files) - len(left), dict[str, str]()
         with (
             output.open("ab") as lines,
@@ -64,42 +64,38 @@ def write_results(
 
 
 def read_results(output: Path) -> list[Row]:
-    """The rows that were written to output, without a last one that is torn; none if there is no such file."""
+    """Returns the rows of output, without an incomplete last line; none if the file does not exist."""
     return list(_rows(output)) if output.is_file() else []
 
 
-def told(outcome: Outcome, *, what: str) -> str:
-    """How a run ended, for a terminal: "12 images captioned, 3 of them before", and the files that nothing came of."""
+def summary(outcome: Outcome, *, what: str) -> str:
+    """Returns the message of a finished run: "12 images captioned, 3 of them before", and its bad files."""
     first = f"{outcome.done:,} images {what}" + (f", {outcome.before:,} of them before" if outcome.before else "")
     if not outcome.bad:
         return first
-    return "\n".join(
-        [
-            f"{first}; {len(outcome.bad):,} could not be read:",
-            *(f"  {printable(file)}: {printable(why)}" for file, why in outcome.bad.items()),
-        ]
-    )
+    bad = [f"  {printable(file)}: {printable(cause)}" for file, cause in outcome.bad.items()]
+    return "\n".join([f"{first}; {len(bad):,} could not be read:", *bad])
 
 
-def _refuse_other(output: Path, made: dict[str, Any]) -> None:
+def _check_made_with(output: Path, made: dict[str, Any]) -> None:
     if not output.is_file() or output.stat().st_size == 0:
         return
     try:
         there = dict(json.loads(_beside(output).read_bytes()))
     except (OSError, ValueError):
         raise ValueError(
-            f"write_results: {output} is there already, and {_beside(output).name}, which says what it was made with, "
-            "is not beside it; set another file, or move that one away"
+            f"write_results: {output} exists without {_beside(output).name}, which names the model and options that "
+            "it was written with; set another file, or move that one away"
         ) from None
     changed = [
-        f"{key}: {there.get(key)} there, {made.get(key)} here"
+        f"{key}: {there.get(key)} in the file, {made.get(key)} now"
         for key in sorted(there.keys() | made.keys())
         if there.get(key) != made.get(key)
     ]
     if changed:
         raise ValueError(
-            f"write_results: {output} was made with something else ({'; '.join(changed)}); set another "
-            "file or folder, or delete that one to begin anew"
+            f"write_results: {output} was written with other options ({'; '.join(changed)}); set another "
+            "file or folder, or delete that one to start again"
         )
 
 
@@ -108,7 +104,7 @@ def _rows(output: Path) -> Iterator[Row]:
         for line in lines:
             try:
                 row = json.loads(line)
-            except ValueError:  # what a kill left of the last line
+            except ValueError:  # a last line that a killed run did not finish
                 continue
             if line.endswith(b"\n") and isinstance(row, dict) and "file" in row:
                 yield row

@@ -1,4 +1,4 @@
-"""A contrastive captioner: three towers and two poolers, wired as in CoCa (Yu et al. 2022, figure 2)."""
+"""Contrastive captioner: three towers and two poolers, connected as in CoCa (Yu et al. 2022, figure 2)."""
 
 import functools
 import inspect
@@ -27,20 +27,20 @@ from grr.components import (
 )
 from grr.data.collate import IGNORE, right_pad, undo_right_pad
 from grr.data.images import normalize
-from grr.training.loss import at_least_float32, token_losses
+from grr.models.head import at_least_float32, token_losses
 
-VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # what the keys of one sample differ by: the places of its dropout
+VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # folded into a sample's dropout key, so that parts draw differently
 
 
 class VisionTransformer(nn.Module):
-    """Patches through blocks; no final norm.
+    """Vision encoder: patch embedding and blocks, without a final norm.
 
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
-    (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector for the raster index at the start.
-    A class token stands before the patches, p counts it, and its index is 0; `norm` is that of what enters the blocks.
-    sample_keys: int64 [b], the images' keys for dropout, without which it is drawn from torch's generator.
-    Raises ValueError for a class token with two axes, at images that are not floats (bytes were not normalised), and at
-    images of more patches than positions were learned for.
+    (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector per raster index before the blocks. A
+    class token precedes the patches: p counts it, and its index is 0. `norm` is applied before the first block.
+    sample_keys: int64 [b], dropout keys of the images; without them, dropout is drawn from torch's generator.
+    Raises ValueError for a class token with axes=2, for images that are not floats (bytes that were not normalised),
+    and for images with more patches than learned positions.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if class_token is not None and axes == 2:
             raise ValueError(
-                "VisionTransformer: a class token has neither row nor column, got class_token and axes=2; "
-                "leave one of them out"
+                "VisionTransformer: a class token does not have a row and a column, got class_token and axes=2; "
+                "remove one of them"
             )
         self.axes = axes
         self.patches = patches
@@ -72,33 +72,33 @@ class VisionTransformer(nn.Module):
         if not images.is_floating_point():
             raise ValueError(
                 f"VisionTransformer: images must be normalised floats, got {images.dtype}; "
-                "grr.data.images.normalize makes them of bytes"
+                "convert bytes with grr.data.images.normalize"
             )
         x = self.class_token(self.patches(images))  # [b, p, d]
         raster = torch.arange(x.shape[1], device=x.device)  # [p]
         if isinstance(self.positions, LearnedPositions) and len(raster) > len(self.positions.weight):
             raise ValueError(
-                f"VisionTransformer: images of {images.shape[-2]} x {images.shape[-1]} make {len(raster)} "
-                f"places, but only {len(self.positions.weight)} positions were learned; resize the images "
-                "or build it with sinusoidal or rotary positions"
+                f"VisionTransformer: images must have at most {len(self.positions.weight)} tokens, one per learned "
+                f"position, got {len(raster)} in {images.shape[-2]} x {images.shape[-1]} pixels; resize the images, or "
+                "build the encoder with sinusoidal or rotary positions"
             )
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
         entry_keys, block_keys = split_keys(sample_keys, raster, self.blocks, x)
         x = self.dropout(self.norm(x), entry_keys)
         columns = images.shape[-1] // self.patches.patch_size
-        places = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
+        rotary = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
         for block, keys in zip(self.blocks, block_keys, strict=True):
-            x = block(x, positions=places, **keys)
+            x = block(x, positions=rotary, **keys)
         return x
 
 
 class TextDecoder(nn.Module):
-    """Token embeddings through causal blocks that see no image: CoCa's unimodal decoder.
+    """Unimodal text decoder of CoCa: token embeddings and causal blocks, without attention to the image.
 
-    ids: [b, s] -> [b, s, d]. Without positions, ids are as the tokenizer lays them out, and padding is hidden from
-    every token behind it. With positions [s] or [b, s], ids are packed: padding, if any, stands at the end of a row.
-    sample_keys: int64 [b], the texts' keys for dropout, without which it is drawn from torch's generator.
+    ids: [b, s] -> [b, s, d]. Without positions, ids have the layout of the tokenizer, and padding is masked for all
+    later tokens. With positions [s] or [b, s], ids are right-padded. sample_keys: int64 [b], dropout keys of the texts;
+    without them, dropout is drawn from torch's generator.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class TextDecoder(nn.Module):
 
 
 class MultimodalDecoder(nn.Module):
-    """Text vectors through causal blocks that also attend to the image, a final norm, and the vocabulary head.
+    """Multimodal decoder: causal blocks that also attend to the image, a final norm, and the vocabulary head.
 
-    text: [b, s, d], context: [b, n, d], positions: [s] or [b, s] -> [b, s, d], to be read by `head` -> [b, s, v].
-    sample_keys: int64 [b], the samples' keys for dropout, without which it is drawn from torch's generator.
-    Padding must not stand before a token that matters: there is no mask but causality.
+    text: [b, s, d], context: [b, n, d], positions: [s] or [b, s] -> [b, s, d], the input of `head` -> [b, s, v].
+    sample_keys: int64 [b], dropout keys of the samples; without them, dropout is drawn from torch's generator.
+    Rows must be right-padded: the causal mask is the only mask.
     """
 
     def __init__(self, *, blocks: Iterable[Block], norm: nn.Module, head: nn.Linear) -> None:
@@ -171,10 +171,10 @@ class MultimodalDecoder(nn.Module):
 
 
 class LogitScale(nn.Module):
-    """What cosine similarities are multiplied by, and what is added to them: 1 / temperature, and a bias.
+    """Scale and bias of cosine similarities: 1 / temperature, and a constant that is added.
 
-    Constant as in the paper's presets, or learned; the scale is then kept below 100 (CLIP, section 2.5). The bias is
-    for the sigmoid loss (SigLIP starts at -10). Shapes are [1] because FSDP2 cannot shard a scalar.
+    Both are constant, as in the paper's presets, or learned; a learned scale is clamped to 100 (CLIP, section 2.5). The
+    bias is for the sigmoid loss (SigLIP starts at -10). Shapes are [1] because FSDP2 cannot shard a scalar.
     """
 
     def __init__(self, *, temperature: float = 0.07, bias: float = 0.0, learned: bool = False) -> None:
@@ -202,9 +202,9 @@ class LogitScale(nn.Module):
 
 
 class CoCaOutput(NamedTuple):
-    """What one forward pass gives; of logits and token_losses, the one that was asked for.
+    """Output of a forward pass: token_losses if labels were given, else logits.
 
-    What is float32 here is float64 in the output of a model in float64.
+    In a float64 model, the float32 tensors are float64.
     """
 
     image_embeddings: Tensor  # float32 [b, e], unit length
@@ -217,16 +217,15 @@ class CoCaOutput(NamedTuple):
 
 class CoCa(nn.Module):
     """Image -> vision encoder -> generative pooler -> contrastive pooler -> image embedding;
-    text -> unimodal decoder -> the vector at CLS, the text embedding; both -> multimodal decoder -> next tokens.
+    text -> unimodal decoder -> vector at CLS -> text embedding; both -> multimodal decoder -> next tokens.
 
-    images: uint8 [b, 3, h, w], or float of that shape, normalised already; ids: [b, s]; labels: [b, n] for
-    the first n <= s tokens -> CoCaOutput.
-    Any vision encoder that maps images to [b, p, d] and any text decoder that maps ids to [b, s, d] will do; to train
-    on trimmed batches (`collate_captions`), the text decoder must take `positions=`. The contrastive pooler maps
-    [b, n, d] to [b, 1, e]; where e is not d, `text_projection` maps the vector at CLS to it. With labels the vocabulary
-    head runs on labelled positions only, in chunks, and logits are never whole. sample_keys: int64 [b], a key for each
-    sample, from which its dropout is drawn, whatever the batch; a tower whose forward has no argument sample_keys draws
-    its own from torch's generator. Raises ValueError where what the vision encoder gives has not three axes.
+    images: uint8 [b, 3, h, w], or normalised float of that shape; ids: [b, s]; labels: [b, n] for the first n <= s
+    tokens -> CoCaOutput. The vision encoder may be any module that maps images to [b, p, d], the text decoder any that
+    maps ids to [b, s, d]; to train on trimmed batches (`collate_captions`), its forward must take `positions=`. The
+    contrastive pooler maps [b, n, d] to [b, 1, e]; if e is not d, `text_projection` maps the vector at CLS to it. With
+    labels, the vocabulary head runs on labelled positions only, in chunks, so that the logits are never all in memory.
+    sample_keys: int64 [b], a key per sample that decides its dropout in any batch; a tower whose forward does not take
+    sample_keys draws from torch's generator. Raises ValueError if the output of the vision encoder is not [b, p, d].
     """
 
     def __init__(
@@ -255,12 +254,12 @@ class CoCa(nn.Module):
 
     @property
     def dim(self) -> int:
-        """d: the width of the vectors that the multimodal decoder reads, of the text and of the image."""
+        """Width d of the text vectors and image vectors that the multimodal decoder reads."""
         return self.multimodal_decoder.head.in_features
 
     @property
     def pooler_heads(self) -> int:
-        """Heads of the generative pooler, and so of another pooler that is to read this model's vectors."""
+        """Number of heads of the generative pooler; task poolers use the same."""
         poolers = (AttentionPooler, CrossAttention)
         return next(part.num_heads for part in self.generative_pooler.modules() if isinstance(part, poolers))
 
@@ -273,37 +272,37 @@ class CoCa(nn.Module):
         labels: Tensor | None = None,
         sample_keys: Tensor | None = None,
     ) -> CoCaOutput:
-        return self._read(self._context(images, sample_keys), ids, positions, labels, sample_keys)
+        return self._decode(self._context(images, sample_keys), ids, positions, labels, sample_keys)
 
     def embed(
         self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None, sample_keys: Tensor | None = None
     ) -> CoCaOutput:
-        """The embeddings of a forward pass, without what only captions need: same arguments, neither logits nor losses.
+        """Compute the embeddings of `forward`, without logits and losses.
 
-        It draws the same dropout as `forward` does, so that a forward pass can follow with the same embeddings.
+        Dropout is drawn as in `forward`, so that a later forward pass computes the same embeddings (for GradCache).
         """
         return self._output(self._context(images, sample_keys), self._text(ids, positions, sample_keys), ids)
 
     def image_context(self, images: Tensor) -> Tensor:
-        """images -> what the multimodal decoder attends to, [b, n, d]."""
+        """Compute the image vectors that the multimodal decoder attends to: images -> [b, n, d]."""
         return self._context(images)
 
     def from_context(
         self, context: Tensor, ids: Tensor, *, positions: Tensor | None = None, labels: Tensor | None = None
     ) -> CoCaOutput:
-        """The forward pass of images whose `image_context` is known: it can be repeated for each of their captions."""
-        return self._read(context, ids, positions, labels)
+        """Compute `forward` from an `image_context`, which can be repeated for each caption of an image."""
+        return self._decode(context, ids, positions, labels)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images: uint8 or normalised float [b, 3, h, w] -> float32 [b, e] of unit length."""
+        """Embed images: uint8 or normalised float [b, 3, h, w] -> float32 [b, e], unit length."""
         return self._image_embeddings(self._context(images))
 
     def encode_text(self, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
-        """ids: [b, s], CLS the last token that is not PAD -> float32 [b, e] of unit length."""
+        """Embed texts: ids [b, s], in which CLS is the last token that is not PAD -> float32 [b, e], unit length."""
         return self._text_embeddings(self._text(ids, positions), ids)
 
     def caches(self, context_length: int, max_length: int) -> tuple[list[BlockCache], list[BlockCache]]:
-        """Empty caches for the two decoders, to write captions of up to max_length tokens."""
+        """Returns empty caches for the two decoders, for captions of up to max_length tokens."""
 
         def empty(decoder: nn.Module) -> list[BlockCache]:
             blocks = [module for module in decoder.modules() if isinstance(module, Block)]
@@ -314,31 +313,31 @@ class CoCa(nn.Module):
     def next_token_logits(
         self, ids: Tensor, context: Tensor, *, positions: Tensor, caches: tuple[list[BlockCache], list[BlockCache]]
     ) -> Tensor:
-        """Read ids [b, s], which follow those in the caches, and score what comes next: [b, v].
+        """Compute the logits of the next token: ids [b, s], which follow those in the caches -> [b, v].
 
-        Several captions of one image, one below the other, share a row of the context: ids [b n, s] -> [b n, v].
+        Consecutive rows may be n captions of one image that share a row of the context: ids [b n, s] -> [b n, v].
         """
         text = self.text_decoder(ids, positions=positions, caches=caches[0])
         hidden = self.multimodal_decoder(text, context, positions=positions, caches=caches[1])
         return self.multimodal_decoder.head(hidden[:, -1])
 
-    # The public methods above never call each other: FSDP2 wraps each of them as an entrance of its own.
+    # The public methods above do not call each other, because FSDP2 wraps each as a separate entry point.
 
     def _context(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
-        if seen.ndim != 3:
+        patches = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
+        if patches.ndim != 3:
             raise ValueError(
-                f"CoCa: vision_encoder must map images to [b, p, d], got {list(seen.shape)} of "
+                f"CoCa: vision_encoder must map images to [b, p, d], got {list(patches.shape)} of "
                 f"{len(images)} images; flatten rows and columns into p, and put d last"
             )
-        return self.generative_pooler(self.pooler_norm(seen))
+        return self.generative_pooler(self.pooler_norm(patches))
 
     def _text(self, ids: Tensor, positions: Tensor | None, sample_keys: Tensor | None = None) -> Tensor:
         keys = tower_keys(self.text_decoder, sample_keys, TEXT)
-        packed = {} if positions is None else {"positions": positions}
-        return self.text_decoder(ids, **packed, **keys)
+        given = {} if positions is None else {"positions": positions}  # an encoder may not take positions
+        return self.text_decoder(ids, **given, **keys)
 
-    def _read(
+    def _decode(
         self,
         context: Tensor,
         ids: Tensor,
@@ -352,7 +351,7 @@ class CoCa(nn.Module):
         if labels is None:
             hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
             return output._replace(logits=self.multimodal_decoder.head(hidden))  # [b, s, v]
-        s = labels.shape[1]  # no label, no need of a hidden vector
+        s = labels.shape[1]  # hidden vectors beyond the labels are not needed
         positions = None if positions is None else positions[..., :s]
         hidden = self.multimodal_decoder(text[:, :s], context, positions=positions, **keys)  # [b, s, d]
         labelled = labels != IGNORE
@@ -367,16 +366,15 @@ class CoCa(nn.Module):
         return F.normalize(at_least_float32(self.contrastive_pooler(context)[:, 0]), dim=-1)
 
     def _text_embeddings(self, text: Tensor, ids: Tensor) -> Tensor:
-        """The vector at CLS, which is the last token that is not PAD, in the tokenizer's layout and in packed rows."""
-        place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
-        cls = place.argmax(dim=1)  # [b]
-        read = text[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
-        return F.normalize(at_least_float32(self.text_projection(read)), dim=-1)
+        """Embed the vector at CLS, the last token that is not PAD in the tokenizer's layout and right-padded."""
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
+        at_cls = text[torch.arange(len(ids), device=ids.device), index.argmax(dim=1)]  # [b, d]
+        return F.normalize(at_least_float32(self.text_projection(at_cls)), dim=-1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards, also after an error, each module is in the mode that it was in."""
+    """Set a model to evaluation mode for the block; then restore the mode of each module, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -387,14 +385,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def encode_pixels(encoder: nn.Module, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-    """Normalise images, cast them to the dtype of the encoder (bfloat16 where the run computes in it), encode them."""
+    """Normalise images, cast them to the dtype of the encoder (for example bfloat16), and encode them."""
     x = normalize(images)
     dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
     return encoder(x.to(dtype), **tower_keys(encoder, sample_keys, VISION))
 
 
 def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dict[str, Tensor]:
-    """The argument sample_keys of a tower, other ones for each number; none if it does not take any."""
+    """Returns the keyword argument sample_keys of a tower, different for each number; empty if it takes none."""
     if sample_keys is None or not _takes(type(tower).forward, "sample_keys"):
         return {}
     return {"sample_keys": fold_in(sample_keys, torch.full_like(sample_keys, number))}
@@ -403,7 +401,7 @@ def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dic
 def split_keys(
     sample_keys: Tensor | None, positions: Tensor, blocks: Iterable[nn.Module], x: Tensor
 ) -> tuple[DropoutKeys | None, list[dict[str, Any]]]:
-    """The keys of what enters the blocks, x [b, s, d], and the argument dropout_keys of each block that takes it."""
+    """Returns the dropout keys of the input of the blocks, x [b, s, d], and the keyword arguments of each block."""
     forwards = [type(block).forward for block in blocks]
     if sample_keys is None:
         return None, [{} for _ in forwards]

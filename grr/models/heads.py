@@ -1,30 +1,22 @@
-"""Heads: the parts of a contrastive captioner as a classifier of images, or of images with a text.
+"""Task heads: classifiers of images, or of images with a text, on the parts of a contrastive captioner.
 
-A head keeps the parts of a CoCa by reference and under the names that they have there, so that a trained model fills
-them; what it adds is its own, and new. All heads are called alike: head(images, ids, positions=positions) -> logits.
-In training, sample_keys= key their dropout as they do in `CoCa`.
+A head references the parts of a CoCa under the same names, so that weights of a trained CoCa load into it; its
+other parts are initialised. All heads have the call head(images, ids, positions=positions) -> logits. In training,
+sample_keys= are dropout keys as in `CoCa`.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from grr.checkpoint.training_state import read_progress
 from grr.components import AttentionPooler, Dropout, DropoutKeys, RMSNorm, dropout_keys, fold_in
 from grr.data.collate import right_pad
-from grr.data.images import Crop
-from grr.inference.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
 from grr.models.coca import CLASSIFIER, MULTIMODAL, TEXT, CoCa, MultimodalDecoder, encode_pixels, tower_keys
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
 
 
 class Head(nn.Module):
-    """What all heads have: the image side of a CoCa, dropout, and a linear layer that scores the classes."""
+    """Base class of heads: the image side of a CoCa, dropout, and a linear layer that scores the classes."""
 
     def __init__(self, coca: CoCa, *, classifier: nn.Linear, dropout: float = 0.0) -> None:
         super().__init__()
@@ -35,22 +27,22 @@ class Head(nn.Module):
         self.classifier = classifier
 
     def _context(self, images: Tensor, sample_keys: Tensor | None) -> Tensor:
-        seen = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
-        return self.generative_pooler(self.pooler_norm(seen))  # [b, n, d]
+        patches = encode_pixels(self.vision_encoder, images, sample_keys)  # [b, p, d]
+        return self.generative_pooler(self.pooler_norm(patches))  # [b, n, d]
 
-    def _classify(self, read: Tensor, sample_keys: Tensor | None) -> Tensor:
-        """The vectors that are classified [b, d] -> logits [b, c]."""
+    def _classify(self, x: Tensor, sample_keys: Tensor | None) -> Tensor:
+        """Score the classes of vectors: [b, d] -> logits [b, c]."""
         if sample_keys is None:
-            return self.classifier(self.dropout(read))
-        own = fold_in(sample_keys, torch.full_like(sample_keys, CLASSIFIER))
-        rows, columns = dropout_keys(own, own.new_zeros(1), 1, read.shape[-1])  # [1, b, 1], [d]
-        return self.classifier(self.dropout(read, DropoutKeys(rows[0, :, 0], columns)))
+            return self.classifier(self.dropout(x))
+        keys = fold_in(sample_keys, torch.full_like(sample_keys, CLASSIFIER))
+        rows, columns = dropout_keys(keys, keys.new_zeros(1), 1, x.shape[-1])  # [1, b, 1], [d]
+        return self.classifier(self.dropout(x, DropoutKeys(rows[0, :, 0], columns)))
 
 
 class ImageClassifier(Head):
-    """Image -> vision encoder -> generative pooler -> one more query, the task's own -> norm -> a logit for each class.
+    """Image classifier: vision encoder, generative pooler, a task pooler of one query, norm, a logit per class.
 
-    images: uint8 or normalised float [b, 3, h, w] -> [b, c]; ids are not read. The text towers are left behind.
+    images: uint8 or normalised float [b, 3, h, w] -> [b, c]; ids are ignored. The text towers are not used.
     Source: CoCa, section 3.2 (a pooler for each task) and 4.2 (image classification).
     """
 
@@ -69,17 +61,16 @@ class ImageClassifier(Head):
         positions: Tensor | None = None,
         sample_keys: Tensor | None = None,
     ) -> Tensor:
-        read = self.norm(self.task_pooler(self._context(images, sample_keys))[:, 0])  # [b, d]
-        return self._classify(read, sample_keys)  # [b, c]
+        x = self.norm(self.task_pooler(self._context(images, sample_keys))[:, 0])  # [b, d]
+        return self._classify(x, sample_keys)  # [b, c]
 
 
 class ImageTextClassifier(Head):
-    """A text, a question or a statement, goes through both decoders, of which the second sees the image; the vector at
-    CLS has read all of it -> a logit for each class.
+    """Classifier of an image with a text (question or statement): a logit per class from the multimodal vector at CLS.
 
-    images: uint8 or normalised float [b, 3, h, w], ids: [b, s], CLS the last token that is not PAD; without positions
-    as the tokenizer lays them out, with positions [s] or [b, s] packed -> [b, c]. The contrastive pooler and the
-    vocabulary head are left behind. Source: CoCa, section 4.2 (multimodal understanding).
+    images: uint8 or normalised float [b, 3, h, w], ids: [b, s], in which CLS is the last token that is not PAD -> [b,
+    c]. Without positions, ids have the layout of the tokenizer; with positions [s] or [b, s], they are right-padded.
+    The contrastive pooler and the vocabulary head are not used. Source: CoCa, section 4.2 (multimodal understanding).
     """
 
     def __init__(self, coca: CoCa, *, classifier: nn.Linear, dropout: float = 0.0) -> None:
@@ -89,7 +80,7 @@ class ImageTextClassifier(Head):
         self.multimodal_decoder = MultimodalDecoder(
             blocks=coca.multimodal_decoder.blocks,  # type: ignore[arg-type]  # a ModuleList is iterable
             norm=coca.multimodal_decoder.norm,
-            head=nn.Identity(),  # type: ignore[arg-type]  # classes are scored instead of words
+            head=nn.Identity(),  # type: ignore[arg-type]  # the classifier replaces the vocabulary head
         )
 
     def forward(
@@ -102,15 +93,15 @@ class ImageTextClassifier(Head):
         keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
         context = self._context(images, sample_keys)
         hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
-        cls = (ids != self.pad_id).sum(dim=1) - 1  # [b]: padding stands behind it
-        read = hidden[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
-        return self._classify(read, sample_keys)  # [b, c]
+        cls = (ids != self.pad_id).sum(dim=1) - 1  # [b]: rows are right-padded
+        at_cls = hidden[torch.arange(len(ids), device=ids.device), cls]  # [b, d]
+        return self._classify(at_cls, sample_keys)  # [b, c]
 
 
 def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageClassifier:
-    """Build a classifier of images on the image side of a CoCa; dropout is that of the vector that is classified.
+    """Build an image classifier on a CoCa; dropout is applied to the vector that is classified.
 
-    Raises ValueError if there are fewer than two classes.
+    Raises ValueError if num_classes is below 2.
     """
     classifier = _linear("image_classifier", coca, num_classes)
     return ImageClassifier(
@@ -123,9 +114,9 @@ def image_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> I
 
 
 def image_text_classifier(coca: CoCa, num_classes: int, *, dropout: float = 0.0) -> ImageTextClassifier:
-    """Build a classifier of images with a text on a CoCa: visual question answering, visual entailment.
+    """Build a classifier of images with a text on a CoCa, for visual question answering or visual entailment.
 
-    Raises ValueError if there are fewer than two classes.
+    Raises ValueError if num_classes is below 2.
     """
     classifier = _linear("image_text_classifier", coca, num_classes)
     return ImageTextClassifier(coca, classifier=classifier, dropout=dropout)
@@ -137,69 +128,7 @@ HEADS: dict[str, Callable[..., Head]] = {
 }
 
 
-def load_parts(source: Pretrained, head: nn.Module) -> None:
-    """Fill the parts that a head has of a trained CoCa, plain or sharded; what the head adds is left as it is.
-
-    Called by all processes alike; each holds all weights of the CoCa for a moment, in the memory of the CPU.
-    """
-    with torch.device("meta"):
-        coca = build_pretrained(source)
-    coca.to_empty(device="cpu")
-    load_weights(source, coca)
-    wanted = get_model_state_dict(head)
-    parts = {name: value for name, value in coca.state_dict().items() if name in wanted}
-    set_model_state_dict(head, parts, options=StateDictOptions(full_state_dict=True, strict=False))
-
-
-class LoadedClassifier(NamedTuple):
-    """A classifier ready for use, and how to prepare what it reads."""
-
-    model: Head
-    classes: list[str]
-    tokenizer: Tokenizer
-    image_size: int
-    crop: Crop
-
-
-def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedClassifier:
-    """Open a trained classifier, in evaluation mode: a run's folder, its model/ or one of its checkpoints.
-
-        model, classes, tokenizer, image_size, crop = load_classifier("runs/vqa")
-        ids = torch.tensor([tokenizer.encode("what is on the left")])[:, :-1]
-        answer = classes[model(load_image("photo.jpg", size=image_size, crop=crop)[None], ids).argmax()]
-
-    Raises as `find_pretrained` does, and ValueError if what is there is no classifier.
-    """
-    source = find_pretrained(path)
-    file = source.path / "config.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_progress(source.path)["model"]
-    if "head" not in saved:
-        raise ValueError(
-            f"load_classifier: {source.path} is a model without a head; train one on it with "
-            "recipes/finetune_classifier.py, or open it with grr.inference.pretrained.load_pretrained"
-        )
-    head, classes = saved["head"], saved.get("classes")
-    if head not in HEADS or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(
-            f"load_classifier: {source.path} must name a head, one of {', '.join(HEADS)}, and its classes "
-            f"by texts, got {head!r} and {str(classes)[:80]}; was its description edited?"
-        )
-    with torch.device("meta"):
-        model = HEADS[head](build_pretrained(source), len(classes))
-    model.to_empty(device=device)
-    load_weights(source, model)
-    tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
-    return LoadedClassifier(model.eval(), saved["classes"], tokenizer, source.arguments["image_size"], source.crop)
-
-
-def describe_classifier(
-    builder: str, arguments: dict[str, Any], crop: Crop, head: str, classes: list[str]
-) -> dict[str, Any]:
-    """What `load_classifier` reads: as JSON, to be saved beside the weights."""
-    return {**describe(builder, arguments, crop), "head": head, "classes": classes}
-
-
 def _linear(who: str, coca: CoCa, num_classes: int) -> nn.Linear:
     if num_classes < 2:
-        raise ValueError(f"{who}: there must be at least two classes to choose from, got {num_classes=}")
+        raise ValueError(f"{who}: num_classes must be at least 2, got {num_classes=}; check the classes of the data")
     return nn.Linear(coca.dim, num_classes)

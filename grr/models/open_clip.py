@@ -1,9 +1,9 @@
-"""open_clip's contrastive captioners (Ilharco et al. 2021) out of the primitives of this library, for its weights.
+"""Contrastive captioners of open_clip (Ilharco et al. 2021), built from the primitives of this library.
 
 They differ from the CoCa of the paper. The ViT has a class token. There is one pooler, whose queries are normalised and
-projected; the first of its 256 vectors is the image embedding and the others are what captions read. The text at CLS is
-normalised and projected. A block of the multimodal decoder that reads the text and one that reads the image take turns,
-each with an MLP. `grr.export.convert` fills these models from open_clip's checkpoints.
+projected; the first of its 256 vectors is the image embedding, and captions attend to the others. The vector at CLS is
+normalised and projected. In the multimodal decoder, blocks of self-attention and of cross-attention alternate, each
+with an MLP. `grr.export.convert` converts checkpoints of open_clip to these models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,6 @@ from grr.components import (
     PatchEmbedding,
     SelfAttention,
 )
-from grr.models.builders import preset
 from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
 
 
@@ -49,12 +48,12 @@ def open_clip_coca(
 ) -> CoCa:
     """Build open_clip's CoCa; the defaults are its ViT-B/32.
 
-    `dim` is the width of text, of pooled vectors and of embeddings. `vocab_size` and `context_length` count CLS, which
-    open_clip keeps apart: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With `correct_cls_mask` CLS
-    reads the caption and no padding, which is right, faster on short captions, and not what the released weights were
-    trained with (see `PaddedTextDecoder`). Images are normalised as everywhere in this library; the converter puts the
-    difference to CLIP's constants into the patch embedding, whose bias open_clip lacks. Raises ValueError if image_size
-    is not a multiple of patch_size, or a width not of its heads.
+    `dim` is the width of text, pooled vectors and embeddings. `vocab_size` and `context_length` include CLS, which
+    open_clip stores separately: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With
+    `correct_cls_mask`, CLS attends to the caption and not to padding. That is correct and faster on short captions, but
+    the released weights were trained otherwise (see `PaddedTextDecoder`). Images are normalised with the constants of
+    this library; the converter adds the difference from CLIP's constants to the patch embedding, which does not have a
+    bias in open_clip. Raises ValueError if image_size is not a multiple of patch_size, or a width of its heads.
     """
     if image_size % patch_size:
         raise ValueError(
@@ -62,7 +61,7 @@ def open_clip_coca(
         )
     num_patches = (image_size // patch_size) ** 2
     decoder = TextDecoder if correct_cls_mask else PaddedTextDecoder
-    reading_patches = CrossAttention(dim, pooler_heads, context_dim=vision_dim, context_norm=LayerNorm(vision_dim))
+    patch_attention = CrossAttention(dim, pooler_heads, context_dim=vision_dim, context_norm=LayerNorm(vision_dim))
     return CoCa(
         vision_encoder=VisionTransformer(
             patches=PatchEmbedding(vision_dim, patch_size),
@@ -73,7 +72,7 @@ def open_clip_coca(
             dropout=dropout,
         ),
         generative_pooler=nn.Sequential(
-            CrossAttentionPooler(dim, num_queries, norm=LayerNorm(dim), attention=reading_patches),
+            CrossAttentionPooler(dim, num_queries, norm=LayerNorm(dim), attention=patch_attention),
             LayerNorm(dim),
         ),
         contrastive_pooler=FirstVector(dim),
@@ -85,7 +84,7 @@ def open_clip_coca(
         ),
         text_projection=nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim, bias=False)),
         multimodal_decoder=MultimodalDecoder(
-            blocks=_taking_turns(dim, num_heads, multimodal_layers, dropout),
+            blocks=_alternating_blocks(dim, num_heads, multimodal_layers, dropout),
             norm=LayerNorm(dim),
             head=HeadWithoutLast(dim, vocab_size),
         ),
@@ -93,25 +92,59 @@ def open_clip_coca(
     )
 
 
-open_clip_coca_vit_b_32 = preset(
-    open_clip_coca,
-    "open_clip_coca_vit_b_32",
-    """open_clip's coca_ViT-B-32: 253.6 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
-    mscoco_finetuned_laion2b_s13b_b90k.""",
-)
+def open_clip_coca_vit_b_32(
+    *,
+    vocab_size: int = 49_409,
+    context_length: int = 77,
+    image_size: int = 224,
+    patch_size: int = 32,
+    vision_dim: int = 768,
+    vision_heads: int = 12,
+    vision_layers: int = 12,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 512,
+    num_heads: int = 8,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = False,
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
+    """Build open_clip's coca_ViT-B-32: 253.6 M parameters.
 
-open_clip_coca_vit_l_14 = preset(
-    open_clip_coca,
-    "open_clip_coca_vit_l_14",
-    """open_clip's coca_ViT-L-14: 638.5 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
-    mscoco_finetuned_laion2b_s13b_b90k.""",
-    patch_size=14,
-    vision_dim=1024,
-    vision_heads=16,
-    vision_layers=24,
-    dim=768,
-    num_heads=12,
-)
+    Released as laion2b_s13b_b90k, and fine-tuned on COCO as mscoco_finetuned_laion2b_s13b_b90k.
+    Raises ValueError as `open_clip_coca` does.
+    """
+    return open_clip_coca(**locals())
+
+
+def open_clip_coca_vit_l_14(
+    *,
+    vocab_size: int = 49_409,
+    context_length: int = 77,
+    image_size: int = 224,
+    patch_size: int = 14,
+    vision_dim: int = 1024,
+    vision_heads: int = 16,
+    vision_layers: int = 24,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 768,
+    num_heads: int = 12,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = False,
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
+    """Build open_clip's coca_ViT-L-14: 638.5 M parameters.
+
+    Released as laion2b_s13b_b90k, and fine-tuned on COCO as mscoco_finetuned_laion2b_s13b_b90k.
+    Raises ValueError as `open_clip_coca` does.
+    """
+    return open_clip_coca(**locals())
+
 
 OPEN_CLIP_MODELS: dict[str, Callable[..., CoCa]] = {
     "open_clip_coca": open_clip_coca,
@@ -121,13 +154,13 @@ OPEN_CLIP_MODELS: dict[str, Callable[..., CoCa]] = {
 
 
 class PaddedTextDecoder(TextDecoder):
-    """A unimodal decoder with open_clip's mask, a fault that its released weights were trained with.
+    """Unimodal decoder with open_clip's padding mask, a fault that its released weights were trained with.
 
-    The mask was to hide padding, and stands one place too far: a token is hidden from all others where the one before
-    it is PAD. So CLS reads the first PAD behind the caption; and itself only if the caption leaves no room for PAD.
-    No caption that is written depends on it. ids, positions: as `TextDecoder` takes them; packed rows are laid out with
-    their PAD again, and give the same. Source: open_clip 3.3, transformer.py, which has the right mask as an option,
-    `correct_cls_mask`, that no released configuration sets.
+    The mask is shifted by one token: a token is masked if the token before it is PAD. So CLS attends to the first PAD
+    after the caption, and to itself only if the caption leaves no room for PAD. Generated captions do not depend on it.
+    ids, positions: as in `TextDecoder`; right-padded rows are returned to the tokenizer's layout, with the same result.
+    Source: open_clip 3.3, transformer.py, which has the correct mask as an option, `correct_cls_mask`, that none of its
+    released configurations sets.
     """
 
     def forward(
@@ -138,7 +171,7 @@ class PaddedTextDecoder(TextDecoder):
         caches: Sequence[BlockCache | None] | None = None,
         sample_keys: Tensor | None = None,
     ) -> Tensor:
-        if caches is not None:  # a caption that is being written has neither PAD nor CLS
+        if caches is not None:  # during generation, ids contain neither PAD nor CLS
             return super().forward(ids, positions=positions, caches=caches)
         assert isinstance(self.positions, LearnedPositions)
         if positions is not None:
@@ -147,17 +180,17 @@ class PaddedTextDecoder(TextDecoder):
             x = self(rows, sample_keys=sample_keys)  # [b, context, d]
             return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         x = self.embedding(ids)  # [b, s, d]
-        places = torch.arange(ids.shape[1], device=ids.device)  # [s]
-        entry_keys, block_keys = split_keys(sample_keys, places, self.blocks, x)
-        x = self.dropout(x + self.positions(places).to(x.dtype), entry_keys)
-        seen = F.pad(ids[:, :-1] != self.pad_id, (1, 0), value=True)  # [b, s]
+        index = torch.arange(ids.shape[1], device=ids.device)  # [s]
+        entry_keys, block_keys = split_keys(sample_keys, index, self.blocks, x)
+        x = self.dropout(x + self.positions(index).to(x.dtype), entry_keys)
+        visible = F.pad(ids[:, :-1] != self.pad_id, (1, 0), value=True)  # [b, s]
         for block, keys in zip(self.blocks, block_keys, strict=True):
-            x = block(x, mask=seen[:, None, None], **keys)
+            x = block(x, mask=visible[:, None, None], **keys)
         return x
 
 
 class FirstVector(nn.Module):
-    """Project the first of some vectors without a bias: [b, n, d] -> [b, 1, d]."""
+    """Linear projection of the first vector, without a bias: [b, n, d] -> [b, 1, d]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -168,17 +201,14 @@ class FirstVector(nn.Module):
 
 
 class NormOfTheRest(LayerNorm):
-    """Normalise all vectors but the first, and leave that out: [b, n, d] -> [b, n - 1, d]."""
+    """LayerNorm of all vectors but the first, which is dropped: [b, n, d] -> [b, n - 1, d]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, 1:])
 
 
 class HeadWithoutLast(nn.Linear):
-    """A vocabulary head without bias that never writes the last id, CLS: its logit is minus infinity, without weights.
-
-    [..., d] -> [..., v].
-    """
+    """Vocabulary head without bias, in which the logit of the last id, CLS, is minus infinity: [..., d] -> [..., v]."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size - 1, bias=False)
@@ -198,8 +228,8 @@ def _block(dim: int, num_heads: int, *, causal: bool, dropout: float) -> Block:
     )
 
 
-def _taking_turns(dim: int, num_heads: int, num_layers: int, dropout: float) -> Iterator[Block]:
-    """A block that reads the text, one that reads the image, and so on."""
+def _alternating_blocks(dim: int, num_heads: int, num_layers: int, dropout: float) -> Iterator[Block]:
+    """Yield pairs of blocks: self-attention over the text, then cross-attention to the image."""
     for _ in range(num_layers):
         yield _block(dim, num_heads, causal=True, dropout=dropout)
         yield Block(

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from grr.data.image_files import thumbnails
-from grr.inference.index import Found
+from grr.inference.index import SearchResult
 from grr.inference.results import Row
 from grr.reports.charts import percent
 from grr.reports.page import header, section, write_page
@@ -34,7 +34,7 @@ def write_classes(path: Path, rows: Sequence[Row], *facts: str) -> Path:
     return _write(path, "Classes", note, rows, facts)
 
 
-def write_hits(path: Path, found: Sequence[Found], *facts: str) -> Path:
+def write_hits(path: Path, found: Sequence[SearchResult], *facts: str) -> Path:
     """Write a page of queries, texts or images, and the images nearest to each; return its path."""
     files = chain.from_iterable(
         [*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)] for one in found

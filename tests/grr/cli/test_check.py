@@ -101,7 +101,7 @@ def test_validating_on_the_training_data_is_told(photos):
         ("run.batch_size=64", "steps", "at most the number of images, got batch_size=64 for 32 images"),
         ("model.patch_size=7", "model", "image_size must be a multiple of patch_size"),
         ("tokenizer.path=spiece.model", "tokenizer", "there is no file spiece.model"),
-        ("tokenizer.vocab_size=8", "tokenizer", "no vocabulary of vocab_size=8 can be trained"),
+        ("tokenizer.vocab_size=8", "tokenizer", "a vocabulary of vocab_size=8 cannot be trained"),
         ("schedule.warmup_steps=80", "schedule", "warmup takes 80 steps, and the whole run 80"),
         ("schedule.min_lr=1.0", "steps", "min_lr must not be above the optimizer's lr"),
     ],

@@ -1,4 +1,4 @@
-"""Captions of image files are those that the model writes of each alone, and belong to the model that wrote them."""
+"""Captions of image files equal those of single images, and one output file holds those of one model."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 
 @pytest.mark.parametrize("generation", [None, {"num_beams": 2, "max_new_tokens": 3}])
-def test_each_caption_is_the_one_of_the_image_alone(trained, files, generation):
+def test_each_caption_equals_that_of_a_single_image(trained, files, generation):
     rows = [row for some in caption_images(trained, files, generation, batch_size=4) for row in some]
     for row in rows[:-1]:
         if "error" not in row:
@@ -30,27 +30,25 @@ def test_the_captions_name_the_colours(trained, files):
         assert captions[file] == (f"a {name} picture" if name in COLOURS else None)
 
 
-def test_other_options_or_weights_do_not_go_into_the_same_file(trained, files, tmp_path, colour_run):
+def test_other_options_or_weights_are_refused_for_the_same_file(trained, files, tmp_path, colour_run):
     output = tmp_path / "captions.jsonl"
     assert caption_files(trained, files, output).done == 6
     assert caption_files(trained, files, output).before == 6
-    with pytest.raises(
-        ValueError, match=r"made with something else \(generation: \{\} there, \{'num_beams': 2\} here\)"
-    ):
+    with pytest.raises(ValueError, match=r"other options \(generation: \{\} in the file, \{'num_beams': 2\} now\)"):
         caption_files(trained, files, output, {"num_beams": 2})
     other = load_pretrained(colour_run)
     with torch.no_grad():
         other.model.multimodal_decoder.head.weight[5] += 1
-    with pytest.raises(ValueError, match=r"made with something else \(model: \w+ there, \w+ here\)"):
+    with pytest.raises(ValueError, match=r"written with other options \(model: \w+ in the file, \w+ now\)"):
         caption_files(other, files, output)
     assert len(read_results(output)) == 7
 
 
-def test_captions_are_written_in_half_precision_too(files, colour_run):
+def test_bfloat16_models_caption(files, colour_run):
     (rows,) = caption_images(load_pretrained(colour_run, dtype=torch.bfloat16), files)
     assert {"a red picture", "a blue picture"} <= {row.get("caption") for row in rows}
 
 
-def test_a_wrong_option_is_the_fault_of_the_option(trained, files, tmp_path):
-    with pytest.raises(ValueError, match="generate: num_beams must be 1"):
+def test_an_option_out_of_range_is_refused(trained, files, tmp_path):
+    with pytest.raises(ValueError, match="generate: num_beams must be at least 1"):
         caption_files(trained, files, tmp_path / "captions.jsonl", {"num_beams": 0})

@@ -1,4 +1,4 @@
-"""Classes of image files are softmax(cosine / temperature) over all names, the likeliest first."""
+"""Probabilities of classes are softmax(cosine / temperature) over all names, the most probable first."""
 
 import math
 import re
@@ -29,27 +29,27 @@ def test_probabilities_are_the_formula_in_float64(trained, files):
     assert rows[-1]["error"] == "not a readable image: the file is empty"
 
 
-def test_the_colours_are_known_by_their_names(trained, files):
+def test_colours_are_classified_by_their_names(trained, files):
     (rows,) = classify_images(trained, files, COLOURS, templates=TEMPLATES, top=9)
     assert [row["classes"][0] for row in rows[:-1]] == sorted(COLOURS)
     assert all(len(row["classes"]) == 6 and sum(row["probabilities"]) == pytest.approx(1) for row in rows[:-1])
 
 
-def test_equally_likely_classes_stand_in_the_order_given(trained, files):
-    same = ["red ", " red", "red"]  # the tokenizer reads one and the same
+def test_classes_of_equal_probability_keep_their_order(trained, files):
+    same = ["red ", " red", "red"]  # the tokenizer encodes all alike
     (rows,) = classify_images(trained, files, same, templates=TEMPLATES)
     assert all(row["classes"] == same for row in rows[:-1])
 
 
-def test_other_classes_do_not_go_into_the_same_file(trained, files, tmp_path):
+def test_other_classes_are_refused_for_the_same_file(trained, files, tmp_path):
     output = tmp_path / "classes.jsonl"
     assert classify_files(trained, files, COLOURS, output).done == 6
     assert classify_files(trained, files, COLOURS, output).before == 6
-    with pytest.raises(ValueError, match=r"made with something else \(classes: "):
+    with pytest.raises(ValueError, match=r"written with other options \(classes: "):
         classify_files(trained, files, COLOURS[:3], output)
 
 
-def test_no_class_twice_and_top_at_least_one(trained, files):
+def test_a_repeated_class_and_top_0_are_refused(trained, files):
     with pytest.raises(ValueError, match="class_embeddings: each class must have a name of its own, got 'red'"):
         next(classify_images(trained, files, ["red", "red"]))
     with pytest.raises(ValueError, match="classify_images: top must be at least 1, got top=0"):
@@ -63,7 +63,7 @@ def test_classes_are_read_from_a_text_file(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         read_classes(file)
-    with pytest.raises(FileNotFoundError, match="read_classes: there is no file of classes"):
+    with pytest.raises(FileNotFoundError, match=r"read_classes: the file of classes .* does not exist"):
         read_classes(tmp_path / "nowhere.txt")
 
 
@@ -81,10 +81,10 @@ def test_typed_names_are_separated_by_commas_outside_quotes(typed, names):
     assert split_classes(typed) == names
 
 
-def test_what_the_message_of_a_double_name_advises_can_be_typed(trained, files):
+def test_the_remedy_for_a_repeated_name_can_be_typed(trained, files):
     with pytest.raises(ValueError, match="'crane' more than once") as error:
         next(classify_images(trained, files, split_classes("crane, a bird,crane, a machine")))
     (advised,) = re.findall(r'as in (".*"), with the quotes, or in a file', str(error.value))
     assert split_classes(advised) == ["crane, a bird", "crane, a machine"]
-    with pytest.raises(ValueError, match="split_classes: a name begins and ends with a double quote or has none"):
+    with pytest.raises(ValueError, match="split_classes: a double quote must be closed after its name"):
         split_classes('"crane, a bird')

@@ -63,7 +63,7 @@ def made_of(parts: list[torch.Tensor]) -> Index:
     copies=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_search_equals_brute_force_whatever_the_chunks_and_equal_images_stand_in_their_order(
+def test_a_search_equals_brute_force_for_any_chunks_and_keeps_the_order_of_equal_images(
     lengths, q, top, chunk, copies, seed
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -89,16 +89,16 @@ def test_a_search_equals_brute_force_whatever_the_chunks_and_equal_images_stand_
     [
         (torch.ones(1, 8), 1, "queries must be of unit length"),
         (torch.full((1, 8), torch.nan), 1, "queries must be of unit length"),
-        (torch.ones(1, 7), 1, r"queries must be \[q, 8\], as wide as the index, got \[1, 7\]"),
+        (torch.ones(1, 7), 1, r"queries must be \[q, 8\], the width of the index, got \[1, 7\]"),
         (torch.eye(8), 0, "top must be at least 1, got top=0"),
     ],
 )
-def test_a_query_that_does_not_fit_is_refused(queries, top, message):
+def test_a_query_of_another_width_or_length_is_refused(queries, top, message):
     with pytest.raises(ValueError, match=f"search: {message}"):
         made_of([torch.eye(8)]).search(queries, top=top)
 
 
-def test_what_is_on_disk_is_what_the_model_makes_of_each_image(trained, pictures, tmp_path, colour_run):
+def test_stored_embeddings_equal_those_of_single_images(trained, pictures, tmp_path, colour_run):
     outcome = embed_files(trained, pictures, tmp_path / "index", colour_run)
     assert (outcome.done, outcome.before, list(outcome.bad)) == (12, 0, [str(tmp_path / "pictures/no.png")])
     opened = open_index(tmp_path / "index", trained)
@@ -132,11 +132,11 @@ def test_texts_and_images_find_the_images_of_their_colour(trained, pictures, tmp
     assert bad == {str(tmp_path / "bad.jpg"): "not a readable image: the file is empty"}
     assert as_text(found[:1]).splitlines()[0] == "a blue picture"
     assert as_text(found[:1]).splitlines()[1].endswith("blue0.png")
-    with pytest.raises(ValueError, match="look_up: a text must say something, got ' '"):
+    with pytest.raises(ValueError, match="look_up: a text must not be blank, got ' '"):
         look_up(trained, open_index(tmp_path / "index"), [" "])
 
 
-def test_files_are_named_from_where_one_is(trained, pictures, tmp_path, colour_run, monkeypatch):
+def test_results_have_paths_relative_to_the_working_directory(trained, pictures, tmp_path, colour_run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     embed_files(trained, find_images("pictures"), "index", colour_run)
     found, _ = look_up(trained, open_index("index"), ["a red picture"], top=1)
@@ -144,7 +144,7 @@ def test_files_are_named_from_where_one_is(trained, pictures, tmp_path, colour_r
     assert as_text(found).endswith("  pictures/red0.png")
 
 
-def test_a_run_that_was_killed_goes_on_behind_its_last_part(trained, pictures, tmp_path, colour_run, monkeypatch):
+def test_a_killed_run_continues_after_its_last_part(trained, pictures, tmp_path, colour_run, monkeypatch):
     monkeypatch.setattr(index, "PART", 4)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     embed_files(trained, pictures, whole, colour_run)
@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_part(trained, pictures, t
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_images_are_added_and_what_was_mended_too(trained, pictures, tmp_path, colour_run):
+def test_new_images_and_repaired_ones_are_added(trained, pictures, tmp_path, colour_run):
     embed_files(trained, pictures[:5], tmp_path / "index", colour_run)
     Image.new("RGB", (9, 9), "red").save(tmp_path / "pictures/no.png")
     outcome = embed_files(trained, pictures, tmp_path / "index", colour_run)
@@ -179,7 +179,7 @@ def test_images_are_added_and_what_was_mended_too(trained, pictures, tmp_path, c
 def test_an_index_of_another_model_is_refused(trained, another, pictures, tmp_path, colour_run):
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     other = load_pretrained(another)
-    message = rf"index was made by another model, \w+ from {colour_run}, not by this one, .*; give that model, or embed"
+    message = rf"index must hold embeddings of this model, \w+, got those of \w+ from {colour_run}; use that model, or"
     for use in (
         lambda: open_index(tmp_path / "index", other),
         lambda: embed_files(other, pictures, tmp_path / "index", another),
@@ -189,7 +189,7 @@ def test_an_index_of_another_model_is_refused(trained, another, pictures, tmp_pa
     assert len(open_index(tmp_path / "index", trained)) == 12
 
 
-def test_a_model_has_one_fingerprint_wherever_it_lies_and_in_either_precision(colour_run, another, tmp_path):
+def test_a_fingerprint_depends_on_neither_the_path_nor_the_precision(colour_run, another, tmp_path):
     shutil.copytree(colour_run / "model", tmp_path / "copy")
     mine = fingerprint(load_pretrained(colour_run))
     assert fingerprint(load_pretrained(tmp_path / "copy")) == mine
@@ -199,8 +199,8 @@ def test_a_model_has_one_fingerprint_wherever_it_lies_and_in_either_precision(co
     assert fingerprint(cut) != mine
 
 
-def test_no_index_an_empty_one_and_a_newer_one_are_told_apart(trained, tmp_path, colour_run):
-    with pytest.raises(FileNotFoundError, match=r"holds no index; make one with recipes/embed\.py"):
+def test_a_missing_an_empty_and_a_newer_index_have_different_errors(trained, tmp_path, colour_run):
+    with pytest.raises(FileNotFoundError, match=r"holds no index; make one with grr embed"):
         open_index(tmp_path)
     (tmp_path / "no.png").touch()
     assert embed_files(trained, [str(tmp_path / "no.png")], tmp_path / "index", colour_run).status == 1
@@ -211,7 +211,7 @@ def test_no_index_an_empty_one_and_a_newer_one_are_told_apart(trained, tmp_path,
     with pytest.raises(ValueError, match="has format 2, this version reads 1; upgrade GRR"):
         open_index(tmp_path / "index")
     file.write_text("{")
-    with pytest.raises(ValueError, match="does not describe an index"):
+    with pytest.raises(ValueError, match="is not the description of an index"):
         open_index(tmp_path / "index")
 
 
@@ -233,7 +233,7 @@ def test_no_index_an_empty_one_and_a_newer_one_are_told_apart(trained, tmp_path,
         lambda folder: ((folder / "part_00000.npy").unlink(), os.mkfifo(folder / "part_00000.npy")),
     ],
 )
-def test_a_damaged_part_is_named_with_what_to_do(trained, pictures, tmp_path, colour_run, damage):
+def test_a_damaged_part_is_named_with_the_remedy(trained, pictures, tmp_path, colour_run, damage):
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     damage(tmp_path / "index")
     with pytest.raises(ValueError, match=r"part_00000 is damaged.*; delete part_00000.json and embed its images again"):
@@ -254,11 +254,11 @@ def test_parts_of_different_widths_are_refused(trained, pictures, tmp_path, colo
 def test_a_description_of_another_shape_is_refused(trained, pictures, tmp_path, colour_run, content):
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     (tmp_path / "index/index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"index.json does not describe an index"):
+    with pytest.raises(ValueError, match=r"index.json is not the description of an index"):
         open_index(tmp_path / "index", trained)
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(trained, pictures, tmp_path, colour_run):
+def test_unfinished_files_of_a_killed_run_are_removed_by_the_next(trained, pictures, tmp_path, colour_run):
     embed_files(trained, pictures, tmp_path / "index", colour_run)
     kept = {file.name for file in (tmp_path / "index").iterdir()}
     for name in ("part_00007.json.tmp", "left_out.json.tmp", "part_00007.npy"):
@@ -282,7 +282,7 @@ def test_two_processes_do_not_write_one_index(trained, pictures, tmp_path, colou
         embed_files(trained, pictures, tmp_path, colour_run)
 
 
-def test_the_command_tells_it_in_a_line(pictures, tmp_path, colour_run, monkeypatch, capsys):
+def test_the_command_prints_the_error_in_one_line(pictures, tmp_path, colour_run, monkeypatch, capsys):
     monkeypatch.setattr(index, "RunLock", functools.partial(RunLock, patience=0.0))
     with RunLock(tmp_path / "index"):
         assert main(["embed", str(colour_run), pictures[0], "--index", str(tmp_path / "index")]) == 1

@@ -1,4 +1,4 @@
-"""Results of files, a line each: whatever a kill leaves, the next run makes whole."""
+"""Results of image files as JSON lines: the next run completes what a killed run left."""
 
 import functools
 import json
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.checkpoint.training_state import RunLock
-from grr.cli import commands
+from grr.cli import models
 from grr.files.printable import printable, printable_lines
 from grr.inference import results
-from grr.inference.results import Outcome, Row, read_results, told, write_results
+from grr.inference.results import Outcome, Row, read_results, summary, write_results
 from grr.reports.table import aligned
 
 NAMES = ["a.jpg", "ü.png", "new\nline.jpg", "not \udcff utf-8.jpg", "line\u2028separator.jpg", "f.jpg", "g.jpg"]
@@ -22,7 +22,7 @@ MADE = {"model": "m", "generation": {"num_beams": 2}}
 
 
 class Worker:
-    """Says how long a name is, two at a time, and keeps what it was asked; `bad` names cannot be read."""
+    """Returns the length of each name, two names per batch, and records the calls; `bad` names are unreadable."""
 
     def __init__(self, bad: tuple[str, ...] = ()) -> None:
         self.asked: list[str] = []
@@ -38,7 +38,7 @@ class Worker:
 
 
 @given(cut=st.floats(0, 1), bad=st.sets(st.sampled_from(NAMES)))
-def test_a_file_cut_at_any_byte_is_completed_and_nothing_whole_is_done_again(cut, bad):
+def test_a_file_cut_at_any_byte_is_completed_without_repeating_whole_lines(cut, bad):
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "out.jsonl")
         write_results(output, NAMES, MADE, Worker(tuple(bad)))
@@ -58,7 +58,7 @@ def test_a_file_cut_at_any_byte_is_completed_and_nothing_whole_is_done_again(cut
     assert sorted(again.asked) == sorted(set(NAMES) - (set(intact) - bad))
 
 
-def test_each_batch_is_on_disk_before_the_next_begins(tmp_path):
+def test_each_batch_is_on_disk_before_the_next_starts(tmp_path):
     output = tmp_path / "deep/out.jsonl"
     counts = []
 
@@ -71,7 +71,7 @@ def test_each_batch_is_on_disk_before_the_next_begins(tmp_path):
     assert counts == list(range(len(NAMES)))
 
 
-def test_what_could_not_be_read_is_tried_again_and_then_forgotten(tmp_path):
+def test_unreadable_files_are_tried_again_and_their_errors_removed(tmp_path):
     output = tmp_path / "out.jsonl"
     first = write_results(output, NAMES, MADE, Worker(bad=("f.jpg",)))
     assert (first.done, first.bad, first.status) == (6, {"f.jpg": "torn"}, 0)
@@ -95,18 +95,18 @@ def test_lines_are_json_of_readable_utf_8(tmp_path):
     assert len(text.split("\n")) == len(NAMES) + 1
 
 
-def test_nothing_done_is_a_failure(tmp_path):
+def test_a_run_without_results_has_status_1(tmp_path):
     assert write_results(tmp_path / "out.jsonl", ["f.jpg"], MADE, Worker(bad=("f.jpg",))).status == 1
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({**MADE, "model": "n"}, r"made with something else \(model: m there, n here\); set another"),
-        ({"model": "m"}, r"made with something else \(generation: \{'num_beams': 2\} there, None here\)"),
+        ({**MADE, "model": "n"}, r"written with other options \(model: m in the file, n now\); set another"),
+        ({"model": "m"}, r"written with other options \(generation: \{'num_beams': 2\} in the file, None now\)"),
     ],
 )
-def test_results_of_something_else_are_refused_and_left_alone(tmp_path, made, message):
+def test_results_with_other_options_are_refused_and_unchanged(tmp_path, made, message):
     output = tmp_path / "out.jsonl"
     write_results(output, NAMES, MADE, Worker())
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -115,14 +115,14 @@ def test_results_of_something_else_are_refused_and_left_alone(tmp_path, made, me
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_file_that_something_else_wrote_is_refused_and_left_alone(tmp_path):
+def test_a_file_of_another_program_is_refused_and_unchanged(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"file": "a.jpg", "caption": "written by hand, for weeks"}\n')
-    with pytest.raises(ValueError, match=r"write_results: .*mine.jsonl is there already, and mine.made_with.json"):
+    with pytest.raises(ValueError, match=r"write_results: .*mine.jsonl exists without mine.made_with.json"):
         write_results(tmp_path / "mine.jsonl", NAMES, MADE, Worker())
     assert "weeks" in (tmp_path / "mine.jsonl").read_text()
 
 
-def test_a_second_writer_is_refused_while_the_first_writes_and_takes_nothing_away(tmp_path, monkeypatch):
+def test_a_second_writer_is_refused_while_the_first_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RunLock", functools.partial(RunLock, patience=0.0))
     output, second = tmp_path / "out.jsonl", Worker()
 
@@ -134,22 +134,22 @@ def test_a_second_writer_is_refused_while_the_first_writes_and_takes_nothing_awa
 
     assert write_results(output, NAMES, MADE, work) == (len(NAMES), 0, {})
     assert [row["file"] for row in read_results(output)] == NAMES
-    assert write_results(output, NAMES, MADE, second) == (len(NAMES), len(NAMES), {})  # the first has let go
+    assert write_results(output, NAMES, MADE, second) == (len(NAMES), len(NAMES), {})  # the first has released the lock
     assert second.asked == []
 
 
-def test_what_is_told_fits_a_terminal():
+def test_the_summary_has_counts_and_printable_file_names():
     outcome = Outcome(1200, 200, {"x\x1b[2J.jpg": "No such file or directory"})
-    assert told(outcome, what="captioned") == (
+    assert summary(outcome, what="captioned") == (
         "1,200 images captioned, 200 of them before; 1 could not be read:\n  'x\\x1b[2J.jpg': No such file or directory"
     )
-    assert told(Outcome(3, 0, {}), what="captioned") == "3 images captioned"
+    assert summary(Outcome(3, 0, {}), what="captioned") == "3 images captioned"
     assert all("\n" not in printable(name) and printable(name).encode() for name in NAMES)
 
 
 def test_a_caption_and_the_name_of_its_file_are_printed_without_control_characters(capsys):
     rows = [{"file": "a\x1b[2J.jpg", "caption": "a \x07 fox"}, {"file": "b\n.jpg", "error": "no \x1b]0;title\x07"}]
-    assert commands._told([rows], lambda row: row["caption"]) == 0
+    assert models._print_rows([rows], lambda row: row["caption"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "'a\\x1b[2J.jpg': 'a \\x07 fox'\n"
     assert captured.err == "'b\\n.jpg' could not be read: 'no \\x1b]0;title\\x07'\n"

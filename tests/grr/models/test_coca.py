@@ -52,7 +52,7 @@ def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, ca
     torch.testing.assert_close(packed.token_losses.mean(), expected)
 
 
-def test_each_row_of_a_batch_is_computed_alone(model):
+def test_rows_of_a_batch_do_not_depend_on_each_other(model):
     ids, images = rows([[7, 8], [9], [10, 11, 12]])[:, :-1], some_images(3)
     whole = model(images, ids)
     for i in range(3):
@@ -63,7 +63,7 @@ def test_each_row_of_a_batch_is_computed_alone(model):
         torch.testing.assert_close(whole.image_embeddings[i], model.encode_image(images[i : i + 1])[0])
 
 
-def test_each_loss_teaches_the_parts_that_it_reads():
+def test_each_loss_has_gradients_in_the_parts_that_it_reads():
     """The contrastive pooler reads what the generative one gives; captions are learned through both."""
     torch.manual_seed(0)
     model = grr_coca_tiny()
@@ -95,7 +95,7 @@ def test_no_logit_depends_on_a_later_token_nor_on_cls(model, captions, column, t
 
 
 @given(captions=captions, padding=st.integers(1, 8))
-def test_the_text_embedding_does_not_depend_on_how_much_padding_stands_before_cls(model, captions, padding):
+def test_the_text_embedding_does_not_depend_on_the_padding_before_cls(model, captions, padding):
     ids = rows(captions)[:, :-1]
     packed, positions = right_pad(ids)
     more = torch.cat((packed, torch.zeros(len(ids), padding, dtype=torch.long)), dim=1)
@@ -112,7 +112,7 @@ def test_cls_reads_the_whole_caption(model):
         assert (model.encode_text(changed) - model.encode_text(ids)).abs().max() > 1e-6
 
 
-def test_the_text_embedding_sees_no_image_and_the_image_embedding_no_text(model):
+def test_the_text_embedding_does_not_depend_on_the_image_nor_the_reverse(model):
     ids, images = rows([[5, 6], [7, 8]])[:, :-1], some_images(2)
     output = model(images, ids)
     torch.testing.assert_close(model(images.flip(0), ids).text_embeddings, output.text_embeddings)
@@ -132,12 +132,12 @@ def test_embeddings_have_unit_length_and_uint8_images_are_normalised_inside():
     torch.testing.assert_close(model.encode_image((images / 255 - mean) / deviation), embeddings)
 
 
-def test_a_tower_by_itself_refuses_bytes_that_nobody_normalised():
+def test_a_vision_encoder_refuses_bytes_that_are_not_normalised():
     with pytest.raises(ValueError, match=r"VisionTransformer: images must be .* got torch\.uint8; .*normalize"):
         grr_coca_tiny().vision_encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
-def test_an_encoder_that_gives_a_map_instead_of_vectors_is_refused():
+def test_an_encoder_that_returns_a_map_instead_of_vectors_is_refused():
     model = grr_coca_tiny()
     model.vision_encoder = torch.nn.Conv2d(3, 64, kernel_size=8, stride=8)
     with pytest.raises(ValueError, match=r"vision_encoder must map .* to \[b, p, d\], got \[2, 64, 4, 4\] of 2"):
@@ -145,7 +145,7 @@ def test_an_encoder_that_gives_a_map_instead_of_vectors_is_refused():
 
 
 @given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_reading_with_caches_in_any_pieces_gives_the_same_next_token(model, pieces, seed):
+def test_any_split_into_cached_calls_has_the_same_next_token_logits(model, pieces, seed):
     ids = torch.randint(3, 510, (2, sum(pieces)), generator=torch.Generator().manual_seed(seed))
     images = some_images(2)
     context = model.image_context(images)
@@ -172,7 +172,7 @@ def test_a_checkpointed_model_has_the_same_gradients_with_dropout_drawn_again():
         torch.testing.assert_close(plain, again)
 
 
-def test_a_class_token_leads_the_patches_and_what_enters_the_blocks_is_normalised():
+def test_a_class_token_precedes_the_patches_and_the_input_of_the_blocks_is_normalised():
     torch.manual_seed(0)
     parts = {"patches": PatchEmbedding(8, 4), "positions": LearnedPositions(8, 5), "class_token": ClassToken(8)}
     vision, images = VisionTransformer(**parts, norm=LayerNorm(8), blocks=[]), torch.randn(2, 3, 8, 8)
@@ -181,15 +181,17 @@ def test_a_class_token_leads_the_patches_and_what_enters_the_blocks_is_normalise
     torch.testing.assert_close(vision(images), expected)
 
 
-def test_an_image_with_more_patches_than_places_were_learned_for_is_refused():
+def test_an_image_with_more_tokens_than_learned_positions_is_refused():
     vision = VisionTransformer(patches=PatchEmbedding(8, 4), positions=LearnedPositions(8, 4), blocks=[])
     assert vision(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 8)
-    with pytest.raises(ValueError, match=r"images of 8 x 12 make 6 places, but only 4 positions were learned; resize"):
+    with pytest.raises(ValueError, match=r"at most 4 tokens, one per learned position, got 6 in 8 x 12 pixels; resize"):
         vision(torch.zeros(2, 3, 8, 12))
 
 
-def test_a_class_token_has_no_place_on_two_axes():
-    with pytest.raises(ValueError, match=r"VisionTransformer: a class token has neither row nor column, got .* axes=2"):
+def test_a_class_token_with_two_axes_is_refused():
+    with pytest.raises(
+        ValueError, match=r"VisionTransformer: a class token does not have a row and a column, got .* axes=2"
+    ):
         VisionTransformer(patches=PatchEmbedding(8, 4), blocks=[], class_token=ClassToken(8), axes=2)
 
 

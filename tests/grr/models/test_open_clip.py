@@ -21,7 +21,7 @@ from grr.generation.generate import generate
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
 from grr.parallel.initialize import initialize
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 from grr.training.loss import contrastive_loss
 
 # As open_clip's model_configs have them; `tiny` is ours.
@@ -291,7 +291,7 @@ def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(correct_c
 
 
 @given(captions=captions, column=st.integers(1, ROOM), token=st.integers(1, 47))
-def test_no_logit_depends_on_a_later_token_and_none_is_ever_that_of_cls(model, captions, column, token):
+def test_no_logit_depends_on_a_later_token_and_cls_is_never_predicted(model, captions, column, token):
     ids, images = rows(captions)[:, :-1], some_images(len(captions))
     changed = ids.clone()
     changed[:, column] = token
@@ -314,7 +314,7 @@ def test_padding_reaches_cls_with_the_released_mask_and_not_with_the_correct_one
     assert (embed[0][0] - embed[1][0]).abs().max() > 1e-3 or not reaches
 
 
-def test_images_decide_embeddings_and_captions_by_different_vectors(model):
+def test_embeddings_and_captions_read_different_image_vectors(model):
     context = model.image_context(some_images(2))
     changed = context.clone()
     changed[:, 0] += torch.randn(32)
@@ -331,7 +331,7 @@ def test_images_decide_embeddings_and_captions_by_different_vectors(model):
 @example(captions=[[], [5] * (ROOM - 1), list(range(1, ROOM + 1)), [7]])
 @example(captions=[[3, PAD, 4, 5], [PAD], [6, 7, PAD]])  # the id of PAD within a caption: "!" before another sign
 @pytest.mark.parametrize("correct_cls_mask", [False, True])
-def test_embeddings_and_logits_are_the_peers(peer, correct_cls_mask, captions):
+def test_embeddings_and_logits_equal_the_peers(peer, correct_cls_mask, captions):
     peer.text.correct_cls_mask = correct_cls_mask
     model, ids, images = (
         ours(peer, correct_cls_mask=correct_cls_mask),
@@ -352,7 +352,7 @@ def test_embeddings_and_logits_are_the_peers(peer, correct_cls_mask, captions):
     torch.testing.assert_close(packed, theirs["text_features"], **exactly)
 
 
-def test_gradients_are_the_peers(peer):
+def test_gradients_equal_the_peers(peer):
     """So fine-tuning is the same: what is converted are gradients, by the same table as weights."""
     peer.text.correct_cls_mask = False
     model, ids, images = ours(peer), rows([[3, 4, 5], [6], list(range(1, ROOM + 1))]), some_images(3)
@@ -391,7 +391,7 @@ def test_the_reference_has_open_clips_names_and_shapes(name):
 
 
 @pytest.mark.slow
-def test_at_full_size_as_well(kind):
+def test_full_size_models_equal_the_peer(kind):
     peer = randomised(kind(**CONFIGS["coca_ViT-B-32"]))
     with torch.device("meta"):
         model = open_clip_coca_vit_b_32()
@@ -471,7 +471,7 @@ def test_greedy_captions_are_those_of_open_clips_generate():
     assert generate(ours(peer), images, Spelled(), min_new_tokens=2) == expected
 
 
-def test_beams_and_sampling_work_too(model):
+def test_beam_search_and_sampling_work(model):
     for options in ({"num_beams": 3}, {"temperature": 1.0, "top_p": 0.9}):
         written = generate(model, some_images(2), Spelled(), **options)
         assert all(token not in (PAD, BOS, CLS) for caption in written for token in caption)
@@ -488,7 +488,7 @@ def test_every_argument_is_a_keyword_and_every_size_says_what_it_is(name):
     assert "open_clip" in builder.__doc__
 
 
-def test_it_can_be_trained_from_the_start():
+def test_a_model_can_be_trained_from_scratch():
     with torch.device("meta"):
         model = open_clip_coca(**TINY)
     for parameter in model.parameters():
@@ -555,7 +555,7 @@ class Harmful:
         (lambda file: None, "read_open_clip: there is no file .*weights.pt; open_clip's CoCas are"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, capsys, content, message):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_not_run(tmp_path, capsys, content, message):
     content(tmp_path / "weights.pt")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_open_clip(tmp_path / "weights.pt")
@@ -594,7 +594,7 @@ def test_damaged_safetensors_are_refused_with_the_likely_cause(tmp_path, content
     inside=st.booleans(),
     keys=st.lists(st.sampled_from(["state_dict", "model", "module"]), max_size=3),
 )
-def test_any_chain_of_prefixes_and_containers_is_taken_off(tmp_path_factory, prefix, inside, keys):
+def test_any_chain_of_prefixes_and_containers_is_removed(tmp_path_factory, prefix, inside, keys):
     weights = {
         "visual.conv1.weight": torch.ones(2),
         "text_decoder.cross_attn.0.ln_1.weight": torch.ones(3),
@@ -614,7 +614,7 @@ def test_any_chain_of_prefixes_and_containers_is_taken_off(tmp_path_factory, pre
     assert all(torch.equal(read[name], value) for name, value in weights.items())
 
 
-def test_weights_that_do_not_fit_are_named(model):
+def test_weights_that_do_not_fit_are_listed(model):
     weights = dict(randomised(Reference(**CONFIGS["tiny"])).state_dict())
     del weights["text.cls_emb"]
     weights |= {
@@ -668,7 +668,7 @@ def test_weights_that_are_not_finite_are_not_converted(model, value):
         convert_open_clip(weights, model)
 
 
-def test_an_image_that_patches_do_not_fill_is_refused():
+def test_an_image_size_that_is_not_a_multiple_of_patches_is_refused():
     with pytest.raises(
         ValueError, match="open_clip_coca: image_size must be a multiple of patch_size, got image_size=225"
     ):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from grr.inference.index import Found, Hit
+from grr.inference.index import Hit, SearchResult
 from grr.reports import gallery
 from grr.reports.gallery import write_captions, write_classes, write_hits
 
@@ -97,7 +97,7 @@ def test_classes_stand_with_their_probabilities(tmp_path):
 
 def test_hits_stand_in_order_below_what_was_looked_for(tmp_path):
     red, blue = pictures(tmp_path, "red.png", "blue.png")
-    found = [Found("<what>", False, [Hit(blue, 0.5), Hit(red, -0.25)]), Found(red, True, [Hit(red, 1.0)])]
+    found = [SearchResult("<what>", False, [Hit(blue, 0.5), Hit(red, -0.25)]), SearchResult(red, True, [Hit(red, 1.0)])]
     page = Page(write_hits(tmp_path / "page.html", found, "among 2 images"))
     assert [colour(image) for image, _ in page.images] == [(0, 0, 1), (1, 0, 0), (1, 0, 0), (1, 0, 0)]
     assert re.search(r"<what>\s*0\.500\s*blue.png\s*−0\.250\s*red.png\s*images like this one", page.text)

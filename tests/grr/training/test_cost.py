@@ -1,5 +1,6 @@
 """The cost of a run is scaled from a measured step, and an error in that step does not stop a check."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from grr.data import Pairs
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
 from grr.models.builders import grr_coca
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 from grr.training.cost import RunPlan, StepCost, _memory, _time, free_memory, run_cost
 
 SIZES = {
@@ -92,9 +93,8 @@ def test_a_weight_takes_16_bytes_in_memory_and_12_in_a_checkpoint(tmp_path, toke
 def test_more_layers_keep_more_activations(tmp_path, tokenizer):
     def kept(layers: int) -> float:
         sizes = SIZES | {"vision_layers": layers}
-        found = findings(
-            tmp_path, tokenizer, lambda: grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
-        )
+        build = functools.partial(grr_coca, vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
+        found = findings(tmp_path, tokenizer, build)
         return float(re.search(r"([\d.]+) MB of activations", found["memory"].said)[1])
 
     assert kept(1) < kept(3) < kept(9)
