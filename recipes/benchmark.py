@@ -1,4 +1,4 @@
-"""Measure time and memory of training steps, of the towers, and of captions.
+"""Measure time and memory of training steps, towers and captions.
 
     python recipes/benchmark.py --config recipes/configs/benchmark/grr_coca.yaml
     python recipes/benchmark.py --config recipes/configs/benchmark/tiny.yaml run.variants='[bf16, bf16 compile]'

@@ -1,4 +1,4 @@
-"""Quantize a trained model, and measure the size, quality and speed of each variant: bfloat16, int8, float8, int4.
+"""Quantize a trained model to bfloat16, int8, float8 or int4, and measure each.
 
     python recipes/quantize.py --config recipes/configs/quantize/openmoji.yaml
     python recipes/quantize.py --config recipes/configs/quantize/paper_size.yaml tokenizer.path=spiece.model
