@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from grr import config
 from grr.cli.program import run_main
 from grr.data import Batch
-from grr.data.synthetic import NumberTokenizer, random_batches
 from grr.evaluation.flops import batch_flops, decoding_bytes, forward_flops, training_flops
 from grr.evaluation.timing import describe_machine, is_out_of_memory, matmul_rate, measure, processor, read_rate
 from grr.generation.generate import generate
@@ -38,6 +37,7 @@ from grr.parallel.process_group import start
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer
 from grr.training.optim import adamw, clip_gradients
+from grr.training.random_batches import NumberTokenizer, random_batches
 from grr.training.step import global_batch_step
 
 Part = Literal["training", "towers", "captions"]

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr.data.synthetic import random_batches
 from grr.evaluation.flops import Towers, batch_flops, decoding_bytes, forward_flops, parameters, training_flops
 from grr.models.builders import MODELS, baseline_coca, grr_coca, grr_coca_tiny
+from grr.training.random_batches import random_batches
 
 
 def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Towers, int]:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data.collate import IGNORE
-from grr.data.synthetic import NumberTokenizer, random_batches
 from grr.tokenizers import Tokenizer
 from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.training.random_batches import NumberTokenizer, random_batches
 
 
 @given(
