@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint.training_state import save_model, save_model_state
+from grr.checkpoint.model_folder import save_model, save_model_state
 from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage

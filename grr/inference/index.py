@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.checkpoint.finite import check_finite_outputs
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
 from grr.data.image_files import batches, read_images
 from grr.evaluation.retrieval import whole_numbers
 from grr.evaluation.zero_shot import embed_texts

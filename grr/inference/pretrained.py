@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from grr.checkpoint.finite import check_finite_weights
-from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
+from grr.checkpoint.model_folder import load_model_weights
+from grr.checkpoint.step_folders import latest_checkpoint
+from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
 from grr.files.regular import read_regular_file

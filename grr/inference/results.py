@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
 from grr.files.printable import printable
 
 Row = dict[str, Any]  # "file" and its results, or "file" and "error"
