@@ -33,6 +33,7 @@ from grr.cli.program import run_main
 from grr.data import Batch
 from grr.data.collate import IGNORE, collate_captions
 from grr.evaluation.flops import Towers, forward_flops, training_flops
+from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
@@ -121,7 +122,7 @@ def main() -> None:
     for part in run.parts:
         for row in measure[part](cfg, run, device, rates):
             print(add(result, row), flush=True)
-            (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
+            write_atomic(folder / "benchmark.json", json.dumps(result, indent=2) + "\n")
 
 
 def validate_config(cfg: config.Config) -> None:

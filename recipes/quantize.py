@@ -35,6 +35,7 @@ from grr.data.images import BadImage
 from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
+from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
@@ -128,7 +129,7 @@ def main() -> None:
         "batch_size": len(images),
         "rows": rows,
     }
-    (folder / "quantization.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(folder / "quantization.json", json.dumps(result, indent=2) + "\n")
     print(headline(result))
     print(aligned(table(rows)))
 

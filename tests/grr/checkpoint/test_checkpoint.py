@@ -141,7 +141,7 @@ def test_a_mean_of_weights_on_one_side_only_is_refused(averaged: bool, tmp_path:
     path = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, average.weights if averaged else None)
     made = "with" if averaged else "without"
     with pytest.raises(
-        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} a mean of weights; .*run\.ema_decay"
+        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} an EMA of weights; .*run\.ema_decay"
     ):
         load_checkpoint(path, model, optimizer, None if averaged else average.weights)
 
