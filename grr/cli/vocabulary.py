@@ -17,7 +17,6 @@ def train_vocabulary(sources: Sequence[Path], overrides: Sequence[str], output: 
     if output.exists():
         raise ValueError(f"train_vocabulary: {output} is there already; name another file, or delete it")
     captions = [caption for source in sources for caption in _captions(source, overrides)]
-    output.parent.mkdir(parents=True, exist_ok=True)
     return train_tokenizer(captions, output, vocab_size=vocab_size)
 
 

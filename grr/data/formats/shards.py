@@ -24,6 +24,7 @@ from grr.data.formats.tar import FOLDER, Damage, Member, read_members
 from grr.data.images import SUFFIXES, THUMBNAIL, Crop, load_image, thumbnail
 from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, place, split_name, threshold
 from grr.data.records import Records, file_name, record_captions
+from grr.files.atomic import replace_file
 from grr.files.regular import open_regular_file
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def _save(file: Path, index: Index) -> None:
         try:
             np.savez(aside, **index)  # type: ignore[arg-type]
             aside.close()
-            os.replace(aside.name, file)
+            replace_file(Path(aside.name), file)
         except BaseException:
             os.unlink(aside.name)
             raise
