@@ -12,11 +12,10 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from grr.data.images import SUFFIXES, BadImage, Crop, load_image, thumbnail
+from grr.data.images import SUFFIXES, THUMBNAIL, BadImage, Crop, load_image, thumbnail
 from grr.data.threads import in_thread
 
 T = TypeVar("T", bound=Hashable)
-SIDE = 224  # pixels, the largest side of a thumbnail
 
 
 class Batch(NamedTuple, Generic[T]):
@@ -55,7 +54,7 @@ def read_images(files: Iterable[str], *, image_size: int, crop: Crop, batch_size
     return read_batches(lambda file: load_image(file, size=image_size, crop=crop), batches(list(files), batch_size))
 
 
-def thumbnails(files: Iterable[str], *, side: int = SIDE) -> Iterator[tuple[str, Tensor | str]]:
+def thumbnails(files: Iterable[str], *, side: int = THUMBNAIL) -> Iterator[tuple[str, Tensor | str]]:
     """Read image files as thumbnails: uint8 [3, h, w], or the reason why a file cannot be read."""
 
     def read(file: str) -> Tensor | str:

@@ -33,6 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 DRAFT = 2  # a JPEG is decoded at a reduced scale, of at least this many times the requested size
 MAX_SCANS = 500  # of a JPEG; a progressive one has about ten, and each is decoded over the whole image
 MAX_CLIP_PIXELS = 2**24  # of an image that is resized before its center is cropped
+THUMBNAIL = 224  # pixels of the longer side of an image that a page shows
 
 Crop = Literal["squash", "center", "clip"]
 
@@ -49,9 +50,12 @@ def load_image(source: str | Path | bytes | BinaryIO, *, size: int = 288, crop: 
     return _decode(source, size, lambda image: to_tensor(image, size=size, crop=crop))
 
 
-def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int) -> Tensor:
-    """Decode an image as `load_image` does, with its aspect ratio and sides of at most `side`: uint8 RGB [3, h, w]."""
-    return _decode(source, side, lambda image: _shrink(image, side))
+def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int = THUMBNAIL) -> Tensor:
+    """Decode an image as `load_image` does, in its aspect ratio, never enlarged: uint8 RGB [3, h, w], h, w <= side.
+
+    Raises as `load_image` does.
+    """
+    return _decode(source, side, lambda image: to_thumbnail(image, side=side))
 
 
 def _decode(source: str | Path | bytes | BinaryIO, size: int, convert: Callable[[Image.Image], Tensor]) -> Tensor:
@@ -124,6 +128,17 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
+def to_thumbnail(image: Image.Image, *, side: int = THUMBNAIL) -> Tensor:
+    """A Pillow image of any mode, in RGB and its own shape, at most `side` pixels a side: uint8 [3, h, w].
+
+    A smaller image keeps its size. Raises BadImage if the image has no pixels.
+    """
+    _check_not_empty(image)
+    rgb = to_rgb(_apply_orientation(image))
+    rgb.thumbnail((side, side))
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
 def normalize(images: Tensor) -> Tensor:
     """Normalise images: uint8 [b, 3, h, w] -> float32 (x / 255 - mean) / std with the statistics of ImageNet.
 
@@ -134,13 +149,6 @@ def normalize(images: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
-
-
-def _shrink(image: Image.Image, side: int) -> Tensor:
-    _check_not_empty(image)
-    rgb = to_rgb(_apply_orientation(image))
-    rgb.thumbnail((side, side))
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
 def _check_not_empty(image: Image.Image) -> None:
