@@ -1,4 +1,4 @@
-"""Measure a model: seconds and memory of a training step, of its towers, and of writing captions.
+"""Measure time and memory of training steps, towers and captions.
 
     python recipes/benchmark.py --config recipes/configs/benchmark/grr_coca.yaml
     python recipes/benchmark.py --config recipes/configs/benchmark/tiny.yaml run.variants='[bf16, bf16 compile]'
@@ -41,7 +41,8 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import start
 from grr.parallel.shard import blocks
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import EOS, PAD, UNK, Tokenizer
+from grr.tokenizers import Tokenizer
+from grr.tokenizers.sentencepiece import EOS, PAD, UNK
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 

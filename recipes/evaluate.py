@@ -1,10 +1,10 @@
-"""Judge a trained model by data it never saw: the paper's losses, retrieval, captions, and the classes of images.
+"""Evaluate a trained model: losses, retrieval, captions and classification.
 
     python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
     torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml
 
-Writes evaluation.json and evaluation.html. Any number of processes gives the same numbers; on CPUs to the last bit if
-OMP_NUM_THREADS is the same. Any key of the config may follow as key=value.
+Writes evaluation.json and evaluation.html. The result does not depend on the number of processes; on CPUs it is equal
+bit for bit if OMP_NUM_THREADS is the same. Any key of the config may follow as key=value.
 """
 
 import logging
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from grr import config
 from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
-from grr.data import DATASETS, LABELLED, Labelled, refuse_other_classes
+from grr.data import DATASETS, LABELLED, Labelled, check_classes
+from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, examples, losses, recalls
 from grr.evaluation.outputs import features, observe
 from grr.evaluation.probe import attentive_probe, linear_probe
@@ -91,7 +92,7 @@ def main() -> None:
         test = features(model, labelled, device, patches=patches, **look)
         if any(task in PROBES for task in run.tasks):
             labelled_train = cfg.build("labelled_train")
-            refuse_other_classes(labelled_train, labelled)
+            check_classes(labelled_train, labelled)
             train = features(model, labelled_train, device, patches=patches, **look)
     if dist.get_rank() > 0:
         return
@@ -147,7 +148,7 @@ def main() -> None:
 
 
 def validate_config(cfg: config.Config) -> None:
-    """A task needs its data: raises ValueError naming the section that is missing."""
+    """Raises ValueError if a task lacks the section of its data, ImportError if it lacks a package."""
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES}
     for section, wanted in needs.items():
         for task in cfg.run["tasks"]:
@@ -156,6 +157,8 @@ def validate_config(cfg: config.Config) -> None:
                     f"evaluate: the task {task} needs the section {section}, and there is none; add it to "
                     f"the config, or leave {task} out of run.tasks"
                 )
+    if "captions" in cfg.run["tasks"]:
+        treebank()
 
 
 def run_of(source: Pretrained) -> Path:

@@ -1,4 +1,4 @@
-"""Fine-tune a contrastive captioner that was pre-trained, until its validation loss stops falling.
+"""Fine-tune a contrastive captioner until its validation loss stops falling.
 
     python recipes/finetune.py --config recipes/configs/finetune/photos.yaml
     torchrun --nproc_per_node 4 recipes/finetune.py --config recipes/configs/finetune/mscoco.yaml
@@ -25,7 +25,7 @@ from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint, load_checkpoint_weights, save_model
 from grr.cli.program import run_main
-from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
+from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import (
     build_pretrained,
@@ -40,7 +40,7 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import load_tokenizer
+from grr.tokenizers import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients, freeze
@@ -100,9 +100,7 @@ def main() -> int:
     report = partial(write_report, folder, title=f"{source.builder} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step; the tokenizer is the pre-trained model's
-        pairs, held_out = cfg.build("data"), cfg.build("validation")
-        if run.in_memory:
-            pairs, held_out = InMemory(pairs), InMemory(held_out)
+        pairs, held_out = read_data(cfg, run)
         tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
         tell_of_other_crop(source, cfg.loader["crop"])
         per_epoch = steps_per_epoch(pairs, run.batch_size)
@@ -141,15 +139,14 @@ def main() -> int:
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         kept_lines = step if progress else -1  # without a checkpoint, the line of step 0 is written again as well
         log = open_log(folder, cfg, facts, step=kept_lines, tensorboard=run.tensorboard, changes=saver.changes)
+        evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
         bar_total = None if run.epochs is None else last
         bar = tqdm(total=bar_total, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
 
         def judge(control: SoftReset) -> SoftReset:
             """Validate the weights of this step, decide by the loss, and keep the best."""
             with ema.applied():
-                losses, metrics, examples = validate(
-                    model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images
-                )
+                losses, metrics, examples = evaluate()
             control = soft_reset(control, step, losses.loss, **cfg.control)
             state = {key: getattr(control, key) for key in ("decision", "regime", "best_loss", "best_step")}
             log.write("validation", step, **losses.numbers(), **metrics, **state)
@@ -207,7 +204,7 @@ def main() -> int:
             tuned = weights_of(model)
             load_weights(source, model)
             wise_ft(model, tuned, alpha=run.wise_ft_alpha)
-        losses, metrics, examples = validate(model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
+        losses, metrics, examples = evaluate()
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         kept = {"best_step": control.best_step, "wise_ft_alpha": run.wise_ft_alpha}
         log.write("final", step, **losses.numbers(), **metrics, **kept)
@@ -215,6 +212,12 @@ def main() -> int:
         logging.info(f"finished: model/ holds the weights of {summary(control.best_step, losses, metrics)}")
         logging.info(f"see {folder / 'report.html'}")
     return 0
+
+
+def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
+    """Returns the training pairs and the validation pairs."""
+    pairs, held_out = cfg.build("data"), cfg.build("validation")
+    return (InMemory(pairs), InMemory(held_out)) if run.in_memory else (pairs, held_out)
 
 
 def loader_arguments(cfg: config.Config, run: Run, device: torch.device, *, image_size: int) -> dict[str, Any]:

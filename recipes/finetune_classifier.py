@@ -1,4 +1,4 @@
-"""Fine-tune a contrastive captioner to tell classes: of images, of questions about them, of statements about them.
+"""Fine-tune a classifier of images, questions about them, or statements.
 
     python recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/classification.yaml
     torchrun --nproc_per_node 4 recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/vqa.yaml
@@ -24,24 +24,25 @@ from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save
 from grr.cli.program import run_main
 from grr.data import (
     LABELLED,
+    check_classes,
     pair_counts,
-    refuse_other_classes,
     steps_per_epoch,
     text_only_accuracy,
     training_steps,
 )
 from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.evaluation.examples import Examples
+from grr.inference.classifiers import describe_classifier, load_parts
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
-from grr.models.heads import HEADS, describe_classifier, load_parts
+from grr.models.heads import HEADS
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 from grr.training.log import open_log, parameter_counts
 from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
@@ -96,11 +97,11 @@ def main() -> int:
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")
-        refuse_other_classes(pairs, held_out)
+        check_classes(pairs, held_out)
         if source is not None:
             cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
             tell_of_other_crop(source, cfg.loader["crop"])
-        tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
+        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
         text_only = text_only_accuracy(pairs, held_out)
 

@@ -21,7 +21,7 @@ from grr.checkpoint.identity import run_identity
 from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
 from grr.cli.program import run_main
-from grr.data import DATASETS, InMemory, pair_counts, steps_per_epoch, training_steps
+from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS
@@ -30,7 +30,7 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, warmup_cosine
@@ -79,10 +79,8 @@ def main() -> int:
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step
-        pairs, held_out = cfg.build("data"), cfg.build("validation")
-        if run.in_memory:
-            pairs, held_out = InMemory(pairs), InMemory(held_out)
-        tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer)
+        pairs, held_out = read_data(cfg, run)
+        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
         loader = loader_arguments(cfg, run, device)
 
@@ -111,6 +109,7 @@ def main() -> int:
         logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
 
         # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
+        evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
         validate_every = run.validate_every or per_epoch
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
@@ -138,12 +137,12 @@ def main() -> int:
 
             if step % run.log_every == 0 or step == last:
                 log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **throughput.metrics())
+            if step == run.log_every:  # the report is there before the first validation
+                on_rank_0(partial(report, examples=None))
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
-                    losses, metrics, examples = validate(
-                        model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images
-                    )
+                    losses, metrics, examples = evaluate()
                     check_finite(losses, norm, step, micro_batches, folder)
                     if best["best_loss"] is None or losses.loss < best["best_loss"]:
                         best = {"best_loss": losses.loss, "best_step": step}
@@ -161,15 +160,19 @@ def main() -> int:
         if kept < last:
             load_checkpoint_weights(saver.best(kept), model)
         if kept < last or examples is None:
-            losses, metrics, examples = validate(
-                model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images
-            )
+            losses, metrics, examples = evaluate()
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         log.write("final", last, **losses.numbers(), **metrics, model_step=kept, keep_model=run.keep_model)
         on_rank_0(partial(report, examples=examples))
-        kept_model = f"model/ holds the {run.keep_model} weights, of step {kept}"
-        logging.info(f"finished after step {last} of {last}; {kept_model}; see {folder / 'report.html'}")
+        ending = f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}"
+        logging.info(f"{ending}; see {folder / 'report.html'}")
     return 0
+
+
+def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
+    """Returns the training pairs and the validation pairs."""
+    pairs, held_out = cfg.build("data"), cfg.build("validation")
+    return (InMemory(pairs), InMemory(held_out)) if run.in_memory else (pairs, held_out)
 
 
 def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Turn a trained model into smaller ones: in bfloat16, int8, float8 or int4, with what each costs in quality and time.
+"""Quantize a trained model to bfloat16, int8, float8 or int4, and measure each.
 
     python recipes/quantize.py --config recipes/configs/quantize/openmoji.yaml
     python recipes/quantize.py --config recipes/configs/quantize/paper_size.yaml tokenizer.path=spiece.model
@@ -32,24 +32,25 @@ from grr.checkpoint.training_state import save_model, save_model_state
 from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
+from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
-from grr.export.quantization import check_scheme, quantize, quantized_state
 from grr.generation.generate import generate
+from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
-    LoadedModel,
     Pretrained,
     build_pretrained,
     describe,
     find_pretrained,
     load_pretrained,
 )
+from grr.inference.quantization import check_scheme, quantize, quantized_state
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.initialize import initialize
 from grr.parallel.process_group import start
 from grr.reports.table import aligned
-from grr.tokenizers.sentencepiece import open_tokenizer
+from grr.tokenizers import open_tokenizer
 
 Variant = Literal[
     "fp32", "bf16", "int8_weight_only", "int8_dynamic", "float8_weight_only", "int4_grouped", "int4_weight_only"
@@ -87,6 +88,7 @@ SECTIONS: config.Sections = {
 
 def main() -> None:
     cfg = config.load(SECTIONS)
+    validate_config(cfg)
     run, folder = cfg.get(Run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     device = start()
@@ -131,15 +133,22 @@ def main() -> None:
     print(aligned(table(rows)))
 
 
+def validate_config(cfg: config.Config) -> None:
+    """Raises ValueError if a model without training is to be evaluated, ImportError without what metrics need."""
+    if cfg.run["images"] == 0:
+        return
+    if cfg.model["name"] != "pretrained":
+        raise ValueError(
+            f"quantize: a model without training has no quality to measure, got run.images={cfg.run['images']}; "
+            "set run.images=0, or model.name=pretrained and model.path"
+        )
+    treebank()
+
+
 def check(run: Run, source: Pretrained | None, device: torch.device) -> None:
     """Say at once what would fail later."""
     if dist.get_world_size() > 1:
         raise ValueError(f"quantize: one process does it, got {dist.get_world_size()}; start it without torchrun")
-    if source is None and run.images != 0:
-        raise ValueError(
-            f"quantize: a model that no one trained has no quality to judge, got run.images={run.images}; "
-            "set run.images=0, or model.name=pretrained and model.path"
-        )
     if source is not None and source.quantization is not None:
         raise ValueError(
             f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it was made from"
@@ -177,13 +186,11 @@ def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path
     save_model_state(folder, quantized_state(model), description, source.tokenizer)
 
 
-def opened(variant: Variant, run: Run, device: torch.device) -> LoadedModel:
+def opened(variant: Variant, run: Run, device: torch.device) -> Captioner:
     return load_pretrained(Path(run.folder) / variant, device=device, dtype=dtype_of(variant, run))
 
 
-def judge(
-    it: LoadedModel, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device
-) -> dict[str, float]:
+def judge(it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device) -> dict[str, float]:
     """What a variant finds and says of images."""
     seen = observe(
         it.model,
@@ -200,7 +207,7 @@ def judge(
     return {**recalls(seen), **captioning(seen, it.tokenizer)}
 
 
-def some_images(it: LoadedModel, pairs: Pairs, count: int) -> Tensor:
+def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:
     """The first `count` of the data that can be read: uint8 [b, 3, h, w]."""
     pixels: list[Tensor] = []
     for i in range(len(pairs)):

@@ -14,7 +14,7 @@ from grr.data.collate import collate_captions
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny
 from grr.parallel import process_group as parallel
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 from grr.training.loss import contrastive_loss
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -34,7 +34,6 @@ LONGEST = (
     "test_finetune.py",
     "test_step.py",
     "test_resume.py",
-    "test_low_bit.py",
 )
 
 

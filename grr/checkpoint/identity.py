@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grr.config import Config
+from grr.config.renamed import current_keys
 
 # How a run is computed: the numbers stay the same to rounding.
 HOW_COMPUTED = frozenset(
@@ -70,10 +71,11 @@ def check_identity(
 ) -> dict[str, list[Any]]:
     """Returns the accepted changes, each as [value in the checkpoint, value in the config].
 
-    saved, wanted: `run_identity` of the run that wrote the checkpoint, and of this one. Raises ValueError naming every
-    other change with both values, and for a name in `accepted` that the identity does not have or that makes another
-    model, whose weights no checkpoint holds.
+    saved, wanted: `run_identity` of the run that wrote the checkpoint, under the keys of its time, and of this one.
+    Raises ValueError naming every other change with both values, and for a name in `accepted` that the identity does
+    not have or that makes another model, whose weights no checkpoint holds.
     """
+    saved = current_keys(saved, wanted)
     known = saved.keys() | wanted.keys()
     wrong = [key for key in accepted if key not in known or not _acceptable(key)]
     if wrong:

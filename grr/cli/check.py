@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from grr import config
-from grr.data import Labelled, Pairs, refuse_other_classes, steps_per_epoch, training_steps, validation_steps
+from grr.data import Labelled, Pairs, check_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.inspect import (
     CAPTIONS,
     Data,
@@ -38,7 +38,7 @@ from grr.experiments import catalog as installed
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer
+from grr.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import RunPlan, run_cost
 from grr.training.optim import freeze
 from grr.training.schedule import warmup_cosine
@@ -241,7 +241,7 @@ def _splits(function: config.Section, arguments: dict[str, Any], own: ImageFiles
 def _other_classes(train: Pairs, held_out: Pairs, section: str) -> Iterator[Finding]:
     if isinstance(train, Labelled) and isinstance(held_out, Labelled):
         try:
-            refuse_other_classes(train, held_out)
+            check_classes(train, held_out)
         except ValueError as error:
             yield _refused(section, error)
 

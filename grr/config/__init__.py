@@ -37,7 +37,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from grr.config.keys import MEANINGS
 from grr.config.ranges import out_of_range
-from grr.config.renamed import RENAMED
+from grr.config.renamed import replacement
 
 Section = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 Sections = Mapping[str, Section]
@@ -281,8 +281,7 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
         elif key in by_code:
             mistakes.add(place, subject, f"{who} is given this by code, it cannot be set here")
         else:
-            new = RENAMED.get(subject)
-            hint = f"; it is {new} now" if new else _did_you_mean(key, arguments)
+            hint = replacement(subject) or _did_you_mean(key, arguments)
             mistakes.add(place, subject, f"{who} takes no such argument{hint}")
     for key, argument in arguments.items():
         subject = f"{section}.{key}"

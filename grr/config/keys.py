@@ -66,7 +66,6 @@ MEANINGS = {
     "eps": "added to the root of the second moment",
     "decay_all": "decay norms, biases and the temperature as well",
     "layer_decay": "factor of the learning rate for each layer further from the top of its tower",
-    "moments": "bits of the optimizer's moments",
     "min_lr": "the learning rate at the end of a cosine",
     "warmup_steps": "optimizer steps in which the learning rate rises",
     "cycle_epochs": "epochs of one cosine, after which the learning rate starts at its peak again",

@@ -1,4 +1,20 @@
-"""Keys of configs that have another name now, so that an old config is refused with the new one."""
+"""Keys of configs that were renamed or removed, so that the error for an old config says what to write instead."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+
+class Removed(NamedTuple):
+    """A key whose option no longer exists."""
+
+    value: Any  # of the option, that the library now always has
+    reason: str  # a clause that follows "it was removed:"
+
+
+REMOVED = {
+    "optimizer.moments": Removed("fp32", "the optimizer state is float32 (docs/what_did_not_help.md)"),
+}
 
 RENAMED = {
     "run.clip": "run.max_grad_norm",
@@ -22,3 +38,24 @@ RENAMED = {
     "generation.min_tokens": "generation.min_new_tokens",
     "generation.no_repeat_ngram": "generation.no_repeat_ngram_size",
 }
+
+
+def replacement(key: str) -> str:
+    """Returns a clause that says what an old key is now, or an empty string if the key was never one."""
+    if key in RENAMED:
+        return f"; it is {RENAMED[key]} now"
+    return f"; it was removed: {REMOVED[key].reason}" if key in REMOVED else ""
+
+
+def current_keys(saved: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+    """Returns the values that an older version saved by its keys, by today's keys.
+
+    Keys in wanted are today's. A removed key is left out where its value is what the library now always does.
+    """
+    current: dict[str, Any] = {}
+    for key, value in saved.items():
+        if key in REMOVED and value == REMOVED[key].value:
+            continue
+        names = [key] if key in wanted or key not in RENAMED else re.findall(r"\w+\.\w+", RENAMED[key])
+        current |= dict.fromkeys(names, value)
+    return current

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 
 from grr.data.formats.annotations import coco, karpathy
+from grr.data.formats.image_folder import image_folder
 from grr.data.formats.openmoji import openmoji
 from grr.data.formats.openmoji_tasks import openmoji_classes, openmoji_entailment, openmoji_questions
 from grr.data.formats.shards import webdataset
+from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.tables import folder, rocov2
-from grr.data.labelled import Labelled, image_folder, refuse_other_classes, snli_ve, text_only_accuracy, vqa_v2
+from grr.data.formats.vqa_v2 import vqa_v2
+from grr.data.labelled import Labelled, check_classes, text_only_accuracy
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.memory import InMemory
 from grr.data.order import epoch_order
@@ -38,9 +41,9 @@ __all__ = [
     "InMemory",
     "Labelled",
     "Pairs",
+    "check_classes",
     "epoch_order",
     "pair_counts",
-    "refuse_other_classes",
     "steps_per_epoch",
     "text_only_accuracy",
     "training_steps",

@@ -1,8 +1,8 @@
-"""Captions as the model reads them: padding at the end of the row, every token at its own position.
+"""Batches of captions: padding at the end of the row, every token with its original position.
 
-A caption of 65 ids is laid out BOS t1 ... tn EOS PAD ... PAD CLS PAD. Moving CLS directly behind EOS, and letting it
-keep position 63, changes no result: causal attention then hides PAD from every token that matters, so no mask is
-needed, and columns that hold nothing but padding can be cut off.
+The layout of a caption of 65 ids is BOS t1 ... tn EOS PAD ... PAD CLS PAD. Moving CLS directly after EOS, with its
+position 63, does not change the results: causal attention then hides PAD from all other tokens without a mask, and
+columns that are padding in all rows can be dropped.
 """
 
 import torch
@@ -12,26 +12,26 @@ IGNORE = -100  # the label that cross-entropy skips
 
 
 def right_pad(ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Move the padding of each row to its end: ids [b, s] -> the same ids reordered [b, s], their old places [b, s].
+    """Move the padding of each row to its end: ids [b, s] -> reordered ids [b, s] and their original columns [b, s].
 
-    The second tensor is what rotary and absolute embeddings take as positions; `undo_right_pad` undoes the move.
+    The original columns are the positions for rotary and absolute embeddings; `undo_right_pad` inverts the move.
     """
     positions = torch.argsort((ids == pad_id).to(torch.uint8), dim=1, stable=True)  # [b, s]
     return ids.gather(1, positions), positions
 
 
 def undo_right_pad(x: Tensor, positions: Tensor) -> Tensor:
-    """Put rows that `right_pad` reordered back into their first order: [b, s, d], [b, s] -> [b, s, d]."""
+    """Restore the order that rows had before `right_pad`: [b, s, d], positions [b, s] -> [b, s, d]."""
     return x.gather(1, torch.argsort(positions, dim=1).unsqueeze(-1).expand_as(x))
 
 
 def collate_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Make a batch of captions: b rows of s + 1 ids, as `Tokenizer.encode` gives them -> ids and positions [b, t],
+    """Collate captions: b rows of s + 1 ids, as `Tokenizer.encode` returns them -> ids and positions [b, t],
     labels [b, t - 2].
 
-    t is the number of tokens of the longest caption, so nothing is computed for columns that are padding in all rows;
-    the last two of those, its EOS and CLS, are followed by nothing that is learned, and have no column of labels.
-    A label is the token that follows in the caption, and IGNORE where that is BOS, PAD or CLS (SPEC: equation 2).
+    t is the number of tokens of the longest caption, so columns that are padding in all rows are not computed; labels
+    end two columns earlier, because after EOS and CLS there is nothing to predict. A label is the next token of the
+    caption, and IGNORE where that is BOS, PAD or CLS (SPEC: equation 2).
     """
     whole = torch.tensor(rows)  # [b, s + 1]
     inputs, following = whole[:, :-1], whole[:, 1:]

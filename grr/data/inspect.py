@@ -20,7 +20,7 @@ from grr.data.images import SUFFIXES, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import ImageFiles, Ints, Pairs, place
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 IMAGES = 500  # looked at in each data set, unless all are
 CAPTIONS = 20_000  # whose tokens are counted, unless all are

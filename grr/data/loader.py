@@ -30,7 +30,7 @@ from grr.data.pairs import Pairs
 from grr.data.threads import in_thread
 from grr.files.printable import printable
 from grr.seeds import derive_seed
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 TRIES = 20  # samples read for one place of a batch before the run stops
 ENOUGH = 100  # samples read before max_bad_fraction is applied

@@ -1,4 +1,4 @@
-"""Images decoded once: for data that fit into memory and are read many times."""
+"""Cache of decoded images, for data that fit into memory and are read many times."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from grr.data.pairs import Pairs
 
 
 class InMemory(Pairs):
-    """The same pairs; each image, once it was read, stays in memory: size x size x 3 bytes of it.
+    """Pairs whose images are decoded once and kept in memory, size x size x 3 bytes each.
 
     Four thousand images of 144 pixels take 250 MB in each process.
     """

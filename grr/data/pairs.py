@@ -1,4 +1,4 @@
-"""Images with captions, by number: what a data set must offer, and how ten million captions fit into memory."""
+"""Pairs of an image and a caption: the interface of data sets, and captions in one block of memory."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,17 @@ from grr.data.images import Crop, load_image
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
+if TYPE_CHECKING:
+    from grr.data.from_dataset import Field, MapDataset
+
 MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]
-SPLITS = {
-    "train": "train",
-    "restval": "train",
-    "test": "test",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-}
+SPLITS = {"train": "train", "restval": "train", "test": "test"}
+SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
 
 class Texts:
-    """Many strings in one block of memory: each costs its UTF-8 bytes and 16 more, no Python object.
+    """Sequence of strings in one block of memory: each takes its UTF-8 bytes and 16 more, without a Python object.
 
     data: UTF-8; text i is data[starts[i]:ends[i]].
     """
@@ -50,7 +46,7 @@ class Texts:
         return cls(data, offsets[:-1], offsets[1:])
 
     def take(self, rows: NDArray[np.bool_]) -> "Texts":
-        """Those texts whose row is true; the block of memory is shared."""
+        """Returns the texts whose row is true; they share the block of memory."""
         return Texts(self.data, self.starts[rows], self.ends[rows])
 
     def __len__(self) -> int:
@@ -63,21 +59,21 @@ class Texts:
         return map(self.__getitem__, range(len(self)))
 
     def digest(self) -> bytes:
-        """A hash of the texts and their order, wherever in memory they lie."""
+        """Returns a hash of the texts in their order, independent of their location in memory."""
         digest = hashlib.blake2b((self.ends - self.starts).astype("<i8").tobytes(), digest_size=16)
-        gaps = np.flatnonzero(self.starts[1:] != self.ends[:-1]) + 1  # texts between two gaps are hashed in one go
-        for first, behind in zip([0, *gaps.tolist()], [*gaps.tolist(), len(self)], strict=True):
-            if first < behind:
-                digest.update(self.data[self.starts[first] : self.ends[behind - 1]])
+        gaps = np.flatnonzero(self.starts[1:] != self.ends[:-1]) + 1  # texts between two gaps are contiguous
+        for first, stop in zip([0, *gaps.tolist()], [*gaps.tolist(), len(self)], strict=True):
+            if first < stop:
+                digest.update(self.data[self.starts[first] : self.ends[stop - 1]])
         return digest.digest()
 
 
 class Pairs(ABC):
-    """n pairs of an image and a caption, by number. A data set of one's own is a subclass with a `load`.
+    """Data set of n pairs of an image and a caption. A user's data set is a subclass that implements `load`.
 
-    ids: names that a person can look up, the same in every run. captions: stripped, white space collapsed; an empty
-    one makes a bad sample. image_of: [n], the number of the image of each pair: pairs of one image, which have the
-    same number, never meet in a batch. records: what was read of the files and what was not, where there are files.
+    ids: readable names, the same in every run. captions: stripped, white space collapsed; a pair with an empty one is a
+    bad sample. image_of: [n], the number of the image of each pair; pairs with equal numbers are never in one batch.
+    records: counts of the records that were read and skipped, for data sets that are files.
     """
 
     records: Records | None = None
@@ -88,6 +84,31 @@ class Pairs(ABC):
     def __len__(self) -> int:
         return len(self.captions)
 
+    @staticmethod
+    def from_dataset(dataset: "MapDataset", *, image: "Field", caption: "Field") -> "Pairs":
+        """Make pairs of any map-style data set: one of torch, one of Hugging Face, or a list.
+
+            pairs = Pairs.from_dataset(load_dataset("..."), image="image", caption="text")
+            pairs = Pairs.from_dataset(CocoCaptions(...), image=0, caption=1)
+            pairs = Pairs.from_dataset(dataset, image="jpg", caption=lambda sample: sample["json"]["caption"])
+
+        image, caption: where a sample has them: a key, an index of a tuple, or a function of the sample. A caption is a
+        string or a list of strings, an image is a path, the bytes of a file, a Pillow image, an array uint8 [h, w, 3]
+        or a tensor uint8 [3, h, w]. Captions of one image belong into one sample, as a list, because pairs of one image
+        must not meet in a batch; samples whose images are one path are one image.
+
+        All captions are read here, by one dataset[i] for each i; of a Hugging Face data set, where `caption` is a
+        column, only the columns of text are read. Images are read later, by dataset[i] from several threads at once.
+        The pairs of sample i are named i#0, i#1 ...; the fingerprint is a hash of these names and of the captions, so
+        it is the same as long as the captions and their order are. Empty captions, and samples that raise OSError, are
+        counted in `records`.
+        Raises ValueError, naming the sample, for a missing field, a caption that is not text, or an image of another
+        kind; for a data set without length or without captions.
+        """
+        from grr.data.from_dataset import dataset_pairs
+
+        return dataset_pairs(dataset, image=image, caption=caption)
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of ids and captions in their order; images are not read."""
@@ -95,7 +116,7 @@ class Pairs(ABC):
 
     @abstractmethod
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        """The image of pair i: uint8 [3, size, size]. Called from many threads at once.
+        """Read the image of pair i: uint8 [3, size, size]. Must be safe to call from many threads.
 
         Raises BadImage or OSError if it cannot be read.
         """
@@ -114,38 +135,39 @@ class ImageFiles(Pairs):
 
 
 def pair_counts(training: Pairs, validation: Pairs) -> dict[str, Any]:
-    """The pairs of a run, and what was read and skipped of the files they come from, for its manifest."""
+    """Returns the numbers of pairs of a run, and of the records read and skipped, for its manifest."""
     sides = {"training": training, "validation": validation}
     records = {f"{side}_records": pairs.records.facts() for side, pairs in sides.items() if pairs.records is not None}
     return {f"{side}_pairs": len(pairs) for side, pairs in sides.items()} | records
 
 
 class Row(NamedTuple):
-    """A record of a file."""
+    """Record of a file."""
 
-    image: str  # a file below the root
-    captions: object  # whatever stands there
-    where: str  # in which file, for messages
-    split: str | None = None  # where a record names its own
+    image: str  # path relative to the root
+    captions: object  # unchecked value
+    where: str  # file and position, for messages
+    split: str | None = None  # if the record names one
 
 
 def image_files(
     root: Path, rows: Iterable[Row], records: Records | None = None, belongs: Callable[[Row], bool] | None = None
 ) -> ImageFiles:
-    """Pairs of image files and captions; the third pair of a.jpg has the id a.jpg#2. See `read_rows`."""
+    """Returns pairs of image files and captions; the third pair of a.jpg has the id a.jpg#2. See `read_rows`."""
     return read_rows(root, rows, records, belongs)[0]
 
 
 def read_rows(
     root: Path, rows: Iterable[Row], records: Records | None = None, belongs: Callable[[Row], bool] | None = None
 ) -> tuple[ImageFiles, Ints]:
-    """Pairs of image files and captions, and for each pair the number of its row.
+    """Returns pairs of image files and captions, and for each pair the number of its row.
 
-    Every caption of every row is counted in `records`, the pairs' own: read, skipped, or left out because its row does
-    not belong. Raises ValueError, naming the place, if captions are neither a string nor a list of strings.
+    Every caption of every row is counted in `records`, which becomes that of the pairs: read, skipped, or left out
+    because `belongs` returns false for its row. Raises ValueError, naming the record, if captions are neither a string
+    nor a list of strings.
     """
     images: dict[str, int] = {}
-    captions_of = array("q")  # image -> captions met so far
+    captions_of = array("q")  # number of captions of each image so far
     image_of, row_of = array("q"), array("q")
     ids = bytearray()
     ends = array("q", [0])
@@ -185,16 +207,16 @@ def read_rows(
 
 
 def image_path(root: Path, name: str) -> Path:
-    """The file of a name in composed letters (NFC): the folder may have it in decomposed ones, as macOS writes them."""
+    """Returns the path of a name in NFC: the file itself may be named in NFD, as macOS writes names."""
     file = root / name
     decomposed = root / unicodedata.normalize("NFD", name)
     return decomposed if decomposed != file and not os.path.lexists(file) and os.path.lexists(decomposed) else file
 
 
 def split_name(who: str, split: str) -> str:
-    """train, validation or test, by any of the names that data sets have for them. Raises ValueError for others."""
+    """Returns train, validation or test for any of the names of SPLITS. Raises ValueError for others."""
     if split not in SPLITS:
-        raise ValueError(f"{who}: split must be train, validation or test, got {split!r}; write one of these")
+        raise ValueError(f"{who}: split must be train, validation or test, got {split!r}; use one of these")
     return SPLITS[split]
 
 
@@ -204,7 +226,10 @@ def place(name: str) -> int:
 
 
 def threshold(who: str, validation_fraction: float) -> int:
-    """Names that fall below are for validation, so adding images moves none across. Raises ValueError."""
+    """Returns the limit below which a name's hash is in the validation split, so that adding images moves none.
+
+    Raises ValueError if validation_fraction is not between 0 and 1.
+    """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"{who}: validation_fraction must lie between 0 and 1, got {validation_fraction=}")
     return int(validation_fraction * 2**64)

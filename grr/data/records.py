@@ -1,4 +1,4 @@
-"""The rule of every reader: each record of a file is read, skipped with a reason, or left out on request."""
+"""Counts of records: a reader reads each record of a file, skips it with a reason, or leaves it out on request."""
 
 import logging
 import posixpath
@@ -8,22 +8,22 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-NAMED = 100  # skipped records whose names are kept, for each reason
-SHOWN = 3  # of them in the log
+NAMED = 100  # names of skipped records that are stored, for each reason
+SHOWN = 3  # names in the log
 
 
 class Records:
-    """Count of the records in the files of a data set: read + skipped + left out = all that the files hold.
+    """Counts of the records in the files of a data set: read + skipped + left out = records in the files.
 
-    read: pairs of an image and a caption. skipped: faulty records, by their reason. left_out: records that were not
-    asked for, those of another split, say. damaged: places in files behind which no record can be told from another.
+    read: pairs of an image and a caption. skipped: faulty records, by reason. left_out: records that were not asked
+    for, such as those of another split, by reason. damaged: parts of files in which records cannot be separated.
     """
 
     def __init__(self) -> None:
         self.read = 0
         self.skipped: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
-        self.names: dict[str, list[str]] = {}  # reason -> the first records that were skipped for it
+        self.names: dict[str, list[str]] = {}  # reason -> first records that were skipped for it
         self.damaged: list[str] = []
 
     @property
@@ -31,14 +31,14 @@ class Records:
         return self.read + self.skipped.total() + self.left_out.total()
 
     def skip(self, name: str, reason: str, count: int = 1) -> None:
-        """Count records that cannot be used: their place in a file, and why."""
+        """Count a record that cannot be used, with its position in a file and the reason."""
         self.skipped[reason] += count
         names = self.names.setdefault(reason, [])
         if len(names) < NAMED:
-            names.append(name if name.isprintable() else repr(name))  # a name in a tar may move the cursor
+            names.append(name if name.isprintable() else repr(name))  # names in a tar may hold control characters
 
     def leave_out(self, reason: str, count: int = 1) -> None:
-        """Count records that are sound and were not asked for."""
+        """Count records that are valid and were not asked for."""
         if count:
             self.left_out[reason] += count
 
@@ -53,7 +53,7 @@ class Records:
             mine += names[: NAMED - len(mine)]
 
     def facts(self) -> dict[str, Any]:
-        """The counts and the first names, for a manifest."""
+        """Returns the counts and the first names, for a manifest."""
         skipped = {reason: {"count": n, "first": self.names[reason]} for reason, n in self.skipped.items()}
         return {
             "records": self.total,
@@ -65,7 +65,7 @@ class Records:
 
     @classmethod
     def of_facts(cls, facts: dict[str, Any]) -> "Records":
-        """The counts that `facts` wrote."""
+        """Returns the counts that `facts` returned."""
         records = cls()
         records.read = int(facts["read"])
         for reason, skipped in facts["skipped"].items():
@@ -76,13 +76,11 @@ class Records:
         return records
 
     def log(self, who: str) -> None:
-        """Write a warning for each reason and each damaged file, and the whole count where not all was read."""
+        """Log a warning for each reason and each damaged file, and all counts if some records were not read."""
         for reason, count in self.skipped.items():
             names = [name.removeprefix(f"{who} ") for name in self.names[reason][:SHOWN]]
-            more = " ..." if count > len(names) else ""
-            logger.warning(
-                "%s: %d of %d records skipped: %s: %s%s", who, count, self.total, reason, ", ".join(names), more
-            )
+            listed = ", ".join(names) + (" ..." if count > len(names) else "")
+            logger.warning("%s: %d of %d records skipped: %s: %s", who, count, self.total, reason, listed)
         for line in self.damaged[:SHOWN]:
             logger.warning("%s: %s", who.partition(":")[0], line)
         if len(self.damaged) > SHOWN:
@@ -94,25 +92,25 @@ class Records:
 
 
 def record_captions(value: object, where: str) -> list[str]:
-    """The captions that a record holds, white space collapsed: a string is one, a list of strings is several.
+    """Returns the captions of a record, white space collapsed: a string is one, a list of strings several.
 
-    At least one; an empty one is "". Raises ValueError, naming the place, for anything else: a number is no caption.
+    There is at least one; an empty one is "". Raises ValueError, naming the record, for values of other types.
     """
     captions = []
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
             raise ValueError(
                 f"{where}: a caption must be a string or a list of strings, got {_kind(text)}; "
-                "write the caption as text, or take the record out"
+                "write the caption as text, or remove the record"
             )
         if not is_text(text):
-            raise ValueError(f"{where}: a caption must be text, got half of a surrogate pair; write the caption anew")
+            raise ValueError(f"{where}: a caption must be text, got half of a surrogate pair; rewrite the caption")
         captions.append(" ".join(text.split()))
     return captions or [""]
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8."""
+    """Returns whether a string can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -121,9 +119,9 @@ def is_text(text: str) -> bool:
 
 
 def file_name(name: str) -> str:
-    """The one spelling of a file's name in a table: / between folders, no ./ and no ../, composed (NFC) letters.
+    """Normalise the name of a file in a table: / between folders, without ./ and inner ../, in NFC.
 
-    Empty if it names nothing that can be a file. File systems of macOS decompose letters; `image_path` finds those.
+    Returns "" for a name that cannot be a file's. macOS writes names in NFD; `image_path` finds those.
     """
     name = name.strip().replace("\\", "/")
     if not name or "\0" in name or not is_text(name):
@@ -133,7 +131,7 @@ def file_name(name: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a value of a JSON file is, in a few words."""
+    """Describe the type of a JSON value."""
     if value is None:
         return "null"
     if isinstance(value, bool | int | float):

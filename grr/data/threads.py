@@ -1,4 +1,4 @@
-"""Functions that run in threads of readers."""
+"""Errors of functions that run in readers' threads."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,11 @@ Y = TypeVar("Y")
 
 
 def in_thread(read: Callable[[X], Y]) -> Callable[[X], Y]:
-    """Returns `read`, which raises RuntimeError in place of SystemExit and of whatever else is not an Exception.
+    """Returns `read` with SystemExit and other errors that are not an Exception replaced by RuntimeError.
 
-    Such an error ends its thread alone: who waits for the result waits forever, or leaves with the status of
-    SystemExit(0), as if all was done. StopIteration is replaced too, because it ends the loop that reads. Called in the
-    main thread, `read` may raise SystemExit and KeyboardInterrupt: they are the user's.
+    Such an error ends only its thread: the main thread would wait for the result forever, or exit with the status of
+    SystemExit(0) as if the run had finished. StopIteration is replaced too, because it would end the loop that reads.
+    In the main thread, SystemExit and KeyboardInterrupt pass, because they come from the user.
     """
 
     def reading(item: X) -> Y:

@@ -8,9 +8,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, pairwise
-
-from nltk.tokenize import TreebankWordTokenizer
+from typing import Any
 
 Words = list[str]
 Ngram = tuple[str, ...]
@@ -64,7 +64,6 @@ def cider(references: list[list[str]], hypotheses: list[str]) -> float:
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
-TREEBANK = TreebankWordTokenizer()
 PUNCTUATION = {"", "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what COCO leaves out
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}  # COCO keeps these
 WHOLE = re.compile(  # what Stanford's tokenizer keeps in one piece, which Treebank's rules would split
@@ -97,6 +96,21 @@ ABBREVIATION = re.compile(
 BEFORE_NUMBERS = re.compile(r"(nos?|figs?|pp|art|op|ca|prop)\.")  # abbreviations where a number follows
 
 
+@cache
+def treebank() -> Any:
+    """Returns NLTK's Treebank tokenizer. Recipes call it at their start, before hours are spent on captions.
+
+    Raises ImportError without NLTK.
+    """
+    try:
+        from nltk.tokenize import TreebankWordTokenizer
+    except ImportError as error:
+        raise ImportError(
+            'treebank: caption metrics need NLTK, which is not installed; pip install "grr-coca[evaluate]"'
+        ) from error
+    return TreebankWordTokenizer()
+
+
 def split_words(caption: str) -> Words:
     """A caption's words in lower case, as COCO's evaluation has them: don't -> do n't; no punctuation.
 
@@ -114,7 +128,7 @@ def _treebank_words(text: str) -> Words:
     if not PLAIN.fullmatch(text):
         for pattern, replacement in SPELLING:
             text = pattern.sub(replacement, text)
-    tokens = [BRACKETS.get(token, token) for token in TREEBANK.tokenize(f"{text} .")]
+    tokens = [BRACKETS.get(token, token) for token in treebank().tokenize(f"{text} .")]
     words = []
     for token, following in pairwise([*tokens, ""]):
         keeps = ABBREVIATION.fullmatch(token) or (BEFORE_NUMBERS.fullmatch(token) and following[:1].isdigit())

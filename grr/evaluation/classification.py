@@ -17,11 +17,11 @@ from grr.data.images import BadImage, Crop
 from grr.evaluation.examples import Answer
 from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
+from grr.models.head import at_least_float32
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import all_sum, on_rank_0
 from grr.parallel.shard import unsharded
-from grr.tokenizers.sentencepiece import Tokenizer
-from grr.training.loss import at_least_float32
+from grr.tokenizers import Tokenizer
 from grr.training.step import seed_dropout
 
 SHOWN = 24  # answers of the report

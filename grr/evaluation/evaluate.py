@@ -13,7 +13,7 @@ from grr.evaluation.retrieval import retrieval
 from grr.models.coca import CoCa
 from grr.parallel.process_group import on_rank_0
 from grr.parallel.shard import unsharded
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 from grr.training.loss import contrastive_loss, sigmoid_loss
 from grr.training.step import Losses, evaluation_losses
 

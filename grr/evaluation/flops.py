@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from grr.models.builders import MULTIPLIERS
+from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
 
 

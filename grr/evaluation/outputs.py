@@ -22,7 +22,7 @@ from grr.data.image_files import batches, read_batches
 from grr.data.images import Crop, normalize
 from grr.generation.generate import generate
 from grr.models.coca import CoCa, evaluating
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 R = TypeVar("R")
 BATCH = 50  # images at a time

@@ -10,7 +10,7 @@ from torch import Tensor
 from grr.checkpoint.finite import check_finite_outputs
 from grr.data.collate import collate_captions
 from grr.models.coca import CoCa, evaluating
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 BATCH = 200  # texts at a time
 TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an image that shows a {}")
@@ -50,6 +50,19 @@ def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device:
     whole = torch.cat(embeddings)
     check_finite_outputs("embed_texts", whole, texts)
     return whole
+
+
+@torch.no_grad()
+def class_probabilities(model: CoCa, images: Tensor, classes: Tensor, *, who: str, of: Sequence[str]) -> Tensor:
+    """Compute the probability of each class for b images: softmax(cosine similarities / temperature), float64 [b, c].
+
+    images: as `CoCa.encode_image` takes them, classes: [c, e] of `class_embeddings`, `who` and `of`: the function and
+    the names of the images, for messages. Raises ValueError if the model computes NaN or infinity.
+    """
+    scale, _ = model.logit_scale(images.device)
+    scores = (model.encode_image(images) @ classes.T * scale).double()  # [b, c]
+    check_finite_outputs(who, scores, of)
+    return scores.softmax(1)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

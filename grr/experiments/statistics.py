@@ -58,19 +58,17 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Di
 
 
 def two_sided_p(t: float, freedom: int) -> float:
-    """The probability that Student's t of so many degrees of freedom is at least this far from zero.
+    """Returns the probability that Student's t with these degrees of freedom is at least this far from zero.
 
-    Source: Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4, finite sums for whole degrees of freedom.
+    Raises ImportError without SciPy.
     """
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term = cosine if odd else 1.0
-    total = 0.0 if freedom == 1 else term
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    within = math.sin(angle) * total
-    return max(0.0, 1 - (2 / math.pi * (angle + within) if odd else within))
+    try:
+        from scipy.special import stdtr
+    except ImportError as error:
+        raise ImportError(
+            'two_sided_p: comparing models needs SciPy, which is not installed; pip install "grr-coca[compare]"'
+        ) from error
+    return float(2 * stdtr(freedom, -abs(t)))
 
 
 def _tested(mean: float, error: float, freedom: int, *, pairs: int) -> Difference:

@@ -18,8 +18,7 @@ from grr.components import Block, BlockCache, KeyValueCache
 from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from grr.inference.pretrained import Pretrained
 from grr.models.coca import CoCa
-from grr.tokenizers.clip import ClipTokenizer
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import ClipTokenizer, Tokenizer
 
 EXAMPLE = Path(__file__).with_name("run_onnx.py")  # a script for the folder of an export, which uses it without torch
 Pixels = Literal["uint8", "float32"]

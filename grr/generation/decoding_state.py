@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from grr.models.coca import CoCa
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 
 class DecodingState:

@@ -10,7 +10,7 @@ from grr.generation.beam import beam_search
 from grr.generation.cpu_linear import onednn_linears
 from grr.generation.decoding_state import DecodingState
 from grr.models.coca import CoCa, evaluating
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 
 
 @torch.no_grad()

@@ -6,14 +6,15 @@ from typing import Any
 
 from grr.data.image_files import read_images
 from grr.generation.generate import generate
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome, Row, write_results
 
 BATCH = 50  # images at a time
 
 
 def caption_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     output: Path,
     generation: dict[str, Any] | None = None,
@@ -36,7 +37,7 @@ def caption_files(
 
 
 def caption_images(
-    trained: LoadedModel, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
+    trained: Captioner, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
 ) -> Iterator[list[Row]]:
     """Caption image files; yield the rows of a batch: {"file", "caption"}, then {"file", "error"} of bad files."""
     model, tokenizer, image_size, crop = trained

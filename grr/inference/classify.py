@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from grr.checkpoint.finite import check_finite_outputs
 from grr.data.image_files import read_images
-from grr.evaluation.zero_shot import TEMPLATES, class_embeddings
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.evaluation.zero_shot import TEMPLATES, class_embeddings, class_probabilities
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome, Row, write_results
 
 BATCH = 50  # images at a time
 
 
 def classify_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     classes: Sequence[str],
     output: Path,
@@ -41,7 +41,7 @@ def classify_files(
 
 @torch.no_grad()
 def classify_images(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Iterable[str],
     classes: Sequence[str],
     *,
@@ -61,15 +61,13 @@ def classify_images(
     model, tokenizer, image_size, crop = trained
     device = next(model.parameters()).device
     names = class_embeddings(model, tokenizer, classes, device, templates=templates)  # [c, e]
-    scale, _ = model.logit_scale(device)
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):
         rows: list[Row] = []
         if pixels is not None:
-            scores = (model.encode_image(pixels.to(device)) @ names.T * scale).double()  # [b, c]
-            check_finite_outputs("classify_images", scores, good)
-            p, order = scores.softmax(1).sort(dim=1, descending=True, stable=True)
-            for file, ids, probabilities in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
-                rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": probabilities})
+            probabilities = class_probabilities(model, pixels.to(device), names, who="classify_images", of=good)
+            p, order = probabilities.sort(dim=1, descending=True, stable=True)  # [b, c]
+            for file, ids, best in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
+                rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": best})
         yield rows + [{"file": file, "error": why} for file, why in bad.items()]
 
 

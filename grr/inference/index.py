@@ -21,7 +21,8 @@ from grr.evaluation.retrieval import whole_numbers
 from grr.evaluation.zero_shot import embed_texts
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
-from grr.inference.pretrained import LoadedModel, fingerprint
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome
 
 FORMAT = 1
@@ -97,7 +98,7 @@ class Index:
             raise ValueError("search: queries must be of unit length; use those of encode_text or encode_image")
 
 
-def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
+def open_index(folder: str | Path, trained: Captioner | None = None) -> Index:
     """Open an index for search; with `trained`, check that it holds embeddings of that model.
 
     Raises FileNotFoundError if the folder does not hold an index, ValueError if the index is empty, damaged, of a newer
@@ -120,12 +121,12 @@ def open_index(folder: str | Path, trained: LoadedModel | None = None) -> Index:
             files += names
             parts.append(embeddings)
     if not files:
-        raise ValueError(f"open_index: {folder} is an index without images; embed some with recipes/embed.py")
+        raise ValueError(f"open_index: {folder} is an index without images; embed some with grr embed")
     return Index(folder, description["model"], description["model_path"], files, parts)
 
 
 def embed_files(
-    trained: LoadedModel,
+    trained: Captioner,
     files: Sequence[str],
     folder: str | Path,
     model_path: str | Path,
@@ -171,7 +172,7 @@ def embed_files(
 
 
 def look_up(
-    trained: LoadedModel, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
+    trained: Captioner, index: Index, texts: Sequence[str], images: Sequence[str] = (), *, top: int = 10
 ) -> tuple[list[SearchResult], dict[str, str]]:
     """Search an index by texts and image files: returns a result per query, in order, and unreadable files -> cause.
 
@@ -201,9 +202,9 @@ def as_text(results: Sequence[SearchResult]) -> str:
 
 @torch.no_grad()
 def embed_images(
-    trained: LoadedModel, files: Iterable[str], *, batch_size: int = BATCH
+    trained: Captioner, files: Iterable[str], *, batch_size: int = BATCH
 ) -> Iterator[tuple[list[str], Tensor, dict[str, str]]]:
-    """Embed image files; yield of each batch the readable files, float32 [b, e] of unit length, and unreadable files.
+    """Embed image files; yield for each batch the readable files, float32 [b, e] of unit length, and unreadable files.
 
     Raises ValueError if the model computes NaN or infinity.
     """
@@ -285,7 +286,7 @@ def _check_part(names: Any, embeddings: Any) -> None:
 def _read_description(folder: Path) -> dict[str, Any]:
     file = folder / "index.json"
     if not file.exists():
-        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with recipes/embed.py")
+        raise FileNotFoundError(f"open_index: {folder} holds no index; make one with grr embed")
     try:
         description = dict(json.loads(read_regular_file(file, MAX_JSON)))
         version, model, path = (description[key] for key in ("format", "model", "model_path"))
@@ -303,7 +304,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _check_model(folder: Path, description: dict[str, Any], trained: LoadedModel) -> None:
+def _check_model(folder: Path, description: dict[str, Any], trained: Captioner) -> None:
     mine = fingerprint(trained)
     if description["model"] != mine:
         raise ValueError(

@@ -18,13 +18,14 @@ from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
-from grr.export.quantization import SCHEMES, Scheme, load_quantized
 from grr.files.regular import read_regular_file
+from grr.inference.captioner import Captioner
+from grr.inference.quantization import SCHEMES, Scheme, load_quantized
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS
-from grr.parallel.process_group import on_rank_0
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer
+from grr.parallel.process_group import default_device, on_rank_0
+from grr.tokenizers import load_tokenizer
 
 FORMAT = 1
 MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000
@@ -66,25 +67,30 @@ class Pretrained(NamedTuple):
     head: str | None = None  # of a classifier, a name of grr.models.heads.HEADS; None: it is a whole CoCa
 
 
-class LoadedModel(NamedTuple):
-    """A model ready for use, and how to prepare what it reads."""
+def load(
+    path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Captioner:
+    """Open a trained model to caption, embed and classify images.
 
-    model: CoCa
-    tokenizer: Tokenizer
-    image_size: int
-    crop: Crop
+        captioner = load("runs/openmoji")
+
+    path: a run's folder, its model/, one of its checkpoints, or a quantised model. device: None means the GPU where
+    there is one, else the CPU. A quantised model computes in `dtype` as well.
+    Raises FileNotFoundError if there is no model, ValueError if it is damaged, of an unknown builder, or has weights
+    that are not finite or too large for `dtype`.
+    """
+    return load_pretrained(path, device=default_device() if device is None else device, dtype=dtype)
 
 
 def load_pretrained(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LoadedModel:
-    """Open a trained model, in evaluation mode: a run's folder, its model/ or one of its checkpoints.
+) -> Captioner:
+    """Open a trained model on a given device, as recipes do: `load` with another default.
 
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
-        image = load_image("photo.jpg", size=image_size, crop=crop)
 
-    A quantised model computes in `dtype` as well. Raises as `find_pretrained` and `load_weights` do, for a quantised
-    model as `load_quantized` does, and ValueError if weights are too large for `dtype`.
+    The model is in evaluation mode. Raises as `find_pretrained` and `load_weights` do, for a quantised model as
+    `load_quantized` does, and ValueError if weights are too large for `dtype`.
     """
     source = find_pretrained(path)
     with torch.device("meta"):
@@ -98,10 +104,10 @@ def load_pretrained(
         if dtype == torch.float16:
             check_finite_weights("load_pretrained", model.state_dict(), f"{source.path} in {dtype}")
     tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
-    return LoadedModel(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
+    return Captioner(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
 
 
-def fingerprint(trained: LoadedModel) -> str:
+def fingerprint(trained: Captioner) -> str:
     """A hash of what a model makes of an image or a text: its weights, its vocabulary, and how images are cut.
 
     The same for a run, its model/ and a copy of that, in either precision: weights are rounded to bfloat16 first.
@@ -169,7 +175,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
             f"load_weights: {source.path} is a classifier, {source.head}, without all parts of a CoCa; give the model "
-            "that it was trained from, or open it with grr.models.heads.load_classifier"
+            "that it was trained from, or open it with grr.inference.classifiers.load_classifier"
         )
     if source.quantization is not None:
         raise ValueError(

@@ -1,58 +1,61 @@
-"""Builders: functions that put the primitives together, and give the sizes their names.
+"""Builders: the named models and sizes, each a function whose signature shows all arguments and its own defaults.
 
-`coca` describes every model of this family once. GRR-CoCa, its baseline, the original CoCa and all sizes are the same
-function with other defaults, so each of them takes all of its arguments.
+GRR-CoCa, its baseline, the original CoCa and all sizes are `coca` with other defaults, so a model is described once.
 """
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from grr.components import (
-    GEGLU,
-    AttentionPooler,
-    AxialRotaryEmbedding,
-    Block,
-    CrossAttention,
-    FeedForward,
-    LayerNorm,
-    LearnedPositions,
-    MixedRotaryEmbedding,
-    PatchEmbedding,
-    RMSNorm,
-    RotaryEmbedding,
-    SelfAttention,
-    SinusoidalPositions,
+from grr.models.assemble import (
+    MULTIPLIERS,
+    T5_VOCABULARY,
+    FeedForwardKind,
+    Norm,
+    Position,
+    TextPosition,
+    coca,
+    text_decoder,
+    vision_transformer,
 )
-from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+from grr.models.coca import CoCa, VisionTransformer
+from grr.models.open_clip import OPEN_CLIP_MODELS
 
-Norm = Literal["rmsnorm", "layernorm"]
-FeedForwardKind = Literal["geglu", "mlp"]
-Position = Literal["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]
-TextPosition = Literal["rope", "sinusoidal", "learned"]
+__all__ = [
+    "MODELS",
+    "MULTIPLIERS",
+    "T5_VOCABULARY",
+    "FeedForwardKind",
+    "Norm",
+    "Position",
+    "TextPosition",
+    "baseline_coca",
+    "baseline_vit",
+    "coca",
+    "create_model",
+    "grr_coca",
+    "grr_coca_2b",
+    "grr_coca_large",
+    "grr_coca_small",
+    "grr_coca_tiny",
+    "grr_vit",
+    "list_models",
+    "original_coca",
+    "original_coca_2b",
+    "preset",
+    "text_decoder",
+    "vision_transformer",
+]
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "rmsnorm": RMSNorm,
-    "layernorm": lambda dim: LayerNorm(dim, eps=1e-6),
-}
-FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"geglu": GEGLU, "mlp": FeedForward}
-ROTARIES: dict[str, Callable[[int, int], nn.Module]] = {
-    "rope": lambda head_dim, num_heads: RotaryEmbedding(head_dim),
-    "rope_2d": lambda head_dim, num_heads: AxialRotaryEmbedding(head_dim),
-    "rope_mixed": MixedRotaryEmbedding,
-}
-ABSOLUTES: dict[str, Callable[[int, int], nn.Module]] = {
-    "sinusoidal": lambda dim, num_positions: SinusoidalPositions(dim),
-    "learned": LearnedPositions,
-}
-MULTIPLIERS = {"geglu": 2.7, "mlp": 4.0}  # hidden width / width at equal parameters (GRR-CoCa, table 1)
-T5_VOCABULARY = 32_102  # 32,000 pieces, 100 sentinels, BOS, CLS
+# --- the models of the paper ---------------------------------------------------------------------------------------
+# `locals()` in the first line of a function holds its arguments, so that they are listed once, in the signature.
 
 
-def vision_transformer(
+def grr_vit(
     *,
     norm: Norm = "rmsnorm",
     feed_forward: FeedForwardKind = "geglu",
@@ -66,118 +69,37 @@ def vision_transformer(
     qk_norm: bool = False,
     dropout: float = 0.0,
 ) -> VisionTransformer:
-    """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
+    """Build the GRR vision encoder: RMSNorm, GEGLU and rotary positions in every block.
 
-    `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
-    Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, or a name is not known.
+    86,487,384 parameters at the defaults. Source: GRR-CoCa, section 3.1 and figure 1.
+    Raises ValueError as `vision_transformer` does.
     """
-    if image_size % patch_size:
-        raise ValueError(
-            f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
-        )
-    _check_heads("vision_transformer", dim, num_heads)
-    _check_names(
-        "vision_transformer",
-        norm=(norm, NORMS),
-        feed_forward=(feed_forward, FEED_FORWARDS),
-        position=(position, ROTARIES | ABSOLUTES),
-    )
-    hidden_dim = int((ffn_multiplier or MULTIPLIERS[feed_forward]) * dim)
-    num_patches = (image_size // patch_size) ** 2
-
-    def block() -> Block:
-        rotary = ROTARIES[position](dim // num_heads, num_heads) if position in ROTARIES else None
-        return Block(
-            attention_norm=NORMS[norm](dim),
-            attention=SelfAttention(dim, num_heads, rotary=rotary, qk_norm=qk_norm),  # type: ignore[arg-type]
-            feed_forward_norm=NORMS[norm](dim),
-            feed_forward=FEED_FORWARDS[feed_forward](dim, hidden_dim),
-            dropout=dropout,
-        )
-
-    return VisionTransformer(
-        patches=PatchEmbedding(dim, patch_size),
-        positions=ABSOLUTES[position](dim, num_patches) if position in ABSOLUTES else None,
-        blocks=(block() for _ in range(num_layers)),
-        axes=2 if position in ("rope_2d", "rope_mixed") else 1,
-        dropout=dropout,
-    )
+    return vision_transformer(**locals())
 
 
-def _text_blocks(
+def baseline_vit(
     *,
-    norm: Norm,
-    feed_forward: FeedForwardKind,
-    position: TextPosition,
-    dim: int,
-    num_heads: int,
-    num_layers: int,
-    ffn_multiplier: float,
-    qk_norm: bool,
-    dropout: float,
-    cross_attention: bool,
-) -> Iterator[Block]:
-    """The causal blocks of the two text decoders, one by one: a copy would start all from the same random weights."""
-    hidden_dim = int(ffn_multiplier * dim)
-    for _ in range(num_layers):
-        rotary = RotaryEmbedding(dim // num_heads) if position == "rope" else None
-        yield Block(
-            attention_norm=NORMS[norm](dim),
-            attention=SelfAttention(dim, num_heads, causal=True, rotary=rotary, qk_norm=qk_norm),
-            cross_attention_norm=NORMS[norm](dim) if cross_attention else None,
-            cross_attention=CrossAttention(dim, num_heads, qk_norm=qk_norm) if cross_attention else None,
-            feed_forward_norm=NORMS[norm](dim),
-            feed_forward=FEED_FORWARDS[feed_forward](dim, hidden_dim),
-            dropout=dropout,
-        )
-
-
-def text_decoder(
-    *,
-    norm: Norm = "rmsnorm",
-    feed_forward: FeedForwardKind = "geglu",
-    position: TextPosition = "rope",
-    vocab_size: int = T5_VOCABULARY,
-    context_length: int = 64,
+    norm: Norm = "layernorm",
+    feed_forward: FeedForwardKind = "mlp",
+    position: Position = "sinusoidal",
+    image_size: int = 288,
+    patch_size: int = 18,
     dim: int = 768,
     num_heads: int = 12,
     num_layers: int = 12,
-    ffn_multiplier: float = 4.0,
+    ffn_multiplier: float | None = None,
     qk_norm: bool = False,
     dropout: float = 0.0,
-) -> TextDecoder:
-    """Build a unimodal text decoder: token embeddings and causal blocks. 138,038,784 parameters at the defaults.
+) -> VisionTransformer:
+    """Build the classic ViT: LayerNorm, GELU MLP and sinusoidal positions.
 
-    `context_length` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
-    not a multiple of num_heads, or a name is not known.
+    85,801,728 parameters at the defaults. Source: GRR-CoCa, figure 1; Dosovitskiy et al. 2020.
+    Raises ValueError as `vision_transformer` does.
     """
-    _check_heads("text_decoder", dim, num_heads)
-    _check_names(
-        "text_decoder",
-        norm=(norm, NORMS),
-        feed_forward=(feed_forward, FEED_FORWARDS),
-        position=(position, {"rope": None, **ABSOLUTES}),
-    )
-    return TextDecoder(
-        embedding=nn.Embedding(vocab_size, dim),
-        positions=ABSOLUTES[position](dim, context_length) if position in ABSOLUTES else None,
-        blocks=_text_blocks(
-            norm=norm,
-            feed_forward=feed_forward,
-            position=position,
-            dim=dim,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            ffn_multiplier=ffn_multiplier,
-            qk_norm=qk_norm,
-            dropout=dropout,
-            cross_attention=False,
-        ),
-        dropout=dropout,
-    )
+    return vision_transformer(**locals())
 
 
-def coca(
+def grr_coca(
     *,
     vision_norm: Norm = "rmsnorm",
     vision_feed_forward: FeedForwardKind = "geglu",
@@ -205,66 +127,292 @@ def coca(
     logit_bias: float = 0.0,
     learned_temperature: bool = False,
 ) -> CoCa:
-    """Build a contrastive captioner; every part of it that differs between the models of the paper is an argument.
+    """Build GRR-CoCa: RMSNorm, GEGLU and rotary positions in all three towers.
 
-    The first six choose norm, feed-forward network and positions of the vision encoder and of the text decoders.
-    `context_length` is the longest caption in tokens, `num_queries` the number of queries of the generative pooler. The
-    arguments from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the
-    towers do.
+    394,548,926 parameters at the defaults. Source: GRR-CoCa, section 3.1 and table 1. Raises ValueError as `coca` does.
     """
-    vision_encoder = vision_transformer(
-        norm=vision_norm,
-        feed_forward=vision_feed_forward,
-        position=vision_position,
-        image_size=image_size,
-        patch_size=patch_size,
-        dim=dim,
-        num_heads=num_heads,
-        num_layers=vision_layers,
-        ffn_multiplier=vision_ffn_multiplier,
-        qk_norm=qk_norm,
-        dropout=dropout,
-    )
-    unimodal = text_decoder(
-        norm=text_norm,
-        feed_forward=text_feed_forward,
-        position=text_position,
-        vocab_size=vocab_size,
-        context_length=context_length,
-        dim=dim,
-        num_heads=num_heads,
-        num_layers=text_layers,
-        ffn_multiplier=text_ffn_multiplier,
-        qk_norm=qk_norm,
-        dropout=dropout,
-    )
-    multimodal = MultimodalDecoder(
-        blocks=_text_blocks(
-            norm=text_norm,
-            feed_forward=text_feed_forward,
-            position=text_position,
-            dim=dim,
-            num_heads=num_heads,
-            num_layers=multimodal_layers,
-            ffn_multiplier=text_ffn_multiplier,
-            qk_norm=qk_norm,
-            dropout=dropout,
-            cross_attention=True,
-        ),
-        norm=NORMS[text_norm](dim),
-        head=nn.Linear(dim, vocab_size),
-    )
-    if tied_embeddings:
-        multimodal.head.weight = unimodal.embedding.weight
-    return CoCa(
-        vision_encoder=vision_encoder,
-        generative_pooler=AttentionPooler(dim, num_queries, num_heads),
-        contrastive_pooler=AttentionPooler(dim, 1, num_heads),
-        text_decoder=unimodal,
-        multimodal_decoder=multimodal,
-        logit_scale=LogitScale(temperature=temperature, bias=logit_bias, learned=learned_temperature),
-        pooler_norm=NORMS[vision_norm](dim) if pooler_norm else None,
-    )
+    return coca(**locals())
+
+
+def baseline_coca(
+    *,
+    vision_norm: Norm = "layernorm",
+    vision_feed_forward: FeedForwardKind = "mlp",
+    vision_position: Position = "sinusoidal",
+    text_norm: Norm = "rmsnorm",
+    text_feed_forward: FeedForwardKind = "geglu",
+    text_position: TextPosition = "rope",
+    vocab_size: int = T5_VOCABULARY,
+    context_length: int = 64,
+    num_queries: int = 64,
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 768,
+    num_heads: int = 12,
+    vision_layers: int = 12,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    vision_ffn_multiplier: float | None = None,
+    text_ffn_multiplier: float = 4.0,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build the baseline CoCa: GRR-CoCa's text decoders with the classic ViT.
+
+    393,863,270 parameters at the defaults. Source: GRR-CoCa, section 3.1 and table 1. Raises ValueError as `coca` does.
+    """
+    return coca(**locals())
+
+
+def original_coca(
+    *,
+    vision_norm: Norm = "layernorm",
+    vision_feed_forward: FeedForwardKind = "mlp",
+    vision_position: Position = "sinusoidal",
+    text_norm: Norm = "layernorm",
+    text_feed_forward: FeedForwardKind = "mlp",
+    text_position: TextPosition = "sinusoidal",
+    vocab_size: int = T5_VOCABULARY,
+    context_length: int = 64,
+    num_queries: int = 64,
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 768,
+    num_heads: int = 12,
+    vision_layers: int = 12,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    vision_ffn_multiplier: float | None = None,
+    text_ffn_multiplier: float = 4.0,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build the CoCa of Yu et al. 2022: LayerNorm, GELU MLP and absolute positions in all three towers.
+
+    Raises ValueError as `coca` does.
+    """
+    return coca(**locals())
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def grr_coca_tiny(
+    *,
+    vision_norm: Norm = "rmsnorm",
+    vision_feed_forward: FeedForwardKind = "geglu",
+    vision_position: Position = "rope",
+    text_norm: Norm = "rmsnorm",
+    text_feed_forward: FeedForwardKind = "geglu",
+    text_position: TextPosition = "rope",
+    vocab_size: int = 512,
+    context_length: int = 16,
+    num_queries: int = 16,
+    image_size: int = 32,
+    patch_size: int = 8,
+    dim: int = 64,
+    num_heads: int = 2,
+    vision_layers: int = 2,
+    text_layers: int = 2,
+    multimodal_layers: int = 2,
+    vision_ffn_multiplier: float | None = None,
+    text_ffn_multiplier: float = 4.0,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build a GRR-CoCa that trains on a laptop CPU in seconds; the tests use it."""
+    return coca(**locals())
+
+
+def grr_coca_small(
+    *,
+    vision_norm: Norm = "rmsnorm",
+    vision_feed_forward: FeedForwardKind = "geglu",
+    vision_position: Position = "rope",
+    text_norm: Norm = "rmsnorm",
+    text_feed_forward: FeedForwardKind = "geglu",
+    text_position: TextPosition = "rope",
+    vocab_size: int = T5_VOCABULARY,
+    context_length: int = 64,
+    num_queries: int = 64,
+    image_size: int = 144,
+    patch_size: int = 18,
+    dim: int = 384,
+    num_heads: int = 6,
+    vision_layers: int = 6,
+    text_layers: int = 6,
+    multimodal_layers: int = 6,
+    vision_ffn_multiplier: float | None = None,
+    text_ffn_multiplier: float = 4.0,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build a GRR-CoCa for one GPU and a few hours: half the width and half the depth of the paper's."""
+    return coca(**locals())
+
+
+def grr_coca_large(
+    *,
+    vision_norm: Norm = "rmsnorm",
+    vision_feed_forward: FeedForwardKind = "geglu",
+    vision_position: Position = "rope",
+    text_norm: Norm = "rmsnorm",
+    text_feed_forward: FeedForwardKind = "geglu",
+    text_position: TextPosition = "rope",
+    vocab_size: int = T5_VOCABULARY,
+    context_length: int = 64,
+    num_queries: int = 64,
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 1024,
+    num_heads: int = 16,
+    vision_layers: int = 24,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    vision_ffn_multiplier: float | None = None,
+    text_ffn_multiplier: float = 4.0,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build a GRR-CoCa of the shape of CoCa-Large (Yu et al. 2022, table 1)."""
+    return coca(**locals())
+
+
+def grr_coca_2b(
+    *,
+    vision_norm: Norm = "rmsnorm",
+    vision_feed_forward: FeedForwardKind = "geglu",
+    vision_position: Position = "rope",
+    text_norm: Norm = "rmsnorm",
+    text_feed_forward: FeedForwardKind = "geglu",
+    text_position: TextPosition = "rope",
+    vocab_size: int = T5_VOCABULARY,
+    context_length: int = 64,
+    num_queries: int = 64,
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 1408,
+    num_heads: int = 16,
+    vision_layers: int = 40,
+    text_layers: int = 18,
+    multimodal_layers: int = 18,
+    vision_ffn_multiplier: float | None = 2.7 / 4 * 6144 / 1408,
+    text_ffn_multiplier: float = 2.7 / 4 * 6144 / 1408,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build a GRR-CoCa of the shape of the largest CoCa (Yu et al. 2022, table 1): 40 + 18 + 18 blocks, width 1,408.
+
+    The MLP width of that model is 6,144. Hidden widths are a multiple of the model's: 6144 / 1408 for an MLP, and
+    2.7 / 4 of that for a GEGLU.
+    """
+    return coca(**locals())
+
+
+def original_coca_2b(
+    *,
+    vision_norm: Norm = "layernorm",
+    vision_feed_forward: FeedForwardKind = "mlp",
+    vision_position: Position = "sinusoidal",
+    text_norm: Norm = "layernorm",
+    text_feed_forward: FeedForwardKind = "mlp",
+    text_position: TextPosition = "sinusoidal",
+    vocab_size: int = 64_000,
+    context_length: int = 64,
+    num_queries: int = 64,
+    image_size: int = 288,
+    patch_size: int = 18,
+    dim: int = 1408,
+    num_heads: int = 16,
+    vision_layers: int = 40,
+    text_layers: int = 18,
+    multimodal_layers: int = 18,
+    vision_ffn_multiplier: float | None = 6144 / 1408,
+    text_ffn_multiplier: float = 6144 / 1408,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    pooler_norm: bool = False,
+    tied_embeddings: bool = False,
+    temperature: float = 0.07,
+    logit_bias: float = 0.0,
+    learned_temperature: bool = False,
+) -> CoCa:
+    """Build the largest CoCa of Yu et al. 2022, table 1: 2.1 B parameters with their vocabulary of 64,000."""
+    return coca(**locals())
+
+
+MODELS: dict[str, Callable[..., CoCa]] = {
+    "grr_coca": grr_coca,
+    "baseline_coca": baseline_coca,
+    "original_coca": original_coca,
+    "grr_coca_tiny": grr_coca_tiny,
+    "grr_coca_small": grr_coca_small,
+    "grr_coca_large": grr_coca_large,
+    "grr_coca_2b": grr_coca_2b,
+    "original_coca_2b": original_coca_2b,
+}
+
+
+# --- by name -------------------------------------------------------------------------------------------------------
+
+
+def list_models() -> list[str]:
+    """Returns the names that `create_model` knows: of the paper's models, their sizes, open_clip's, and your own."""
+    return list(MODELS | OPEN_CLIP_MODELS)
+
+
+def create_model(name: str, **changes: Any) -> CoCa:
+    """Build a model by its name, with some arguments other than its defaults.
+
+        model = create_model("grr_coca", vision_position="rope_2d", dropout=0.1)
+
+    Raises ValueError for a name that `list_models` does not have, or as the builder does; TypeError for an argument
+    that the builder does not take.
+    """
+    models = MODELS | OPEN_CLIP_MODELS
+    if name not in models:
+        raise ValueError(
+            f"create_model: name must be one of {', '.join(models)}, got {name!r}{_did_you_mean(name, models)}; "
+            "add a builder of your own to grr.builders.MODELS first"
+        )
+    parameters = inspect.signature(models[name]).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if unknown := [argument for argument in changes if argument not in parameters and not any_name]:
+        raise TypeError(
+            f"create_model: {name} takes no argument {unknown[0]!r}{_did_you_mean(unknown[0], parameters)}; "
+            f"help(grr.builders.{name}) lists those it takes"
+        )
+    return models[name](**changes)
 
 
 P = ParamSpec("P")
@@ -291,156 +439,6 @@ def preset(
     return function
 
 
-# --- the three models, at the paper's size -------------------------------------------------------------------------
-
-grr_vit = preset(
-    vision_transformer,
-    "grr_vit",
-    """The GRR vision encoder: RMSNorm, GEGLU and rotary positions in every block. 86,487,384 parameters.
-
-    Source: GRR-CoCa, section 3.1 and figure 1.""",
-    norm="rmsnorm",
-    feed_forward="geglu",
-    position="rope",
-)
-
-baseline_vit = preset(
-    vision_transformer,
-    "baseline_vit",
-    """The classic ViT: LayerNorm, GELU MLP, absolute positions. 85,801,728 parameters.
-
-    Source: GRR-CoCa, figure 1; Dosovitskiy et al. 2020.""",
-    norm="layernorm",
-    feed_forward="mlp",
-    position="sinusoidal",
-)
-
-grr_coca = preset(
-    coca,
-    "grr_coca",
-    """GRR-CoCa: RMSNorm, GEGLU and rotary positions in all three towers. 394,548,926 parameters.
-
-    Source: GRR-CoCa, section 3.1 and table 1.""",
-    vision_norm="rmsnorm",
-    vision_feed_forward="geglu",
-    vision_position="rope",
-    text_norm="rmsnorm",
-    text_feed_forward="geglu",
-    text_position="rope",
-)
-
-baseline_coca = preset(
-    coca,
-    "baseline_coca",
-    """Baseline CoCa: GRR-CoCa's text decoders with the classic ViT. 393,863,270 parameters.
-
-    Source: GRR-CoCa, section 3.1 and table 1.""",
-    vision_norm="layernorm",
-    vision_feed_forward="mlp",
-    vision_position="sinusoidal",
-    text_norm="rmsnorm",
-    text_feed_forward="geglu",
-    text_position="rope",
-)
-
-original_coca = preset(
-    coca,
-    "original_coca",
-    """The CoCa of Yu et al. 2022: LayerNorm, GELU MLP and absolute positions in all three towers.""",
-    vision_norm="layernorm",
-    vision_feed_forward="mlp",
-    vision_position="sinusoidal",
-    text_norm="layernorm",
-    text_feed_forward="mlp",
-    text_position="sinusoidal",
-)
-
-# --- sizes ---------------------------------------------------------------------------------------------------------
-
-grr_coca_tiny = preset(
-    grr_coca,
-    "grr_coca_tiny",
-    """A model that trains on a laptop CPU in seconds; the tests use it.""",
-    vocab_size=512,
-    context_length=16,
-    num_queries=16,
-    image_size=32,
-    patch_size=8,
-    dim=64,
-    num_heads=2,
-    vision_layers=2,
-    text_layers=2,
-    multimodal_layers=2,
-)
-
-grr_coca_small = preset(
-    grr_coca,
-    "grr_coca_small",
-    """A model for one GPU and a few hours: half the width and half the depth of the paper's.""",
-    image_size=144,
-    dim=384,
-    num_heads=6,
-    vision_layers=6,
-    text_layers=6,
-    multimodal_layers=6,
-)
-
-grr_coca_large = preset(
-    grr_coca,
-    "grr_coca_large",
-    """The shape of CoCa-Large (Yu et al. 2022, table 1).""",
-    dim=1024,
-    num_heads=16,
-    vision_layers=24,
-)
-
-grr_coca_2b = preset(
-    grr_coca,
-    "grr_coca_2b",
-    """The shape of the largest CoCa (Yu et al. 2022, table 1): 40 + 18 + 18 blocks, width 1,408, MLP width 6,144.
-
-    Hidden widths are a multiple of the model's: 6144 / 1408 for an MLP, 2.7 / 4 of that for the ViT's GEGLU.""",
-    dim=1408,
-    num_heads=16,
-    vision_layers=40,
-    text_layers=18,
-    multimodal_layers=18,
-    vision_ffn_multiplier=2.7 / 4 * 6144 / 1408,
-    text_ffn_multiplier=2.7 / 4 * 6144 / 1408,
-)
-
-original_coca_2b = preset(
-    original_coca,
-    "original_coca_2b",
-    """The largest CoCa of Yu et al. 2022, table 1, as it was: its 2.1 B parameters with their vocabulary of 64,000.""",
-    vocab_size=64_000,
-    dim=1408,
-    num_heads=16,
-    vision_layers=40,
-    text_layers=18,
-    multimodal_layers=18,
-    vision_ffn_multiplier=6144 / 1408,
-    text_ffn_multiplier=6144 / 1408,
-)
-
-MODELS: dict[str, Callable[..., CoCa]] = {
-    "grr_coca": grr_coca,
-    "baseline_coca": baseline_coca,
-    "original_coca": original_coca,
-    "grr_coca_tiny": grr_coca_tiny,
-    "grr_coca_small": grr_coca_small,
-    "grr_coca_large": grr_coca_large,
-    "grr_coca_2b": grr_coca_2b,
-    "original_coca_2b": original_coca_2b,
-}
-
-
-def _check_heads(who: str, dim: int, num_heads: int) -> None:
-    if dim % num_heads:
-        raise ValueError(f"{who}: dim must be a multiple of num_heads, got {dim=}, {num_heads=}")
-
-
-def _check_names(who: str, **choices: tuple[str, dict[str, Any]]) -> None:
-    for argument, (name, known) in choices.items():
-        if name not in known:
-            raise ValueError(f"{who}: {argument} must be one of {', '.join(known)}, got {name!r}")
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -27,7 +27,7 @@ from grr.components import (
 )
 from grr.data.collate import IGNORE, right_pad, undo_right_pad
 from grr.data.images import normalize
-from grr.training.loss import at_least_float32, token_losses
+from grr.models.head import at_least_float32, token_losses
 
 VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # folded into a sample's dropout key, so that parts draw differently
 

@@ -24,7 +24,6 @@ from grr.components import (
     PatchEmbedding,
     SelfAttention,
 )
-from grr.models.builders import preset
 from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
 
 
@@ -93,25 +92,59 @@ def open_clip_coca(
     )
 
 
-open_clip_coca_vit_b_32 = preset(
-    open_clip_coca,
-    "open_clip_coca_vit_b_32",
-    """open_clip's coca_ViT-B-32: 253.6 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
-    mscoco_finetuned_laion2b_s13b_b90k.""",
-)
+def open_clip_coca_vit_b_32(
+    *,
+    vocab_size: int = 49_409,
+    context_length: int = 77,
+    image_size: int = 224,
+    patch_size: int = 32,
+    vision_dim: int = 768,
+    vision_heads: int = 12,
+    vision_layers: int = 12,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 512,
+    num_heads: int = 8,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = False,
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
+    """Build open_clip's coca_ViT-B-32: 253.6 M parameters.
 
-open_clip_coca_vit_l_14 = preset(
-    open_clip_coca,
-    "open_clip_coca_vit_l_14",
-    """open_clip's coca_ViT-L-14: 638.5 M parameters, released as laion2b_s13b_b90k, and fine-tuned on COCO as
-    mscoco_finetuned_laion2b_s13b_b90k.""",
-    patch_size=14,
-    vision_dim=1024,
-    vision_heads=16,
-    vision_layers=24,
-    dim=768,
-    num_heads=12,
-)
+    Released as laion2b_s13b_b90k, and fine-tuned on COCO as mscoco_finetuned_laion2b_s13b_b90k.
+    Raises ValueError as `open_clip_coca` does.
+    """
+    return open_clip_coca(**locals())
+
+
+def open_clip_coca_vit_l_14(
+    *,
+    vocab_size: int = 49_409,
+    context_length: int = 77,
+    image_size: int = 224,
+    patch_size: int = 14,
+    vision_dim: int = 1024,
+    vision_heads: int = 16,
+    vision_layers: int = 24,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 768,
+    num_heads: int = 12,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = False,
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
+    """Build open_clip's coca_ViT-L-14: 638.5 M parameters.
+
+    Released as laion2b_s13b_b90k, and fine-tuned on COCO as mscoco_finetuned_laion2b_s13b_b90k.
+    Raises ValueError as `open_clip_coca` does.
+    """
+    return open_clip_coca(**locals())
+
 
 OPEN_CLIP_MODELS: dict[str, Callable[..., CoCa]] = {
     "open_clip_coca": open_clip_coca,

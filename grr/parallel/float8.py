@@ -1,28 +1,28 @@
-"""Training whose large products are of numbers of 8 bits, by torchao: twice the rate of bfloat16 where a GPU has it."""
+"""Float8 training: the linear layers of the blocks multiply in 8 bits, by torchao."""
 
 import torch
 from torch import nn
 
 from grr.parallel.shard import ORDER, blocks, preparations
 
-SIDES = 16  # of which the sides of a matrix must be multiples for a GPU's float8 kernels
+SIDES = 16  # a GPU's float8 kernels need matrices whose sides are multiples of it
 CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell
 
 
 def multiply_in_float8(model: nn.Module, device: torch.device, *, emulated: bool = False) -> None:
-    """Let the linear layers of the blocks multiply in float8, forward and backward, in place. `parallelize` calls it.
+    """Convert the linear layers of the blocks to multiply in float8, forward and backward, in place.
 
-    What is read, weights and gradients are rounded at each product, each tensor scaled by its largest number: e4m3
-    forward, e5m2 for the gradient that comes back. Sums, biases and all that is between the products keep the model's
-    own precision. Weights are the same parameters by the same names, so checkpoints and model folders do not know of
-    it, and may be continued and used without. Layers with a side that is no multiple of 16 stay as they are: of the
-    paper's GRR encoder the feed-forward networks, of width 2,073, where vision_ffn_multiplier=2.6875 would give 2,064.
-    So do poolers and the head. Emulated, the same numbers are multiplied in float32, on any device: slower, to see what
-    the rounding does.
+    Inputs, weights and gradients are rounded at each product, each tensor scaled by its largest absolute value: e4m3
+    in the forward pass, e5m2 for the gradient of the output. Sums, biases and everything between the products keep the
+    model's precision. Parameters keep their names and dtypes, so checkpoints and model folders do not depend on the
+    conversion. Layers with a side that is not a multiple of 16 are not converted: in the paper's GRR encoder those of
+    the feed-forward networks, whose width is 2,073 (vision_ffn_multiplier=2.6875 gives 2,064). Neither are poolers and
+    the vocabulary head. Without compiled blocks the conversion is not fast.
 
-    Source: Micikevicius et al. 2022, FP8 formats for deep learning. It is fast where blocks are compiled as well.
-    Raises ImportError without torchao, ValueError if the device cannot do it, if no layer has such sides, or if the
-    model was prepared before.
+    emulated: round as above but multiply in float32, on any device. It is slower, and serves tests; `parallelize` does
+    not offer it. Source: Micikevicius et al. 2022, FP8 formats for deep learning.
+    Raises ImportError without torchao, ValueError if the device cannot multiply in float8, if no layer has such sides,
+    or if the model was prepared before.
     """
     if done := preparations(model):
         raise ValueError(f"multiply_in_float8: comes first, got a model that is {' and '.join(done)}; {ORDER}")
@@ -36,8 +36,8 @@ def multiply_in_float8(model: nn.Module, device: torch.device, *, emulated: bool
             f"compute capability {torch.cuda.get_device_capability(device)}" if device.type == "cuda" else device.type
         )
         raise ValueError(
-            f"multiply_in_float8: needs a CUDA GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), got "
-            f"{what}; set parallel.float8=false, or parallel.float8=emulated for the rounding alone"
+            "multiply_in_float8: needs a CUDA GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), got "
+            f"{what}; set parallel.float8=false"
         )
     if not any(_fits(layer, name) for block in blocks(model) for name, layer in block.named_modules()):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import functools
 from types import MethodType
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ def parallelize(
     device: torch.device,
     *,
     bf16: bool = False,
-    float8: bool | Literal["emulated"] = False,
+    float8: bool = False,
     compile: bool = False,
     activation_checkpointing: bool = False,
     dp_replicate: int = 1,
@@ -45,7 +44,7 @@ def parallelize(
             f"parallelize: the number of processes must be a multiple of dp_replicate, got {world=}, {dp_replicate=}"
         )
     if float8:
-        multiply_in_float8(model, device, emulated=float8 == "emulated")
+        multiply_in_float8(model, device)
     if compile:
         _compile_blocks(model)
     if world > 1:

@@ -1,4 +1,4 @@
-"""Captions as ids: SentencePiece pieces in the layout that the model reads (GRR-CoCa, section 3.0.1)."""
+"""SentencePiece tokenizer: captions as ids in the layout that the model reads (GRR-CoCa, section 3.0.1)."""
 
 import hashlib
 import io
@@ -9,22 +9,20 @@ from pathlib import Path
 import sentencepiece
 from torch import Tensor
 
-from grr.parallel.process_group import on_rank_0
-
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"  # google-t5/t5-base, spiece.model
-T5_SENTINELS = 100  # ids that T5 keeps for masked spans, behind its 32,000 pieces
-PAD, EOS, UNK = 0, 1, 2  # of T5, and of every model trained here
+T5_SENTINELS = 100  # ids that T5 reserves for masked spans, after its 32,000 pieces
+PAD, EOS, UNK = 0, 1, 2  # of T5, and of every vocabulary that `train_tokenizer` makes
 
 logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """A SentencePiece model with two more ids at its end: BOS = vocab_size - 2 and CLS = vocab_size - 1.
+    """SentencePiece model with two more ids at its end: BOS = vocab_size - 2 and CLS = vocab_size - 1.
 
-    T5's own model gives a vocabulary of 32,000 pieces + 100 sentinels + 2 = 32,102. `context_length` is the number of
+    T5's model has a vocabulary of 32,000 pieces + 100 sentinels + 2 = 32,102 ids. `context_length` is the number of
     tokens that the model reads; a caption becomes context_length + 1 ids. `fingerprint` is the file's sha256.
-    Raises FileNotFoundError if there is no file, ValueError if it is no SentencePiece model, or one whose pad, eos and
-    unk are not 0, 1 and 2, or if context_length has no room for a token.
+    Raises FileNotFoundError if there is no file; ValueError if the file is not a SentencePiece model, if its pad, eos
+    and unk are not 0, 1 and 2, or if context_length is below 4.
     """
 
     pad_id, eos_id, unk_id = PAD, EOS, UNK
@@ -37,20 +35,20 @@ class Tokenizer:
             )
         if context_length < 4:
             raise ValueError(
-                f"Tokenizer: context_length must have room for BOS, a token, EOS and CLS, got {context_length=}"
+                f"Tokenizer: context_length must be at least 4, for BOS, a token, EOS and CLS, got {context_length=}"
             )
         self.context_length = context_length
         self._model = Path(path).read_bytes()
         self.fingerprint = hashlib.sha256(self._model).hexdigest()
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except Exception as error:  # sentencepiece raises RuntimeError or SystemError, by the kind of damage
+        except Exception as error:  # sentencepiece raises RuntimeError or SystemError, depending on the damage
             raise ValueError(f"Tokenizer: {path} is not a SentencePiece model ({error}); download it again") from error
         special = self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id()
         if special != (PAD, EOS, UNK):
             raise ValueError(
                 f"Tokenizer: pad, eos and unk must have the ids 0, 1 and 2, as in T5, got {special} from {path}; "
-                "train with pad_id=0, eos_id=1, unk_id=2, or with grr.tokenizers.sentencepiece.train_tokenizer"
+                "train with pad_id=0, eos_id=1, unk_id=2, or with grr.tokenizers.train_tokenizer"
             )
         self._count: int = self._pieces.get_piece_size()
         sentinels = T5_SENTINELS if self.fingerprint == T5_SHA256 else 0
@@ -58,18 +56,19 @@ class Tokenizer:
         self.bos_id, self.cls_id = self.vocab_size - 2, self.vocab_size - 1
 
     def encode(self, caption: str) -> list[int]:
-        """BOS t1 ... tn EOS PAD ... PAD CLS PAD: context_length + 1 ids, the caption cut so that EOS and CLS still fit.
+        """Encode a caption as BOS t1 ... tn EOS PAD ... PAD CLS PAD: context_length + 1 ids.
 
-        Any string will do: white space collapses, and what the vocabulary cannot spell is UNK. Only the first
-        16 context_length words are looked at, since a word seldom has less than a token.
+        The tokens are truncated to context_length - 3. Any string is accepted: white space collapses, and characters
+        that the vocabulary does not have become UNK. Only the first 16 context_length words are encoded, because a word
+        seldom has less than a token.
         """
-        room = self.context_length - 3
-        tokens = self._tokens(caption)[:room]
-        padding = [self.pad_id] * (room - len(tokens))
+        max_tokens = self.context_length - 3  # the others are BOS, EOS and CLS
+        tokens = self._tokens(caption)[:max_tokens]
+        padding = [self.pad_id] * (max_tokens - len(tokens))
         return [self.bos_id, *tokens, self.eos_id, *padding, self.cls_id, self.pad_id]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of ids [s] up to EOS; ids that are not pieces (BOS, CLS, PAD, sentinels) say nothing."""
+        """Decode ids [s] up to EOS; ids that are not pieces (BOS, CLS, PAD, sentinels) are skipped."""
         pieces = []
         for i in ids.tolist() if isinstance(ids, Tensor) else ids:
             if i == EOS:
@@ -80,16 +79,12 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the vocabulary, aside first, so that a file of this name is always whole."""
+        """Write the vocabulary to a temporary file and rename it, so that a file of this name is always complete."""
         _write(Path(path), self._model)
 
     def _tokens(self, caption: str) -> list[int]:
-        words = (
-            caption.encode("utf-8", "replace")
-            .decode()
-            .split(maxsplit=16 * self.context_length)[: 16 * self.context_length]
-        )
-        tokens: list[int] = self._pieces.encode(" ".join(words))
+        text, count = caption.encode("utf-8", "replace").decode(), 16 * self.context_length
+        tokens: list[int] = self._pieces.encode(" ".join(text.split(maxsplit=count)[:count]))
         return tokens
 
     def __getstate__(self) -> dict[str, object]:
@@ -105,9 +100,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a vocabulary of at most vocab_size ids, BOS and CLS among them, and write it to path.
 
-    Byte-pair merges (Sennrich et al. 2016) with T5's special ids, the same for the same captions: even a few sentences
-    give whole words. Of more than two million captions, two million are drawn. Raises ValueError if there is no text,
-    or more characters than ids.
+    The pieces are byte-pair merges (Sennrich et al. 2016), which become whole words even with a few sentences; the
+    special ids are T5's. Equal captions lead to equal vocabularies. Of more than two million captions, two million are
+    sampled. Raises ValueError if the captions have no text, or more characters than ids.
     """
     lines = (" ".join(c.encode("utf-8", "replace").decode().replace("\0", " ").split()) for c in captions)
     model = io.BytesIO()
@@ -131,42 +126,14 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(
-            f"train_tokenizer: no vocabulary of {vocab_size=} can be trained on these captions ({error}); "
-            "are there captions, and more ids than different characters?"
+            f"train_tokenizer: a vocabulary of {vocab_size=} cannot be trained on these captions ({error}); "
+            "pass captions that have text, and more ids than they have distinct characters"
         ) from error
     _write(Path(path), model.getvalue())
     tokenizer = Tokenizer(path, context_length=context_length)
     if tokenizer.vocab_size < vocab_size:
-        logger.info("the captions fill %d of the %d ids of tokenizer.vocab_size", tokenizer.vocab_size, vocab_size)
+        logger.info("the captions need %d of the %d ids of tokenizer.vocab_size", tokenizer.vocab_size, vocab_size)
     return tokenizer
-
-
-def load_tokenizer(path: str | Path, *, context_length: int = 64) -> Tokenizer:
-    """The tokenizer of whatever vocabulary the file holds, a SentencePiece model or CLIP's merges, told by its content.
-
-    Raises as `Tokenizer` and `ClipTokenizer` do.
-    """
-    from grr.tokenizers.clip import ClipTokenizer, is_merges  # which builds on this file
-
-    kind = ClipTokenizer if is_merges(path) else Tokenizer
-    return kind(path, context_length=context_length)
-
-
-def open_tokenizer(
-    captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512, context_length: int = 64
-) -> Tokenizer:
-    """A run's tokenizer, the same in all processes, and kept in `file`: the vocabulary at `path` (T5's spiece.model,
-    say), or without a path the one already in `file`, or else one of vocab_size ids trained on the captions.
-    """
-
-    def prepare() -> None:
-        if path is not None:
-            load_tokenizer(path, context_length=context_length).save(file)
-        elif not file.is_file():
-            train_tokenizer(captions, file, vocab_size=vocab_size, context_length=context_length)
-
-    on_rank_0(prepare)
-    return load_tokenizer(file, context_length=context_length)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,26 +1,23 @@
-"""Files of vocabularies: T5's, verified, and one trained on captions of one's own."""
+"""T5's vocabulary, from a file or from the Hugging Face hub, verified by its sha256."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grr.cli.check import read_config
-from grr.experiments import catalog as installed
-from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer, train_tokenizer
+from grr.tokenizers.sentencepiece import T5_SHA256, Tokenizer
 
 REPOSITORY, FILE = "google-t5/t5-base", "spiece.model"  # on the Hugging Face hub
 
 
 def fetch_t5(source: str | Path | None, output: Path) -> Path:
-    """Copy T5's vocabulary to output, from a file or from the Hugging Face hub, if it is the very one.
+    """Copy T5's vocabulary to output, from a file or from the Hugging Face hub, if its sha256 is right.
 
-    Raises FileNotFoundError if there is no such file, ImportError if the hub is wanted and huggingface_hub not
-    installed, OSError if the hub does not give it, ValueError if the sha256 is another, or if output is another file.
+    Raises FileNotFoundError if there is no such file; ImportError if huggingface_hub is needed and not installed;
+    OSError if the download fails; ValueError if the sha256 is another, or if output exists and is another file.
     """
     if output.is_file() and _sha256(output.read_bytes()) == T5_SHA256:
         return output
     if output.exists():
-        raise ValueError(f"fetch_t5: {output} is there, and is not T5's vocabulary; name another file (--output FILE)")
+        raise ValueError(f"fetch_t5: {output} exists and is not T5's vocabulary; name another file (--output FILE)")
     file = _from_hub() if source is None else Path(source)
     if not file.is_file():
         raise FileNotFoundError(f"fetch_t5: there is no file {file}")
@@ -35,46 +32,20 @@ def fetch_t5(source: str | Path | None, output: Path) -> Path:
     return output
 
 
-def train_vocabulary(sources: Sequence[Path], overrides: Sequence[str], output: Path, *, vocab_size: int) -> Tokenizer:
-    """Train a vocabulary on the captions of text files, one a line, and of the section `data` of configs.
-
-    overrides: section.key=value for the configs. Raises ValueError if output is there already, if a config is wrong or
-    its recipe has no captions, or as `train_tokenizer` does; FileNotFoundError if a file is missing.
-    """
-    if output.exists():
-        raise ValueError(f"train_vocabulary: {output} is there already; name another file, or delete it")
-    captions = [caption for source in sources for caption in _captions(source, overrides)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return train_tokenizer(captions, output, vocab_size=vocab_size)
-
-
-def _captions(source: Path, overrides: Sequence[str]) -> Iterator[str]:
-    if source.suffix in (".yaml", ".yml"):
-        cfg, sections = read_config(source, overrides, installed.recipe_of(source))
-        if "data" not in sections:
-            raise ValueError(f"train_vocabulary: {source} has no section data, so it has no captions")
-        yield from cfg.build("data").captions
-        return
-    if not source.is_file():
-        raise FileNotFoundError(f"train_vocabulary: there is no file of captions {source}")
-    with source.open(encoding="utf-8-sig", errors="replace") as lines:
-        yield from lines
-
-
 def _from_hub() -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ImportError(
-            f"fetch_t5: without a file, {FILE} of {REPOSITORY} is fetched from the Hugging Face hub, which takes "
+            f"fetch_t5: without a file, {FILE} of {REPOSITORY} is fetched from the Hugging Face hub, which needs "
             'huggingface_hub; pip install "grr-coca[hub]", or download the file and name it: grr tokenizer fetch FILE'
         ) from None
     try:
         return Path(hf_hub_download(REPOSITORY, FILE))
-    except Exception as error:  # of the network, of the hub, of its cache
+    except Exception as error:  # errors of the network, of the hub, or of its cache have many types
         raise OSError(
-            f"fetch_t5: the Hugging Face hub does not give {FILE} of {REPOSITORY} ({' '.join(str(error).split())}); "
-            "download it elsewhere, and name the file: grr tokenizer fetch FILE"
+            f"fetch_t5: {FILE} of {REPOSITORY} was not downloaded from the Hugging Face hub "
+            f"({' '.join(str(error).split())}); download it elsewhere, and name the file: grr tokenizer fetch FILE"
         ) from error
 
 

@@ -18,7 +18,7 @@ from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
 from grr.parallel.process_group import process_group
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
@@ -126,7 +126,7 @@ def _measure(
     """Time steps of increasing size, and return the fastest per pair: other programs may slow some of them."""
     with process_group() as device:
         model = model.to(device).train()
-        optimizer = adamw(model, **run.optimizer | {"moments": "fp32"})
+        optimizer = adamw(model, **run.optimizer)
         most = min(run.micro_batch_size, run.batch_size, len(pairs))
         size, steps, until = min(2, most), list[StepCost](), time.monotonic() + 3 * SLOW_STEP
         while True:

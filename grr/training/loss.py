@@ -2,13 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from grr.data.collate import IGNORE
-
-CHUNK = 2048  # labelled tokens whose logits exist at a time: 2,048 x 32,102 float32 are 263 MB
+from grr.models.head import at_least_float32
 
 
 def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
@@ -44,30 +41,6 @@ def captioning_loss(logits: Tensor, labels: Tensor) -> Tensor:
     hidden vectors with `token_losses`.
     """
     return F.cross_entropy(at_least_float32(logits.flatten(0, 1)), labels.flatten(), ignore_index=IGNORE)
-
-
-def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int = CHUNK) -> Tensor:
-    """Cross-entropy of each token, without ever holding the logits of more than `chunk` of them.
-
-    hidden: [n, d], targets: [n] -> float32 [n]. Logits are computed again for the gradient, with the weights that the
-    head has now: in the backward pass it may hold others (`grr.parallel.bf16` puts copies there for the
-    forward pass alone).
-    """
-    weights: dict[str, Tensor] = dict(head.named_parameters())
-
-    def of_chunk(hidden: Tensor, targets: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        logits = functional_call(head, weights, (hidden,))
-        return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
-
-    if len(hidden) <= chunk:
-        return of_chunk(hidden, targets, weights)
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([checkpoint(of_chunk, h, t, weights, use_reentrant=False) for h, t in pieces])
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Cast numbers of fewer bits to float32, and leave float64 as it is, so that gradients can be checked in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_pairs(who: str, image_embeddings: Tensor, text_embeddings: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -10,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from grr.components import Block
-from grr.training.low_bit import LowBitAdamW
 from grr.training.schedule import set_lr
 
 
@@ -23,7 +21,6 @@ def adamw(
     eps: float = 1e-8,
     decay_all: bool = True,
     layer_decay: float = 1.0,
-    moments: Literal["fp32", "8bit", "4bit", "fp8"] = "fp32",
 ) -> torch.optim.Optimizer:
     """Build AdamW as in the paper (section 3.3): one weight decay for all parameters that are not frozen.
 
@@ -32,11 +29,9 @@ def adamw(
     it to the top of its tower: once for the last block, twice for the one below it, and once more than the first block
     for patches, embeddings and positions. Poolers, norms and heads above the blocks keep the full rate (Howard and
     Ruder 2018; layers are counted as in Bao et al. 2021). The fused kernel is several times faster than the default, on
-    a CPU as well. `moments` other than fp32 keep the optimizer's two moments in 8 or 4 bits, in less
-    than a third or a quarter of their memory for the paper's model (`grr.training.low_bit`): for GPUs, where torchao
-    compiles the step, which on a CPU takes minutes where the fused one takes a second. Those of token embeddings stay
-    whole: where a token is absent for long, a second moment rounded to 0 makes a step dozens of times too long.
-    Raises ValueError if a number is out of its range, ImportError if moments of few bits are asked for without torchao.
+    a CPU as well.
+
+    Raises ValueError if a number is out of its range.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"adamw: layer_decay must be above 0 and at most 1, got {layer_decay=}")
@@ -52,12 +47,7 @@ def adamw(
             decay = weight_decay if decay_all or p.dim() > 1 else 0.0
             groups.setdefault((decay, layer_decay ** above.get(p, 0)), []).append(p)
     params = [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()]
-    optimizer: torch.optim.Optimizer
-    if moments == "fp32":
-        optimizer = torch.optim.AdamW(params, betas=betas, eps=eps, fused=True)
-    else:
-        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-        optimizer = LowBitAdamW(params, moments, whole=embeddings, lr=lr, betas=betas, eps=eps)
+    optimizer = torch.optim.AdamW(params, betas=betas, eps=eps, fused=True)
     set_lr(optimizer, lr)
     return optimizer
 

@@ -23,7 +23,7 @@ from PIL import Image
 from grr.checkpoint.training_state import RunLock
 from grr.data import DATASETS, training_steps
 from grr.experiments import catalog as installed
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LIST, README = "README.md", "../README.md"  # docs/README.md lists the pages

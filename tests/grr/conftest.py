@@ -5,12 +5,13 @@ from evaluate_worker import a_tokenizer
 from PIL import Image
 
 from grr.data.image_files import find_images
-from grr.inference.pretrained import LoadedModel, load_pretrained
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.inference.captioner import Captioner
+from grr.inference.pretrained import load_pretrained
+from grr.tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def trained(colour_run) -> LoadedModel:
+def trained(colour_run) -> Captioner:
     """The model that knows six colours."""
     return load_pretrained(colour_run)
 

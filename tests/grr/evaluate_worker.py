@@ -24,7 +24,7 @@ from grr.models.coca import CoCa
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, start
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}

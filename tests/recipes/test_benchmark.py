@@ -19,7 +19,7 @@ from grr import config
 from grr.data.collate import IGNORE
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.initialize import initialize
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))

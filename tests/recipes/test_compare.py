@@ -1,6 +1,5 @@
 """The comparison as a user meets it: a table of real runs, a page, and a refusal."""
 
-import itertools
 import re
 import runpy
 import shutil
@@ -118,37 +117,3 @@ def test_every_config_compares_what_the_sweep_of_its_name_leaves(file, monkeypat
         assert [job.seed for job in runs] == grid.seeds
         compared += {job.variant for job in runs}
     assert sorted(compared) == sorted({job.variant for job in jobs})
-
-
-def test_the_sizes_of_a_sweep_are_told_before_it_runs(run):
-    done = run("sizes.py", "--sweep", "recipes/configs/sweep/scaling.yaml")
-    assert done.status == 0, done.stderr
-    counts = {line.split()[0]: float(line.split()[1]) for line in done.stdout.split("\n\n")[0].splitlines()[2:]}
-    costs = {line.split()[0]: float(line.split()[1]) for line in done.stdout.split("\n\n")[1].splitlines()[2:]}
-    sizes = (128, 256, 384, 512)
-    for numbers in (counts, costs):
-        assert list(numbers) == [f"{model}_{size}" for size in sizes for model in ("baseline", "grr")]
-        for smaller, larger in itertools.pairwise(sizes):
-            assert numbers[f"grr_{smaller}"] < numbers[f"grr_{larger}"]
-        assert all(numbers[f"grr_{size}"] == pytest.approx(numbers[f"baseline_{size}"], rel=0.01) for size in sizes)
-
-
-def test_sizes_of_the_papers_models_are_the_papers(run):
-    done = run("sizes.py", "grr_coca", "baseline_coca")
-    assert done.status == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[1] for row in rows[2:4]] == ["394.5", "393.9"]
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("grr_cocoa", "a model must be one of grr_coca, "),
-        ("grr_coca dimm=64", "grr_coca dimm=64: .*'dimm'"),
-        ("grr_coca dim=100", "dim must be a multiple of num_heads, got dim=100, num_heads=12"),
-    ],
-)
-def test_a_size_that_cannot_be_is_named(run, words, says):
-    done = run("sizes.py", words)
-    assert done.status == 2
-    assert re.search(says, done.stderr)

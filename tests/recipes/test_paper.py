@@ -25,7 +25,7 @@ from grr.checkpoint.training_state import load_checkpoint, save_model
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.models.builders import grr_coca
 from grr.models.coca import CoCa
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 from grr.training.log import read_metrics
 from grr.training.optim import adamw
 
@@ -64,7 +64,6 @@ ADAMW = {
     "eps": 1e-8,
     "decay_all": True,
     "layer_decay": 1.0,
-    "moments": "fp32",
 }
 SHARED = {
     "run": {"batch_size": 48 * 4 * 4, "micro_batch_size": 48, "max_grad_norm": 1.0},

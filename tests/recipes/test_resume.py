@@ -179,7 +179,7 @@ def test_a_batch_without_negatives_is_refused(tmp_path):
     local = command(tmp_path / "b", "run.micro_batch_size=1", "loss.negatives=local")
     for end in several(alone, local):
         assert end["status"] == 1
-        assert "contrastive loss: a pair needs another one" in end["stderr"]
+        assert "contrastive loss: a pair needs a negative" in end["stderr"]
     assert not training(tmp_path / "a")
     assert not training(tmp_path / "b")
 

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from grr.cli import main as grr_main
+
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.link")
 MODEL = [
@@ -71,7 +73,7 @@ validation: {name: openmoji_classes, split: validation, pictures: 1}
 
 
 def commands(folder: Path, pretrained: Path, photos: Path) -> dict[str, list[str]]:
-    """The command of each recipe; all that it writes is below folder."""
+    """The command line of each recipe, and of `grr embed`; they write below folder only."""
     config, configs = RECIPES / "configs", photos.parent
     return {
         "pretrain": [
@@ -116,19 +118,19 @@ def commands(folder: Path, pretrained: Path, photos: Path) -> dict[str, list[str
             "run.batch_size=2",
         ],
         "embed": [
-            "embed.py",
-            "--config",
-            f"{config}/embed/default.yaml",
-            f"model.path={pretrained}",
-            f"run.images={photos}",
-            f"run.index={folder}",
-            "run.batch_size=2",
+            "embed",
+            f"{pretrained}",
+            f"{photos}",
+            "--index",
+            f"{folder}",
+            "--batch-size",
+            "2",
         ],
     }
 
 
 def submit(words: list[str], folder: Path, *, kill_at: int = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a recipe to its end, or to its N-th file operation."""
+    """Run a recipe, or a command of grr, to its end or to its N-th file operation."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, __file__, "--as-recipe", str(kill_at), str(folder), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -188,6 +190,8 @@ def main() -> int:
         number, folder, recipe, *arguments = sys.argv[2:]
         if int(number) and os.environ.get("RANK", "0") == str(int(number) % int(os.environ.get("WORLD_SIZE", "1"))):
             kill_before_operation(int(number), folder)
+        if not recipe.endswith(".py"):
+            return grr_main([recipe, *arguments])
         sys.argv = [str(RECIPES / recipe), *arguments]
         runpy.run_path(sys.argv[0], run_name="__main__")
         return 0

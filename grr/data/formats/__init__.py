@@ -1,1 +1,1 @@
-"""Readers of data sets, a module a family of formats."""
+"""Readers of data sets, one module for each family of formats."""

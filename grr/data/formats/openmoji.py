@@ -1,4 +1,4 @@
-"""The built-in data: pictures of two OpenMoji on a coloured background, and the sentence that describes each."""
+"""Built-in data: pictures of two OpenMoji on a coloured background, each with a sentence that describes it."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from torch import Tensor
 from grr.data.images import Crop, to_tensor
 from grr.data.pairs import Pairs, Texts
 
-OBJECTS = {  # forty that a person tells apart at 24 pixels
+OBJECTS = {  # forty that are distinguishable at 24 pixels
     "fox": "🦊", "frog": "🐸", "octopus": "🐙", "butterfly": "🦋", "snail": "🐌", "fish": "🐟", "bee": "🐝",
     "owl": "🦉", "apple": "🍎", "banana": "🍌", "carrot": "🥕", "mushroom": "🍄", "bread": "🍞", "pizza": "🍕",
     "egg": "🥚", "cake": "🎂", "tree": "🌳", "cactus": "🌵", "rose": "🌹", "sunflower": "🌻", "house": "🏠",
@@ -22,8 +22,8 @@ OBJECTS = {  # forty that a person tells apart at 24 pixels
 }  # fmt: skip
 COLOURS = {"white": "#ffffff", "grey": "#a0a0a0", "yellow": "#ffe680", "orange": "#ffb066", "green": "#a8e0a0",
            "blue": "#8cbcf0", "purple": "#b794e8", "pink": "#f8b0cc", "brown": "#b08968"}  # fmt: skip
-CANVAS = 128  # pixels a scene is drawn at, before it is resized
-GLYPH = 96  # pixels an object is rendered at, once
+CANVAS = 128  # pixels, the size of a scene before it is resized
+GLYPH = 96  # pixels, the size at which an object is rendered once
 
 Scene = tuple[str, str, str, str]  # first object, relation, second object, colour of the background
 
@@ -36,14 +36,14 @@ def openmoji(
     held_out: int = 500,
     seed: int = 0,
 ) -> "Scenes":
-    """Two of forty objects side by side on a coloured background: "an apple and a fox on a blue background".
+    """Generate scenes of two of forty objects on a coloured background: "an apple and a fox on a blue background".
 
-    The sentence names them in the order of the alphabet, wherever they stand. With `relation` it says where they stand,
-    and in which order they are named depends on it: "a fox above an apple ...", "a fox to the left of an apple ...".
-    `scenes` sentences for training and `held_out` others for validation, all different, drawn by the seed; each has
-    one picture, whose sizes and places are drawn as well. Nothing is stored: scenes are drawn when they are read.
-    The pictures are those of OpenMoji 17 (CC BY-SA 4.0). Raises ImportError if they are not installed, ValueError if
-    there are not so many sentences.
+    The sentence names the objects in alphabetical order, independent of their positions. With `relation` it describes
+    the positions, which determine the order: "a fox above an apple ...", "a fox to the left of an apple ...".
+    Training has `scenes` sentences and validation `held_out` others, all distinct, drawn by the seed; each has one
+    picture, whose sizes and positions are drawn as well. Nothing is stored: a scene is drawn when it is read.
+    The pictures are those of OpenMoji 17 (CC BY-SA 4.0). Raises ImportError if they are not installed; ValueError if
+    there are fewer sentences than asked for.
     """
     named = itertools.permutations(OBJECTS, 2) if relation else itertools.combinations(sorted(OBJECTS), 2)
     relations = ("above", "to the left of") if relation else ("and",)
@@ -53,31 +53,31 @@ def openmoji(
             f"openmoji: scenes and held_out must be at least 1, and together at most {len(every)}, got "
             f"{scenes=}, {held_out=}"
         )
-    random.Random(seed).shuffle(every)  # held out by what is said, so no sentence of validation is ever trained on
+    random.Random(seed).shuffle(every)  # split by sentence, so that training has no sentence of validation
     return Scenes(every[:held_out] if split == "validation" else every[held_out : held_out + scenes], seed)
 
 
 class Scenes(Pairs):
-    """Scenes that are drawn when they are loaded; each its own image."""
+    """Pairs of a scene, drawn when it is loaded, and its sentence."""
 
     def __init__(self, scenes: list[Scene], seed: int) -> None:
         captions = [sentence(scene) for scene in scenes]
         super().__init__(Texts.of(c.replace(" ", "_") for c in captions), Texts.of(captions), np.arange(len(scenes)))
         self.scenes, self.seed = scenes, seed
-        _font()  # now, not in a thread, says what is not installed
+        _font()  # raises ImportError here, not in a reader's thread
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
         return to_tensor(draw(self.scenes[i], random.Random(f"{self.seed} {self.ids[i]}")), size=size, crop=crop)
 
 
 def sentence(scene: Scene) -> str:
-    """What a scene shows, in English."""
+    """Returns the English sentence that describes a scene."""
     first, relation, second, colour = scene
-    return f"{a(first)} {relation} {a(second)} on {a(colour)} background"
+    return f"{with_article(first)} {relation} {with_article(second)} on {with_article(colour)} background"
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """A scene with sizes and places drawn by rng: RGB [CANVAS, CANVAS], both objects whole and apart."""
+    """Draw a scene with sizes and positions from rng: RGB [CANVAS, CANVAS]; objects are not cut and do not overlap."""
     first, relation, second, colour = scene
     image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
     objects = rng.sample((first, second), 2) if relation == "and" else (first, second)
@@ -85,25 +85,25 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         side = rng.randrange(CANVAS * 3 // 8, CANVAS // 2 + 1)
         along = i * CANVAS // 2 + rng.randint(0, CANVAS // 2 - side)
         across = rng.randint(0, CANVAS - side)
-        place = (across, along) if relation == "above" else (along, across)
-        paste(image, name, side, place)
+        corner = (across, along) if relation == "above" else (along, across)
+        paste(image, name, side, corner)
     return image
 
 
-def paste(image: Image.Image, name: str, side: int, place: tuple[int, int]) -> None:
-    """Lay an object on an image, side pixels wide and high, its left upper corner at place."""
+def paste(image: Image.Image, name: str, side: int, corner: tuple[int, int]) -> None:
+    """Paste an object of side x side pixels on an image, its upper left corner at `corner`."""
     glyph = _glyph(name).resize((side, side), Image.Resampling.BILINEAR)
-    image.paste(glyph, place, glyph)
+    image.paste(glyph, corner, glyph)
 
 
-def a(noun: str) -> str:
-    """The noun with its indefinite article."""
+def with_article(noun: str) -> str:
+    """Returns the noun with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeio" or noun == "umbrella" else f"a {noun}"
 
 
 @functools.cache
 def _glyph(name: str) -> Image.Image:
-    """An object in colour, cut to its outline and made square: RGBA."""
+    """Render an object, cropped to its bounding box and padded to a square: RGBA."""
     image = Image.new("RGBA", (2 * GLYPH, 2 * GLYPH))
     ImageDraw.Draw(image).text((GLYPH, GLYPH), OBJECTS[name], font=_font(), embedded_color=True, anchor="mm")
     box = image.getbbox()

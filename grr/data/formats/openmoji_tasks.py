@@ -1,4 +1,4 @@
-"""Built-in labelled data of OpenMoji: an object to name, questions about scenes, and what half a scene entails."""
+"""Built-in labelled data of OpenMoji: classification of objects, questions about scenes, and visual entailment."""
 
 import itertools
 import random
@@ -9,26 +9,26 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, a, openmoji, paste
+from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, openmoji, paste, with_article
 from grr.data.images import Crop, to_tensor
-from grr.data.labelled import JUDGEMENTS, WHAT, Labelled
+from grr.data.labelled import CLASS_TEXT, JUDGEMENTS, Labelled
 from grr.data.pairs import Ints, Pairs, Texts
 
 Split = Literal["train", "validation"]
 SIDES = {"to the left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
-CURTAIN = 64  # of 255: darker than any background
+HIDDEN = 64  # grey level of 255 of a hidden half, darker than every background
 
 
 def openmoji_classes(*, split: Split = "train", pictures: int = 12, held_out: int = 2, seed: int = 0) -> Labelled:
-    """One of forty objects on one of nine backgrounds; the class is the object.
+    """Generate pictures of one of forty objects on one of nine backgrounds; the class is the object.
 
-    Each object is held out for validation on `held_out` of the backgrounds, drawn by the seed, and seen in training on
-    the others. A combination has `pictures` pictures of different sizes and places. Raises ValueError if an argument
-    is out of range.
+    Validation has each object on `held_out` of the backgrounds, drawn by the seed, and training on the others. Each
+    combination has `pictures` pictures of different sizes and positions. Raises ValueError if an argument is out of
+    range.
     """
     if pictures < 1 or not 0 < held_out < len(COLOURS):
         raise ValueError(
-            f"openmoji_classes: it takes pictures >= 1 and held_out from 1 to {len(COLOURS) - 1}, got "
+            f"openmoji_classes: pictures must be at least 1 and held_out from 1 to {len(COLOURS) - 1}, got "
             f"{pictures=}, {held_out=}"
         )
     objects = []
@@ -41,46 +41,43 @@ def openmoji_classes(*, split: Split = "train", pictures: int = 12, held_out: in
 
 
 def openmoji_questions(*, split: Split = "train", scenes: int = 3000, held_out: int = 200, seed: int = 0) -> Labelled:
-    """Four questions about each scene of two objects; the classes are the answers: objects, colours, yes and no.
+    """Generate four questions about each scene of two objects; the classes are the answers: objects, colours, yes, no.
 
     "what colour is the background", "what is on the left" and "... on the right" (or "at the top", "at the bottom"),
-    and "is there a fox", which is true half the time. Scenes are those of `openmoji` with a relation, held out by what
-    they show. Raises as it does.
+    and "is there a fox", of which half are true. Scenes are those of `openmoji` with relation=True, split by sentence.
+    Raises as it does.
     """
     pictures = openmoji(split=split, relation=True, scenes=scenes, held_out=held_out, seed=seed)
-    asked = [_questions(s, random.Random(f"{seed} {s}")) for s in pictures.scenes]
+    items = [_questions(s, random.Random(f"{seed} {s}")) for s in pictures.scenes]
+    questions = [[question for question, _ in of_scene] for of_scene in items]
+    answers = (answer for of_scene in items for _, answer in of_scene)
     classes = [*sorted(OBJECTS), *sorted(COLOURS), "no", "yes"]
-    answers = (answer for questions in asked for _, answer in questions)
-    return Labelled(
-        Remarks(pictures, [[question for question, _ in questions] for questions in asked]),
-        classes,
-        _numbers(classes, answers),
-    )
+    return Labelled(TextsOfImages(pictures, questions), classes, _numbers(classes, answers))
 
 
 def openmoji_entailment(*, split: Split = "train", scenes: int = 3000, held_out: int = 200, seed: int = 0) -> Labelled:
-    """Three sentences about each scene of two objects, one of which is behind a curtain: one sentence follows from what
-    is seen, one contradicts it, and one cannot be judged, because it speaks of what is hidden.
+    """Generate three sentences about each scene of two objects, one of which is hidden: one sentence follows from the
+    visible half, one contradicts it, and one is neutral, because it is about the hidden half.
 
     "a fox is on the left", "there is a fox", "there is no fox", "the background is blue": each kind of sentence belongs
-    to several classes, so neither the sentence nor the image alone tells which. Scenes are those of `openmoji` with
-    a relation, held out by what they show. Raises as it does.
+    to several classes, so neither the sentence nor the image alone predicts the class. Scenes are those of `openmoji`
+    with relation=True, split by sentence. Raises as it does.
     """
     pictures = openmoji(split=split, relation=True, scenes=scenes, held_out=held_out, seed=seed)
     rngs = [random.Random(f"{seed} {scene}") for scene in pictures.scenes]
     hidden = [rng.randrange(2) for rng in rngs]
-    told = [_hypotheses(*drawn) for drawn in zip(pictures.scenes, hidden, rngs, strict=True)]
-    half = [(scene[1], h) for scene, h in zip(pictures.scenes, hidden, strict=True)]
-    labels = np.tile(np.arange(len(JUDGEMENTS)), len(told))
-    return Labelled(Remarks(Curtained(pictures, half), told), list(JUDGEMENTS), labels)
+    sentences = [_hypotheses(*drawn) for drawn in zip(pictures.scenes, hidden, rngs, strict=True)]
+    halves = [(scene[1], h) for scene, h in zip(pictures.scenes, hidden, strict=True)]
+    labels = np.tile(np.arange(len(JUDGEMENTS)), len(sentences))
+    return Labelled(TextsOfImages(HalfHidden(pictures, halves), sentences), list(JUDGEMENTS), labels)
 
 
 class Objects(Pairs):
-    """Single objects that are drawn when they are loaded: (object, colour of the background) each."""
+    """Single objects, drawn when they are loaded: (object, colour of the background) each."""
 
     def __init__(self, objects: Sequence[tuple[str, str]], seed: int) -> None:
         ids = Texts.of(f"{name}_on_{colour}_{i}" for i, (name, colour) in enumerate(objects))
-        super().__init__(ids, Texts.of(WHAT for _ in objects), np.arange(len(objects)))
+        super().__init__(ids, Texts.of(CLASS_TEXT for _ in objects), np.arange(len(objects)))
         self.objects, self.seed = objects, seed
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
@@ -92,12 +89,12 @@ class Objects(Pairs):
         return to_tensor(image, size=size, crop=crop)
 
 
-class Remarks(Pairs):
-    """Texts about the images of other pairs, each its own image: texts[j] are those about image j."""
+class TextsOfImages(Pairs):
+    """Texts about the images of other pairs, which have one image each: texts[j] are those about image j."""
 
     def __init__(self, pictures: Pairs, texts: Sequence[Sequence[str]]) -> None:
-        ids = Texts.of(f"{pictures.ids[j]}#{k}" for j, own in enumerate(texts) for k in range(len(own)))
-        image_of = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+        ids = Texts.of(f"{pictures.ids[j]}#{k}" for j, of_image in enumerate(texts) for k in range(len(of_image)))
+        image_of = np.repeat(np.arange(len(texts)), [len(of_image) for of_image in texts])
         super().__init__(ids, Texts.of(itertools.chain.from_iterable(texts)), image_of)
         self.pictures = pictures
 
@@ -105,8 +102,8 @@ class Remarks(Pairs):
         return self.pictures.load(int(self.image_of[i]), size=size, crop=crop)
 
 
-class Curtained(Pairs):
-    """Scenes with one object hidden: halves[i] is the relation of the objects in scene i, and which of them it is."""
+class HalfHidden(Pairs):
+    """Scenes with one hidden object: halves[i] is the relation of scene i, and the number of its hidden object."""
 
     def __init__(self, scenes: Pairs, halves: Sequence[tuple[str, int]]) -> None:
         super().__init__(scenes.ids, scenes.captions, scenes.image_of)
@@ -116,12 +113,12 @@ class Curtained(Pairs):
         pixels = self.scenes.load(i, size=size, crop=crop).clone()  # [3, size, size]
         relation, hidden = self.halves[i]
         axis = 1 if relation == "above" else 2
-        pixels.tensor_split(2, dim=axis)[hidden].fill_(CURTAIN)
+        pixels.tensor_split(2, dim=axis)[hidden].fill_(HIDDEN)
         return pixels
 
 
 def _questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions about a scene, and their answers."""
+    """Returns questions about a scene with their answers."""
     first, relation, second, colour = scene
     left, right = SIDES[relation]
     true = rng.random() < 0.5
@@ -130,21 +127,22 @@ def _questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         ("what colour is the background", colour),
         (f"what is {left}", first),
         (f"what is {right}", second),
-        (f"is there {a(name)}", "yes" if true else "no"),
+        (f"is there {with_article(name)}", "yes" if true else "no"),
     ]
 
 
 def _hypotheses(scene: Scene, hidden: int, rng: random.Random) -> list[str]:
-    """A sentence for each of JUDGEMENTS about a scene whose first (0) or second (1) object is hidden."""
+    """Returns a sentence for each of JUDGEMENTS about a scene whose first (0) or second (1) object is hidden."""
     first, relation, second, colour = scene
-    seen = second if hidden == 0 else first
+    visible = second if hidden == 0 else first
     here, there = SIDES[relation][1 - hidden], SIDES[relation][hidden]
-    other = rng.choice([name for name in OBJECTS if name != seen])
+    other = rng.choice([name for name in OBJECTS if name != visible])
     wrong = rng.choice([name for name in COLOURS if name != colour])
+    a_visible, an_other = with_article(visible), with_article(other)
     return [
-        rng.choice([f"{a(seen)} is {here}", f"there is {a(seen)}", f"the background is {colour}"]),
-        rng.choice([f"{a(other)} is {there}", f"there is {a(other)}", f"there is no {other}"]),
-        rng.choice([f"{a(other)} is {here}", f"there is no {seen}", f"the background is {wrong}"]),
+        rng.choice([f"{a_visible} is {here}", f"there is {a_visible}", f"the background is {colour}"]),
+        rng.choice([f"{an_other} is {there}", f"there is {an_other}", f"there is no {other}"]),
+        rng.choice([f"{an_other} is {here}", f"there is no {visible}", f"the background is {wrong}"]),
     ]
 
 

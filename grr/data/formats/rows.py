@@ -1,7 +1,8 @@
-"""Rows of a text table: its encoding, its separator, its quotation marks, and the line of each row for messages.
+"""Rows of a text table: its encoding, separator and quoting, and the line number of each row for messages.
 
-Comma and semicolon tables are quoted as spreadsheets do. Tab and | tables are not (CC12M, ROCO, Flickr30k), so a
-quotation mark there is a character like any other; a row that only a quoted reading makes whole is read so.
+Comma and semicolon tables are quoted as by spreadsheets. Tab and | tables are not (CC12M, ROCO, Flickr30k), so a
+quotation mark is an ordinary character there; a row that has the right number of fields only if it is read as quoted
+is read as quoted.
 """
 
 import codecs
@@ -20,30 +21,18 @@ from grr.files.regular import open_regular_file
 
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "|"}
 QUOTED = ",;"
-IMAGE = (
-    "image",
-    "file_name",
-    "filename",
-    "filepath",
-    "file_path",
-    "image_name",
-    "image_path",
-    "image_file",
-    "img",
-    "img_path",
-    "path",
-    "file",
-    "image_id",
-    "id",
-)  # names of the column, in any case; the first is taken
+IMAGE = (  # names of the column in any case; the first that the table has is used
+    *("image", "file_name", "filename", "filepath", "file_path", "image_name", "image_path", "image_file"),
+    *("img", "img_path", "path", "file", "image_id", "id"),
+)
 CAPTION = ("caption", "captions", "text", "title", "comment", "description", "sentence")
 SPLIT = ("split",)
 URL = ("url", "image_url")
 MAX_LINE = 2**20  # characters
-MAX_LINES = 1000  # that one quoted field may span in a table that is otherwise not quoted
+MAX_LINES = 1000  # of one quoted field in a table that is otherwise not quoted
 REMEDY = "name the columns image and caption in the first line"
 
-Line = tuple[int, str]  # its number, its text
+Line = tuple[int, str]  # number and text
 
 
 class Columns(NamedTuple):
@@ -55,19 +44,19 @@ class Columns(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The first line of a table: its separator and the names in it."""
+    """Header of a table: its separator and the names of its columns."""
 
     separator: str
     header: list[str]
     columns: Columns
-    all_quoted: bool  # the names are between quotation marks, so every field is
+    all_quoted: bool  # the names are quoted, so every field is
 
 
 def read_lines(who: str, file: Path) -> Iterator[Line]:
     """Yield the lines of a UTF-8 file with their numbers, a byte order mark removed.
 
-    Raises ValueError, naming the file and the line, for other encodings and for lines without an end; OSError if the
-    file is not a regular one.
+    Raises ValueError, naming the file and the line, for other encodings and for lines of more than MAX_LINE characters;
+    OSError if the file is not a regular one.
     """
     with open_regular_file(file) as raw:
         start = raw.read(4)
@@ -95,10 +84,10 @@ def read_lines(who: str, file: Path) -> Iterator[Line]:
 
 
 def read_table(who: str, file: Path, lines: Iterator[Line]) -> tuple[Table, Iterator[tuple[int, dict[str, str]]]]:
-    """Read the first line of a table, and return it with its rows: the number of a row's first line, name -> field.
+    """Read the header of a table, and return it with the rows: (number of the first line, {name: field}).
 
-    Blank lines are no rows. Raises ValueError, naming the line, where the first one does not name the columns, or where
-    the fields of a row cannot be told: too many or too few, or a quotation mark that is open.
+    Blank lines are skipped. Raises ValueError, naming the line, if the header does not name the columns, if a row has
+    another number of fields than the header, or if a quotation mark is not closed.
     """
     _, first = next(lines, (1, ""))
     table = _table(who, file, first)
@@ -106,7 +95,7 @@ def read_table(who: str, file: Path, lines: Iterator[Line]) -> tuple[Table, Iter
 
 
 def read_objects(who: str, file: Path, lines: Iterable[Line]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSON-lines file, with the number of their line; names of keys as those of columns.
+    """Yield the objects of a JSON-lines file with their line numbers; keys are normalised as column names.
 
     Raises ValueError, naming the line, for anything that is not one object.
     """
@@ -124,8 +113,10 @@ def read_objects(who: str, file: Path, lines: Iterable[Line]) -> Iterator[tuple[
 
 
 def find_columns(names: Iterable[str], where: str) -> Columns:
-    """Return the columns of image, caption and split among some names. Raises ValueError if one of the first two is not
-    among them, or stands there twice."""
+    """Returns the columns of image, caption and split among some names.
+
+    Raises ValueError if the image or the caption column is missing or occurs twice.
+    """
     names = list(names)
     image, caption, split = (next((n for n in known if n in names), None) for known in (IMAGE, CAPTION, SPLIT))
     if image is None and any(name in URL or name.startswith("http") for name in names):
@@ -135,7 +126,7 @@ def find_columns(names: Iterable[str], where: str) -> Columns:
         )
     if image is None or caption is None:
         raise ValueError(
-            f"{where} must name the columns image and caption, got {_listed(names)}; {REMEDY} (known are "
+            f"{where} must name the columns image and caption, got {_listed(names)}; {REMEDY} (known names are "
             f"{', '.join(IMAGE[:6])} ... and {', '.join(CAPTION)})"
         )
     for name in (image, caption):
@@ -145,7 +136,7 @@ def find_columns(names: Iterable[str], where: str) -> Columns:
 
 
 def column_name(name: str) -> str:
-    """The one spelling of a column's name: lower case, _ between words."""
+    """Normalise the name of a column: lower case, _ between words."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
@@ -169,55 +160,58 @@ def _rows(who: str, file: Path, lines: Iterator[Line], table: Table) -> Iterator
     n = len(table.header)
     for number, fields in records:
         if len(fields) > n and not any(field.strip() for field in fields[n:]):
-            fields = fields[:n]  # separators that a spreadsheet adds behind the last column
+            fields = fields[:n]  # spreadsheets add separators after the last column
         if len(fields) != n:
             raise _wrong_number(who, file, number, fields, table)
         yield number, dict(zip(table.header, fields, strict=True))
 
 
 def _quoted(who: str, file: Path, lines: Iterator[Line], table: Table) -> Iterator[tuple[int, list[str]]]:
-    """The records of a quoted table, each with the number of its first line."""
-    held: list[int] = []
+    """Yield the records of a quoted table, each with the number of its first line."""
+    numbers: list[int] = []  # of the lines of the current record
 
-    def feed() -> Iterator[str]:
+    def numbered() -> Iterator[str]:
         for number, line in lines:
-            held.append(number)
+            numbers.append(number)
             yield line
 
-    reader = csv.reader(feed(), delimiter=table.separator, skipinitialspace=True, strict=True)
+    reader = csv.reader(numbered(), delimiter=table.separator, skipinitialspace=True, strict=True)
     while True:
-        held.clear()
+        numbers.clear()
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise _open_quote(who, file, held[0], str(error)) from None
+            raise _open_quote(who, file, numbers[0], str(error)) from None
         if fields is None:
             return
-        if len(held) > 1:
-            _check_multiline(who, file, held[0], held[-1], fields, table)
+        if len(numbers) > 1:
+            _check_multiline(who, file, numbers[0], numbers[-1], fields, table)
         if len(fields) > 1 or "".join(fields).strip():
-            yield held[0], fields
+            yield numbers[0], fields
 
 
 def _unquoted(who: str, file: Path, lines: Iterator[Line], table: Table) -> Iterator[tuple[int, list[str]]]:
-    """The records of a table without quoting: a line each, save where only a quoted reading has the right number."""
-    n, ahead = len(table.header), Ahead(lines)
-    for number, line in ahead:
+    """Yield the records of a table without quoting.
+
+    A record is a line, unless the line has the right number of fields only if it is read as quoted.
+    """
+    n, lookahead = len(table.header), Lookahead(lines)
+    for number, line in lookahead:
         line = line.rstrip("\n")
         if not line.strip() and table.separator not in line:
             continue
         fields = line.split(table.separator)
-        if len(fields) == n and ('"' not in line or _next_is(fields, ahead.peek(), table) == "row"):
+        if len(fields) == n and ('"' not in line or _next_is(fields, lookahead.peek(), table) == "row"):
             yield number, [_unquote(field, table) for field in fields]
             continue
-        whole = _quoted_record(who, file, number, line, ahead, table) if '"' in line else None
-        if whole is None and len(fields) == 2 == n - 1:
-            whole = _flickr30k(fields, table)
-        yield number, fields if whole is None else whole
+        quoted = _quoted_record(who, file, number, line, lookahead, table) if '"' in line else None
+        if quoted is None and len(fields) == 2 == n - 1:
+            quoted = _flickr30k(fields, table)
+        yield number, fields if quoted is None else quoted
 
 
 def _next_is(fields: list[str], following: str | None, table: Table) -> Literal["row", "more", "unclear"]:
-    """What the line behind some fields is: a row, more of the last field, or either."""
+    """Classify the line after some fields: a row, a continuation of the last field, or either."""
     if following is None:
         return "row"
     n, at = len(table.header), table.header.index(table.columns.image)
@@ -229,8 +223,8 @@ def _next_is(fields: list[str], following: str | None, table: Table) -> Literal[
     return "row" if named else "unclear"
 
 
-class Ahead:
-    """Lines, of which the next one that is not blank can be looked at."""
+class Lookahead:
+    """Iterator over lines that can return the next line that is not blank without consuming it."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines, self._held = lines, deque[Line]()
@@ -257,10 +251,10 @@ class Ahead:
         return len(self._held) > held
 
 
-def _quoted_record(who: str, file: Path, number: int, line: str, ahead: Ahead, table: Table) -> list[str] | None:
-    """The fields of a quoted record that begins with a line, as far as it reaches; None if the line begins none.
+def _quoted_record(who: str, file: Path, number: int, line: str, ahead: Lookahead, table: Table) -> list[str] | None:
+    """Read the quoted record that begins with a line, over as many lines as it has; None if the line begins none.
 
-    Raises ValueError if a record that needs further lines has no end before a line that could be a row.
+    Raises ValueError if a record of several lines does not end before a line that could be a row.
     """
     n, text, last = len(table.header), line, number
     while True:
@@ -282,7 +276,7 @@ def _quoted_record(who: str, file: Path, number: int, line: str, ahead: Ahead, t
 
 
 def _unquote(field: str, table: Table) -> str:
-    """A field as it was meant by who quotes all fields, or those that hold quotation marks, which are doubled then."""
+    """Remove the quotes of a field, if the table quotes all fields or the field has doubled quotation marks."""
     inner = field[1:-1]
     if len(field) < 2 or field[0] != '"' or field[-1] != '"' or '"' in inner.replace('""', ""):
         return field
@@ -290,15 +284,15 @@ def _unquote(field: str, table: Table) -> str:
 
 
 def _flickr30k(fields: list[str], table: Table) -> list[str] | None:
-    """The row of Flickr30k's results.csv that lacks the separator behind the number of its caption."""
-    found = re.fullmatch(r"\s*(\d+)\s+(\S.*)", fields[1])
-    return [fields[0], found[1], found[2]] if found and table.header[1:] == ["comment_number", "comment"] else None
+    """Split the row of Flickr30k's results.csv that has no separator after the number of its caption."""
+    match = re.fullmatch(r"\s*(\d+)\s+(\S.*)", fields[1])
+    return [fields[0], match[1], match[2]] if match and table.header[1:] == ["comment_number", "comment"] else None
 
 
 def _check_multiline(who: str, file: Path, first: int, last: int, fields: list[str], table: Table) -> None:
-    """Refuse a field over several lines that holds what looks like rows: its quotation mark may have swallowed them."""
+    """Raise ValueError if a field over several lines has lines that look like rows, which the quotes would hide."""
     own = fields[table.header.index(table.columns.image)] if len(fields) == len(table.header) else ""
-    own = re.sub(r"\d+", "0", own.rpartition("\n")[2].strip(' "'))
+    own = re.sub(r"\d+", "0", own.rpartition("\n")[2].strip(' "'))  # names that differ only in digits look alike
     for line in (line for field in fields if "\n" in field for line in field.split("\n")):
         parts = [part.strip(' "') for part in line.split(table.separator)]
         names = [part for part in parts if part.lower().endswith(SUFFIXES) or own == re.sub(r"\d+", "0", part) != ""]
@@ -317,13 +311,13 @@ def _open_quote(who: str, file: Path, number: int, error: str) -> ValueError:
 
 
 def _wrong_number(who: str, file: Path, number: int, fields: list[str], table: Table) -> ValueError:
-    name, found = SEPARATORS[table.separator], f"{len(fields)} field{'s' * (len(fields) != 1)}"
+    name, count = SEPARATORS[table.separator], f"{len(fields)} field{'s' * (len(fields) != 1)}"
     if table.separator in QUOTED:
         remedy = f"put captions with a {name} between quotation marks"
     else:
-        remedy = f"take the {name} out of the caption" if len(fields) > len(table.header) else "mend the line"
+        remedy = f"remove the {name} from the caption" if len(fields) > len(table.header) else "correct the line"
     return ValueError(
-        f"{who}: {file} line {number} has {found} and the header {len(table.header)} (separator: {name}); " + remedy
+        f"{who}: {file} line {number} has {count} and the header {len(table.header)} (separator: {name}); {remedy}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Captions and images in tar shards, as img2dataset writes them (CC12M): indexed once, then read by offset."""
+"""Captions and images in tar shards, as img2dataset writes them (CC12M); indexed once, then read by offset."""
 
 import contextlib
 import hashlib
@@ -28,10 +28,10 @@ from grr.files.regular import open_regular_file
 
 logger = logging.getLogger(__name__)
 
-TEXTS = (".txt", ".caption", ".text")  # members with a caption, the first that a key has is taken; then .json
-MAX_TEXT = 2**24  # bytes of such a member
+TEXTS = (".txt", ".caption", ".text")  # suffixes of captions; the first that a key has is read, otherwise .json
+MAX_TEXT = 2**24  # bytes of a caption's member
 MOST = 10**6  # shards of a range
-LAYOUT = 2  # of an index file; a file of another layout is made again
+LAYOUT = 2  # of an index file; a file of another layout is rebuilt
 STALE = 3600  # seconds after which a temporary file belongs to a process that was killed
 COLUMNS = {
     "ids": np.uint8,
@@ -52,29 +52,29 @@ Sample = dict[str, list[Member]]  # kind -> the members of a key
 def webdataset(
     *, shards: str, split: str | None = None, validation_fraction: float = 0.05, cache: str | None = None
 ) -> Pairs:
-    """Tar shards of KEY.jpg (or .png, .webp ...) with KEY.txt (or .caption, .text) or, without one, the caption of
-    KEY.json; the key is all before the last dot.
+    """Read tar shards of KEY.jpg (or .png, .webp ...) with KEY.txt (or .caption, .text) or, without one, the caption of
+    KEY.json; the key is the name up to the last dot.
 
-    shards: a file, a folder, a glob (cc12m/*.tar, or cc12m/**/*.tar with all folders below) or a range
-    (cc12m/{00000..01242}.tar). split "train" or "validation" is drawn by a hash of the sample's name, so that a shard
-    that is added moves no sample; null takes all. Each shard is read once to note where its samples lie, in a file of
-    the folder `cache`, by default .grr_index beside the shard; where that cannot be written, it is kept in memory.
+    shards: a file, a folder, a glob (cc12m/*.tar, or cc12m/**/*.tar for folders at any depth) or a range
+    (cc12m/{00000..01242}.tar). split "train" or "validation" is determined by a hash of the sample's name, so that
+    adding a shard does not move samples; null is all samples. Each shard is read once to write an index of its samples
+    to the folder `cache`, by default .grr_index beside the shard; an index that cannot be written is kept in memory.
 
-    A record is a key of a shard. One without an image, without a caption or with two of them, a link, a folder or
-    a device is skipped and counted in `records`. Raises FileNotFoundError if there is no shard, ValueError if there are
-    no samples.
+    A record is a key of a shard. A key without an image, without a caption or with two of either, and a link, a folder
+    or a device is skipped and counted in `records`. Raises FileNotFoundError if there is no shard; ValueError if there
+    are no samples.
     """
     if split is not None and split_name("webdataset", split) == "test":
         raise ValueError('webdataset: shards have no test part, so split must be train or validation, got "test"')
-    below = threshold("webdataset", validation_fraction)
+    limit = threshold("webdataset", validation_fraction)
     files = _files(shards)
-    first = os.getpid() % len(files)
-    found: dict[Path, Index] = {}
+    first = os.getpid() % len(files)  # processes that start together begin at different shards
+    indexes: dict[Path, Index] = {}
     for file in tqdm(files[first:] + files[:first], desc="webdataset: index", unit="shard", delay=2):
-        found[file] = _index(file, cache)  # processes that start together begin at different shards
-    pairs = TarShards(files, [found[file] for file in files])
+        indexes[file] = _index(file, cache)
+    pairs = TarShards(files, [indexes[file] for file in files])
     if split is not None:
-        pairs.keep((pairs.places < np.uint64(below)) == (split_name("webdataset", split) == "validation"))
+        pairs.keep((pairs.places < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
     pairs.records.log(f"webdataset: {shards}")
     if not len(pairs):
         raise ValueError(
@@ -105,11 +105,11 @@ class TarShards(Pairs):
 
     @property
     def skipped(self) -> int:
-        """The records that were skipped."""
+        """Number of records that were skipped."""
         return self.records.skipped.total()
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
-        """Forget the pairs whose row is false: they are of another split."""
+        """Keep the pairs whose row is true and count the others as of another split."""
         self.ids, self.captions = self.ids.take(rows), self.captions.take(rows)
         self.image_of, self.shard_of = self.image_of[rows], self.shard_of[rows]
         self.offsets, self.sizes, self.places = self.offsets[rows], self.sizes[rows], self.places[rows]
@@ -125,9 +125,9 @@ class TarShards(Pairs):
 def _files(shards: str) -> list[Path]:
     if Path(shards).is_dir():
         shards = str(Path(shards, "*.tar"))
-    named = list(_expand(shards))
-    missing = [name for name in named if not any(c in name for c in "*?[") and not Path(name).is_file()]
-    files = sorted({Path(found) for name in named for found in glob(name, recursive=True)})
+    patterns = list(_expand(shards))
+    missing = [name for name in patterns if not any(c in name for c in "*?[") and not Path(name).is_file()]
+    files = sorted({Path(name) for pattern in patterns for name in glob(pattern, recursive=True)})
     if missing or not files:
         raise FileNotFoundError(
             f"webdataset: there is no file {', '.join(missing[:3]) or shards}; shards must be a file, a folder, a glob "
@@ -137,27 +137,25 @@ def _files(shards: str) -> list[Path]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """a{08..10}b -> a08b, a09b, a10b, for every range in the pattern."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+    """Expand every range of a pattern: a{08..10}b -> a08b, a09b, a10b."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
         yield pattern
         return
-    if int(found[2]) - int(found[1]) > MOST:
-        raise ValueError(
-            f"webdataset: a range must name at most {MOST:,} shards, got {found[0]}; is it a typing error?"
-        )
-    for number in range(int(found[1]), int(found[2]) + 1):
-        head, tail = pattern[: found.start()], pattern[found.end() :]
-        yield from _expand(f"{head}{number:0{len(found[1])}d}{tail}")
+    if int(match[2]) - int(match[1]) > MOST:
+        raise ValueError(f"webdataset: a range must name at most {MOST:,} shards, got {match[0]}; correct the range")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    for number in range(int(match[1]), int(match[2]) + 1):
+        yield from _expand(f"{head}{number:0{len(match[1])}d}{tail}")
 
 
 def _index(shard: Path, cache: str | None) -> Index:
-    """Where the samples of a shard lie: from its index file, or read, and written there if that can be."""
+    """Returns the index of a shard, from its index file or by reading the shard; it then tries to write the file."""
     stat = shard.stat()
     state = np.array([LAYOUT, stat.st_size, stat.st_mtime_ns])
     folder = _cache_folder(shard, cache)
     file = folder / f"{shard.name}.npz"
-    with contextlib.suppress(Exception):  # absent, or damaged in one of the many ways of a zip file: made again
+    with contextlib.suppress(Exception):  # a missing file, or any error of a damaged zip file: the index is rebuilt
         index = _load(file)
         if np.array_equal(index["state"], state):
             _check(index, stat.st_size)
@@ -165,30 +163,28 @@ def _index(shard: Path, cache: str | None) -> Index:
     index = _read_shard(shard)
     try:
         if folder.is_symlink():
-            raise OSError("it is a link, which anyone may have laid there")
+            raise OSError("it is a link, which another user may have created")
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
         _save(file, index | {"state": state})
     except OSError as error:
-        logger.warning(
-            "webdataset: the index of %s is kept in memory and made anew by each run, because %s cannot be "
-            "written (%s); set data.cache to a folder",
-            shard,
-            folder,
-            error,
+        message = (
+            "webdataset: the index of %s is kept in memory and rebuilt by each run, because %s cannot be written (%s); "
+            "set data.cache to a folder"
         )
+        logger.warning(message, shard, folder, error)
     return index
 
 
 def _cache_folder(shard: Path, cache: str | None) -> Path:
-    """Where the index of a shard lies; a folder that serves many data sets keeps them apart by a hash of the place."""
+    """Returns the folder of a shard's index; a shared `cache` has a subfolder for each folder of shards, by hash."""
     if cache is None:
         return shard.parent / ".grr_index"
     return Path(cache, hashlib.blake2b(str(shard.parent.resolve()).encode(), digest_size=8).hexdigest())
 
 
 def _load(file: Path) -> Index:
-    """The arrays of an index file, which must not be compressed: it cannot take more memory than its size."""
+    """Load the arrays of an index file; it must not be compressed, so that it takes no more memory than its size."""
     with open_regular_file(file) as raw, zipfile.ZipFile(raw) as packed:
         if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
             raise ValueError("compressed")
@@ -198,7 +194,7 @@ def _load(file: Path) -> Index:
 
 
 def _check(index: Index, shard_size: int) -> None:
-    """Refuse an index whose arrays do not fit each other, or the shard. Raises ValueError, or KeyError."""
+    """Raise ValueError or KeyError if the arrays of an index do not fit each other or the shard."""
     n = len(index["offsets"])
     whole = all(index[name].dtype == kind and index[name].ndim == 1 for name, kind in COLUMNS.items())
     equal = all(len(index[name]) == n for name in ("ids_ends", "captions_ends", "image_of", "sizes", "places"))
@@ -215,7 +211,7 @@ def _check(index: Index, shard_size: int) -> None:
 
 
 def _save(file: Path, index: Index) -> None:
-    """Write an index file aside, and then in its place."""
+    """Write an index to a temporary file and rename it."""
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", suffix=".tmp", delete=False) as aside:
         try:
             np.savez(aside, **index)  # type: ignore[arg-type]
@@ -227,15 +223,15 @@ def _save(file: Path, index: Index) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what processes left behind that were killed while they wrote."""
+    """Remove the temporary files of processes that were killed while they wrote."""
     for file in (*folder.glob("*.tmp"), *folder.glob("tmp????????")):
-        with contextlib.suppress(OSError):  # another process was first
+        with contextlib.suppress(OSError):  # another process may have removed it
             if time.time() - file.lstat().st_mtime > STALE:
                 file.unlink()
 
 
 def _read_shard(shard: Path) -> Index:
-    """The index of a shard: of each pair its id, its caption, and where its image lies."""
+    """Read the index of a shard: the id and the caption of each pair, and the byte range of its image."""
     records = Records()
     ids, captions, places, images = list[str](), list[str](), list[int](), list[tuple[int, int, int]]()
     with open_regular_file(shard) as file:
@@ -261,7 +257,7 @@ def _read_shard(shard: Path) -> Index:
 
 
 def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]:
-    """The samples of a shard that have one image and a caption, by key; all others are counted."""
+    """Returns the samples of a shard that have one image and a caption, by key; all others are counted."""
     samples: defaultdict[str, Sample] = defaultdict(lambda: defaultdict(list))
     for item in read_members(file):
         if isinstance(item, Damage):
@@ -269,7 +265,7 @@ def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]
             continue
         key, extension = os.path.splitext(file_name(item.name))
         kind = IMAGE if extension.lower() in SUFFIXES else extension.lower()
-        if kind in (IMAGE, *TEXTS, JSON) and not os.path.basename(key).startswith("._"):  # of macOS: no content
+        if kind in (IMAGE, *TEXTS, JSON) and not os.path.basename(key).startswith("._"):  # macOS metadata files
             samples[key][kind].append(item)
         elif item.fault not in ("", FOLDER):
             records.skip(f"{shard.stem}/{key}{extension}", item.fault)
@@ -279,7 +275,7 @@ def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]
 
 
 def _is_whole(name: str, sample: Sample, records: Records) -> bool:
-    """Whether a sample has one image and a caption; if not, it is skipped."""
+    """Returns whether a sample has one image and a caption; otherwise count it as skipped."""
     endings = Counter(os.path.splitext(member.name)[1].lower() for members in sample.values() for member in members)
     repeated = max(endings.values())
     faults = [member.fault for members in sample.values() for member in members if member.fault]
@@ -301,7 +297,7 @@ def _is_whole(name: str, sample: Sample, records: Records) -> bool:
 
 
 def _sample_captions(name: str, file: BinaryIO, sample: Sample, records: Records) -> list[str]:
-    """The captions of a whole sample; none if they cannot be used, which is counted."""
+    """Returns the captions of a whole sample; captions that cannot be used are counted as skipped."""
     kind = next(kind for kind in (*TEXTS, JSON) if kind in sample)
     member = sample[kind][0]
     if member.size > MAX_TEXT:

@@ -1,4 +1,4 @@
-"""Captions in a table: a folder of images with a CSV, TSV or JSON-lines file, and ROCOv2."""
+"""Captions in a table: a folder of images with a CSV, TSV or JSON-lines file; ROCOv2."""
 
 import itertools
 import logging
@@ -12,32 +12,28 @@ from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, plac
 from grr.data.records import file_name
 
 FILES = (
-    "captions.csv",
-    "captions.tsv",
-    "captions.jsonl",
-    "captions.txt",
-    "metadata.csv",
-    "metadata.jsonl",
-    "results.csv",
-)  # of Hugging Face; Flickr30k as Kaggle has it
-FIRST = 100  # images that are looked for, before thousands of them are missed in a run
-TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")  # Flickr's own: name#0 TAB caption
+    *("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt"),
+    *("metadata.csv", "metadata.jsonl"),  # of Hugging Face
+    "results.csv",  # of Flickr30k on Kaggle
+)
+FIRST = 100  # images of which one must exist
+TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t(.*)")  # of Flickr30k's *.token file: name#0 TAB caption
 
 logger = logging.getLogger(__name__)
 
 
 def folder(*, path: str, split: str | None = None, validation_fraction: float = 0.05) -> Pairs:
-    """A folder of images with one table of captions: captions.csv, .tsv, .jsonl or .txt, Hugging Face's metadata.csv or
-    metadata.jsonl, Flickr30k's results.csv, or Flickr's *.token file.
+    """Read a folder of images with one table of captions: captions.csv, .tsv, .jsonl or .txt, Hugging Face's
+    metadata.csv or metadata.jsonl, Flickr30k's results.csv, or Flickr's *.token file.
 
-    The separator is found in the first line: comma, semicolon, tab or |. The columns are called image (or file_name,
-    filename, filepath, image_name ...) and caption (or text, title, comment ...), and an optional third one split.
-    Without it, split "train" or "validation" is drawn by a hash of the image's name, so that an image that is added
-    moves no other; split null takes all. Images lie in the folder or in one folder below it. Tables are UTF-8. In JSON
-    a caption is a string, or a list of strings which are all captions of the image.
+    The separator is taken from the first line: comma, semicolon, tab or |. The columns are named image (or file_name,
+    filename, filepath, image_name ...) and caption (or text, title, comment ...), with an optional third one, split.
+    Without it, split "train" or "validation" is determined by a hash of the image's name, so that adding an image does
+    not move others; split null is all rows. Images are in the folder or in one folder below it. Tables are UTF-8. In
+    JSON a caption is a string or a list of strings, which are all captions of the image.
 
-    Every row is read, or counted with its reason in `records`. Raises FileNotFoundError if something is not there, and
-    ValueError, naming the line, where a row cannot be understood.
+    Every row is read, or counted in `records` with a reason. Raises FileNotFoundError if the table or all images are
+    missing; ValueError, naming the line, if a row cannot be parsed.
     """
     file = _captions_file(Path(path))
     wanted = None if split is None else split_name("folder", split)
@@ -58,16 +54,17 @@ def folder(*, path: str, split: str | None = None, validation_fraction: float = 
 
 
 def rocov2(*, path: str, split: str) -> Pairs:
-    """Radiology images with captions, ROCOv2 (Rückert et al. 2024), as it unpacks: {split}_captions.csv, header
-    ID,Caption, and {split}_images/{split}/{ID}.jpg, the splits called train, valid and test.
+    """Read ROCOv2 (Rückert et al. 2024), radiology images with captions, as it unpacks: {split}_captions.csv with the
+    header ID,Caption, and {split}_images/{split}/{ID}.jpg, for the splits train, valid and test.
 
-    Raises FileNotFoundError if something is not there, ValueError if the table is none.
+    Raises FileNotFoundError if the table or all images are missing; ValueError, naming the line, if a row cannot be
+    parsed.
     """
-    own = {"train": "train", "validation": "valid", "test": "test"}[split_name("rocov2", split)]
-    file = Path(path, f"{own}_captions.csv")
+    name = {"train": "train", "validation": "valid", "test": "test"}[split_name("rocov2", split)]
+    file = Path(path, f"{name}_captions.csv")
     if not file.exists():
         raise FileNotFoundError(f"rocov2: there is no file {file}; path must be the folder that holds it")
-    roots = [Path(path, f"{own}_images", own), Path(path, f"{own}_images"), Path(path, own)]
+    roots = [Path(path, f"{name}_images", name), Path(path, f"{name}_images"), Path(path, name)]
     rows = (row._replace(image=row.image and f"{row.image}.jpg") for row in _rows("rocov2", file))
     return _image_files("rocov2", file, rows, roots)
 
@@ -85,14 +82,14 @@ def _captions_file(path: Path) -> Path:
 
 
 def _roots(path: Path) -> list[Path]:
-    """Where images may lie: in the folder, in images/, or in any other folder of it."""
+    """Returns the folders that may hold the images: the folder itself, images/, and its other subfolders."""
     return [path, path / "images", *sorted(p for p in path.iterdir() if p.is_dir() and p.name != "images")]
 
 
 def _image_files(
     who: str, file: Path, rows: Iterator[Row], roots: list[Path], belongs: Callable[[Row], bool] | None = None
 ) -> ImageFiles:
-    """The pairs of a table of image files."""
+    """Returns the pairs of a table of image files."""
     first = list(itertools.islice(rows, FIRST))
     names = [file_name(row.image) for row in first]
     root = _root(who, file, roots, [name for name in names if name])
@@ -103,9 +100,9 @@ def _image_files(
 
 
 def _root(who: str, file: Path, folders: list[Path], names: list[str]) -> Path:
-    """The first folder that holds one of the images."""
+    """Returns the first folder that holds one of the images."""
     if not names:
-        raise ValueError(f"{who}: the table in {file} names no image; add a row for each caption")
+        raise ValueError(f"{who}: the table in {file} has no image names; add a row for each caption")
     for root in folders:
         if any(os.path.isfile(image_path(root, name)) for name in names):
             return root
@@ -127,39 +124,33 @@ def _rows(who: str, file: Path) -> Iterator[Row]:
         return
     table, rows = read_table(who, file, lines)
     image, caption, split = table.columns
-    logger.info(
-        "%s: %s: separator %s; images from the column %s, captions from %s",
-        who,
-        file,
-        SEPARATORS[table.separator],
-        image,
-        caption,
-    )
+    message = "%s: %s: separator %s; images from the column %s, captions from %s"
+    logger.info(message, who, file, SEPARATORS[table.separator], image, caption)
     for number, fields in rows:
-        own = fields[split] if split else None
-        yield Row(fields[image].strip(), fields[caption], f"{who}: {file} line {number}", own)
+        row_split = fields[split] if split else None
+        yield Row(fields[image].strip(), fields[caption], f"{who}: {file} line {number}", row_split)
 
 
 def _object_rows(who: str, file: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
-    """The rows of a JSON-lines file."""
+    """Yield the rows of a JSON-lines file."""
     for number, row in read_objects(who, file, lines):
         where = f"{who}: {file} line {number}"
         image, caption, split = find_columns(row, where)
-        own = row[split] if split else None
-        for name, value in ((image, row[image]), (split, "" if own is None else own)):
+        row_split = row[split] if split else None
+        for name, value in ((image, row[image]), (split, "" if row_split is None else row_split)):
             if not isinstance(value, str):
                 raise ValueError(f"{where}: {name} must be a string, got {value!r}; write it as one")
-        yield Row(row[image], row[caption], where, own)
+        yield Row(row[image], row[caption], where, row_split)
 
 
 def _token_rows(who: str, file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
-    """The rows of Flickr's own file."""
+    """Yield the rows of Flickr30k's *.token file."""
     for number, line in lines:
-        found = TOKEN_LINE.fullmatch(line.rstrip("\n"))
-        if found is not None:
-            yield Row(found[1], found[2], f"{who}: {file} line {number}")
+        match = TOKEN_LINE.fullmatch(line.rstrip("\n"))
+        if match is not None:
+            yield Row(match[1], match[2], f"{who}: {file} line {number}")
         elif line.strip():
             raise ValueError(
                 f"{who}: {file} line {number} must be a name, #, a number, a tab and a caption, got "
-                f"{line.strip()[:80]!r}; mend the line"
+                f"{line.strip()[:80]!r}; correct the line"
             )

@@ -1,6 +1,6 @@
-"""Members of an uncompressed tar file, however odd: each is yielded, and none stops the reading.
+"""Reader of uncompressed tar files that yields every member and continues after damage.
 
-The tarfile module ends without a word at a header that it cannot read, and recurses into long headers.
+The tarfile module stops without an error at a header that it cannot read, and recurses into long headers.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER = 2**16  # bytes of a long name, or of the extended header of a member
-SEARCHED = 2**20  # bytes at a time when a header is looked for
+SEARCHED = 2**20  # bytes per read in the search for a header
 FOLDER = "a folder"
 ODD = {
     tarfile.LNKTYPE: "a hard link",
@@ -27,7 +27,7 @@ REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
 class Member(NamedTuple):
-    """A member of a tar file. fault: why its content cannot be used; empty for a regular file."""
+    """Member of a tar file. fault: the reason why its content cannot be used, empty for a regular file."""
 
     name: str
     offset: int  # of its content, bytes
@@ -36,54 +36,54 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A part of a tar file that holds no member."""
+    """Part of a tar file that cannot be read as a member."""
 
     offset: int
     reason: str
 
 
 def read_members(file: BinaryIO) -> Iterator[Member | Damage]:
-    """Yield the members of a tar file in their order, and what is damaged between them or at the end.
+    """Yield the members of a tar file in their order, and the damage between them or at the end.
 
-    Behind a damage the next header that has a valid checksum is searched for. A member that would reach beyond the end
-    of the file, or whose size is negative, has a fault if others follow it, and is the end of a file that was cut off
-    if not. Reads headers only: content is skipped.
+    After damage, the next header with a valid checksum is searched for. A member that would extend beyond the end of
+    the file, or whose size is negative, has a fault if others follow it; otherwise the file was truncated there. Only
+    headers are read: content is skipped.
     """
     end = os.fstat(file.fileno()).st_size
     if end == 0:
         yield Damage(0, "the file is empty")
-    offset, about = 0, About()
+    offset, extra = 0, ExtraHeaders()
     while offset < end:
         header, reason = _header(file, offset)
-        if header is None and not reason:  # zeros: the end, unless another archive was appended
+        if header is None and not reason:  # zeros mark the end, unless another archive was appended
             offset = _next_header(file, offset + BLOCK, end)
             continue
-        content = None if header is None else _content(file, offset, header, about)
+        content = None if header is None else _content(file, offset, header, extra)
         if header is None or content is None or content[0] + content[1] > end:
-            found = _next_header(file, offset + BLOCK, end)
-            if header is not None and found < end:
-                yield Member(about.name or header.name, 0, 0, "its size cannot be true")
+            following = _next_header(file, offset + BLOCK, end)
+            if header is not None and following < end:
+                yield Member(extra.name or header.name, 0, 0, "its size cannot be true")
             else:
                 yield Damage(offset, reason or "it was cut off within a member")
-            offset, about = found, About()
+            offset, extra = following, ExtraHeaders()
             continue
         start, size = content
         if header.type in (LONG_NAME, LONG_LINK, tarfile.XGLTYPE, *EXTENDED):
-            about.read(file, header.type, start, size)
+            extra.read(file, header.type, start, size)
         else:
-            yield Member(about.name or header.name, start, size, about.fault or _fault(header))
-            about = About()
+            yield Member(extra.name or header.name, start, size, extra.fault or _fault(header))
+            extra = ExtraHeaders()
         offset = start + -(-size // BLOCK) * BLOCK
 
 
-class About:
-    """What headers of their own say about the member that follows them."""
+class ExtraHeaders:
+    """Name, size and fault of a member from the extra headers before it (GNU long names, pax)."""
 
     def __init__(self) -> None:
         self.name = self.size = self.fault = ""
 
     def read(self, file: BinaryIO, kind: bytes, start: int, size: int) -> None:
-        """Read the content of such a header."""
+        """Read the content of an extra header."""
         if kind in (LONG_LINK, tarfile.XGLTYPE):
             return
         if size > MAX_HEADER:
@@ -99,7 +99,7 @@ class About:
 
 
 def _header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo | None, str]:
-    """The header at a place; without one, why, or nothing for a block of zeros."""
+    """Returns the header at an offset, or None and the reason; the reason is empty for a block of zeros."""
     block = _read(file, offset, BLOCK)
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), ""
@@ -109,17 +109,17 @@ def _header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo | None, str]:
         return None, f"no header of a member ({error})"
 
 
-def _content(file: BinaryIO, offset: int, header: tarfile.TarInfo, about: About) -> tuple[int, int] | None:
-    """Where the content of a member starts, and its bytes; None if these are negative."""
+def _content(file: BinaryIO, offset: int, header: tarfile.TarInfo, extra: ExtraHeaders) -> tuple[int, int] | None:
+    """Returns the offset and the size of a member's content in bytes; None if the size is negative."""
     start, size = offset + BLOCK, header.size
-    if header.type in REGULAR and about.size:
-        size = int(about.size) if about.size.isdecimal() and len(about.size) < 20 else -1
-    elif header.type == tarfile.GNUTYPE_SPARSE:  # a map of further blocks
+    if header.type in REGULAR and extra.size:
+        size = int(extra.size) if extra.size.isdecimal() and len(extra.size) < 20 else -1
+    elif header.type == tarfile.GNUTYPE_SPARSE:  # blocks with the map of holes precede the content
         more = _read(file, offset, BLOCK)[482:483].strip(b"\0")
         while more:
             more = _read(file, start, BLOCK)[504:505].strip(b"\0")
             start += BLOCK
-    elif header.type in ODD:  # links, folders and devices have none
+    elif header.type in ODD:  # links, folders and devices have no content
         size = 0
     return None if size < 0 else (start, size)
 
@@ -129,7 +129,7 @@ def _fault(header: tarfile.TarInfo) -> str:
 
 
 def _extended(content: bytes) -> dict[str, str]:
-    """The records of an extended header (pax): "length key=value" and a line feed each; what is damaged is left out."""
+    """Parse an extended header (pax), lines of "length key=value", up to the first damaged record."""
     records = {}
     while content:
         length = content.partition(b" ")[0]
@@ -142,12 +142,12 @@ def _extended(content: bytes) -> dict[str, str]:
 
 
 def _next_header(file: BinaryIO, offset: int, end: int) -> int:
-    """The place of the next header with a valid checksum; the file's end if there is none."""
+    """Returns the offset of the next header with a valid checksum; the file's end if there is none."""
     while offset < end:
         part = _read(file, offset, SEARCHED)
         for start in range(0, len(part), BLOCK):
             block = part[start : start + BLOCK]
-            if block[257:262] != b"ustar":  # quick, and every writer of today has it there
+            if block[257:262] != b"ustar":  # a fast test; all current writers have this magic number
                 continue
             try:
                 tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")

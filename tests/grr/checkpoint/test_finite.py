@@ -15,9 +15,9 @@ from grr.checkpoint.finite import check_finite_outputs, check_finite_weights
 from grr.checkpoint.training_state import save_checkpoint
 from grr.cli import main
 from grr.evaluation.zero_shot import embed_texts
-from grr.export.quantization import quantize, quantized_state
 from grr.generation.generate import generate
 from grr.inference.pretrained import load_pretrained
+from grr.inference.quantization import quantize, quantized_state
 
 NAME = "multimodal_decoder.head.weight"
 MESSAGE = rf"every weight must be a finite number, got NaN or infinity in 1 of \d+ tensors of .*: {NAME}; "

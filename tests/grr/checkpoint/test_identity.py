@@ -89,3 +89,23 @@ def test_the_micro_batch_belongs_to_the_identity_where_it_is_contrasted_in_itsel
 def test_an_identity_is_the_same_after_it_was_saved_as_json():
     cfg = config.Config({}, {"optimizer": {"betas": (0.9, 0.999)}, "run": {"freeze": ["a"], "path": Path("x")}})
     assert run_identity(cfg) == {"optimizer.betas": [0.9, 0.999], "run.freeze": ["a"], "run.path": "x"}
+
+
+def test_a_run_that_an_older_version_began_is_compared_by_todays_keys():
+    saved = {"run.clip": 1.0, "run.bf16": True, "model.context": 64, "optimizer.moments": "fp32", "optimizer.lr": 0.1}
+    wanted = {
+        "run.max_grad_norm": 1.0,
+        "parallel.bf16": True,
+        "model.context_length": 64,
+        "model.num_queries": 64,
+        "optimizer.lr": 0.1,
+    }
+    assert check_identity(Path("run"), saved, wanted) == {}
+    with pytest.raises(ValueError, match=r"parallel\.bf16 is False in the checkpoint and True in the config"):
+        check_identity(Path("run"), saved | {"run.bf16": False}, wanted)
+    with pytest.raises(ValueError, match=r"optimizer\.moments is 8bit in the checkpoint and not there in the config"):
+        check_identity(Path("run"), saved | {"optimizer.moments": "8bit"}, wanted)
+
+
+def test_a_builder_that_still_takes_an_old_name_keeps_it():
+    assert check_identity(Path("run"), {"model.context": 64}, {"model.context": 64}) == {}

@@ -101,7 +101,7 @@ def test_validating_on_the_training_data_is_told(photos):
         ("run.batch_size=64", "steps", "at most the number of images, got batch_size=64 for 32 images"),
         ("model.patch_size=7", "model", "image_size must be a multiple of patch_size"),
         ("tokenizer.path=spiece.model", "tokenizer", "there is no file spiece.model"),
-        ("tokenizer.vocab_size=8", "tokenizer", "no vocabulary of vocab_size=8 can be trained"),
+        ("tokenizer.vocab_size=8", "tokenizer", "a vocabulary of vocab_size=8 cannot be trained"),
         ("schedule.warmup_steps=80", "schedule", "warmup takes 80 steps, and the whole run 80"),
         ("schedule.min_lr=1.0", "steps", "min_lr must not be above the optimizer's lr"),
     ],
@@ -117,7 +117,7 @@ def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what
         (3, "parallel.dp_replicate=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
         (16, "run.batch_size=64", "steps", "got batch_size=64 for 32 images"),
         (2, "parallel.dp_replicate=2", None, None),
-        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; tell --nproc N"),
+        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; give --nproc N"),
     ],
 )
 def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
@@ -222,7 +222,8 @@ def test_a_config_belongs_to_the_recipe_of_its_folder_and_a_copy_in_recipes_goes
     stray = tmp_path / "stray.yaml"
     assert installed.recipe_of(stray, "pretrain") == installed.find("pretrain").path
     with pytest.raises(
-        ValueError, match=r"needs the name of its recipe, got .*: grr run RECIPE --config .*stray.yaml, .* for one of benchmark"
+        ValueError,
+        match=r"the name of its recipe, got .*: grr run RECIPE --config .*stray.yaml, .* for one of benchmark",
     ):
         installed.recipe_of(stray)
 

@@ -345,7 +345,7 @@ def test_help_shows_every_section_with_its_arguments_types_and_defaults(tmp_path
     text = recipe(tmp_path, "--help").stdout
     assert "Train something, 100 % of it." in text
     assert "run:  # Run: Options.\n  steps:  # int, required\n  note: null  # str | null\n" in text
-    assert "name: baseline_coca  # Baseline CoCa" in text
+    assert "name: baseline_coca  # Build the baseline CoCa" in text
     assert "image_size: 288  # int" in text
     assert "vision_norm: \"layernorm\"  # 'rmsnorm' | 'layernorm'" in text
 
@@ -410,3 +410,9 @@ def test_a_text_without_brackets_is_a_list_of_one(tmp_path):
 def test_a_key_that_was_renamed_is_refused_with_its_new_name(tmp_path):
     with pytest.raises(ConfigError, match=r"run\.clip: Run takes no such argument; it is run\.max_grad_norm now"):
         load(tmp_path, GOOD.replace("steps: 3", "steps: 3, clip: 2.0"))
+
+
+def test_a_key_that_was_removed_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "c.yaml").write_text("optimizer: {moments: 8bit}")
+    with pytest.raises(ConfigError, match=r"optimizer\.moments: adamw takes no such argument; it was removed: the opt"):
+        config.load({"optimizer": adamw}, ["--config", str(tmp_path / "c.yaml")])

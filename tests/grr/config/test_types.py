@@ -11,6 +11,7 @@ pytest.importorskip("mypy", reason='pip install "grr-coca[dev]"')
 IMPORTS = """\
 from torch import Tensor, nn
 
+import grr
 from grr.models.builders import (
     baseline_coca,
     baseline_vit,
@@ -52,6 +53,10 @@ WRONG = {
     "grr_coca_tiny(dropout=None)": ['"dropout"', "None"],
     "grr_coca_tiny(64)": ["positional"],
     "text_decoder(image_size=32)": ['"image_size"'],
+    "grr.grr_coca(imagesize=3)": ['"imagesize"', '"image_size"'],
+    'grr.grr_coca(dim="wide")': ['"dim"', '"str"', '"int"'],
+    "grr.load(3)": ['"load"', '"int"', '"str | Path"'],
+    "grr.no_such_name": ['"no_such_name"'],
     "vit: VisionTransformer = grr_coca()": ['"CoCa"', '"VisionTransformer"'],
     'preset(coca, "mine", "Mine.", dims=32)': ['"dims"'],
     'preset(coca, "mine", "Mine.", dim="wide")': ['"dim"', '"str"'],
@@ -66,6 +71,11 @@ RIGHT = [
     "mine = preset(grr_coca_tiny, 'mine', 'Mine.', dim=32)",
     "my_model: CoCa = mine(dim=16, vision_norm='layernorm')",
     "module: nn.Module = grr_vit()",
+    "captions: list[str] = grr.load('runs/openmoji').caption('photo.jpg')",
+    "mixed: Tensor = grr.load('runs/openmoji').embed_images(['photo.jpg', Tensor(), b''])",
+    "loss: Tensor = grr.contrastive_loss(Tensor(), Tensor())",
+    "by_name: grr.CoCa = grr.create_model('grr_coca', vision_position='rope_2d')",
+    "pairs: grr.Pairs = grr.Pairs.from_dataset([{'image': 'a.jpg', 'text': 'a'}], image='image', caption='text')",
 ]
 
 

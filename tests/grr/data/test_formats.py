@@ -22,8 +22,8 @@ from PIL import Image
 from grr.data import DATASETS
 from grr.data.formats.annotations import coco, karpathy
 from grr.data.formats.shards import webdataset
+from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.tables import folder, rocov2
-from grr.data.labelled import snli_ve
 from grr.data.pairs import Texts
 
 
@@ -207,11 +207,11 @@ def test_a_shard_without_text_uses_json_and_one_without_image_is_counted(tmp_pat
     [
         ("folder", {"path": "nowhere"}, "folder: there is no folder nowhere"),
         ("folder", {"path": "."}, "must hold one of captions.csv, .*write a captions.csv with the columns"),
-        ("coco", {"annotations": "a.json", "images": "."}, "coco: there is no file of annotations a.json"),
+        ("coco", {"annotations": "a.json", "images": "."}, "coco: there is no annotations file a.json"),
         (
             "karpathy",
             {"annotations": "a.json", "images": ".", "split": "train"},
-            "there is no file of annotations a.json",
+            "there is no annotations file a.json",
         ),
         ("rocov2", {"path": ".", "split": "train"}, "there is no file train_captions.csv"),
         ("webdataset", {"shards": "*.tar"}, r"there is no file \*.tar; shards must be a file, a folder, a glob"),
@@ -315,7 +315,7 @@ HEADER = b"image,caption\na.png,one\n"
     ("captions.csv", HEADER.decode().encode("utf-16-le"), "line 1 must be text, got a NUL character; .* UTF-16"),
     ("captions.csv", HEADER + b"x" * 2**21, "line 3 is longer than 1,048,576 characters; is the file a table"),
     ("captions.csv", HEADER + b"a.png\n", r"line 3 has 1 field and the header 2 \(separator: comma\)"),
-    ("captions.tsv", b"image\tcaption\na.png\tx\ty\n", r"line 2 has 3 fields .*; take the tab out of the caption"),
+    ("captions.tsv", b"image\tcaption\na.png\tx\ty\n", r"line 2 has 3 fields .*; remove the tab from the caption"),
     ("captions.csv", HEADER + b'a.png,"open\na.png,two\n', r"line 3 must close each quotation mark"),
     ("captions.csv", HEADER + b'a.png,"open\nb.png,two\nc.png,12 inches "\n',
      r"line 3 opens a quotation mark that line 5 closes, and between them 'b.png,two' looks like a row"),
@@ -372,7 +372,7 @@ def test_real_tables_of_urls_and_real_results_are_refused_with_what_was_found(sh
     [
         ("picture,words\na.png,x\n", r"must name the columns image and caption, got \['picture', 'words'\]"),
         ("image,caption\na.png,x, y\n", r"line 2 has 3 fields and the header 2 \(separator: comma\); put captions"),
-        ("image,caption\n", "the table in .* names no image; add a row for each caption"),
+        ("image,caption\n", "the table in .* has no image names; add a row for each caption"),
         ("image,caption,split\na.png,x,some\n", "split must be train, validation or test, got 'some'"),
     ],
 )
@@ -416,7 +416,7 @@ def test_an_index_that_cannot_be_written_beside_its_shard_is_kept_in_memory_only
     else:
         place.symlink_to(tmp_path / ("victim" if laid == "a link" else "none"))
     assert list(webdataset(shards=str(shard)).captions) == ["text 0", "text 1", "text 2"]
-    assert "is kept in memory and made anew by each run" in caplog.text
+    assert "is kept in memory and rebuilt by each run" in caplog.text
     assert "set data.cache to a folder" in caplog.text
     assert list((tmp_path / "victim").iterdir()) == []
     assert not (tmp_path / "none").exists()
@@ -517,7 +517,7 @@ def test_shards_in_folders_below_are_found_by_two_stars(shard):
 
 
 def test_a_range_of_too_many_shards_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"at most 1,000,000 shards, got \{0\.\.99999999999\}; is it a typing error"):
+    with pytest.raises(ValueError, match=r"at most 1,000,000 shards, got \{0\.\.99999999999\}; correct the range"):
         webdataset(shards=str(tmp_path / "{0..99999999999}.tar"))
 
 

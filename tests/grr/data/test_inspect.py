@@ -30,7 +30,7 @@ from grr.data.inspect import (
 )
 from grr.data.order import epoch_order
 from grr.data.pairs import Pairs, Row, Texts, image_files
-from grr.tokenizers.sentencepiece import load_tokenizer, train_tokenizer
+from grr.tokenizers import load_tokenizer, train_tokenizer
 
 ROWS = st.lists(
     st.tuples(st.sampled_from(["a.png", "b.png", "c.png", "d.png"]), st.sampled_from(["fox", "owl", "key"])),

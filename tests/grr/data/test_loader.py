@@ -350,7 +350,7 @@ def test_twenty_pairs_are_one_batch_of_validation():
         ({"batch_size": 12, "micro_batch_size": 1, "world": 5}, "world=5, micro_batch_size=1; change either size"),
         ({"batch_size": 0}, "batch_size=0, world=1, micro_batch_size=.*; change either size"),
         ({"micro_batch_size": 0}, "micro_batch_size=0; run.micro_batch_size=.* fits"),
-        ({"batch_size": 14}, "batch_size=14 for 12 images; make batch_size smaller"),
+        ({"batch_size": 14}, "batch_size=14 for 12 images; lower batch_size"),
         ({"workers": -1}, "workers >= 0, .*workers=-1"),
         ({"prefetch": 0}, "prefetch >= 1 .*prefetch=0"),
         ({"max_bad_fraction": 2}, "from 0 to 1, .*max_bad_fraction=2"),

@@ -100,7 +100,7 @@ def test_a_large_set_is_ordered():
 
 
 def test_a_batch_larger_than_the_number_of_images_is_refused():
-    with pytest.raises(ValueError, match=r"batch_size=5 for 4 images; make batch_size smaller"):
+    with pytest.raises(ValueError, match=r"batch_size=5 for 4 images; lower batch_size"):
         epoch_order(np.array([1, 1, 2, 3, 4, 4]), seed=0, epoch=0, batch_size=5)
 
 

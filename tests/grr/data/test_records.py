@@ -15,9 +15,11 @@ from PIL import Image
 
 from grr.data import DATASETS, LABELLED, InMemory, Labelled, Pairs
 from grr.data.formats.annotations import coco, karpathy
+from grr.data.formats.image_folder import image_folder
 from grr.data.formats.shards import webdataset
+from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.tables import folder, rocov2
-from grr.data.labelled import image_folder, snli_ve, vqa_v2
+from grr.data.formats.vqa_v2 import vqa_v2
 from grr.data.records import NAMED, Records, file_name
 
 LETTERS = st.characters(exclude_categories=["Cs", "Cc"])
@@ -213,7 +215,7 @@ def test_coco_names_the_annotation_whose_caption_is_not_text(photos, caption):
 def test_coco_with_one_id_for_two_images_is_refused(photos):
     images = [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]
     (photos / "coco.json").write_text(json.dumps({"images": images, "annotations": []}))
-    with pytest.raises(ValueError, match=r"images\[1\] must have an id of its own, got 1, which 'a.png' has too"):
+    with pytest.raises(ValueError, match=r"images\[1\] must have a unique id, got 1, which 'a.png' has too"):
         coco(annotations=str(photos / "coco.json"), images=str(photos))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.evaluation.captions import bleu, caption_metrics, cider, rouge_l, split_words
+from grr.evaluation.captions import bleu, caption_metrics, cider, rouge_l, split_words, treebank
 
+pytest.importorskip("nltk", reason='pip install "grr-coca[evaluate]"')
 captions = st.lists(st.sampled_from(["two", "dogs", "the", "dog", "run", "grass"]), max_size=8).map(" ".join)
 images = st.tuples(st.lists(captions, min_size=1, max_size=4), captions)
 corpora = st.lists(images, min_size=1, max_size=6).map(lambda rows: tuple(map(list, zip(*rows, strict=True))))
@@ -223,3 +225,10 @@ def test_what_cannot_be_judged_is_refused_with_a_remedy(metric):
         metric([["a"], []], ["a", "b"])
     with pytest.raises(ValueError, match=rf"{who}: references\[0\] must be .* got 'a dog'; put a single caption into"):
         metric(["a dog"], ["a dog"])
+
+
+def test_without_nltk_the_error_names_the_extra(monkeypatch):
+    treebank.cache_clear()
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    with pytest.raises(ImportError, match=r'need NLTK, which is not installed; pip install "grr-coca\[evaluate\]"'):
+        caption_metrics([["a fox"]], ["an owl"])

@@ -15,7 +15,7 @@ from grr.data.pairs import Texts
 from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.models.builders import grr_coca_tiny
 from grr.models.heads import image_classifier, image_text_classifier
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -1,5 +1,7 @@
 """What an evaluation says, against formulas in float64, the training code, and counting by hand."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data import epoch_order, validation_steps
-from grr.evaluation.captions import caption_metrics
+from grr.evaluation.captions import caption_metrics, treebank
 from grr.evaluation.evaluate import captioning, exact, examine, examples, losses, recalls
 from grr.evaluation.outputs import Observation, observe
 from grr.training.step import evaluation_losses
@@ -165,3 +167,10 @@ def test_an_examination_is_that_of_its_candidates_and_leaves_the_model_as_it_was
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_validation_of_a_training_run_does_not_need_nltk(model, tokenizer, monkeypatch):
+    treebank.cache_clear()
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    metrics, _ = examine(model, Noise(several_captions(6)), tokenizer, CPU, num_eval_images=6, **SEEN)
+    assert metrics["num_eval_images"] == 6

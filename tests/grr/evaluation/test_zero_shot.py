@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from grr.evaluation.zero_shot import TEMPLATES, accuracy, class_embeddings
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 CLASSES = ["fox", "red fox", "owl", "loaf of {bread}", "boat on a hill", "0-1"]
 CPU = torch.device("cpu")

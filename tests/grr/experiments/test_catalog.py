@@ -1,5 +1,7 @@
 """Every recipe and config has a name, a sentence, and a way out of the package that overwrites nothing."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,20 @@ def test_each_begins_with_a_title_that_fits_a_line(item):
     said = installed.about(item)
     assert len(said.split()) >= 2
     assert not said.startswith(("python", "torchrun", "-", "data."))
+    assert len(said) < 80
     if not item.is_recipe:
         assert item.path.read_text().startswith(f"# {said}\n# ")
-        assert len(said) < 78
+        assert not said.endswith(".")
         assert "/configs/" not in said
+
+
+@pytest.mark.parametrize("config", [item for item in EVERY if not item.is_recipe], ids=lambda item: item.name)
+def test_a_config_names_the_command_that_runs_it_and_what_to_expect(config):
+    lines = itertools.takewhile(lambda line: line.startswith("#"), config.path.read_text("utf-8").splitlines())
+    header = " ".join(line.removeprefix("#").removesuffix("\\") for line in lines)
+    script, file = f"recipes/{config.name.partition('/')[0]}.py", f"recipes/configs/{config.name}.yaml"
+    assert re.search(rf" (python|torchrun [-\w ]+) {re.escape(script)} +--config {re.escape(file)}\b", header)
+    assert "Expect: " in header
 
 
 def test_titles_differ():

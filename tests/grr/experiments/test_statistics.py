@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from grr.experiments.statistics import difference, spread, two_sided_p
 
+pytest.importorskip("scipy", reason='pip install "grr-coca[compare]"')
 values = st.floats(-100, 100)
 by_seed = st.dictionaries(st.integers(0, 9), values, min_size=1, max_size=6)
 
@@ -77,3 +79,9 @@ def test_where_one_side_has_a_single_run_no_spread_is_claimed(ours, theirs, pair
     found = difference(ours, theirs)
     assert (found.pairs, found.mean) == (pairs, mean)
     assert found.error is found.p is found.beyond_spread is None
+
+
+def test_without_scipy_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ImportError, match=r'needs SciPy, which is not installed; pip install "grr-coca\[compare\]"'):
+        two_sided_p(1.0, 2)

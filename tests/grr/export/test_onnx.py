@@ -20,7 +20,7 @@ from grr.generation.generate import generate
 from grr.inference.pretrained import describe, find_pretrained
 from grr.models.builders import coca, grr_coca_tiny
 from grr.models.open_clip import open_clip_coca
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "grr-coca[export]"')
 pytest.importorskip("onnxscript", reason='pip install "grr-coca[export]"')
@@ -255,7 +255,7 @@ def test_what_cannot_be_exported_is_refused():
 
 def test_a_quantised_model_is_refused():
     pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
-    from grr.export.quantization import quantize
+    from grr.inference.quantization import quantize
 
     model = grr_coca_tiny().eval()
     quantize(model, "int8_weight_only")

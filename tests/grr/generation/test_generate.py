@@ -19,7 +19,7 @@ from grr.models.builders import grr_coca_tiny
 from grr.parallel.initialize import initialize
 from grr.parallel.process_group import start
 from grr.parallel.shard import shard_over, unsharded
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 WORDS = ["a", "the", "red", "blue", "big", "small", "fox", "bread", "owl", "boat", "hill", "runs", "sits", "on", "near"]
 CONTEXT = 16

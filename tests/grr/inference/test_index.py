@@ -200,7 +200,7 @@ def test_a_fingerprint_depends_on_neither_the_path_nor_the_precision(colour_run,
 
 
 def test_a_missing_an_empty_and_a_newer_index_have_different_errors(trained, tmp_path, colour_run):
-    with pytest.raises(FileNotFoundError, match=r"holds no index; make one with recipes/embed\.py"):
+    with pytest.raises(FileNotFoundError, match=r"holds no index; make one with grr embed"):
         open_index(tmp_path)
     (tmp_path / "no.png").touch()
     assert embed_files(trained, [str(tmp_path / "no.png")], tmp_path / "index", colour_run).status == 1

@@ -17,7 +17,7 @@ from grr.inference.pretrained import (
     tell_of_other_crop,
 )
 from grr.models.builders import grr_coca_tiny
-from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.checkpoint.training_state import RunLock
-from grr.cli import commands
+from grr.cli import models
 from grr.files.printable import printable, printable_lines
 from grr.inference import results
 from grr.inference.results import Outcome, Row, read_results, summary, write_results
@@ -149,7 +149,7 @@ def test_the_summary_has_counts_and_printable_file_names():
 
 def test_a_caption_and_the_name_of_its_file_are_printed_without_control_characters(capsys):
     rows = [{"file": "a\x1b[2J.jpg", "caption": "a \x07 fox"}, {"file": "b\n.jpg", "error": "no \x1b]0;title\x07"}]
-    assert commands._told([rows], lambda row: row["caption"]) == 0
+    assert models._print_rows([rows], lambda row: row["caption"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "'a\\x1b[2J.jpg': 'a \\x07 fox'\n"
     assert captured.err == "'b\\n.jpg' could not be read: 'no \\x1b]0;title\\x07'\n"

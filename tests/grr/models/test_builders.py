@@ -14,17 +14,20 @@ from grr.models.builders import (
     baseline_coca,
     baseline_vit,
     coca,
+    create_model,
     grr_coca,
     grr_coca_2b,
     grr_coca_tiny,
     grr_vit,
+    list_models,
     original_coca,
+    original_coca_2b,
     preset,
     text_decoder,
     vision_transformer,
 )
 from grr.models.coca import CoCa, TextDecoder, VisionTransformer
-from grr.models.open_clip import OPEN_CLIP_MODELS
+from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca
 
 D, V = 768, 32_102
 ATTENTION = 4 * (D * D + D)
@@ -114,7 +117,80 @@ def test_help_shows_what_a_preset_takes_and_its_own_defaults():
         "trains on a laptop CPU",
     ):
         assert part in text
-    assert inspect.signature(grr_coca_2b).parameters.keys() == inspect.signature(coca).parameters.keys()
+
+
+CLASSIC_VIT = {"vision_norm", "vision_feed_forward", "vision_position"}
+CLASSIC_TEXT = {"text_norm", "text_feed_forward", "text_position"}
+LAYERS = {"vision_layers", "text_layers", "multimodal_layers"}
+SHAPE = {"dim", "num_heads", *LAYERS}
+MULTIPLIERS = {"vision_ffn_multiplier", "text_ffn_multiplier"}
+TINY = {"vocab_size", "context_length", "num_queries", "image_size", "patch_size"}
+PRESETS = [  # preset, the general builder, the preset it is a size of, and the defaults that differ from that
+    (grr_vit, vision_transformer, vision_transformer, set()),
+    (baseline_vit, vision_transformer, vision_transformer, {"norm", "feed_forward", "position"}),
+    (grr_coca, coca, coca, set()),
+    (baseline_coca, coca, grr_coca, CLASSIC_VIT),
+    (original_coca, coca, grr_coca, CLASSIC_VIT | CLASSIC_TEXT),
+    (grr_coca_tiny, coca, grr_coca, SHAPE | TINY),
+    (MODELS["grr_coca_small"], coca, grr_coca, {"image_size"} | SHAPE),
+    (MODELS["grr_coca_large"], coca, grr_coca, {"dim", "num_heads", "vision_layers"}),
+    (grr_coca_2b, coca, grr_coca, SHAPE | MULTIPLIERS),
+    (original_coca_2b, coca, original_coca, {"vocab_size"} | SHAPE | MULTIPLIERS),
+    (OPEN_CLIP_MODELS["open_clip_coca_vit_b_32"], open_clip_coca, open_clip_coca, set()),
+    (
+        OPEN_CLIP_MODELS["open_clip_coca_vit_l_14"],
+        open_clip_coca,
+        open_clip_coca,
+        {"patch_size", "vision_dim", "vision_heads", "vision_layers", "dim", "num_heads"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("preset", "general", "base", "changed"), PRESETS, ids=[row[0].__name__ for row in PRESETS])
+def test_a_preset_takes_all_arguments_of_its_builder_and_differs_in_some_defaults(preset, general, base, changed):
+    mine, theirs = (inspect.signature(builder) for builder in (preset, general))
+    assert list(mine.parameters) == list(theirs.parameters)
+    assert mine.return_annotation is theirs.return_annotation
+    for name, parameter in mine.parameters.items():
+        assert (parameter.kind, parameter.annotation) == (parameter.KEYWORD_ONLY, theirs.parameters[name].annotation)
+    defaults = inspect.signature(base).parameters
+    assert {name for name, p in mine.parameters.items() if p.default != defaults[name].default} == changed
+
+
+def test_every_preset_is_compared_with_its_builder():
+    assert set((MODELS | OPEN_CLIP_MODELS).values()) - {open_clip_coca} <= {row[0] for row in PRESETS}
+
+
+@pytest.mark.parametrize(("preset", "general"), [row[:2] for row in PRESETS], ids=[row[0].__name__ for row in PRESETS])
+def test_a_preset_hands_every_argument_to_its_builder(preset, general, monkeypatch):
+    received: dict[str, object] = {}
+    monkeypatch.setitem(preset.__globals__, general.__name__, lambda **arguments: received.update(arguments))
+    given = {name: object() for name in inspect.signature(preset).parameters}
+    preset(**given)
+    assert received == given
+
+
+def test_a_model_is_made_by_its_name():
+    assert {*MODELS, *OPEN_CLIP_MODELS} == set(list_models())
+    torch.manual_seed(0)
+    one = create_model("grr_coca_tiny", vision_position="rope_2d", dim=32)
+    torch.manual_seed(0)
+    other = grr_coca_tiny(vision_position="rope_2d", dim=32)
+    assert repr(one) == repr(other)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_builder_of_your_own_is_made_by_its_name(monkeypatch):
+    monkeypatch.setitem(MODELS, "mine", lambda **arguments: grr_coca_tiny(**arguments))
+    assert "mine" in list_models()
+    assert create_model("mine", dim=32).dim == 32
+
+
+def test_a_wrong_name_and_a_wrong_argument_are_named():
+    with pytest.raises(ValueError, match=r"create_model: name must be one of grr_coca, .*, got 'grr_cocoa' \(did you"):
+        create_model("grr_cocoa")
+    with pytest.raises(TypeError, match=r"grr_coca_tiny takes no argument 'dims' \(did you mean dim\?\); help\(grr\."):
+        create_model("grr_coca_tiny", dims=32)
 
 
 def test_a_preset_of_an_argument_that_does_not_exist_is_refused():

@@ -21,7 +21,7 @@ from grr.generation.generate import generate
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
 from grr.parallel.initialize import initialize
-from grr.tokenizers.sentencepiece import Tokenizer
+from grr.tokenizers import Tokenizer
 from grr.training.loss import contrastive_loss
 
 # As open_clip's model_configs have them; `tiny` is ours.

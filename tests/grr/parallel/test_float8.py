@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parallelize_worker import emulated_float8
 from torch import Tensor, nn
 
 from grr.checkpoint.training_state import load_checkpoint, save_checkpoint, save_model
@@ -127,8 +128,9 @@ def test_a_model_begins_with_the_same_weights_and_learns_as_without():
 
 def test_activations_computed_again_are_rounded_alike():
     models = [a_model(float8=False) for _ in range(2)]
-    for model, again in zip(models, (False, True), strict=True):
-        parallelize(model, CPU, float8="emulated", activation_checkpointing=again)
+    with emulated_float8():
+        for model, again in zip(models, (False, True), strict=True):
+            parallelize(model, CPU, float8=True, activation_checkpointing=again)
     assert trained(models[0], 3) == trained(models[1], 3)
 
 
@@ -153,14 +155,14 @@ def test_checkpoints_and_model_folders_do_not_know_of_it(tmp_path):
 
 def test_where_the_hardware_cannot_the_remedy_is_told():
     with pytest.raises(
-        ValueError, match=r"needs a CUDA GPU of compute capability 8\.9 or more.*, got cpu; set run\.fl"
+        ValueError, match=r"needs a CUDA GPU of compute capability 8\.9 or more.*, got cpu; set parallel\.fl"
     ):
         multiply_in_float8(grr_coca_tiny(), CPU)
 
 
 def test_an_older_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"got compute capability \(8, 0\); .* parallel\.float8=emulated"):
+    with pytest.raises(ValueError, match=r"got compute capability \(8, 0\); set parallel\.float8=false"):
         multiply_in_float8(grr_coca_tiny(), torch.device("cuda"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallelize_worker import OPTIONS, SUBSETS, differences, expected
+from parallelize_worker import OPTIONS, SUBSETS, differences, emulated_float8, expected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -70,7 +70,8 @@ def assert_within_rounding(options: list[str], losses: float, gradients: float) 
 def built(**prepared: object) -> nn.Module:
     with torch.device("meta"):
         model = grr_coca_tiny(**SIZES)
-    parallelize(model, CPU, **prepared)
+    with emulated_float8():
+        parallelize(model, CPU, **prepared)
     initialize(model, CPU, seed=0)
     return model
 

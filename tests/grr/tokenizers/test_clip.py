@@ -1,4 +1,4 @@
-"""CLIP's byte pairs: no text is lost, the ids of a plain computation, and open_clip's if it is installed."""
+"""CLIP's byte pairs: decoding inverts encoding, and the ids equal those of a plain computation and of open_clip."""
 
 import gzip
 import pickle
@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from grr.tokenizers.clip import ClipTokenizer, installed_merges, is_merges
-from grr.tokenizers.sentencepiece import Tokenizer, load_tokenizer, open_tokenizer, train_tokenizer
+from grr.tokenizers import ClipTokenizer, Tokenizer, installed_merges, load_tokenizer, open_tokenizer, train_tokenizer
+from grr.tokenizers.clip import is_merges
 
 ftfy = pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
 PAIRS = ["t h", "th e</w>", "a n", "an d</w>", "i n", "r e", "o x</w>", "f ox</w>", "re d</w>", "b re", "bre a",
@@ -36,7 +36,7 @@ def tok(merges) -> ClipTokenizer:
 
 @pytest.fixture(scope="module")
 def clip() -> ClipTokenizer:
-    """With CLIP's own merges."""
+    """Returns a tokenizer with CLIP's merges."""
     try:
         return ClipTokenizer(installed_merges())
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def clip() -> ClipTokenizer:
 
 
 def tokens(tok: Tokenizer, text: str) -> list[int]:
-    """The row's layout, and what stands in it: BOS t1 ... tn EOS PAD ... PAD CLS PAD."""
+    """Check the layout BOS t1 ... tn EOS PAD ... PAD CLS PAD and return t1 ... tn."""
     ids = tok.encode(text)
     assert len(ids) == tok.context_length + 1
     assert (ids[0], ids[-2], ids[-1]) == (tok.bos_id, tok.cls_id, tok.pad_id)
@@ -61,8 +61,8 @@ def tokens(tok: Tokenizer, text: str) -> list[int]:
 def test_every_visible_character_of_a_text_is_decoded_in_lower_case(tok, text):
     import html
 
-    seen = "".join(html.unescape(html.unescape(ftfy.fix_text(text))).lower().split())
-    assert "".join(tok.decode(tok.encode(text)).split()) == seen
+    visible = "".join(html.unescape(html.unescape(ftfy.fix_text(text))).lower().split())
+    assert "".join(tok.decode(tok.encode(text)).split()) == visible
 
 
 @given(text=st.text(max_size=300))
@@ -86,7 +86,7 @@ def test_a_long_caption_is_cut_so_that_eos_and_cls_still_fit(tok, words):
 
 
 def spelled(word: str) -> list[str]:
-    """Each merge in the order of the list, wherever it applies: what "byte pairs" means."""
+    """Apply each merge in the order of the list, wherever it occurs: the definition of byte-pair encoding."""
     visible = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
     hidden = iter(range(256, 512))
     letters = [visible[b] if b in visible else chr(next(hidden)) for b in range(256)]
@@ -140,7 +140,7 @@ def test_letters_digits_and_signs_are_separate_words(tok, text, words):
 
 
 def test_clips_vocabulary_has_clips_ids(clip):
-    """The ids of Radford et al.: "a photo of a cat" is known from every CLIP."""
+    """The ids of "a photo of a cat" are those of Radford et al., which every CLIP has."""
     assert (clip.vocab_size, clip.bos_id, clip.eos_id, clip.cls_id, clip.pad_id) == (49_409, 49_406, 49_407, 49_408, 0)
     assert tokens(clip, "a photo of a cat") == [320, 1125, 539, 320, 2368]
 
@@ -161,7 +161,7 @@ def assert_same(clip: ClipTokenizer, theirs, caption: str) -> None:
 
 @given(text=st.text(max_size=100))
 def test_any_text_has_the_ids_of_open_clip(clip, theirs, text):
-    assume(all(unicodedata.category(c) != "Cn" for c in text))  # unassigned as yet: versions of Unicode differ
+    assume(all(unicodedata.category(c) != "Cn" for c in text))  # versions of Unicode differ in unassigned characters
     assert_same(clip, theirs, text)
 
 
@@ -188,9 +188,9 @@ def test_compressed_and_plain_lists_are_the_same_vocabulary(tok, merges, tmp_pat
         file.write("\n".join([header, *PAIRS, ""]))
     with gzip.open(tmp_path / "long.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join([header, *more]))
-    packed = ClipTokenizer(tmp_path / "a.gz", context_length=64)
-    assert packed.fingerprint == tok.fingerprint
-    assert packed.encode("the red fox") == tok.encode("the red fox")
+    compressed = ClipTokenizer(tmp_path / "a.gz", context_length=64)
+    assert compressed.fingerprint == tok.fingerprint
+    assert compressed.encode("the red fox") == tok.encode("the red fox")
     assert ClipTokenizer(tmp_path / "long.gz").vocab_size == 49_409
 
 
@@ -211,7 +211,7 @@ def test_a_sentencepiece_model_is_not_taken_for_a_list_of_merges(tmp_path):
 
 
 def test_a_run_may_be_trained_with_it(merges, tok, tmp_path):
-    for path in (str(merges), None):  # None: the second time the run's own file is found
+    for path in (str(merges), None):  # with None, the copy in the run's folder is opened
         opened = open_tokenizer([], tmp_path / "tokenizer.model", path=path, context_length=64)
         assert isinstance(opened, ClipTokenizer)
         assert opened.fingerprint == tok.fingerprint
@@ -224,10 +224,7 @@ def test_a_run_may_be_trained_with_it(merges, tok, tmp_path):
         (b"t h\nth e</w>\n", "the first line of a list of merges ends with #version: 0.2, that of .*m.txt does not"),
         (b"", "the first line of a list of merges ends with #version: 0.2"),
         (b"\x1f\x8bgarbage", "the first line of a list of merges ends with #version: 0.2"),
-        (
-            gzip.compress(b"#version: 0.2\nt h\n" * 9, mtime=0)[:-12],
-            "the first line of a list of merges ends with #version: 0.2",
-        ),
+        (gzip.compress(b"#version: 0.2\nt h\n" * 9, mtime=0)[:-12], "the first line of a list of merges ends with"),
         (b"#version: 0.2\nt h\nthe\n", "a line of .*m.txt must be two pieces, got 'the'; copy it again"),
         ("#version: 0.2\nt \N{SNOWMAN}\n".encode(), "a line of .*m.txt must be two pieces, got 't \N{SNOWMAN}'"),
     ],
@@ -240,9 +237,8 @@ def test_a_file_that_is_not_a_list_of_merges_is_refused(tmp_path, content, messa
 
 
 def test_a_context_without_room_for_a_token_is_refused(merges):
-    with pytest.raises(
-        ValueError, match="ClipTokenizer: context_length must have room for BOS, a token, EOS and CLS, got"
-    ):
+    rule = "ClipTokenizer: context_length must be at least 4, for BOS, a token, EOS and CLS, got context_length=3"
+    with pytest.raises(ValueError, match=rule):
         ClipTokenizer(merges, context_length=3)
 
 

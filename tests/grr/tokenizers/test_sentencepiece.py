@@ -1,4 +1,4 @@
-"""The layout of 65 ids to the letter, decoding as its inverse, and no text that breaks it."""
+"""The layout of 65 ids, decoding as its inverse, and robustness to any text."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.tokenizers.sentencepiece import Tokenizer, open_tokenizer, train_tokenizer
+from grr.tokenizers import Tokenizer, open_tokenizer, train_tokenizer
 
 COLOURS, THINGS, PLACES = ("red", "blue", "green"), ("fox", "bread", "owl"), ("table", "hill", "boat")
 CAPTIONS = [f"a {colour} {thing} on a {place}" for colour in COLOURS for thing in THINGS for place in PLACES]
@@ -22,9 +22,8 @@ HOSTILE = ["", " \n\t ", "🦊🍞", "שלום עולם", "\u202eabc\u202c", "a\
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(
-        CAPTIONS, tmp_path_factory.mktemp("tokenizer") / "own.model", vocab_size=80, context_length=64
-    )
+    path = tmp_path_factory.mktemp("tokenizer") / "own.model"
+    return train_tokenizer(CAPTIONS, path, vocab_size=80, context_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def t5(shared_data) -> Tokenizer:
 
 
 def assert_layout(tok: Tokenizer, ids: list[int]) -> int:
-    """SPEC: BOS t1 ... tn EOS PAD ... PAD CLS PAD. Gives n."""
+    """Check the layout of SPEC, BOS t1 ... tn EOS PAD ... PAD CLS PAD, and return n."""
     assert len(ids) == tok.context_length + 1
     assert ids[0] == tok.bos_id == tok.vocab_size - 2
     assert ids[-2:] == [tok.cls_id, 0] == [tok.vocab_size - 1, 0]
@@ -147,7 +146,7 @@ def test_a_file_that_is_not_a_tokenizer_is_refused_with_a_remedy(tmp_path):
     )
     with pytest.raises(ValueError, match=r"must have the ids 0, 1 and 2, as in T5, got \(-1, 2, 0\)"):
         Tokenizer(tmp_path / "other.model")
-    with pytest.raises(ValueError, match="no vocabulary of vocab_size=512 can be trained"):
+    with pytest.raises(ValueError, match="a vocabulary of vocab_size=512 cannot be trained"):
         train_tokenizer(["", "  "], Path(tmp_path / "none.model"))
 
 

@@ -15,7 +15,7 @@ from grr.data import Pairs
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
 from grr.models.builders import grr_coca
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 from grr.training.cost import RunPlan, StepCost, _memory, _time, free_memory, run_cost
 
 SIZES = {

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grr.checkpoint.training_state import save_model_state
-from grr.export.quantization import GROUP, SCHEMES, quantize, quantized_state
 from grr.generation.generate import generate
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
+from grr.inference.quantization import GROUP, SCHEMES, quantize, quantized_state
 from grr.models.builders import grr_coca_tiny, original_coca
-from grr.tokenizers.sentencepiece import train_tokenizer
+from grr.tokenizers import train_tokenizer
 
 torchao = pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
 ANYWHERE = [scheme for scheme in SCHEMES if scheme != "int4_weight_only"]

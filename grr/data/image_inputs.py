@@ -1,0 +1,79 @@
+"""Images in any form that a program has them in, as pixels: a file, its bytes, a Pillow image, an array or a tensor."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from grr.data.images import BadImage, Crop, load_image, to_tensor
+
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any] | Tensor
+"""One image: the path or the bytes of a file, a Pillow image, an array uint8 [h, w, 3] or a tensor uint8 [3, h, w]."""
+ImageInputs: TypeAlias = ImageInput | Iterable[ImageInput]
+"""One image, several of them, an array uint8 [b, h, w, 3] or a tensor uint8 [b, 3, h, w]."""
+
+
+def read_image(image: object, *, size: int, crop: Crop, where: str) -> Tensor:
+    """Returns one image in any form as uint8 RGB [3, size, size], as `grr.data.images.load_image` returns a file's.
+
+    image: as `ImageInput` says, or a dict with "bytes" or "path", which Hugging Face data sets have for an image that
+    they did not decode. A large JPEG file is decoded at a reduced scale, which a Pillow image of it is not, so their
+    pixels differ by two levels of 255 on average; all other forms of one image give the same pixels.
+    where: the name of the image in messages. Raises ValueError for a value of another type, dtype or shape, BadImage
+    for what cannot be decoded, OSError for a file that cannot be read.
+    """
+    if isinstance(image, Mapping):
+        content, path = image.get("bytes"), image.get("path")
+        image = content if content is not None else path
+    if isinstance(image, bytes):
+        return load_image(image, size=size, crop=crop)
+    if isinstance(image, str | os.PathLike):
+        return load_image(os.fspath(image), size=size, crop=crop)
+    if isinstance(image, Tensor):
+        image = Image.fromarray(_checked(image.detach().cpu().numpy(), 0, where).transpose(1, 2, 0))
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(_checked(image, 2, where))
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"{where} must be a path, a Pillow image, an array uint8 [h, w, 3] or a tensor uint8 [3, h, w], got "
+            f"{_named(image)}; PIL.Image.fromarray makes an image of most arrays"
+        )
+    try:
+        return to_tensor(image, size=size, crop=crop)
+    except (BadImage, OSError, MemoryError, RecursionError):
+        raise
+    except Exception as error:  # Pillow reads a file when its pixels are asked for, and raises nearly anything
+        raise BadImage(f"not a readable image: {type(error).__name__}: {error}") from error
+
+
+def each_image(images: ImageInputs) -> Iterator[ImageInput]:
+    """The images that an argument holds, one by one: a single one is one, a batch is as many as it has rows."""
+    if isinstance(images, Tensor | np.ndarray):
+        return iter(images if images.ndim == 4 else [images])
+    one = isinstance(images, str | os.PathLike | bytes | Image.Image | Mapping) or not isinstance(images, Iterable)
+    return iter([images] if one else images)  # type: ignore[list-item, arg-type]
+
+
+def _checked(array: NDArray[Any], channels: int, where: str) -> NDArray[np.uint8]:
+    """The array itself if it is an image of bytes with three channels on the axis `channels`."""
+    kind = "a tensor uint8 [3, h, w]" if channels == 0 else "an array uint8 [h, w, 3]"
+    got = f"{array.dtype} {list(array.shape)}"
+    if array.dtype != np.uint8:
+        remedy = "scale it to 0 ... 255, round it and cast it to uint8"
+        if array.dtype.kind == "f":
+            remedy += "; floats that were normalised already go to model.encode_image"
+        raise ValueError(f"{where} must be {kind}, got {got}; {remedy}")
+    if array.ndim != 3 or array.shape[channels] != 3 or 0 in array.shape:
+        remedy = "PIL.Image.fromarray makes an image of one that is grey or has an alpha channel"
+        if array.ndim == 3 and array.shape[2 - channels] == 3:
+            remedy = "permute its axes"
+        raise ValueError(f"{where} must be {kind} with h and w at least 1, got {got}; {remedy}")
+    return array
+
+
+def _named(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"
