@@ -261,7 +261,8 @@ def _check(section: str, function: Section, given: Given, file: str, mistakes: _
     if isinstance(function, Mapping):
         name, place = given.pop("name", ("none" if "none" in function and not given else None, file))
         if not isinstance(name, str) or name not in function:
-            got = "" if name is None else f", got {name!r}{_did_you_mean(name, function)}"
+            own = "; grr --import MODULE adds those of your own module"
+            got = "" if name is None else f", got {name!r}{_did_you_mean(name, function)}{own}"
             mistakes.add(place, f"{section}.name", f"must be one of {', '.join(function)}{got}")
             return result
         result["name"], function = name, function[name]
