@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grr.data.images import BadImage, Crop, load_image
+from grr.data.images import THUMBNAIL, BadImage, Crop, load_image, thumbnail
 from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, read_sample_image
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
@@ -118,6 +118,14 @@ class Pairs(ABC):
         Raises BadImage or OSError if it cannot be read.
         """
 
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        """The image of pair i for a page: uint8 [3, h, w], the longer side at most `side` pixels.
+
+        By default the middle of the image at that size; the data sets of this library show the whole image, and do not
+        enlarge it. Raises as `load` does.
+        """
+        return self.load(i, size=side, crop="center")
+
 
 class ImageFiles(Pairs):
     """Pairs whose images are files: image j is root / images[j]."""
@@ -127,8 +135,13 @@ class ImageFiles(Pairs):
         self.root, self.images = root, images
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        file = image_path(self.root, self.images[self.image_of[i]])
-        return load_image(read_regular_file(file, MAX_BYTES), size=size, crop=crop)
+        return load_image(self._content(i), size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return thumbnail(self._content(i), side=side)
+
+    def _content(self, i: int) -> bytes:
+        return read_regular_file(image_path(self.root, self.images[self.image_of[i]]), MAX_BYTES)
 
 
 class DatasetPairs(Pairs):
