@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from grr.data.image_inputs import read_image
-from grr.data.images import BadImage, Crop
+from grr.data.image_inputs import read_image, read_thumbnail
+from grr.data.images import THUMBNAIL, BadImage, Crop
 from grr.data.pairs import Ints, Pairs, Texts
 from grr.data.records import Records, record_captions
 
@@ -36,9 +36,18 @@ class DatasetPairs(Pairs):
         self.dataset, self.image, self.samples = dataset, image, samples
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        value, where = self._image(i)
+        return read_image(value, size=size, crop=crop, where=where)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        value, where = self._image(i)
+        return read_thumbnail(value, side=side, where=where)
+
+    def _image(self, i: int) -> tuple[Any, str]:
+        """The image of pair i as the data set has it, and its name in messages."""
         number = int(self.samples[self.image_of[i]])
-        value = _value(self.dataset[number], "image", self.image, number)
-        return read_image(value, size=size, crop=crop, where=f"from_dataset: the image of dataset[{number}]")
+        where = f"from_dataset: the image of dataset[{number}]"
+        return _value(self.dataset[number], "image", self.image, number), where
 
 
 def dataset_pairs(dataset: MapDataset, *, image: Field, caption: Field) -> DatasetPairs:
