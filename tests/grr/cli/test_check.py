@@ -117,7 +117,7 @@ def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what
         (3, "parallel.dp_replicate=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
         (16, "run.batch_size=64", "steps", "got batch_size=64 for 32 images"),
         (2, "parallel.dp_replicate=2", None, None),
-        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; tell --nproc N"),
+        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; give --nproc N"),
     ],
 )
 def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
