@@ -1,4 +1,4 @@
-"""RELIABILITY.md names tests: each must exist."""
+"""Every test and script that RELIABILITY.md names exists."""
 
 import re
 from pathlib import Path
