@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from grr.models.coca import CoCa
     from grr.parallel.process_group import process_group
-    from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+    from grr.tokenizers import Tokenizer, train_tokenizer
     from grr.training.loss import captioning_loss, contrastive_loss, sigmoid_loss
     from grr.training.optim import adamw
     from grr.training.schedule import warmup_cosine
@@ -111,8 +111,8 @@ _SECTIONS = {
     },
     "Read data": {
         "Pairs": "grr.data.pairs",
-        "Tokenizer": "grr.tokenizers.sentencepiece",
-        "train_tokenizer": "grr.tokenizers.sentencepiece",
+        "Tokenizer": "grr.tokenizers",
+        "train_tokenizer": "grr.tokenizers",
         "load_image": "grr.data.images",
         "collate_captions": "grr.data.collate",
         "Batch": "grr.data.loader",

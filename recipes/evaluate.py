@@ -20,7 +20,8 @@ from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
 from grr.data import DATASETS, LABELLED, Labelled, check_classes
 from grr.evaluation.captions import treebank
-from grr.evaluation.evaluate import captioning, examples, losses, recalls
+from grr.evaluation.evaluate import captioning, losses, recalls
+from grr.evaluation.examples import examples
 from grr.evaluation.outputs import features, observe
 from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
@@ -142,7 +143,7 @@ def main() -> None:
         "generation": cfg.generation if "captions" in run.tasks else None,
         "results": results,
     }
-    page = write_evaluation(folder, evaluation, examples(seen) if seen else None, confusions)
+    page = write_evaluation(folder, evaluation, examples(seen, model, tokenizer) if seen else None, confusions)
     print(as_text(evaluation))
     logging.info(f"see {page}, and evaluation.json beside it")
 

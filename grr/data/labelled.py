@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from grr.data.collate import IGNORE
-from grr.data.images import Crop
+from grr.data.images import THUMBNAIL, Crop
 from grr.data.pairs import Ints, Pairs, Row, Texts, read_rows
 from grr.data.records import Records
 
@@ -39,6 +39,9 @@ class Labelled(Pairs):
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
         return self.pairs.load(i, size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return self.pairs.thumbnail(i, side=side)
 
 
 def labelled_rows(root: Path, rows: Iterable[tuple[Row, int]], classes: list[str], records: Records) -> Labelled:

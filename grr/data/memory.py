@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from grr.data.images import Crop
+from grr.data.images import THUMBNAIL, Crop
 from grr.data.pairs import Pairs
 
 
@@ -22,3 +22,6 @@ class InMemory(Pairs):
         if key not in self._images:
             self._images[key] = self.pairs.load(i, size=size, crop=crop)
         return self._images[key]
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return self.pairs.thumbnail(i, side=side)

@@ -98,13 +98,15 @@ def classification_scores(
 def answers(
     model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int, crop: Crop
 ) -> list[Answer]:
-    """What a report shows of a classifier: its answers to some samples, always the same; all processes call it alike.
+    """Returns the predictions of a classifier for 24 samples, the same ones at each call, for a page to show.
 
-    Images that cannot be read are left out.
+    All processes call it alike. Images that cannot be read are left out.
     """
     images: dict[int, Tensor] = {}
+    thumbnails: dict[int, Tensor] = {}
     for i in random.Random(0).sample(range(len(pairs)), min(SHOWN, len(pairs))):
         with suppress(BadImage, OSError):
+            thumbnails[i] = pairs.thumbnail(i)
             images[i] = pairs.load(i, size=image_size, crop=crop)
     if not images:
         return []
@@ -114,8 +116,7 @@ def answers(
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
     right = [None if pairs.labels[i] == IGNORE else pairs.classes[pairs.labels[i]] for i in images]
     return [
-        Answer(image, pairs.captions[i], own, true)
-        for (i, image), own, true in zip(images.items(), given, right, strict=True)
+        Answer(thumbnails[i], pairs.captions[i], own, true) for i, own, true in zip(images, given, right, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from grr.data import Pairs, epoch_order, validation_steps
 from grr.data.images import Crop
 from grr.evaluation.captions import caption_metrics
-from grr.evaluation.examples import Caption, Examples, Retrieval
+from grr.evaluation.examples import Examples, examples
 from grr.evaluation.outputs import Observation, observe
 from grr.evaluation.retrieval import retrieval
 from grr.models.coca import CoCa
@@ -16,8 +16,6 @@ from grr.parallel.shard import unsharded
 from grr.tokenizers import Tokenizer
 from grr.training.loss import contrastive_loss, sigmoid_loss
 from grr.training.step import Losses, evaluation_losses
-
-SHOWN = 8  # sentences of a report; twice as many images
 
 
 def examine(
@@ -40,11 +38,12 @@ def examine(
             model, pairs, tokenizer, device, image_size=image_size, crop=crop, images=num_eval_images, generation={}
         )
 
-    def judge() -> tuple[dict[str, float], Examples]:
-        assert seen is not None
-        return recalls(seen) | {"caption_exact": exact(seen, tokenizer)}, examples(seen)
+        def judge() -> tuple[dict[str, float], Examples]:
+            assert seen is not None
+            metrics = recalls(seen) | {"caption_exact": exact(seen, tokenizer)}
+            return metrics, examples(seen, model, tokenizer)
 
-    return on_rank_0(judge)
+        return on_rank_0(judge)
 
 
 def validate(
@@ -124,22 +123,3 @@ def exact(seen: Observation, tokenizer: Tokenizer) -> float:
     """The fraction of images whose caption is one of their references to the letter, as the tokenizer spells those."""
     spelled = [{tokenizer.decode(tokenizer.encode(caption)) for caption in own} for own in seen.references]
     return sum(w in own for w, own in zip(seen.written, spelled, strict=True)) / len(spelled)
-
-
-def examples(seen: Observation) -> Examples:
-    """What a report shows: some sentences with the images nearest to them, and some images with their captions."""
-    result = Examples([], [])
-    for t in _spread(len(seen.texts), SHOWN):
-        best = (seen.image_embeddings @ seen.text_embeddings[t]).topk(min(5, len(seen.images)))
-        found, owner = best.indices.tolist(), int(seen.image_of_text[t])
-        correct = found.index(owner) if owner in found else None
-        query = seen.pairs.captions[seen.texts[t]]
-        result.retrievals.append(Retrieval(query, [seen.picture(i) for i in found], best.values.tolist(), correct))
-    for i in _spread(len(seen.written), 2 * SHOWN):
-        result.captions.append(Caption(seen.picture(i), seen.written[i], seen.references[i]))
-    return result
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` of `count` places, evenly apart."""
-    return list(range(0, count, max(1, count // wanted)))[:wanted]

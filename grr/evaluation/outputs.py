@@ -65,9 +65,9 @@ class Observation:
             **_told(self.left_out),
         }
 
-    def picture(self, i: int) -> Tensor:
-        """Image i, as the model saw it: uint8 [3, h, w]."""
-        return self.pairs.load(self.images[i], size=self.image_size, crop=self.crop)
+    def thumbnail(self, i: int) -> Tensor:
+        """Image i for a page: uint8 [3, h, w]."""
+        return self.pairs.thumbnail(self.images[i])
 
 
 @dataclass

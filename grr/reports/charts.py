@@ -1,4 +1,4 @@
-"""Curves over steps, drawn as figures of a page, and numbers as a reader compares them."""
+"""Charts of curves over optimizer steps, as figures of a page, and the format of numbers."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from grr.training.log import LogLine, is_number
 
 POINTS = 300  # of a curve, at most, however long the run
-WIDTH, HEIGHT = 400, 210  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 40, 384, 10, 188  # of the plot inside it
+WIDTH, HEIGHT = 400, 240  # of a chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 40, 384, 28, 206  # of the plot inside it
 COLORS = "abcdefghij"  # classes of the style sheet
 
 Floats = NDArray[np.float64]
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Series:
-    """A curve: plain, or noisy, faint points with their running mean, or thin and left out of the legend."""
+    """A curve: plain; noisy, which is faint points and their running mean; or thin, without a place in the legend."""
 
     label: str
     color: str  # one of COLORS
@@ -40,7 +40,7 @@ def series(
     factor: float = 1,
     style: Literal["plain", "noisy", "thin"] = "plain",
 ) -> Series:
-    """What some lines of metrics.jsonl say of one key, those left out where it is no finite number."""
+    """Returns the curve of one key of some log lines, without those where it is not a finite number."""
     points = [(row["step"], row[key] * factor) for row in rows if is_number(row.get(key))]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return Series(label, color, steps, values, style)
@@ -48,17 +48,18 @@ def series(
 
 @dataclass
 class Level:
-    """A value to compare a curve with, drawn as a dashed line across the chart."""
+    """A value to compare curves with, a dashed line across the chart."""
 
     label: str
     value: float
-    color: str  # one of COLORS
+    color: str = "soft"  # one of COLORS, or that of the axes
 
 
 def chart(
     title: str,
     curves: Sequence[Series],
     *,
+    unit: str,
     wide: bool = False,
     log: bool = False,
     low: float | None = None,
@@ -66,9 +67,10 @@ def chart(
     levels: Sequence[Level] = (),
     best_step: int | None = None,
 ) -> str:
-    """A figure of curves over steps, or nothing if there is no number to draw. Ends of the axis may be given.
+    """A figure of curves over optimizer steps; nothing if there is no number to draw.
 
-    levels: values to compare the curves with; best_step: of the weights that the run keeps, a vertical line.
+    unit: the name of the vertical axis; low, high: its ends, where they are fixed; levels: values to compare the curves
+    with; best_step: that of the weights that the run keeps, a vertical line.
     """
     if log:
         curves = [replace(s, steps=s.steps[s.values > 0], values=s.values[s.values > 0]) for s in curves]
@@ -86,20 +88,17 @@ def chart(
         height = math.log10(value / y_low) / math.log10(y_high / y_low) if log else (value - y_low) / (y_high - y_low)
         return BOTTOM - height * (BOTTOM - TOP)
 
-    axes = ""
+    axes = f"<text class=unit x={LEFT} y={TOP - 16}>{escape(unit)}</text>"
+    axes += f"<text class=unit-of-steps x={RIGHT} y={BOTTOM + 31}>optimizer step</text>"
     for tick in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high):
         text = f'<text x={LEFT - 7} y={y(tick):.2f} dy=".35em">{_tick(tick)}</text>'
         axes += f'<g class=tick><path d="M{LEFT} {y(tick):.2f}H{RIGHT}"/>{text}</g>'
     for tick in _ticks(0, x_high):
         if tick == int(tick):
             axes += f"<text class=step x={x(tick):.2f} y={BOTTOM + 17}>{_tick(tick)}</text>"
-    for level in levels:
-        axes += f'<g class="level {level.color}"><path d="M{LEFT} {y(level.value):.2f}H{RIGHT}"/>'
-        axes += f'<text x={RIGHT} y={y(level.value):.2f} dy="-.4em">{escape(level.label)}</text></g>'
+    axes += _levels(levels, y)
     if best_step is not None and best_step <= x_high:
-        axes += (
-            f'<path class=best d="M{x(best_step):.2f} {TOP}V{BOTTOM}"><title>step {best_step:,}, kept</title></path>'
-        )
+        axes += _best(best_step, x)
     lines = "".join(_curve(s, x, y) for s in curves)
     named = [(escape(s.label), s) for s in curves if s.style != "thin"]
     legend = "".join(f"<span class={s.color}>{n} <output>{number(_mean(s)[-1])}</output></span>" for n, s in named)
@@ -119,10 +118,30 @@ def percent(fraction: float) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, as many as one can compare at a glance."""
+    """A number with four significant digits."""
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace("-", "−")
     return (_scientific(value, 2) if 0 < abs(value) < 1e-3 else f"{value:#.4g}").replace("-", "−")
+
+
+def _best(step: int, x: Callable[[float], float]) -> str:
+    """The vertical line of the step that is kept, with its label beside its upper end, clear of the axis' name."""
+    side, dx = ("right", -3) if x(step) > (LEFT + RIGHT) / 2 else ("left", 3)
+    text = f"<text class={side} x={max(x(step) + dx, LEFT + 60):.2f} y={TOP - 16}>kept: step {step:,}</text>"
+    return f'<g class=best><path d="M{x(step):.2f} {TOP - 24}V{BOTTOM}"/>{text}</g>'
+
+
+def _levels(levels: Sequence[Level], y: Callable[[float], float]) -> str:
+    """The lines of some levels; of two that are close the label of the lower one is below its line."""
+    parts = ""
+    above = -math.inf
+    for level in sorted(levels, key=lambda level: -level.value):
+        height = y(level.value)
+        dy = "1.1em" if height - above < 16 and height + 12 < BOTTOM else "-.4em"
+        parts += f'<g class="level {level.color}"><path d="M{LEFT} {height:.2f}H{RIGHT}"/>'
+        parts += f'<text x={RIGHT} y={height:.2f} dy="{dy}">{escape(level.label)}</text></g>'
+        above = height
+    return parts
 
 
 def _curve(curve: Series, x: Callable[[float], float], y: Callable[[float], float]) -> str:
@@ -140,7 +159,7 @@ def _curve(curve: Series, x: Callable[[float], float], y: Callable[[float], floa
 
 
 def _mean(curve: Series) -> Floats:
-    """The exponential mean of a noisy series over about 1 % of it, unbiased at its beginning; of another, itself."""
+    """The exponential mean of a noisy curve over about 1 % of it, unbiased at its beginning; other curves unchanged."""
     decay = 1 - 1 / max(1, len(curve.values) / 100)
     if curve.style != "noisy" or decay == 0:
         return curve.values
@@ -153,7 +172,7 @@ def _mean(curve: Series) -> Floats:
 
 
 def _thin(values: Floats) -> list[int]:
-    """The places of at most 300 values: the ends, and the least and the greatest of each of many stretches."""
+    """The places of at most 300 values: the two ends, and the minimum and maximum of each of many stretches."""
     if len(values) <= POINTS:
         return list(range(len(values)))
     stretches = np.array_split(np.arange(len(values)), POINTS // 2 - 1)
@@ -162,7 +181,7 @@ def _thin(values: Floats) -> list[int]:
 
 
 def _range(values: Floats, *, log: bool, low: float | None, high: float | None) -> tuple[float, float]:
-    """The ends of an axis: a little beyond the values, unless given."""
+    """The ends of an axis: 5 % beyond the values, unless fixed."""
     if log:
         margin = max((values.max() / values.min()) ** 0.05, 1.05)
         return float(values.min() / margin), float(values.max() * margin)
@@ -172,7 +191,7 @@ def _range(values: Floats, *, log: bool, low: float | None, high: float | None) 
 
 
 def _ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Round numbers 1, 2 or 5 times a power of ten apart, about so many of them, between two ends."""
+    """About so many round numbers between two ends, 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / about
     if raw <= 0:
         return [low]

@@ -1,4 +1,4 @@
-"""A comparison as it is read: in a terminal, as a piece of Markdown, and as a page with the validation curves."""
+"""A comparison of runs for a terminal, for a Markdown file, and as a page with the validation curves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -11,8 +11,8 @@ from grr.experiments.compare import PUBLISHED, Comparison, Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
 from grr.models.builders import MODELS
-from grr.reports.charts import COLORS, Series, chart, series
-from grr.reports.page import header, write_page
+from grr.reports.charts import COLORS, Level, Series, chart, series
+from grr.reports.page import header, section, write_page
 from grr.reports.table import Table, aligned, html, markdown
 from grr.training.log import is_number
 
@@ -25,7 +25,7 @@ def as_text(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The comparison as a piece of a Markdown file."""
+    """The comparison for a Markdown file."""
     return _written(comparison, markdown, "- ")
 
 
@@ -72,7 +72,7 @@ def result_table(comparison: Comparison) -> Table:
 
 
 def run_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
-    """Every run: where it is, which validation its numbers are, and what computed it."""
+    """A row for each run: its folder, the validation that its numbers are from, and the device."""
     header = ["model", "seed", "folder", "at step", "of", "CoCa loss", "commit", "device"]
     return [
         header,
@@ -102,7 +102,7 @@ def model_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
 
 
 def _size_rows(models: Mapping[str, Sequence[RunRecord]]) -> list[list[str]]:
-    """Parameters and cost of each model, where the runs tell."""
+    """Parameters and cost of each model, where the runs record them."""
     firsts = [runs[0] for runs in models.values()]
     rows = []
     counts: dict[str, Callable[[RunRecord], Any]] = {
@@ -150,7 +150,7 @@ def _difference(found: Difference | None, metric: Metric) -> str:
 
 
 def _fixed(value: float, metric: Metric, *, sign: str = "") -> str:
-    """As many digits as the paper has, two for what is shown times a hundred."""
+    """The digits of the paper: four, or two in percent."""
     return f"{value * metric.factor:{sign}.{4 if metric.factor == 1 else 2}f}".replace("-", "−")
 
 
@@ -169,7 +169,7 @@ def _printed(numbers: tuple[float, float, float] | None) -> list[str]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """A sentence for each model but the first: in what it is better or worse, beyond what the seed alone would do."""
+    """A sentence for each model but the first: its better and worse metrics, beyond the spread over seeds."""
     base, *others = comparison.models
     sentences = []
     for i, name in enumerate(others):
@@ -180,7 +180,7 @@ def verdicts(comparison: Comparison) -> list[str]:
             if found.beyond_spread is not None:
                 better = (found.mean < 0) == metric.lower_is_better
                 beyond = "better beyond the spread" if better else "worse beyond the spread"
-                group = beyond if found.beyond_spread else "no more apart than seeds are"
+                group = beyond if found.beyond_spread else "within the spread of the seeds"
             groups.setdefault(group, []).append(metric.label.removesuffix(", %"))
         parts = [
             f"{group} in {'everything' if len(labels) == len(told) else ', '.join(labels)}"
@@ -192,7 +192,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """How to read the table."""
+    """Sentences that explain the table."""
     lines = [
         "The numbers of a run are those of its validation with the lowest CoCa loss; of a fine-tuning, its last ones; "
         "of a classifier, whose loss is another, those of its validation with the highest accuracy.",
@@ -240,10 +240,7 @@ def _numbers(comparison: Comparison) -> str:
     if comparison.unequal:
         warning = "<p>The runs differ in more than their models:</p>" + _list(comparison.unequal)
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
-    return (
-        f"<section><h2>What they reach</h2>{warning}{said}{html(result_table(comparison))}"
-        f"{_list(notes(comparison))}</section>"
-    )
+    return section("Results", "", f"{warning}{said}{html(result_table(comparison))}{_list(notes(comparison))}")
 
 
 def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
@@ -257,20 +254,30 @@ def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
         return thin + thick
 
     charts = [
-        chart("CoCa loss", curves("loss"), wide=True),
-        chart("Perplexity", curves("perplexity"), wide=True, log=True),
-        chart("Contrastive loss", curves("contrastive_loss"), wide=True),
-        chart("R@1 in %, sentence to image", curves("text_to_image_r1", 100), wide=True, low=0),
+        chart("CoCa loss", curves("loss"), unit="nats", wide=True),
+        chart("Perplexity", curves("perplexity"), unit="logarithmic", wide=True, log=True),
+        chart("Contrastive loss", curves("contrastive_loss"), unit="nats", wide=True),
+        chart(
+            "R@1, caption to image",
+            curves("text_to_image_r1", 100),
+            unit="%",
+            wide=True,
+            low=0,
+            levels=[Level(f"chance among {n:,} images", 100 / n) for n in _eval_images(models)],
+        ),
     ]
-    return (
-        "<section><h2>How they got there</h2><p>Validation over optimizer steps: a thin line for each seed, a "
-        "thick one for their mean. Perplexity has a logarithmic axis.</p>"
-        f"<div class=charts>{''.join(charts)}</div></section>"
-    )
+    note = "Validation: a thin line for each seed, a thick line for their mean."
+    return section("Curves", note, f"<div class=charts>{''.join(charts)}</div>" if any(charts) else "")
+
+
+def _eval_images(models: Mapping[str, Sequence[RunRecord]]) -> list[int]:
+    """The numbers of images that the runs retrieve among."""
+    rows = [row for runs in models.values() for run in runs for row in run.validations]
+    return sorted({row["num_eval_images"] for row in rows if row.get("num_eval_images")})
 
 
 def _mean_rows(runs: Sequence[RunRecord], key: str) -> list[dict[str, Any]]:
-    """The mean of some runs at the steps where all of them were validated."""
+    """The mean over some runs at the steps at which all of them were validated."""
     values = [{row["step"]: row[key] for row in run.validations if is_number(row.get(key))} for run in runs]
     steps = sorted(set.intersection(*map(set, values)))
     return [{"step": step, key: fmean(one[step] for one in values)} for step in steps]
@@ -281,7 +288,7 @@ def _what_was_run(comparison: Comparison) -> str:
     equal = "\n".join(f"{key}: {value}" for key, value in sorted(conditions.items()))
     differ = html(models) if len(models) > 1 else ""
     return (
-        f"<section class=files><h2>What was run</h2>{differ}{html(run_table(comparison.models))}"
+        f"<section class=files><h2>Configurations</h2>{differ}{html(run_table(comparison.models))}"
         f"<details><summary>conditions of the first run</summary><pre>{escape(equal)}</pre></details></section>"
     )
 

@@ -1,8 +1,7 @@
-"""An evaluation as it is kept and read: evaluation.json, a page beside it, and the same numbers in a terminal."""
+"""The outputs of an evaluation: evaluation.json, a page beside it, and the same numbers for a terminal."""
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -16,16 +15,16 @@ import grr
 from grr.evaluation.captions import UNITS
 from grr.evaluation.examples import Examples
 from grr.reports.charts import number, percent
-from grr.reports.page import header, write_page
+from grr.reports.page import header, section, write_page, write_whole
+from grr.reports.samples import show_examples
 from grr.reports.table import Table, aligned, html
-from grr.reports.training import show_captions, show_retrievals
 
 Evaluation = dict[str, Any]
 
 MOST = 60  # classes whose confusions are drawn
 CELL = 14  # side of a drawn cell
 NAMES = 90  # room for the names of classes
-LISTED = 12  # confusions told in words
+LISTED = 12  # confusions in words
 LOSSES = ("loss", "contrastive_loss", "captioning_loss", "perplexity")
 JUDGEMENTS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 ACCURACIES = ("top_1", "top_5", "mean_per_class")
@@ -33,7 +32,7 @@ CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attent
 
 
 class Confusions(NamedTuple):
-    """How often images of one class are taken for another: counts[i, j], those of class i for class j."""
+    """The confusion matrix: counts[i, j] images of class i have class j predicted."""
 
     classes: Sequence[str]
     counts: Tensor  # int64 [c, c]
@@ -46,7 +45,7 @@ class Confusions(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The results of one kind of task: a table, and what one must know to read it."""
+    """The results of one kind of task: a table and a note on its columns."""
 
     title: str
     table: Table
@@ -56,7 +55,7 @@ class Part(NamedTuple):
 def write_evaluation(
     folder: Path, evaluation: Evaluation, examples: Examples | None, confusions: Confusions | None
 ) -> Path:
-    """Write folder/evaluation.json and folder/evaluation.html, each whole or not at all; returns the page's path.
+    """Write folder/evaluation.json and folder/evaluation.html, each whole or not at all; return the path of the page.
 
     evaluation: JSON values, "model", "data" and "results" at least; "made" is added to them: when, with what versions,
     and on which device.
@@ -66,19 +65,16 @@ def write_evaluation(
     made = {"time": time, "grr": grr.__version__, "torch": torch.__version__, "device": device}
     text = json.dumps(_finite({**evaluation, "made": made}), indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "evaluation.json.part"
-    aside.write_text(text + "\n", encoding="utf-8", errors="replace")
-    os.replace(aside, folder / "evaluation.json")
+    write_whole(folder / "evaluation.json", text + "\n")
     shown = "".join(map(_show_part, parts(evaluation["results"])))
     return write_page(
         folder / "evaluation.html",
         _title(evaluation),
         _header(evaluation),
-        f"<section><h2>What it can do</h2><div class=retrievals>{shown}</div></section>",
-        show_retrievals(examples.retrievals) if examples else "",
-        show_captions(examples.captions) if examples else "",
+        section("Results", "", f"<div class=results>{shown}</div>"),
+        show_examples(examples) if examples else "",
         _show_confusions(confusions) if confusions else "",
-        "<section class=files><h2>What was computed</h2><details><summary>evaluation.json</summary>"
+        "<section class=files><h2>All numbers</h2><details><summary>evaluation.json</summary>"
         f"<pre>{escape(text)}</pre></details></section>",
     )
 
@@ -90,7 +86,7 @@ def as_text(evaluation: Evaluation) -> str:
 
 
 def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
-    """The results of an evaluation by the kind of task, as they are read."""
+    """The results of an evaluation, by kind of task."""
     found = []
     if loss := results.get("losses"):
         note = (
@@ -103,7 +99,7 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
         ]
         found.append(Part("Losses", table, note))
     if recall := results.get("retrieval"):
-        ways = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
+        ways = {"text_to_image": "caption to image", "image_to_text": "image to caption"}
         table = [["", "R@1", "R@5", "R@10"]]
         table += [[name, *(percent(recall[f"{way}_r{k}"]) for k in (1, 5, 10))] for way, name in ways.items()]
         found.append(Part("Retrieval", table, f"among {recall['num_eval_images']:,} images and their captions"))
@@ -117,7 +113,7 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
         table = [["", "top 1", "top 5", "mean of classes"]]
         for name, one in known.items():
             table.append([name, *(percent(one[key]) if key in one else "" for key in ACCURACIES)])
-        note = "how often the class is the likeliest, or among the five likeliest; top 1 averaged over classes"
+        note = "top 1 and top 5: how often the right class is the likeliest, or among the five likeliest"
         found.append(Part("Classes", table, note))
     return found
 
@@ -148,17 +144,15 @@ def _show_part(part: Part) -> str:
 
 
 def _show_confusions(confusions: Confusions) -> str:
-    """Which classes are taken for which: drawn, if there are not too many, and the most frequent in words."""
+    """The confusion matrix, if there are at most 60 classes, and the most frequent confusions in words."""
     wrong = confusions.counts.clone().fill_diagonal_(0)
     most = wrong.flatten().argsort(descending=True, stable=True)[:LISTED]
     places = [divmod(k, len(wrong)) for k in most.tolist() if wrong.flatten()[k]]
     told = "".join(f"<li>{escape(_confusion(confusions, i, j))}</li>" for i, j in places)
-    told = f"<ul class=notes>{told}</ul>" if told else "<p>Every image is taken for what it is.</p>"
+    told = f"<ul class=notes>{told}</ul>" if told else "<p>Every prediction is right.</p>"
     drawn = _matrix(confusions) if len(wrong) <= MOST else ""
-    return (
-        "<section><h2>What it takes for what</h2><p>Classes found by their names alone: a row for what is shown, a "
-        f"column for what it is taken for.</p>{drawn}{told}</section>"
-    )
+    note = "Zero-shot classification: a row is a class, a column a prediction."
+    return section("Confusion matrix", note, drawn + told)
 
 
 def _matrix(confusions: Confusions) -> str:
@@ -180,11 +174,11 @@ def _matrix(confusions: Confusions) -> str:
 
 def _confusion(confusions: Confusions, i: int, j: int) -> str:
     classes, counts = confusions
-    return f"{classes[i]} taken for {classes[j]}: {counts[i, j]} of {counts[i].sum()}"
+    return f"{classes[i]} predicted as {classes[j]}: {counts[i, j]} of {counts[i].sum()}"
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: such numbers become null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

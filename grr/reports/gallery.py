@@ -1,4 +1,4 @@
-"""Pages of images of one's own: with the captions or classes that a model gave them, or as what it found."""
+"""Pages of a user's images: with their captions, with their classes, or as the results of a search."""
 
 from collections.abc import Sequence
 from html import escape
@@ -11,31 +11,31 @@ from grr.data.image_files import thumbnails
 from grr.inference.index import SearchResult
 from grr.inference.results import Row
 from grr.reports.charts import percent
-from grr.reports.page import header, write_page
-from grr.reports.training import picture
+from grr.reports.page import header, section, write_page
+from grr.reports.samples import picture, similarity
 
 SHOWN = 400  # images on a page: about 4 MB
 NAMED = 200  # files that could not be read
 
 
 def write_captions(path: Path, rows: Sequence[Row], *facts: str) -> Path:
-    """Write a page of images and their captions from rows {"file", "caption"} or {"file", "error"}; returns its path.
+    """Write a page of images and their captions from rows {"file", "caption"} or {"file", "error"}; return its path.
 
-    The page holds the images, small and whole, of the first 400 rows. facts: what its head says, of the model, say.
+    The page holds thumbnails of the first 400 images. facts: texts for its head, such as the model's name.
     """
-    note = "Below each image what the model wrote, then the name of the file."
+    note = "Below each image its caption, then the name of the file."
     return _write(path, "Captions", note, rows, facts)
 
 
 def write_classes(path: Path, rows: Sequence[Row], *facts: str) -> Path:
-    """Write a page of images and their likeliest classes, from rows {"file", "classes", "probabilities"}, as
-    `write_captions` does."""
-    note = "Below each image the likeliest of the classes, then those that follow it, then the name of the file."
+    """Write a page of images and their likeliest classes, as `write_captions` does, from rows {"file", "classes",
+    "probabilities"}."""
+    note = "Below each image the likeliest class, then the classes next to it, then the name of the file."
     return _write(path, "Classes", note, rows, facts)
 
 
 def write_hits(path: Path, found: Sequence[SearchResult], *facts: str) -> Path:
-    """Write a page of queries, texts or images, and the images found for each; returns its path."""
+    """Write a page of queries, texts or images, and the images nearest to each; return its path."""
     files = chain.from_iterable(
         [*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)] for one in found
     )
@@ -45,19 +45,17 @@ def write_hits(path: Path, found: Sequence[SearchResult], *facts: str) -> Path:
         asked = f"<blockquote>{escape(one.query)}</blockquote>"
         if one.is_image:
             image = _picture(shown[one.query], one.query)
-            asked = f"<div class=asked><span>like this image</span>{image}{_name(one.query)}</div>"
+            asked = f"<div class=like><span>images like this one</span>{image}{_name(one.query)}</div>"
         hits = [
-            (_picture(shown[hit.file], f"found in place {place}"), f"{hit.score:.3f}".replace("-", "−"), hit.file)
+            (_picture(shown[hit.file], f"rank {place}"), similarity(hit.score), hit.file)
             for place, hit in enumerate(one.hits, 1)
         ]
         listed = "".join(f"<li>{image}<span>{score}</span>{_name(file)}</li>" for image, score, file in hits)
         items.append(f"<article>{asked}<ol>{listed}</ol></article>")
-    section = (
-        "<section><h2>What was looked for, and the images it finds</h2><p>Nearest first, with the cosine "
-        f"similarity.</p><div class=hits>{''.join(items)}</div></section>"
-    )
+    note = "The images nearest to each query, nearest first, with the cosine similarity."
+    results = section("Results", note, f"<div class=hits>{''.join(items)}</div>")
     title = f"“{found[0].query}”" if len(found) == 1 and not found[0].is_image else "Search"
-    return write_page(path, title, header(title, *facts), section)
+    return write_page(path, title, header(title, *facts), results)
 
 
 def _write(path: Path, title: str, note: str, rows: Sequence[Row], facts: Sequence[str]) -> Path:
@@ -73,7 +71,7 @@ def _write(path: Path, title: str, note: str, rows: Sequence[Row], facts: Sequen
 
 def _figure(row: Row, image: Tensor | str) -> str:
     if "caption" in row:
-        said = f"<p class=written>{escape(row['caption']) or '<i>(nothing)</i>'}</p>"
+        said = f"<p class=written>{escape(row['caption']) or '<i>(empty)</i>'}</p>"
         alt = row["caption"]
     else:
         (first, *others), (p, *less) = row["classes"], row["probabilities"]
@@ -97,4 +95,4 @@ def _show_bad(bad: Sequence[Row]) -> str:
         return ""
     more = f"<li>and {len(bad) - NAMED:,} more</li>" if len(bad) > NAMED else ""
     items = "".join(f"<li>{escape(row['file'])}: {escape(row['error'])}</li>" for row in bad[:NAMED])
-    return f"<section><h2>What could not be read</h2><ul class=notes>{items}{more}</ul></section>"
+    return section("Files that could not be read", "", f"<ul class=notes>{items}{more}</ul>")

@@ -1,4 +1,4 @@
-"""A table of texts, written for a terminal, for Markdown, and for a page. Its first row is the header."""
+"""Tables of texts for a terminal, for Markdown and for a page. The first row is the header."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,7 +9,7 @@ Table = Sequence[Sequence[str]]
 
 
 def aligned(table: Table) -> str:
-    """Columns of equal width, two spaces apart, the first to the left and the others to the right."""
+    """A table for a terminal: columns two spaces apart, the first aligned left, the others right."""
     table = [[printable(cell) for cell in row] for row in table]
     widths = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
     lines = []
@@ -21,7 +21,7 @@ def aligned(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown, readable as it stands."""
+    """A table of GitHub's Markdown, with aligned columns."""
     table = [[cell.replace("|", "\\|") for cell in row] for row in table]
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -30,8 +30,9 @@ def markdown(table: Table) -> str:
 
 
 def html(table: Table) -> str:
-    """A table that scrolls where the page is too narrow for it."""
+    """A table of a page, in a box that scrolls where the page is too narrow."""
     first, *rest = table
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in first)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rest)
+    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in first)
+    rows = ((escape(name), "".join(f"<td>{escape(cell)}</td>" for cell in cells)) for name, *cells in rest)
+    body = "".join(f"<tr><th scope=row>{name}</th>{cells}</tr>" for name, cells in rows)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -87,7 +87,8 @@ def main(folder: Path) -> None:
     looked = features(model, colours(70, bad=(5,)), device, patches=True, **SEEN)
     parallelize(model, device)
     metrics, examples = examine(model, pairs, tokenizer, device, num_eval_images=60, **SEEN)
-    shown = [image for r in examples.retrievals for image in r.images] + [c.image for c in examples.captions]
+    shown = [match.candidate for r in examples.retrievals for match in r.images] + [c.image for c in examples.captions]
+    shown += [maps.maps for maps in examples.attention]
     if seen is not None:
         tensors = [seen.image_of_text, seen.image_embeddings, seen.text_embeddings, seen.token_losses, seen.tokens]
         print(

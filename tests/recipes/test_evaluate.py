@@ -127,7 +127,13 @@ def test_all_tasks_leave_numbers_a_page_and_a_table(trained):
     assert found["model"]["path"] == str(trained / "model")
     assert 0 <= found["results"]["zero_shot"]["top_1"] <= found["results"]["zero_shot"]["top_5"] <= 1
     page = (trained / "evaluation.html").read_text()
-    for part in ("What it can do", "the images it finds", "the caption it writes", "What it takes for what"):
+    for part in (
+        "Results",
+        "Retrieval in both directions",
+        "Images and their captions",
+        "Attention for each word",
+        "Confusion matrix",
+    ):
         assert part in page
     assert page.count('src="data:image/jpeg') == 8 * 5 + 16
     said = (trained / "said.txt").read_text()

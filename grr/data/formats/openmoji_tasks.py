@@ -1,6 +1,7 @@
 """Built-in labelled data of OpenMoji: classification of objects, questions about scenes, and visual entailment."""
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, openmoji, paste, with_article
-from grr.data.images import Crop, to_tensor
+from grr.data.images import THUMBNAIL, Crop, to_tensor, to_thumbnail
 from grr.data.labelled import CLASS_TEXT, JUDGEMENTS, Labelled
 from grr.data.pairs import Ints, Pairs, Texts
 
@@ -81,12 +82,19 @@ class Objects(Pairs):
         self.objects, self.seed = objects, seed
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        return to_tensor(self._draw(i), size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return to_thumbnail(self._draw(i, scale=math.ceil(side / CANVAS)), side=side)
+
+    def _draw(self, i: int, *, scale: int = 1) -> Image.Image:
         name, colour = self.objects[i]
         rng = random.Random(f"{self.seed} {self.ids[i]}")
         side = rng.randint(CANVAS * 3 // 8, CANVAS)
-        image = Image.new("RGB", (CANVAS, CANVAS), COLOURS[colour])
-        paste(image, name, side, (rng.randint(0, CANVAS - side), rng.randint(0, CANVAS - side)))
-        return to_tensor(image, size=size, crop=crop)
+        image = Image.new("RGB", (scale * CANVAS, scale * CANVAS), COLOURS[colour])
+        corner = rng.randint(0, CANVAS - side), rng.randint(0, CANVAS - side)
+        paste(image, name, side, corner, scale=scale)
+        return image
 
 
 class TextsOfImages(Pairs):
@@ -101,6 +109,9 @@ class TextsOfImages(Pairs):
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
         return self.pictures.load(int(self.image_of[i]), size=size, crop=crop)
 
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return self.pictures.thumbnail(int(self.image_of[i]), side=side)
+
 
 class HalfHidden(Pairs):
     """Scenes with one hidden object: halves[i] is the relation of scene i, and the number of its hidden object."""
@@ -110,7 +121,14 @@ class HalfHidden(Pairs):
         self.scenes, self.halves = scenes, halves
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        pixels = self.scenes.load(i, size=size, crop=crop).clone()  # [3, size, size]
+        return self._hide(self.scenes.load(i, size=size, crop=crop), i)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return self._hide(self.scenes.thumbnail(i, side=side), i)
+
+    def _hide(self, pixels: Tensor, i: int) -> Tensor:
+        """Hide one half of scene i: uint8 [3, h, w] -> a new tensor of that shape."""
+        pixels = pixels.clone()
         relation, hidden = self.halves[i]
         axis = 1 if relation == "above" else 2
         pixels.tensor_split(2, dim=axis)[hidden].fill_(HIDDEN)

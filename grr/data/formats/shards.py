@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.data.formats.tar import FOLDER, Damage, Member, read_members
-from grr.data.images import SUFFIXES, Crop, load_image
+from grr.data.images import SUFFIXES, THUMBNAIL, Crop, load_image, thumbnail
 from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, place, split_name, threshold
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import open_regular_file
@@ -117,9 +117,15 @@ class TarShards(Pairs):
         self.records.leave_out("of another split", int((~rows).sum()))
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        return load_image(self._content(i), size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return thumbnail(self._content(i), side=side)
+
+    def _content(self, i: int) -> bytes:
         with open_regular_file(self.files[self.shard_of[i]]) as shard:
             shard.seek(self.offsets[i])
-            return load_image(shard.read(self.sizes[i]), size=size, crop=crop)
+            return shard.read(self.sizes[i])
 
 
 def _files(shards: str) -> list[Path]:

@@ -189,7 +189,7 @@ def test_a_report_shows_the_answers_of_the_model_to_what_can_be_read(tokenizer):
     for one in shown:
         ids = torch.tensor([tokenizer.encode(one.text)])[:, :-1]
         assert one.given == "abc"[model(one.image[None], ids).argmax()]
-        (i,) = [i for i in range(30) if i % 3 and data.load(i, size=32, crop="squash").equal(one.image)]
+        (i,) = [i for i in range(30) if i % 3 and data.thumbnail(i).equal(one.image)]
         assert one.text == data.captions[i]
         assert one.right == (None if data.labels[i] == IGNORE else "abc"[data.labels[i]])
 

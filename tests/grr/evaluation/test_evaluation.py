@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from grr.data import epoch_order, validation_steps
 from grr.evaluation.captions import caption_metrics, treebank
-from grr.evaluation.evaluate import captioning, exact, examine, examples, losses, recalls
+from grr.evaluation.evaluate import captioning, exact, examine, losses, recalls
+from grr.evaluation.examples import examples
 from grr.evaluation.outputs import Observation, observe
 from grr.training.step import evaluation_losses
 
@@ -136,24 +137,6 @@ def test_a_caption_is_exact_if_it_is_any_reference_as_the_tokenizer_spells_it(to
         **caption_metrics(seen.references, seen.written),
         "exact": exact(seen, tokenizer),
     }
-
-
-def test_examples_are_the_nearest_images_and_mark_the_right_one():
-    seen = observed(owned(9, list(range(11))), 3, written=[f"caption {i}" for i in range(9)])
-    shown = examples(seen)
-    captions = list(seen.pairs.captions)
-    assert (len(shown.retrievals), len(shown.captions), len(set(captions))) == (8, 9, 20)
-    for one in shown.retrievals:
-        t = captions.index(one.query)
-        scores = seen.image_embeddings @ seen.text_embeddings[t]
-        order = scores.argsort(descending=True).tolist()[:5]
-        assert one.scores == pytest.approx(scores[order].tolist())
-        assert all(torch.equal(x, seen.picture(i)) for x, i in zip(one.images, order, strict=True))
-        right = int(seen.image_of_text[t])
-        assert one.correct == (order.index(right) if right in order else None)
-    assert {one.correct is None for one in shown.retrievals} == {True, False}
-    for i, one in enumerate(shown.captions):
-        assert (one.written, one.references) == (f"caption {i}", seen.references[i])
 
 
 def test_an_examination_is_that_of_its_candidates_and_leaves_the_model_as_it_was(model, tokenizer):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.evaluation.examples import Caption, Examples, Retrieval
+from grr.evaluation.examples import Caption, Examples, Match, Retrieval
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
 
 RECALLS = {1: 0.25, 5: 0.5, 10: 1.0}
@@ -42,7 +42,8 @@ def evaluation(**results: dict) -> dict:
 
 def examples() -> Examples:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    retrieval = Retrieval("a fox & an <owl>", [image, image], [0.9, 0.1], 1)
+    matches = [Match(image, 0.9, 1, False), Match(image, 0.1, 7, True)]
+    retrieval = Retrieval("a fox & an <owl>", image, matches, [Match("an <owl>", 0.5, 1, True)])
     return Examples([retrieval], [Caption(image, "a <b>fox</b>", ["a fox"])])
 
 
@@ -81,7 +82,7 @@ def test_the_page_shows_all_parts_quotes_what_it_is_given_and_loads_nothing(tmp_
         "68.8\u202f%",
         "1.234",
         "CIDEr-D from 0 to 10",
-        "fox taken for &lt;owl&gt;: 3 of 10",
+        "fox predicted as &lt;owl&gt;: 3 of 10",
         "a fox &amp; an",
         "a &lt;b&gt;fox&lt;/b&gt;",
         "</html>",
@@ -97,7 +98,7 @@ def test_the_page_shows_all_parts_quotes_what_it_is_given_and_loads_nothing(tmp_
 def test_a_page_of_few_tasks_has_no_empty_parts(tmp_path):
     page = write_evaluation(tmp_path, evaluation(retrieval=RESULTS["retrieval"]), Examples([], []), None).read_text()
     assert "Retrieval" in page
-    for text in ("Losses", "Captions", "Classes", "takes for what", "the images it finds"):
+    for text in ("Losses", "Captions<", "Classes", "Confusion", "Retrieval in both directions"):
         assert text not in page
 
 
@@ -106,7 +107,7 @@ def test_many_classes_are_told_and_not_drawn(tmp_path):
     assert "<svg" in write_evaluation(tmp_path, evaluation(**RESULTS), None, few).read_text()
     page = write_evaluation(tmp_path, evaluation(**RESULTS), None, many).read_text()
     assert "<svg" not in page
-    assert page.count(" taken for c") == 12
+    assert page.count(" predicted as c") == 12
 
 
 @pytest.mark.parametrize("task", RESULTS)

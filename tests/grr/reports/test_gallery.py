@@ -64,7 +64,7 @@ def test_captions_stand_beside_their_images_and_bad_files_at_the_end(tmp_path):
         ((0, 0, 1), (224, 112), "two"),
         ((0, 1, 0), (4, 4), ""),
     ]
-    for text in ("one <i>", "(nothing)", ODD, "runs/<mine>", "3 images", "1 could not be read", "torn.jpg: cut & gone"):
+    for text in ("one <i>", "(empty)", ODD, "runs/<mine>", "3 images", "1 could not be read", "torn.jpg: cut & gone"):
         assert text in page.text
     assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
 
@@ -100,6 +100,6 @@ def test_hits_stand_in_order_below_what_was_looked_for(tmp_path):
     found = [SearchResult("<what>", False, [Hit(blue, 0.5), Hit(red, -0.25)]), SearchResult(red, True, [Hit(red, 1.0)])]
     page = Page(write_hits(tmp_path / "page.html", found, "among 2 images"))
     assert [colour(image) for image, _ in page.images] == [(0, 0, 1), (1, 0, 0), (1, 0, 0), (1, 0, 0)]
-    assert re.search(r"<what>\s*0\.500\s*blue.png\s*−0\.250\s*red.png\s*like this image", page.text)
-    assert re.search(r"like this image\s*red.png\s*1\.000\s*red.png", page.text)
+    assert re.search(r"<what>\s*0\.500\s*blue.png\s*−0\.250\s*red.png\s*images like this one", page.text)
+    assert re.search(r"images like this one\s*red.png\s*1\.000\s*red.png", page.text)
     assert "what" not in page.tags

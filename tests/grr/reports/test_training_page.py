@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr.evaluation.examples import Answer, Caption, Examples, Retrieval
+from grr.evaluation.examples import Answer, AttentionMaps, Caption, Examples, Match, Retrieval
 from grr.reports.charts import Level, Series
 from grr.reports.charts import chart as draw
 from grr.reports.training import write_report
@@ -100,10 +100,24 @@ def picture(seed: int = 0, height: int = 12, width: int = 16) -> torch.Tensor:
     return torch.nn.functional.interpolate(corner, (height, width), mode="bilinear")[0].to(torch.uint8)
 
 
-def examples_saying(text: str, correct: int | None = 1) -> Examples:
+def examples_saying(text: str, right: int = 1) -> Examples:
     images = [picture(seed) for seed in range(3)]
+    scores, ranks = [0.5, 0.25, -0.125], [1, 2, 3 if right != 2 else 1234]
+    retrieval = Retrieval(
+        text,
+        images[0],
+        [Match(images[i], scores[i], ranks[i], i == right) for i in range(3)],
+        [Match(text, scores[i], ranks[i], i == right) for i in range(3)],
+    )
     return Examples(
-        [Retrieval(text, images, [0.5, 0.25, -0.125], correct)], [Caption(images[0], text, ["other", text])]
+        [retrieval],
+        [Caption(images[0], text, ["other", text], name=text)],
+        similarities=torch.tensor([[0.75]]),
+        attention=[
+            AttentionMaps(images[0], [text, text], torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)))
+        ],
+        distinct_captions=1,
+        written_captions=2,
     )
 
 
@@ -144,6 +158,10 @@ def test_what_a_caption_says_is_shown_as_said_and_changes_nothing_else(text):
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
     assert [sorted(a) for _, a in page.elements] == [sorted(a) for _, a in plain.elements]
     assert page.text("title") == page.text("h1") == page.text("blockquote") == page.text("pre") == [text]
+    assert page.text("th")[1:] == [text]  # a row of the similarities
+    assert [
+        a["aria-label"].partition(": most")[0] for _, a in page.elements if "attention" in str(a.get("aria-label"))
+    ] == ([f"attention for {text}"] * 2)
     assert page.text("p", "written") == [f"{text} ✓"]
 
 
@@ -152,7 +170,7 @@ def test_what_a_caption_says_is_shown_as_said_and_changes_nothing_else(text):
     ("title", "key"),
     [
         ("Loss", "loss"),
-        ("Samples a second", "samples_per_second"),
+        ("Throughput", "samples_per_second"),
         ("Gradient norm", "grad_norm"),
         ("Perplexity", "perplexity"),
     ],
@@ -167,7 +185,7 @@ def test_a_curve_read_off_its_axes_is_the_log(title, key, values, every):
         read = points(figure, kind)
         np.testing.assert_allclose(read[:, 0], steps, atol=1e-4 * steps[-1])
         seen, true = (np.log(read[:, 1]), np.log(values)) if log else (read[:, 1], np.array(values))
-        axis = [0, *true] if title == "Samples a second" else true  # whose axis starts at 0; places have two decimals
+        axis = [0, *true] if title == "Throughput" else true  # whose axis starts at 0; places have two decimals
         np.testing.assert_allclose(seen, true, atol=2e-4 * max(np.ptp(axis), 0.1 * abs(true).max(), 0.1))
 
 
@@ -175,7 +193,7 @@ def test_a_curve_read_off_its_axes_is_the_log(title, key, values, every):
 def test_the_line_through_noise_is_the_exponential_mean(values):
     with TemporaryDirectory() as name:
         page = report(Path(name), [train(i + 1, samples_per_second=v) for i, v in enumerate(values)])
-    read = points(chart(page, "Samples a second"), "line a")[:, 1]
+    read = points(chart(page, "Throughput"), "line a")[:, 1]
     decay = 1 - 100 / len(values)
     for i in (0, 7, len(values) - 1):
         weights = decay ** np.arange(i, -1, -1)
@@ -217,9 +235,9 @@ def test_a_validation_and_the_way_to_go_are_told_in_figures(tmp_path):
 def test_a_model_that_was_kept_stands_beside_the_start(tmp_path):
     kept = validation(300, loss=1.5, best_step=200) | {"split": "final"}
     page = report(tmp_path, [validation(0, loss=9.5), validation(200, loss=1.5), validation(300, loss=2.5), kept])
-    assert "The model in model/, of step 200, among 500 candidates." in page
+    assert "The model in model/, of step 200, retrieval among 500 images." in page
     assert "The lowest validation loss, 1.500, was at step 200; it was 2.500 at step 300" in page
-    assert "from step 200 on the run overfits" in page
+    assert "the run overfits after step 200" in page
     assert "<dt>Loss</dt><dd><b>1.500</b><small>9.500 at step 0</small></dd>" in page
 
 
@@ -237,13 +255,13 @@ def test_a_loss_says_its_weights_and_each_contrastive_curve_its_chance_level(tmp
     assert "chance among 768 pairs, 2 ln 768" in contrastive
     assert "chance among 500 pairs, 2 ln 500" in contrastive
     (tmp_path / "config.yaml").write_text("loss: {contrastive: sigmoid}")
-    assert "chance among" not in report(tmp_path, rows)  # its chance level is another
+    assert "chance among" not in chart(report(tmp_path, rows), "Contrastive loss")  # its chance level is another
 
 
 @given(low=st.floats(0.1, 3.0), size=st.integers(2, 10_000))
 def test_a_chance_level_lies_where_its_value_is_on_the_axis(low, size):
     curve = Series("train", "a", np.array([1.0, 9.0]), np.array([low, low + 1]))
-    figure = draw("Contrastive loss", [curve], levels=[Level("chance", 2 * math.log(size), "a")])
+    figure = draw("Contrastive loss", [curve], unit="nats", levels=[Level("chance", 2 * math.log(size), "a")])
     (height,) = re.findall(r'class="level a"><path d="M40 ([\d.]+)H', figure)
     scale = json.loads(re.search(r"data-scale='(.*?)'", figure)[1])["y"]
     value = scale[0] + (scale[2] - float(height)) / (scale[2] - scale[3]) * (scale[1] - scale[0])
@@ -262,20 +280,56 @@ def report_header(folder: Path, config: str, rows: list[dict]) -> str:
     return page.text("header")[0]
 
 
-@pytest.mark.parametrize("correct", [0, 2, None])
-def test_the_right_image_is_outlined_and_each_image_is_the_one_handed_over(tmp_path, correct):
-    page = Page(report(tmp_path, [], examples=examples_saying("a fox", correct)))
-    found = [a for tag, a in page.elements if tag == "li" and not page.text("ul").count("x")][:3]
-    assert [i for i, a in enumerate(found) if a.get("class") == "right"] == ([] if correct is None else [correct])
-    assert ("not among these 3" in page.text("article")[0]) == (correct is None)
-    assert [s.removeprefix("✓ ") for s in page.text("span")[1:]] == ["0.500", "0.250", "−0.125"]
+@pytest.mark.parametrize("right", [0, 1, 2])
+def test_the_right_one_is_marked_has_its_rank_and_each_image_is_the_one_handed_over(tmp_path, right):
+    page = Page(report(tmp_path, [], examples=examples_saying("a fox", right)))
+    found = [a for tag, a in page.elements if tag == "li"][:6]  # three images, three captions
+    assert [i for i, a in enumerate(found) if a.get("class") == "right"] == [right, 3 + right]
+    late = " rank 1,234" if right == 2 else ""
+    scores = ["0.500", "0.250", f"−0.125{late}"]
+    scores[right] = f"✓ {scores[right]}"
+    facts = len(page.text("p", "facts")[0].split("·"))
+    assert page.text("span")[facts : facts + 6] == scores * 2
     shown = [a for tag, a in page.elements if tag == "img"]
     assert all(a["alt"] for a in shown)
-    for attributes, seed in zip(shown, [0, 1, 2, 0], strict=True):
+    for attributes, seed in zip(shown, [0, 1, 2, 0, 0, 0], strict=True):  # found, asked, of the matrix, captioned
         kind, data = attributes["src"].split(",")
         assert kind == "data:image/jpeg;base64"
         seen = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(data))))).permute(2, 0, 1)
         assert (seen.float() - picture(seed).float()).abs().mean() < 4
+
+
+def test_a_map_is_drawn_over_its_image_patch_by_patch(tmp_path):
+    shown = examples_saying("fox")
+    maps = shown.attention[0].maps
+    maps[1] = torch.zeros(3, 4)
+    maps[1, 2, 0] = 0.9
+    maps[1, 0, 1] = 0.3
+    page = Page(report(tmp_path, [], examples=shown))
+    layers = [a["href"] for tag, a in page.elements if tag == "image"]
+    assert [layer.partition(",")[0] for layer in layers] == ["data:image/jpeg;base64"] + 2 * ["data:image/png;base64"]
+    assert [a["href"] for tag, a in page.elements if tag == "use"] == ["#attended-0"]
+    shade = np.array(Image.open(io.BytesIO(base64.b64decode(layers[2].partition(",")[2]))))
+    assert shade.shape == (3, 4, 2)
+    np.testing.assert_allclose(shade[..., 1] / shade.max(), 1 - maps[1].numpy() / 0.9, atol=0.01)
+    assert "attention for fox: most at the bottom left" in [a.get("aria-label") for _, a in page.elements]
+
+
+def test_chance_and_the_kept_step_are_drawn_where_they_are(tmp_path):
+    rows = [validation(100 * i, num_eval_images=4, best_step=200) for i in range(1, 5)]
+    source = report(tmp_path, rows)
+    for title, unit in (("Loss", "nats"), ("R@1", "%"), ("Contrastive loss", "nats"), ("Perplexity", "logarithmic")):
+        figure = chart(source, title)
+        (at,) = re.findall(r'<g class=best><path d="M([\d.]+) ', figure)
+        steps = re.findall(r"<text class=step x=([\d.]+) y=\d+>([^<]+)<", figure)
+        assert dict(steps)[at] == "200"
+        assert "kept: step 200" in figure
+        assert f">{unit}<" in figure
+        assert ">optimizer step<" in figure
+    (height,) = re.findall(r'class="level soft"><path d="M40 ([\d.]+)H', chart(source, "R@1"))
+    ticks = re.findall(r'<text x=\d+ y=([\d.]+) dy=".35em">([^<]+)<', chart(source, "R@1"))
+    assert ruler(ticks, np.array([float(height)]), log=False)[0] == pytest.approx(25, abs=0.1)
+    assert "chance among 4 images" in source
 
 
 def test_only_a_caption_equal_to_a_reference_up_to_spaces_gets_its_mark(tmp_path):
@@ -301,8 +355,8 @@ def test_right_answers_are_told_in_figures_and_only_they_get_their_mark(tmp_path
     assert page.text("p", "written") == ["fox ✓", HOSTILE, "bee"]
     assert page.text("p", "true") == [HOSTILE, "why", "owl", "", "none of the classes"]
     tile = page.text("dl")[0]
-    assert all(told in tile for told in ("50.0", "12.5\u202f% without the images", "25.0\u202f% at step 10"))
-    assert "Right answers in %: train from 25.00 to 50.00; validation from 25.00 to 50.00" in source
+    assert all(told in tile for told in ("50.0", "12.5\u202f% from the texts alone", "25.0\u202f% at step 10"))
+    assert "Accuracy: train from 25.00 to 50.00; validation from 25.00 to 50.00" in source
 
 
 def test_a_large_image_is_reduced_and_keeps_its_shape(tmp_path):
@@ -318,7 +372,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
         assert tag not in ("link", "iframe", "object", "base")
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "srcset", "data", "poster"):
-            assert attributes.get(name, "data:").startswith("data:")
+            assert attributes.get(name, "data:").startswith(("data:", "#"))
     assert "default-src 'none'" in source
     assert not re.search(r"https?:|url\(|@import|//\w+\.", re.sub(r"base64,[^\"]*", "", source))
 

@@ -1,17 +1,13 @@
-"""Pairs of any map-style data set, such as one of torch or of Hugging Face."""
+"""Map-style data sets of other libraries, such as torch and Hugging Face: captions as text, images as pixels."""
 
-import contextlib
 import os
-from array import array
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 from torch import Tensor
 
 from grr.data.image_inputs import read_image
 from grr.data.images import BadImage, Crop
-from grr.data.pairs import Ints, Pairs, Texts
 from grr.data.records import Records, record_captions
 
 Field: TypeAlias = str | int | Callable[[Any], Any]
@@ -26,65 +22,36 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class DatasetPairs(Pairs):
-    """Pairs of the samples of a data set; image j is that of dataset[samples[j]]."""
-
-    def __init__(
-        self, dataset: MapDataset, image: Field, samples: Ints, ids: Texts, captions: Texts, image_of: Ints
-    ) -> None:
-        super().__init__(ids, captions, image_of)
-        self.dataset, self.image, self.samples = dataset, image, samples
-
-    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        number = int(self.samples[self.image_of[i]])
-        value = _value(self.dataset[number], "image", self.image, number)
-        return read_image(value, size=size, crop=crop, where=f"from_dataset: the image of dataset[{number}]")
-
-
-def dataset_pairs(dataset: MapDataset, *, image: Field, caption: Field) -> DatasetPairs:
-    """Read the captions of a data set; see `Pairs.from_dataset`."""
+def check_map_style(dataset: object) -> None:
+    """Raise ValueError for a data set whose samples cannot be found by number."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"from_dataset: the data set must be map-style, with len(dataset) and dataset[i], got "
             f"{type(dataset).__name__}; list(dataset) makes a list of one that fits into memory"
         )
-    images: dict[object, int] = {}  # a path, or the number of a sample -> the number of its image
-    samples, image_of, captions_of = array("q"), array("q"), array("q")
-    records = Records()
-    ids: list[str] = []
 
-    def walk() -> Iterator[str]:
-        for number, sample in _samples(dataset, image, caption, records):
-            value = _value(sample, "caption", caption, number)
-            texts = record_captions(
-                list(value) if isinstance(value, tuple) else value, f"from_dataset: dataset[{number}]"
-            )
-            which = images.setdefault(_path(sample, image) or number, len(images)) if any(texts) else -1
-            if which == len(samples):
-                samples.append(number)
-                captions_of.append(0)
-            for text in texts:
-                if not text:
-                    records.skip(f"dataset[{number}]", "empty caption")
-                    continue
-                image_of.append(which)
-                ids.append(f"{samples[which]}#{captions_of[which]}")
-                captions_of[which] += 1
-                records.read += 1
-                yield text
 
-    captions = Texts.of(walk())
-    records.log("from_dataset")
-    if not len(captions):
-        raise ValueError(
-            f"from_dataset: a data set must have a caption, got none in {len(dataset)} samples; set caption to the key "
-            "of the text of a sample"
-        )
-    pairs = DatasetPairs(dataset, image, _ints(samples), Texts.of(ids), captions, _ints(image_of))
-    pairs.records = records
-    with contextlib.suppress(BadImage, OSError):  # which the loader counts, and replaces the sample
-        pairs.load(0, size=1, crop="squash")
-    return pairs
+def read_captions(
+    dataset: MapDataset, image: Field, caption: Field, records: Records
+) -> Iterator[tuple[int, str | None, list[str]]]:
+    """Yield the number of each sample that has a caption, the path of its image if it has one, and its captions.
+
+    Every caption is counted in `records`, read or skipped. Raises ValueError as `Pairs.from_dataset` does.
+    """
+    for number, sample in _samples(dataset, image, caption, records):
+        value = _value(sample, "caption", caption, number)
+        texts = record_captions(list(value) if isinstance(value, tuple) else value, f"from_dataset: dataset[{number}]")
+        if empty := texts.count(""):
+            records.skip(f"dataset[{number}]", "empty caption", empty)
+        records.read += len(texts) - empty
+        if any(texts):
+            yield number, _path(sample, image), list(filter(None, texts))
+
+
+def read_sample_image(dataset: MapDataset, image: Field, number: int, *, size: int, crop: Crop) -> Tensor:
+    """Read the image of a sample: uint8 [3, size, size]. Raises as `grr.data.image_inputs.read_image` does."""
+    value = _value(dataset[number], "image", image, number)
+    return read_image(value, size=size, crop=crop, where=f"from_dataset: the image of dataset[{number}]")
 
 
 def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> Iterator[tuple[int, Any]]:
@@ -128,7 +95,3 @@ def _no_field(which: str, field: Field, where: str, known: object) -> str:
         f"from_dataset: {where} has no {which} {field!r}, it has {known}; set {which} to a key, an index of a tuple or "
         "a function of a sample"
     )
-
-
-def _ints(numbers: "array[int]") -> Ints:
-    return np.array(numbers, dtype=np.int64)
