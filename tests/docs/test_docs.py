@@ -81,9 +81,7 @@ def run(example: Example, folder: Path) -> str:
         command = [sys.executable, "-c", text]
     else:
         command = ["bash", "-e", "-o", "pipefail", "-c", f"{text} {example.arguments}"]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-    }  # readers set none
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # readers set none
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
