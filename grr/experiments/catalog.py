@@ -2,10 +2,12 @@
 
 import ast
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+IMPORTS = "GRR_IMPORT"  # environment variable: modules of the user, separated as in PATH
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -99,11 +101,14 @@ def command(words: Sequence[str]) -> list[str]:
     """The arguments of python that start a recipe: its file, and of a config's name the file.
 
     words: RECIPE, RECIPE/CONFIG or a file of one's own, with the recipe's arguments behind it, and --nproc N before it
-    for N processes. Raises ValueError if something of them is not there.
+    for N processes. Where GRR_IMPORT lists modules, they are imported first (`grr --import`). Raises ValueError if
+    something of the words is not there.
     """
     launcher: list[str] = []
     if words[:1] == ["--nproc"] and len(words) > 2:
         launcher, words = ["-m", "grr.cli.launch", f"--nproc_per_node={words[1]}"], words[2:]
+    if os.environ.get(IMPORTS):
+        launcher += ["-m", "grr.cli.imports"]
     name, *rest = words
     own = name.endswith((".py", ".yaml", ".yml")) and Path(name).is_file()
     item = Item(name, Path(name)) if own else find(name)
