@@ -28,6 +28,7 @@ from grr.cli.program import run_main
 from grr.data import Batch
 from grr.evaluation.flops import batch_flops, decoding_bytes, forward_flops, training_flops
 from grr.evaluation.timing import describe_machine, is_out_of_memory, matmul_rate, measure, processor, read_rate
+from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
@@ -119,7 +120,7 @@ def main() -> None:
         for row in parts[part](cfg, run, device, rates):
             result["rows"].append(with_ratios(row, result["rows"]))
             print(as_line(row), flush=True)
-            (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
+            write_atomic(folder / "benchmark.json", json.dumps(result, indent=2) + "\n")
 
 
 def validate_config(cfg: config.Config) -> None:

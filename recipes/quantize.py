@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grr import config
-from grr.checkpoint.training_state import save_model, save_model_state
+from grr.checkpoint.model_folder import save_model, save_model_state
 from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
@@ -33,6 +33,7 @@ from grr.evaluation.captions import treebank
 from grr.evaluation.evaluate import captioning, recalls
 from grr.evaluation.outputs import observe
 from grr.evaluation.timing import describe_machine, processor, time_in_turns
+from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
@@ -128,7 +129,7 @@ def main() -> None:
         "batch_size": len(images),
         "rows": rows,
     }
-    (folder / "quantization.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(folder / "quantization.json", json.dumps(result, indent=2) + "\n")
     print(headline(result))
     print(aligned(table(rows)))
 
