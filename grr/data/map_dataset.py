@@ -4,10 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
-
-from grr.data.image_inputs import read_image
-from grr.data.images import BadImage, Crop
+from grr.data.images import BadImage
 from grr.data.records import Records, record_captions
 
 Field: TypeAlias = str | int | Callable[[Any], Any]
@@ -48,10 +45,10 @@ def read_captions(
             yield number, _path(sample, image), list(filter(None, texts))
 
 
-def read_sample_image(dataset: MapDataset, image: Field, number: int, *, size: int, crop: Crop) -> Tensor:
-    """Read the image of a sample: uint8 [3, size, size]. Raises as `grr.data.image_inputs.read_image` does."""
-    value = _value(dataset[number], "image", image, number)
-    return read_image(value, size=size, crop=crop, where=f"from_dataset: the image of dataset[{number}]")
+def sample_image(dataset: MapDataset, image: Field, number: int) -> tuple[Any, str]:
+    """Returns the image of a sample, as the data set has it, and its name in messages."""
+    where = f"from_dataset: the image of dataset[{number}]"
+    return _value(dataset[number], "image", image, number), where
 
 
 def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> Iterator[tuple[int, Any]]:

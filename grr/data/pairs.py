@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grr.data.image_inputs import read_image, read_thumbnail
 from grr.data.images import THUMBNAIL, BadImage, Crop, load_image, thumbnail
-from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, read_sample_image
+from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, sample_image
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
@@ -180,8 +181,12 @@ class DatasetPairs(Pairs):
             self.load(0, size=1, crop="squash")  # raises ValueError here, not during the run
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        number = int(self.samples[self.image_of[i]])
-        return read_sample_image(self.dataset, self.image, number, size=size, crop=crop)
+        value, where = sample_image(self.dataset, self.image, int(self.samples[self.image_of[i]]))
+        return read_image(value, size=size, crop=crop, where=where)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        value, where = sample_image(self.dataset, self.image, int(self.samples[self.image_of[i]]))
+        return read_thumbnail(value, side=side, where=where)
 
 
 def pair_counts(training: Pairs, validation: Pairs) -> dict[str, Any]:
