@@ -33,8 +33,8 @@ from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.captions import treebank
-from grr.evaluation.evaluate import captioning, recalls
-from grr.evaluation.outputs import observe
+from grr.evaluation.evaluate import caption_scores, recalls
+from grr.evaluation.outputs import compute_outputs
 from grr.generation.generate import generate
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
@@ -192,7 +192,7 @@ def opened(variant: Variant, run: Run, device: torch.device) -> Captioner:
 
 def judge(it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device) -> dict[str, float]:
     """What a variant finds and says of images."""
-    seen = observe(
+    outputs = compute_outputs(
         it.model,
         pairs,
         it.tokenizer,
@@ -203,8 +203,8 @@ def judge(it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], dev
         generation=generation,
         progress=True,
     )
-    assert seen is not None  # there is one process, rank 0
-    return {**recalls(seen), **captioning(seen, it.tokenizer)}
+    assert outputs is not None  # there is one process, rank 0
+    return {**recalls(outputs), **caption_scores(outputs, it.tokenizer)}
 
 
 def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:
