@@ -2,10 +2,12 @@
 
 import ast
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+IMPORTS = "GRR_IMPORT"  # environment variable: modules of the user, separated as in PATH
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -100,11 +102,14 @@ def command(words: Sequence[str]) -> list[str]:
     """Returns the arguments of python that start a recipe, with the files of the recipe and its config.
 
     words: RECIPE, RECIPE/CONFIG or a file, followed by the arguments of the recipe, and preceded by --nproc N for N
-    processes. Raises ValueError if a recipe, config or file does not exist.
+    processes. Where GRR_IMPORT lists modules, they are imported first (`grr --import`). Raises ValueError if a recipe,
+    config or file does not exist.
     """
     launcher: list[str] = []
     if words[:1] == ["--nproc"] and len(words) > 2:
         launcher, words = ["-m", "grr.cli.launch", f"--nproc_per_node={words[1]}"], words[2:]
+    if os.environ.get(IMPORTS):
+        launcher += ["-m", "grr.cli.imports"]
     name, *rest = words
     is_file = name.endswith((".py", ".yaml", ".yml")) and Path(name).is_file()
     item = Item(name, Path(name)) if is_file else find(name)

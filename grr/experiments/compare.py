@@ -32,7 +32,7 @@ class Metric(NamedTuple):
     factor: float = 100  # shown values are multiplied by it
 
 
-WAYS = {"text_to_image": "sentence to image", "image_to_text": "image to sentence"}
+WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 RECALLS = {f"{way}_r{k}": f"R@{k} {name}, %" for way, name in WAYS.items() for k in (1, 5, 10)}
 CAPTIONS = {
     "bleu_1": "BLEU-1",

@@ -289,7 +289,7 @@ def test_the_numbers_of_an_evaluation_are_further_rows(tmp_path):
     for name in ("base-0", "grr-0"):
         make_run(tmp_path / name, judged=JUDGED)
     table = result_table(compare(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])))
-    assert cell(table, "evaluation: R@1 sentence to image, % ↑", 1) == "25.00"
+    assert cell(table, "evaluation: R@1 text to image, % ↑", 1) == "25.00"
     assert cell(table, "evaluation: CIDEr-D ↑", 2) == "0.8100"
 
 
@@ -345,7 +345,7 @@ def test_higher_is_better_for_recall(tmp_path):
         make_run(tmp_path / f"base-{seed}", seed, [5 + seed / 10], text_to_image_r1=0.1 + seed / 100)
         make_run(tmp_path / f"grr-{seed}", seed, [6 + seed / 10], text_to_image_r1=0.2 + seed / 100)
     [sentence] = verdicts(compare(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])))
-    assert "better beyond the spread in R@1 sentence to image; worse beyond the spread in CoCa loss." in sentence
+    assert "better beyond the spread in R@1 text to image; worse beyond the spread in CoCa loss." in sentence
 
 
 def test_many_models_have_a_row_each(tmp_path):
