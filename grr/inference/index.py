@@ -259,9 +259,8 @@ def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
     try:
         names = json.loads(read_regular_file(file, MAX_JSON))
         open_regular_file(file.with_suffix(".npy")).close()
-        embeddings = np.load(
-            file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False
-        )  # "c": torch warns about read-only arrays
+        # mmap_mode "c", copy on write, because torch warns about read-only arrays
+        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)
         _check_part(names, embeddings)
     except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
         raise ValueError(

@@ -222,8 +222,8 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
         raise ValueError(f"find_pretrained: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
     if not isinstance(builder, str) or builder not in MODELS | OPEN_CLIP_MODELS:
         raise ValueError(
-            f"find_pretrained: {file} names the builder {builder!r}, which grr.models.builders.MODELS lacks; "
-            "add your own builder to that dict before you open its models"
+            f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; import the "
+            "module that adds it first: grr --import MODULE, or import it in your program"
         )
     if pairing != PAIRING:
         raise ValueError(

@@ -241,7 +241,9 @@ def _numbers(comparison: Comparison) -> str:
     if comparison.unequal:
         warning = "<p>The runs differ in more than their models:</p>" + _list(comparison.unequal)
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
-    return section("Results", "", f"{warning}{said}{html(result_table(comparison))}{_list(notes(comparison))}")
+    return section(
+        "Results", "", f"{warning}{said}{html(result_table(comparison), stacked=True)}{_list(notes(comparison))}"
+    )
 
 
 def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
@@ -259,7 +261,7 @@ def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
         chart("Perplexity", curves("perplexity"), unit="logarithmic", wide=True, log=True),
         chart("Contrastive loss", curves("contrastive_loss"), unit="nats", wide=True),
         chart(
-            "R@1, caption to image",
+            "R@1, text to image",
             curves("text_to_image_r1", 100),
             unit="%",
             wide=True,
@@ -289,7 +291,7 @@ def _what_was_run(comparison: Comparison) -> str:
     equal = "\n".join(f"{key}: {value}" for key, value in sorted(conditions.items()))
     differ = html(models) if len(models) > 1 else ""
     return (
-        f"<section class=files><h2>Configurations</h2>{differ}{html(run_table(comparison.models))}"
+        f"<section class=files><h2>Configurations</h2>{differ}{html(run_table(comparison.models), stacked=True)}"
         f"<details><summary>conditions of the first run</summary><pre>{escape(equal)}</pre></details></section>"
     )
 
