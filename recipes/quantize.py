@@ -30,8 +30,8 @@ from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.captions import treebank
-from grr.evaluation.evaluate import captioning, recalls
-from grr.evaluation.outputs import observe
+from grr.evaluation.evaluate import caption_scores, recalls
+from grr.evaluation.outputs import compute_outputs
 from grr.evaluation.timing import describe_machine, processor, time_in_turns
 from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
@@ -197,7 +197,7 @@ def evaluate(
     it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device
 ) -> dict[str, float]:
     """Retrieval and caption metrics of a variant."""
-    seen = observe(
+    outputs = compute_outputs(
         it.model,
         pairs,
         it.tokenizer,
@@ -208,8 +208,8 @@ def evaluate(
         generation=generation,
         progress=True,
     )
-    assert seen is not None  # there is one process, rank 0
-    return {**recalls(seen), **captioning(seen, it.tokenizer)}
+    assert outputs is not None  # there is one process, rank 0
+    return {**recalls(outputs), **caption_scores(outputs, it.tokenizer)}
 
 
 def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:
