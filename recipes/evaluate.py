@@ -28,7 +28,7 @@ from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.models.coca import CoCa
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
 from grr.tokenizers import Tokenizer
 
@@ -75,58 +75,60 @@ def main() -> None:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
     validate_config(cfg)
-    device = start()
+    with process_group() as device:
+        # model: whole in every process, because each computes other batches
+        source = find_pretrained(cfg.model["path"])
+        dtype = torch.bfloat16 if run.bf16 else torch.float32
+        model, tokenizer, image_size, crop = load_pretrained(source.path, device=device, dtype=dtype)
+        logging.info(f"evaluating {source.path}: {', '.join(run.tasks)}")
 
-    # model: whole in every process, because each computes other batches
-    source = find_pretrained(cfg.model["path"])
-    dtype = torch.bfloat16 if run.bf16 else torch.float32
-    model, tokenizer, image_size, crop = load_pretrained(source.path, device=device, dtype=dtype)
-    logging.info(f"evaluating {source.path}: {', '.join(run.tasks)}")
+        # outputs: all processes share the images, and rank 0 gets the outputs
+        images: dict[str, Any] = {"image_size": image_size, "crop": crop, "progress": True}
+        outputs = test = train = classes = None
+        labelled: Labelled | None = None if set(run.tasks) <= set(PAIRED) else cfg.build("labelled")
+        # zero-shot first, because invalid names must not cost hours of images
+        if labelled is not None and "zero_shot" in run.tasks:
+            classes = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
+        if any(task in PAIRED for task in run.tasks):
+            options: dict[str, Any] = {"images": run.images, "generation": generation_of(cfg)}
+            outputs = compute_outputs(model, cfg.build("data"), tokenizer, device, **options, **images)
+        if labelled is not None:
+            patches = "attentive_probe" in run.tasks
+            test = features(model, labelled, device, patches=patches, **images)
+            if any(task in PROBES for task in run.tasks):
+                labelled_train = cfg.build("labelled_train")
+                check_classes(labelled_train, labelled)
+                train = features(model, labelled_train, device, patches=patches, **images)
+        if dist.get_rank() > 0:
+            return
 
-    # outputs: all processes share the images, and rank 0 gets the outputs
-    images: dict[str, Any] = {"image_size": image_size, "crop": crop, "progress": True}
-    outputs = test = train = classes = None
-    labelled: Labelled | None = None if set(run.tasks) <= set(PAIRED) else cfg.build("labelled")
-    if labelled is not None and "zero_shot" in run.tasks:  # first, because invalid names must not cost hours of images
-        classes = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
-    if any(task in PAIRED for task in run.tasks):
-        options: dict[str, Any] = {"images": run.images, "generation": generation_of(cfg)}
-        outputs = compute_outputs(model, cfg.build("data"), tokenizer, device, **options, **images)
-    if labelled is not None:
-        patches = "attentive_probe" in run.tasks
-        test = features(model, labelled, device, patches=patches, **images)
-        if any(task in PROBES for task in run.tasks):
-            labelled_train = cfg.build("labelled_train")
-            check_classes(labelled_train, labelled)
-            train = features(model, labelled_train, device, patches=patches, **images)
-    if dist.get_rank() > 0:
-        return
+        # metrics: computed by rank 0
+        results: dict[str, Any] = {}
+        confusions = None
+        if outputs is not None:
+            results |= pair_metrics(cfg, outputs, tokenizer)
+        if test is not None and classes is not None:
+            scores = test.embeddings @ classes.float().cpu().T  # [n, c]
+            results["zero_shot"] = accuracy(scores, test.labels)
+            confusions = Confusions.of(test.labelled.classes, scores, test.labels)
+        if test is not None and train is not None:
+            results |= probe_metrics(cfg, train, test, model.pooler_heads, device)
 
-    # metrics: computed by rank 0
-    results: dict[str, Any] = {}
-    confusions = None
-    if outputs is not None:
-        results |= pair_metrics(cfg, outputs, tokenizer)
-    if test is not None and classes is not None:
-        scores = test.embeddings @ classes.float().cpu().T  # [n, c]
-        results["zero_shot"] = accuracy(scores, test.labels)
-        confusions = Confusions.of(test.labelled.classes, scores, test.labels)
-    if test is not None and train is not None:
-        results |= probe_metrics(cfg, train, test, model.pooler_heads, device)
-
-    # write
-    evaluation = {
-        "model": model_facts(source, model, dtype),
-        "data": {**cfg.data, **outputs.facts()} if outputs else None,
-        "labelled": {**cfg.labelled, **test.facts()} if test else None,
-        "labelled_train": {**cfg.labelled_train, **train.facts()} if train else None,
-        "generation": generation_of(cfg),
-        "results": results,
-    }
-    folder = Path(run.folder) if run.folder else run_of(source)
-    page = write_evaluation(folder, evaluation, examples(outputs, model, tokenizer) if outputs else None, confusions)
-    print(as_text(evaluation))
-    logging.info(f"see {page}, and evaluation.json beside it")
+        # write
+        evaluation = {
+            "model": model_facts(source, model, dtype),
+            "data": {**cfg.data, **outputs.facts()} if outputs else None,
+            "labelled": {**cfg.labelled, **test.facts()} if test else None,
+            "labelled_train": {**cfg.labelled_train, **train.facts()} if train else None,
+            "generation": generation_of(cfg),
+            "results": results,
+        }
+        folder = Path(run.folder) if run.folder else run_of(source)
+        page = write_evaluation(
+            folder, evaluation, examples(outputs, model, tokenizer) if outputs else None, confusions
+        )
+        print(as_text(evaluation))
+        logging.info(f"see {page}, and evaluation.json beside it")
 
 
 def validate_config(cfg: config.Config) -> None:
