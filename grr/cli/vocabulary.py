@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grr.cli.check import read_config
-from grr.experiments import catalog as installed
+from grr.experiments import catalog
 from grr.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -22,7 +22,7 @@ def train_vocabulary(sources: Sequence[Path], overrides: Sequence[str], output: 
 
 def _captions(source: Path, overrides: Sequence[str]) -> Iterator[str]:
     if source.suffix in (".yaml", ".yml"):
-        cfg, sections = read_config(source, overrides, installed.recipe_of(source))
+        cfg, sections = read_config(source, overrides, catalog.recipe_of(source))
         if "data" not in sections:
             raise ValueError(f"train_vocabulary: {source} has no section data, so it has no captions")
         yield from cfg.build("data").captions
