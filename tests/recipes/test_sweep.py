@@ -181,7 +181,7 @@ def test_what_is_missing_is_named_before_anything_starts(grid):
     assert "Traceback" not in done.stderr
     done = run(grid, "run.jobs=0")
     assert done.returncode == 1
-    assert "sweep: jobs must be at least 1, got 0" in done.stderr
+    assert "sweep: run.jobs must be at least 1, got 0" in done.stderr
     assert not (grid / "runs").exists()
 
 
