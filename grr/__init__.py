@@ -53,13 +53,13 @@ if TYPE_CHECKING:
     )
     from grr.models.coca import CoCa
     from grr.parallel.process_group import process_group
-    from grr.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+    from grr.tokenizers import Tokenizer, train_tokenizer
     from grr.training.loss import captioning_loss, contrastive_loss, sigmoid_loss
     from grr.training.optim import adamw
     from grr.training.schedule import warmup_cosine
     from grr.training.step import global_batch_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Batch",
@@ -111,8 +111,8 @@ _SECTIONS = {
     },
     "Read data": {
         "Pairs": "grr.data.pairs",
-        "Tokenizer": "grr.tokenizers.sentencepiece",
-        "train_tokenizer": "grr.tokenizers.sentencepiece",
+        "Tokenizer": "grr.tokenizers",
+        "train_tokenizer": "grr.tokenizers",
         "load_image": "grr.data.images",
         "collate_captions": "grr.data.collate",
         "Batch": "grr.data.loader",

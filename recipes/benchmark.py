@@ -1,4 +1,4 @@
-"""Measure a model: seconds and memory of a training step, of its towers, and of writing captions.
+"""Measure time and memory of training steps, towers and captions.
 
     python recipes/benchmark.py --config recipes/configs/benchmark/grr_coca.yaml
     python recipes/benchmark.py --config recipes/configs/benchmark/tiny.yaml run.variants='[bf16, bf16 compile]'

@@ -1,4 +1,4 @@
-"""Caption images with a trained model: a file, a folder with its subfolders, or a glob.
+"""Caption images with a trained model: files, folders or globs.
 
     python recipes/caption.py --config recipes/configs/caption/default.yaml model.path=runs/openmoji run.images=photos
 

@@ -1,10 +1,10 @@
-"""Compare models by their runs: the paper's table 2 with the spread over seeds, and the validation curves.
+"""Compare runs: the paper's table 2 with the spread over seeds, and curves.
 
     python recipes/compare.py --config recipes/configs/compare/ablation.yaml
     python recipes/compare.py --config recipes/configs/compare/ablation.yaml \\
         run.models='["Baseline CoCa: runs/ablation/finetune/baseline-*", "GRR-CoCa: runs/ablation/finetune/grr-*"]'
 
-Prints the table, and writes it with the curves to comparison.md and comparison.html.
+Prints the table, and writes it with the validation curves to comparison.md and comparison.html.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,12 @@
-"""Turn a checkpoint of open_clip's CoCa into a model of this library: captions, evaluation and fine-tuning read it.
+"""Convert a checkpoint of open_clip's CoCa to a model of this library.
 
     python recipes/convert.py --config recipes/configs/convert/open_clip_coca_vit_b_32.yaml \\
         run.checkpoint=open_clip_pytorch_model.bin
 
-Nothing is downloaded: checkpoint and vocabulary are files that you have. Afterwards, in Python,
+Nothing is downloaded: checkpoint and vocabulary are local files. All recipes with model.path read the result, and so
+does Python:
 
-    model, tokenizer, image_size, crop = load_pretrained("models/open_clip_coca_vit_b_32")
+    captioner = grr.load("models/open_clip_coca_vit_b_32")
 """
 
 import importlib.util

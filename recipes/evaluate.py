@@ -1,10 +1,10 @@
-"""Judge a trained model by data it never saw: the paper's losses, retrieval, captions, and the classes of images.
+"""Evaluate a trained model: losses, retrieval, captions and classification.
 
     python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
     torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml
 
-Writes evaluation.json and evaluation.html. Any number of processes gives the same numbers; on CPUs to the last bit if
-OMP_NUM_THREADS is the same. Any key of the config may follow as key=value.
+Writes evaluation.json and evaluation.html. The result does not depend on the number of processes; on CPUs it is equal
+bit for bit if OMP_NUM_THREADS is the same. Any key of the config may follow as key=value.
 """
 
 import logging

@@ -1,11 +1,11 @@
-"""Export a trained model for use without this library: graphs for onnxruntime and torch.export, and what they need.
+"""Export a trained model as graphs for onnxruntime and torch.export.
 
     python recipes/export.py --config recipes/configs/export/openmoji.yaml
     python runs/openmoji/export/run_onnx.py photo.jpg "a red fox" "a bowl of soup"
 
-It writes image, text and step as .onnx and .pt2 (`grr.export.onnx` documents inputs and outputs), config.json, the
-vocabulary, and run_onnx.py, which embeds and captions with numpy and onnxruntime alone. Every graph is run once, on
-other numbers of images and tokens than it was traced with, and compared with the model.
+Writes image, text and step as .onnx and .pt2 (`grr.export.onnx` documents inputs and outputs), config.json, the
+vocabulary, and run_onnx.py, which embeds images and texts and writes captions with numpy and onnxruntime alone. Every
+graph is run once, with other numbers of images and tokens than it was traced with, and compared with the model.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Fine-tune a contrastive captioner that was pre-trained, until its validation loss stops falling.
+"""Fine-tune a contrastive captioner until its validation loss stops falling.
 
     python recipes/finetune.py --config recipes/configs/finetune/photos.yaml
     torchrun --nproc_per_node 4 recipes/finetune.py --config recipes/configs/finetune/mscoco.yaml

@@ -1,4 +1,4 @@
-"""Fine-tune a contrastive captioner to tell classes: of images, of questions about them, of statements about them.
+"""Fine-tune a classifier of images, questions about them, or statements.
 
     python recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/classification.yaml
     torchrun --nproc_per_node 4 recipes/finetune_classifier.py --config recipes/configs/finetune_classifier/vqa.yaml

@@ -1,4 +1,4 @@
-"""Turn a trained model into smaller ones: in bfloat16, int8, float8 or int4, with what each costs in quality and time.
+"""Quantize a trained model to bfloat16, int8, float8 or int4, and measure each.
 
     python recipes/quantize.py --config recipes/configs/quantize/openmoji.yaml
     python recipes/quantize.py --config recipes/configs/quantize/paper_size.yaml tokenizer.path=spiece.model

@@ -1,11 +1,11 @@
-"""Run a grid of variants and seeds, each through one or several stages: for ablations and scaling studies.
+"""Run a grid of variants and seeds, each through one or more stages.
 
     python recipes/sweep.py --config recipes/configs/sweep/ablation.yaml
     python recipes/sweep.py --config recipes/configs/sweep/ablation.yaml run.overrides='["pretrain: run.max_steps=20"]'
 
-Each run is the command that a user would type, and writes folder/stage/variant-seed; what it says is in log.txt there.
-The same command, submitted again, continues: runs that are finished are not started, others go on where they stopped.
-Ctrl-C or SIGTERM lets the runs save and leave; a second one kills them.
+Each run is a separate command, and writes folder/stage/variant-seed with its output in log.txt. The same command,
+submitted again, skips runs that have finished and continues the others. After Ctrl-C or SIGTERM the runs save and exit;
+a second signal kills them.
 """
 
 import json

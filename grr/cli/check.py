@@ -18,19 +18,19 @@ from torch import nn
 from grr import config
 from grr.data import Labelled, Pairs, check_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.inspect import (
-    CAPTIONS,
+    MAX_CAPTIONS,
     Data,
     Finding,
-    amounts,
-    counted,
-    epoch,
-    false_negatives,
-    pictures,
-    shared,
-    some,
-    texts,
-    tokens,
-    without_captions,
+    check_captions,
+    check_counts,
+    check_epoch,
+    check_false_negatives,
+    check_images,
+    check_overlap,
+    check_records,
+    check_tokens,
+    check_unused_images,
+    sample_numbers,
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
@@ -126,18 +126,18 @@ def check(
     for section, data in opened.items():
         arguments = _section(cfg, section)
         yield Finding(section, ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None))
-        findings = [*counted(data, every=every), *amounts(data), *texts(data)]
+        findings = [*check_records(data, every=every), *check_counts(data), *check_captions(data)]
         if tokenizer is not None and wide is not None:
-            findings += tokens(data, wide, tokenizer.context_length, every=every)
-        pixels[section], seen = pictures(data, size=size, crop=crop, every=every)
+            findings += check_tokens(data, wide, tokenizer.context_length, every=every)
+        pixels[section], seen = check_images(data, size=size, crop=crop, every=every)
         findings += seen
         if isinstance(data.source, ImageFiles):
-            findings += without_captions(data.source, _splits(sections[section], arguments, data.source))
+            findings += check_unused_images(data.source, _splits(sections[section], arguments, data.source))
         yield from (finding._replace(what=f"  {finding.what}") for finding in findings)
     for held_out, train in HELD_OUT.items():
         if held_out in opened and train in opened:
             equal = len(pixels[held_out] & pixels[train])
-            yield from shared(opened[held_out], opened[train], equal, every=every)
+            yield from check_overlap(opened[held_out], opened[train], equal, every=every)
             yield from _other_classes(opened[train].pairs, opened[held_out].pairs, held_out)
     if "data" in opened and tokenizer is not None:
         yield from _steps(cfg, sections, opened, tokenizer, source, size, processes)
@@ -201,7 +201,7 @@ def _tokenizers(
         )
     if "tokenizer" not in sections or train is None:
         return None, None
-    captions = [train.pairs.captions[i] for i in some(len(train.pairs), CAPTIONS)]
+    captions = [train.pairs.captions[i] for i in sample_numbers(len(train.pairs), MAX_CAPTIONS)]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = open_tokenizer(captions, Path(folder, "tokenizer.model"), **cfg.tokenizer)
         return tokenizer, load_tokenizer(Path(folder, "tokenizer.model"), context_length=4 * tokenizer.context_length)
@@ -315,7 +315,7 @@ def _steps(
     total = f", {min(ends):,} in all" if ends else ""
     held = f"in {processes:,} processes" if processes > 1 else "in one process"
     yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}, {held}")
-    yield epoch(data, run["batch_size"])
+    yield check_epoch(data, run["batch_size"])
     warmup = _section(cfg, "schedule").get("warmup_steps", 0)
     if ends and warmup >= min(ends):
         said = f"warmup takes {warmup:,} steps, and the whole run {min(ends):,}; lower schedule.warmup_steps"
@@ -323,7 +323,7 @@ def _steps(
     if not contrasted:
         return
     size_of_negatives = run["batch_size" if cfg.loss["negatives"] == "global" else "micro_batch_size"]
-    if met := false_negatives(data, size_of_negatives, run.get("seed", 0)):
+    if met := check_false_negatives(data, size_of_negatives, run.get("seed", 0)):
         yield met
     planned = RunPlan(
         Path(run["folder"]),

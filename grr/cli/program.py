@@ -139,7 +139,7 @@ def _times_reported(more: int) -> int:
         return more if os.environ["RANK"] == "0" else 2 * more
     from datetime import timedelta
 
-    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         store = TCPStore(

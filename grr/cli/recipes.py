@@ -174,8 +174,8 @@ def check_config(options: argparse.Namespace) -> int:
     print(f"  {'config':<16}{file}, of {recipe}: no mistake")
     for finding in check(cfg, sections, every=options.all, processes=options.nproc):
         marked += finding.wrong
-        print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{printable_lines(finding.said)}", flush=True)
-        for line in finding.shown:
+        print(f"{'!' if finding.wrong else ' '} {finding.what:<16}{printable_lines(finding.message)}", flush=True)
+        for line in finding.examples:
             print(f"  {'':<16}{printable_lines(line)}")
     words = " ".join(quote(word) for word in (options.config, *options.overrides))
     nproc = f" --nproc {options.nproc}" if options.nproc > 1 else ""

@@ -1,4 +1,4 @@
-"""A look at data before hours are spent on them: how much there is, what comes first, what is odd, what is wrong."""
+"""Checks of data before a run: counts, first samples, and faults of records, captions, tokens, images and splits."""
 
 import hashlib
 import os
@@ -22,45 +22,45 @@ from grr.data.order import epoch_order, num_batches
 from grr.data.pairs import ImageFiles, Ints, Pairs, place
 from grr.tokenizers import Tokenizer
 
-IMAGES = 500  # looked at in each data set, unless all are
-CAPTIONS = 20_000  # whose tokens are counted, unless all are
-SHOWN = 3  # samples, and names of what is wrong
-BATCHES = 200  # in which pairs of the same caption are counted
-LEFT_OUT = 0.25  # of the pairs, marked if an epoch leaves out more
-UNKNOWN = 0.05  # of the tokens, marked if more are unknown
-ALIKE = 0.01  # of the captions, marked if more cannot be told apart by their tokens
-SAME = 0.1  # of the pairs of a batch, marked if more have a caption that another image has
+MAX_IMAGES = 500  # that are read of each data set, unless all are
+MAX_CAPTIONS = 20_000  # whose tokens are counted, unless all are
+SHOWN = 3  # examples of a finding
+BATCHES = 200  # in which pairs with equal captions are counted
+MAX_LEFT_OUT = 0.25  # fraction of the pairs that an epoch may leave out without a warning
+MAX_UNKNOWN = 0.05  # fraction of unknown tokens
+MAX_EQUAL_TOKENS = 0.01  # fraction of the captions that have the tokens of another caption
+MAX_FALSE_NEGATIVES = 0.1  # fraction of the pairs of a batch whose caption another image has
 
 
 class Finding(NamedTuple):
-    """A line of a check: what was looked at, what was seen there, names that show it."""
+    """Line of a report: the subject, the message, whether it is a fault, and examples."""
 
     what: str
-    said: str
+    message: str
     wrong: bool = False
-    shown: Sequence[str] = ()
+    examples: Sequence[str] = ()
 
 
 class Data:
-    """Pairs under the name of their section, and what is worked out of them once: hashes of 8 bytes each."""
+    """Pairs with the name of their section, and hashes of their images and captions, computed once, 8 bytes each."""
 
     def __init__(self, name: str, pairs: Pairs) -> None:
         self.name, self.pairs = name, pairs
         self.source = pairs.pairs if isinstance(pairs, Labelled) else pairs
-        _, self.first = np.unique(pairs.image_of, return_index=True)  # [images] a pair of each
+        _, self.first = np.unique(pairs.image_of, return_index=True)  # [images], a pair of each image
 
     @cached_property
     def images(self) -> NDArray[np.uint64]:
-        """[images] of the place where each image lies."""
+        """Hash of the location of each image: [images]."""
         return _hashes(_location(self.source, i) for i in self.first.tolist())
 
     @cached_property
     def captions(self) -> NDArray[np.uint64]:
-        """[n] of each caption."""
+        """Hash of each caption: [n]."""
         return _hashes(self.pairs.captions)
 
-    def shown(self, rows: Ints | range) -> list[str]:
-        """The first of some pairs, for a person."""
+    def examples(self, rows: Ints | range) -> list[str]:
+        """Describe the first of some pairs by id, caption and class."""
         return [f"{self.pairs.ids[i]}  {self.pairs.captions[i]!r}{self._class(int(i))}" for i in rows[:SHOWN]]
 
     def _class(self, i: int) -> str:
@@ -69,207 +69,198 @@ class Data:
         return ""
 
 
-def amounts(data: Data) -> Iterator[Finding]:
-    """How many there are, and the first of them."""
+def check_counts(data: Data) -> Iterator[Finding]:
+    """Report the numbers of pairs, images and classes, and the first pairs."""
     pairs, n, images = data.pairs, len(data.pairs), len(data.first)
     yield Finding("pairs", f"{n:,} of {images:,} images" + ("" if n == images else f", {n / images:.1f} each"))
     if isinstance(pairs, Labelled):
         counts = np.bincount(pairs.labels[pairs.labels != IGNORE], minlength=len(pairs.classes))
         none = int((pairs.labels == IGNORE).sum())
-        said = f"{len(counts):,}, of {counts.min():,} to {counts.max():,} pairs"
-        yield Finding("classes", said + (f"; {none:,} of {n:,} pairs in none" if none else ""))
-    first, *others = data.shown(range(n))
-    yield Finding("first", first, shown=others)
+        message = f"{len(counts):,}, of {counts.min():,} to {counts.max():,} pairs"
+        yield Finding("classes", message + (f"; {none:,} of {n:,} pairs in none" if none else ""))
+    first, *others = data.examples(range(n))
+    yield Finding("first", first, examples=others)
 
 
-def counted(data: Data, *, every: bool) -> Iterator[Finding]:
-    """What the files hold, and what was skipped of it, by reason."""
+def check_records(data: Data, *, every: bool) -> Iterator[Finding]:
+    """Report the records of the files, and those that were skipped, by reason."""
     records = data.pairs.records
     if records is None:
         return
     others = "".join(f" + {n:,} left out ({reason})" for reason, n in records.left_out.items())
-    said = f"{records.total:,} in the files = {records.read:,} read + {records.skipped.total():,} skipped{others}"
-    yield Finding("records", said)
+    message = f"{records.total:,} in the files = {records.read:,} read + {records.skipped.total():,} skipped{others}"
+    yield Finding("records", message)
     for reason, count in records.skipped.items():
-        names = records.names[reason]
-        yield Finding(
-            "skipped",
-            f"{count:,} of {records.total:,} records: {reason}",
-            wrong=True,
-            shown=names if every else names[:SHOWN],
-        )
+        names = records.names[reason] if every else records.names[reason][:SHOWN]
+        yield Finding("skipped", f"{count:,} of {records.total:,} records: {reason}", wrong=True, examples=names)
     for line in records.damaged if every else records.damaged[:SHOWN]:
         yield Finding("damaged", line, wrong=True)
 
 
-def texts(data: Data) -> Iterator[Finding]:
-    """Captions that are empty, pairs that stand there twice, captions that several images share."""
+def check_captions(data: Data) -> Iterator[Finding]:
+    """Report empty captions, duplicate pairs, and captions that several images share."""
     pairs, captions = data.pairs, data.captions
     lengths = pairs.captions.ends - pairs.captions.starts
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
-        said = f"{len(empty):,} of {len(pairs):,} captions; write them, or take the pairs out"
-        yield Finding("empty", said, wrong=True, shown=data.shown(empty))
+        message = f"{len(empty):,} of {len(pairs):,} captions; write them, or remove the pairs"
+        yield Finding("empty", message, wrong=True, examples=data.examples(empty))
     order = np.lexsort((captions, pairs.image_of))
-    again = (np.diff(captions[order]) == 0) & (np.diff(pairs.image_of[order]) == 0)
-    if again.any():
-        said = f"{int(again.sum()):,} of {len(pairs):,} pairs, with the image and the caption of another"
-        yield Finding("duplicates", said, shown=data.shown(order[1:][again]))
+    repeated = (np.diff(captions[order]) == 0) & (np.diff(pairs.image_of[order]) == 0)
+    if repeated.any():
+        message = f"{int(repeated.sum()):,} of {len(pairs):,} pairs, with the image and the caption of another"
+        yield Finding("duplicates", message, examples=data.examples(order[1:][repeated]))
     if isinstance(pairs, Labelled):
-        return  # one question to many images is no fault
-    once = np.concatenate((order[:1], order[1:][~again]))
-    once = np.sort(once[lengths[once] > 0])
-    _, first, counts = np.unique(captions[once], return_index=True, return_counts=True)
+        return  # one question about many images is not a fault
+    distinct = np.concatenate((order[:1], order[1:][~repeated]))
+    distinct = np.sort(distinct[lengths[distinct] > 0])
+    _, first, counts = np.unique(captions[distinct], return_index=True, return_counts=True)
     several = np.flatnonzero(counts > 1)
     if len(several):
         worst = several[np.argsort(-counts[several], kind="stable")][:SHOWN]
-        said = f"{len(several):,} of {len(counts):,} captions, each of several images, which it cannot tell apart"
-        shown = [f"{counts[j]:,} images: {pairs.captions[once[first[j]]]!r}" for j in worst]
-        yield Finding("alike", said, shown=shown)
+        message = f"{len(several):,} of {len(counts):,} captions, each of several images, which it cannot distinguish"
+        examples = [f"{counts[j]:,} images: {pairs.captions[distinct[first[j]]]!r}" for j in worst]
+        yield Finding("same caption", message, examples=examples)
 
 
-def tokens(data: Data, tokenizer: Tokenizer, context_length: int, *, every: bool) -> Iterator[Finding]:
-    """Count the tokens of captions, the captions that a model of `context_length` tokens would cut, and the tokens that
-    the vocabulary does not know.
+def check_tokens(data: Data, tokenizer: Tokenizer, context_length: int, *, every: bool) -> Iterator[Finding]:
+    """Report the lengths of captions in tokens, how many a model of `context_length` tokens would truncate, and how
+    many tokens are unknown to the vocabulary.
 
-    tokenizer: one that reads more, so that what would be cut can be counted.
+    tokenizer: one with a larger context_length, so that truncated tokens are counted.
     """
-    captions, room, most = (
-        data.pairs.captions,
-        context_length - 3,
-        tokenizer.context_length - 3,
-    )  # without BOS, EOS and CLS
-    rows = range(len(captions)) if every else some(len(captions), CAPTIONS)
+    captions = data.pairs.captions
+    kept, counted = context_length - 3, tokenizer.context_length - 3  # tokens besides BOS, EOS and CLS
+    rows = range(len(captions)) if every else sample_numbers(len(captions), MAX_CAPTIONS)
     lengths, unknown = np.zeros(len(rows), dtype=np.int64), 0
-    texts, read = set[bytes](), set[bytes]()
+    texts, encoded = set[bytes](), set[bytes]()
     for k, i in enumerate(rows):
         ids = tokenizer.encode(captions[i])
         ids = ids[1 : len(ids) - 1 - ids[::-1].index(tokenizer.eos_id)]
         lengths[k] = len(ids)
         unknown += ids.count(tokenizer.unk_id)
         texts.add(_hash(captions[i].encode()))
-        read.add(_hash(np.array(ids[:room], dtype="<i8").tobytes()))
-    cut, where = int((lengths > room).sum()), _of(len(rows), len(captions))
-    longest = f"{lengths.max()}{' or more' if lengths.max() == most else ''}"
-    tail = f"{cut:,} ({cut / len(rows):.1%}) are cut to {room}" if cut else f"none is cut, there is room for {room}"
-    said = f"{lengths.min()} to {longest} tokens, half of them at most {int(np.median(lengths))}; {tail}"
-    yield Finding("captions", f"{said}{where}")
-    total, alike = int(lengths.sum()), len(texts) - len(read)
-    share = (
-        f"{unknown:,} of {total:,} tokens ({unknown / total:.1%}) are" if unknown else f"none of {total:,} tokens is"
-    )
-    said = f"{share} unknown to the vocabulary"
-    if alike:
-        said += f"; {len(texts):,} different captions become {len(read):,}"
-    wrong = unknown > UNKNOWN * total or alike > ALIKE * len(texts)
-    if wrong:
-        said += (
-            "; take a vocabulary of this language, or leave tokenizer.path out to train one"
-            if unknown
-            else ("; raise tokenizer.context_length")
-        )
-    yield Finding("unknown", f"{said}{where}", wrong=wrong)
+        encoded.add(_hash(np.array(ids[:kept], dtype="<i8").tobytes()))
+    cut, where = int((lengths > kept).sum()), _of(len(rows), len(captions))
+    longest = f"{lengths.max()}{' or more' if lengths.max() == counted else ''}"
+    tail = f"{cut:,} ({cut / len(rows):.1%}) are truncated to {kept}" if cut else f"none exceeds the limit of {kept}"
+    message = f"{lengths.min()} to {longest} tokens, half of them at most {int(np.median(lengths))}; {tail}"
+    yield Finding("captions", f"{message}{where}")
+    total, equal = int(lengths.sum()), len(texts) - len(encoded)
+    message = f"none of {total:,} tokens is unknown to the vocabulary"
+    if unknown:
+        message = f"{unknown:,} of {total:,} tokens ({unknown / total:.1%}) are unknown to the vocabulary"
+    if equal:
+        message += f"; {len(texts):,} distinct captions become {len(encoded):,}"
+    wrong = unknown > MAX_UNKNOWN * total or equal > MAX_EQUAL_TOKENS * len(texts)
+    if wrong and unknown:
+        message += "; use a vocabulary of this language, or omit tokenizer.path to train one"
+    elif wrong:
+        message += "; raise tokenizer.context_length"
+    yield Finding("unknown", f"{message}{where}", wrong=wrong)
 
 
-def epoch(data: Data, batch_size: int) -> Finding:
-    """What of the pairs an epoch uses: no batch holds an image twice, and none is filled up."""
+def check_epoch(data: Data, batch_size: int) -> Finding:
+    """Report how many pairs an epoch uses, with full batches that hold each image at most once."""
     n, sizes = len(data.pairs), np.bincount(np.unique(data.pairs.image_of, return_inverse=True)[1])
     rows = num_batches(data.pairs.image_of, batch_size=batch_size)
     used = rows * batch_size
-    said = f"uses {used:,} of {n:,} pairs ({used / n:.1%}), {n - used:,} are left out"
+    message = f"uses {used:,} of {n:,} pairs ({used / n:.1%}), {n - used:,} are left out"
     many = np.flatnonzero(sizes > rows)
     if len(many):
-        said += f": a batch holds no image twice, and {len(many):,} images have more captions than there are batches"
+        message += (
+            f": a batch holds each image once, and {len(many):,} images have more captions than there are batches"
+        )
     worst = many[np.argsort(-sizes[many], kind="stable")][:SHOWN]
-    shown = [f"{sizes[j]:,} captions: {data.pairs.ids[data.first[j]]}" for j in worst]
-    wrong = n - used > LEFT_OUT * n
+    examples = [f"{sizes[j]:,} captions: {data.pairs.ids[data.first[j]]}" for j in worst]
+    wrong = n - used > MAX_LEFT_OUT * n
     if wrong:
-        said += "; lower run.batch_size" + (", or take captions of these out" if len(many) else "")
-    return Finding("epoch", said, wrong=wrong, shown=shown)
+        message += "; lower run.batch_size" + (", or remove captions of these" if len(many) else "")
+    return Finding("epoch", message, wrong=wrong, examples=examples)
 
 
-def false_negatives(data: Data, batch_size: int, seed: int) -> Finding | None:
-    """Pairs that meet another image with their own caption in a batch, as the first epoch has them."""
+def check_false_negatives(data: Data, batch_size: int, seed: int) -> Finding | None:
+    """Report the fraction of pairs whose batch has another image with an equal caption, in the first epoch."""
     order = epoch_order(data.pairs.image_of, seed=seed, epoch=0, batch_size=batch_size)[:BATCHES]
     captions = np.sort(data.captions[order], axis=1)  # [batches, b]
-    same = captions[:, 1:] == captions[:, :-1]
-    edge = np.zeros((len(same), 1), dtype=bool)
-    fraction = float((np.hstack((edge, same)) | np.hstack((same, edge))).mean())
+    equal = captions[:, 1:] == captions[:, :-1]
+    edge = np.zeros((len(equal), 1), dtype=bool)
+    fraction = float((np.hstack((edge, equal)) | np.hstack((equal, edge))).mean())
     if not fraction:
         return None
-    said = (
-        f"{fraction:.1%} of the pairs meet another image with their caption in a batch of {batch_size:,}, and are "
-        "trained to be unlike it"
+    message = (
+        f"{fraction:.1%} of the pairs have a negative with their own caption in a batch of {batch_size:,}, "
+        "which the contrastive loss separates from them"
     )
-    wrong = fraction > SAME
-    return Finding("false negatives", said + ("; lower run.batch_size" if wrong else ""), wrong=wrong)
+    wrong = fraction > MAX_FALSE_NEGATIVES
+    return Finding("false negatives", message + ("; lower run.batch_size" if wrong else ""), wrong=wrong)
 
 
-def pictures(data: Data, *, size: int, crop: Crop, every: bool) -> tuple[set[bytes], list[Finding]]:
-    """Read images as a run does: a hash of each one's pixels, and those that cannot be read or are equal to another."""
+def check_images(data: Data, *, size: int, crop: Crop, every: bool) -> tuple[set[bytes], list[Finding]]:
+    """Read images as a run does; returns hashes of their pixels, and findings of unreadable and of equal images."""
     pairs, n = data.pairs, len(data.first)
-    rows = data.first[range(n) if every else some(n, IMAGES)].tolist()
-    bad, seen, same = dict[int, str](), dict[bytes, int](), list[str]()
+    rows = data.first[range(n) if every else sample_numbers(n, MAX_IMAGES)].tolist()
+    bad, first_with, equal = dict[int, str](), dict[bytes, int](), list[str]()
     with tqdm(total=len(rows), desc=f"{data.name}: images", unit="image", delay=2, leave=False) as bar:
         for batch in read_batches(lambda i: pairs.load(i, size=size, crop=crop), batches(rows, 64)):
             bad |= batch.bad
             for i, pixels in zip(batch.good, () if batch.pixels is None else batch.pixels, strict=True):
-                other = seen.setdefault(_digest(pixels), i)
-                if other != i:
-                    same.append(f"{pairs.ids[i]} and {pairs.ids[other]}")
+                first = first_with.setdefault(_digest(pixels), i)
+                if first != i:
+                    equal.append(f"{pairs.ids[i]} and {pairs.ids[first]}")
             bar.update(len(batch.good) + len(batch.bad))
     where = _of(len(rows), n)
-    names = [f"{pairs.ids[i]}: {why}" for i, why in bad.items()]
-    said = f"{f'{len(bad):,}' if bad else 'none'} of {len(rows):,} images{where}"
-    findings = [Finding("unreadable", said, wrong=bool(bad), shown=names if every else names[:SHOWN])]
-    if same:
-        said = f"{len(same):,} of {len(rows):,} images, with the pixels of another{where}"
-        findings.append(Finding("equal", said, shown=same[:SHOWN]))
-    return set(seen), findings
+    names = [f"{pairs.ids[i]}: {reason}" for i, reason in bad.items()]
+    message = f"{f'{len(bad):,}' if bad else 'none'} of {len(rows):,} images{where}"
+    findings = [Finding("unreadable", message, wrong=bool(bad), examples=names if every else names[:SHOWN])]
+    if equal:
+        message = f"{len(equal):,} of {len(rows):,} images, with the pixels of another{where}"
+        findings.append(Finding("equal", message, examples=equal[:SHOWN]))
+    return set(first_with), findings
 
 
-def without_captions(source: ImageFiles, splits: Iterable[ImageFiles]) -> Iterator[Finding]:
-    """Image files below a folder that neither its data nor any split of them has a caption of."""
-    known = {_composed(own.root / name) for own in (source, *splits) for name in own.images}
-    found = sorted(_image_files(source.root))
-    lone = [file for file in found if _composed(file) not in known]
-    if lone:
-        said = f"{len(lone):,} of {len(found):,} image files in {source.root}, which are not used"
-        yield Finding("no caption", said, shown=lone[:SHOWN])
+def check_unused_images(source: ImageFiles, splits: Iterable[ImageFiles]) -> Iterator[Finding]:
+    """Report image files in the folder of some data that have no caption in any split."""
+    used = {_composed(pairs.root / name) for pairs in (source, *splits) for name in pairs.images}
+    files = sorted(_image_files(source.root))
+    unused = [file for file in files if _composed(file) not in used]
+    if unused:
+        message = f"{len(unused):,} of {len(files):,} image files in {source.root}, which are not used"
+        yield Finding("no caption", message, examples=unused[:SHOWN])
 
 
-def shared(held_out: Data, train: Data, equal: int, *, every: bool) -> Iterator[Finding]:
-    """What is judged by must not be learned from: images of both, by their place or their pixels; and captions.
+def check_overlap(held_out: Data, train: Data, equal: int, *, every: bool) -> Iterator[Finding]:
+    """Report images of held-out data that are in the training data, by location or by pixels, and equal captions.
 
-    equal: how many hashes of pixels are in both.
+    equal: number of pixel hashes that both have.
     """
     both = np.isin(held_out.images, train.images)
     parts = f"{held_out.name} in {train.name}"
     if both.any():
-        said = f"{int(both.sum()):,} of {len(both):,} images of {parts}, too; take them out of one"
-        yield Finding("shared", said, wrong=True, shown=held_out.shown(held_out.first[both]))
+        message = f"{int(both.sum()):,} of {len(both):,} images of {parts}; remove them from one of the two"
+        yield Finding("shared", message, wrong=True, examples=held_out.examples(held_out.first[both]))
     elif equal:
-        said = f"{equal:,} images of {parts}, too, by their pixels; take them out of one"
-        yield Finding("shared", said, wrong=True)
+        message = f"{equal:,} images of {parts}, by their pixels; remove them from one of the two"
+        yield Finding("shared", message, wrong=True)
     else:
-        said = "nor its pixels" if every else "(--all compares the pixels of all)"
-        yield Finding("shared", f"no image of {parts} {said}")
+        by_pixels = "by location or by pixels" if every else "(--all compares the pixels of all)"
+        yield Finding("shared", f"no image of {parts} {by_pixels}")
     if not isinstance(held_out.pairs, Labelled):
         known = np.flatnonzero(np.isin(held_out.captions, train.captions))
         if len(known):
-            said = f"{len(known):,} of {len(held_out.captions):,} captions of {parts}, word for word"
-            yield Finding("said before", said, shown=held_out.shown(known))
+            message = f"{len(known):,} of {len(held_out.captions):,} captions of {parts}, word for word"
+            yield Finding("shared captions", message, examples=held_out.examples(known))
 
 
-def some(n: int, at_most: int) -> list[int]:
-    """Numbers below n, in order: all of them, or a sample that is always the same."""
+def sample_numbers(n: int, at_most: int) -> list[int]:
+    """Returns all numbers below n, or a sorted sample of them, the same at every call."""
     if n <= at_most:
         return list(range(n))
     return sorted(np.random.default_rng(0).choice(n, at_most, replace=False).tolist())
 
 
-def _of(seen: int, there: int) -> str:
-    return "" if seen == there else f" (--all looks at all {there:,})"
+def _of(count: int, total: int) -> str:
+    return "" if count == total else f" (--all checks all {total:,})"
 
 
 def _hashes(names: Iterable[str]) -> NDArray[np.uint64]:
@@ -277,7 +268,7 @@ def _hashes(names: Iterable[str]) -> NDArray[np.uint64]:
 
 
 def _location(source: Pairs, i: int) -> str:
-    """Where the image of a pair lies: a file, a place in one, or else the pair's name."""
+    """Returns the location of a pair's image: a file, an offset in one, or else the pair's id."""
     if isinstance(source, ImageFiles):
         return os.path.abspath(source.root / source.images[source.image_of[i]])
     if isinstance(source, TarShards):

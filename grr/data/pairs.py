@@ -1,5 +1,6 @@
 """Pairs of an image and a caption: the interface of data sets, and captions in one block of memory."""
 
+import contextlib
 import hashlib
 import os
 import unicodedata
@@ -8,18 +9,23 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grr.data.images import THUMBNAIL, Crop, load_image, thumbnail
+from grr.data.images import THUMBNAIL, BadImage, Crop, load_image, thumbnail
+from grr.data.map_dataset import (
+    Field,
+    MapDataset,
+    check_map_style,
+    read_captions,
+    read_sample_image,
+    read_sample_thumbnail,
+)
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
-
-if TYPE_CHECKING:
-    from grr.data.from_dataset import Field, MapDataset
 
 MAX_BYTES = 2**29  # of an image file
 Ints = NDArray[np.int64]
@@ -85,7 +91,7 @@ class Pairs(ABC):
         return len(self.captions)
 
     @staticmethod
-    def from_dataset(dataset: "MapDataset", *, image: "Field", caption: "Field") -> "Pairs":
+    def from_dataset(dataset: MapDataset, *, image: Field, caption: Field) -> "Pairs":
         """Make pairs of any map-style data set: one of torch, one of Hugging Face, or a list.
 
             pairs = Pairs.from_dataset(load_dataset("..."), image="image", caption="text")
@@ -105,9 +111,7 @@ class Pairs(ABC):
         Raises ValueError, naming the sample, for a missing field, a caption that is not text, or an image of another
         kind; for a data set without length or without captions.
         """
-        from grr.data.from_dataset import dataset_pairs
-
-        return dataset_pairs(dataset, image=image, caption=caption)
+        return DatasetPairs(dataset, image, caption)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,6 +149,50 @@ class ImageFiles(Pairs):
 
     def _content(self, i: int) -> bytes:
         return read_regular_file(image_path(self.root, self.images[self.image_of[i]]), MAX_BYTES)
+
+
+class DatasetPairs(Pairs):
+    """Pairs of a map-style data set: image j is that of dataset[samples[j]]. See `Pairs.from_dataset`."""
+
+    def __init__(self, dataset: MapDataset, image: Field, caption: Field) -> None:
+        check_map_style(dataset)
+        self.dataset, self.image = dataset, image
+        self.records = records = Records()
+        of_path: dict[str, int] = {}  # the path of an image -> its number
+        samples, captions_of = array("q"), array("q")  # of each image: its first sample, its captions so far
+        image_of, place = array("q"), array("q")  # of each pair: its image, and the captions of that before it
+
+        def walk() -> Iterator[str]:
+            for number, path, texts in read_captions(dataset, image, caption, records):
+                j = len(samples) if path is None else of_path.setdefault(path, len(samples))
+                if j == len(samples):
+                    samples.append(number)
+                    captions_of.append(0)
+                for text in texts:
+                    image_of.append(j)
+                    place.append(captions_of[j])
+                    captions_of[j] += 1
+                    yield text
+
+        captions = Texts.of(walk())
+        records.log("from_dataset")
+        if not len(captions):
+            raise ValueError(
+                f"from_dataset: a data set must have a caption, got none in {len(dataset)} samples; set caption to the "
+                "key of the text of a sample"
+            )
+        ids = Texts.of(f"{samples[j]}#{k}" for j, k in zip(image_of, place, strict=True))
+        super().__init__(ids, captions, np.array(image_of, dtype=np.int64))
+        self.samples = np.array(samples, dtype=np.int64)  # [number of images]
+        with contextlib.suppress(BadImage, OSError):  # the loader counts and replaces those; an image of another kind
+            self.load(0, size=1, crop="squash")  # raises ValueError here, and not when the run has begun
+
+    def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
+        number = int(self.samples[self.image_of[i]])
+        return read_sample_image(self.dataset, self.image, number, size=size, crop=crop)
+
+    def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
+        return read_sample_thumbnail(self.dataset, self.image, int(self.samples[self.image_of[i]]), side=side)
 
 
 def pair_counts(training: Pairs, validation: Pairs) -> dict[str, Any]:

@@ -18,23 +18,21 @@ def parallelize(
     model: nn.Module,
     device: torch.device,
     *,
-    bf16: bool = False,
-    float8: bool = False,
-    compile: bool = False,
-    activation_checkpointing: bool = False,
-    dp_replicate: int = 1,
+    bf16: bool = False,  # compute in bfloat16; weights and the reduction of gradients stay float32
+    float8: bool = False,  # multiply in 8 bits in the blocks, on a GPU that can
+    compile: bool = False,  # compile each block
+    activation_checkpointing: bool = False,  # keep only the input of each block, and compute the rest again
+    dp_replicate: int = 1,  # copies of the model, each sharded over its part of the processes (HSDP)
 ) -> None:
     """Prepare a model in place for training on all processes, before or after it has weights.
 
-    float8 converts the linear layers of the blocks (`multiply_in_float8`). compile compiles each block. bf16 computes
-    in bfloat16, with float32 parameters, reductions and outputs. Several processes shard every block, then the rest,
-    with FSDP2; with replicas > 1 they form that many groups, each of which holds a whole model (HSDP): best one a
-    machine. One process keeps plain parameters: the same function with fewer calls. activation_checkpointing keeps only
-    what enters each block and computes the rest again for its gradient.
+    The order is float8 (`multiply_in_float8`), compilation, FSDP2 or plain bfloat16, activation checkpointing: each
+    wraps the result of the one before. bf16 keeps parameters, reductions and outputs in float32. Several processes
+    shard every block, then the rest; with dp_replicate > 1 they form that many groups, each with a whole model: one
+    group a machine is best. One process keeps plain parameters: the same function with fewer calls.
 
-    The order matters and is this one: a later step wraps what an earlier one made. Raises ValueError if the model was
-    prepared before, or if the number of processes is not a multiple of replicas; float8 raises as
-    `multiply_in_float8` does.
+    Raises ValueError if the model was prepared before, or if the number of processes is not a multiple of dp_replicate;
+    float8 raises as `multiply_in_float8` does.
     """
     if done := preparations(model):
         raise ValueError(f"parallelize: a model is prepared once, got one that is {' and '.join(done)}; {ORDER}")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_layers import LAYERS
 
 import grr
-from grr.config.renamed import RENAMED
+from grr.config.renamed import REMOVED, RENAMED
 from grr.evaluation.flops import forward_flops
 from grr.models.builders import MODELS
 
@@ -70,10 +71,9 @@ def test_every_file_of_the_repository_that_a_page_names_exists(page):
 # --- README --------------------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_table_of_packages_is_the_library():
-    listed = [re.search(r"`(.+)/`", row[0])[1] for row in table_rows(README, "package")]
-    packages = {path.parent.name for path in (ROOT / "grr").glob("*/__init__.py")} - {"components"}
-    assert sorted(listed) == sorted(["components", *(f"grr/{name}" for name in packages)])
+def test_the_readmes_table_of_packages_is_the_library_in_the_order_of_its_layers():
+    listed = [re.search(r"`(?:grr/)?(\w+)(?:/|\.py)`", row[0])[1] for row in table_rows(README, "package")]
+    assert listed == list(LAYERS)
 
 
 def test_the_readmes_table_of_recipes_names_every_recipe():
@@ -135,18 +135,19 @@ def test_the_citation_has_the_keys_of_its_format_and_names_the_paper():
     assert paper["url"] in README
 
 
-def test_the_changelog_names_every_renamed_key():
+def test_the_changelog_names_every_renamed_and_removed_key():
     rows = table_rows(CHANGELOG, "old key")
     assert {row[0].strip("`"): row[1].replace("`", "") for row in rows} == RENAMED
+    removed = CHANGELOG.partition("### Removed")[2].partition("###")[0]
+    assert [key for key in REMOVED if f"`{key}`" not in removed] == []
 
 
 def test_the_changelogs_new_modules_exist_and_the_old_ones_do_not():
     rows = table_rows(CHANGELOG, "old module")
     assert len(rows) > 60
-    for old, new in ([name.strip("`") for name in row[:2]] for row in rows):
-        assert importlib.util.find_spec(new), new
-        path = ROOT / (old.replace(".", "/") + ".py")
-        assert not path.exists(), old
+    for old, new in rows:
+        assert all(importlib.util.find_spec(name) for name in re.findall(r"`(.+?)`", new)), new
+        assert not (ROOT / (old.strip("`").replace(".", "/") + ".py")).exists(), old
 
 
 # --- workflow and templates ----------------------------------------------------------------------------------------

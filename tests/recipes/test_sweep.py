@@ -243,7 +243,7 @@ def test_every_config_is_valid_and_so_is_every_run_of_it(file, monkeypatch):
 def test_the_ablation_holds_every_combination_of_the_papers_three_changes(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     monkeypatch.chdir(ROOT)
-    from sizes import of_sweep
+    from grr.cli.sizes import _variants
 
     def chosen(name: str, **arguments) -> tuple[str, ...]:
         arguments = {key: p.default for key, p in inspect.signature(MODELS[name]).parameters.items()} | arguments
@@ -258,5 +258,5 @@ def test_the_ablation_holds_every_combination_of_the_papers_three_changes(monkey
     for kind in ("rope_2d", "rope_mixed"):
         expected[f"grr_{kind}"] = ("rmsnorm", "geglu", kind)
     assert {
-        name: chosen(**model) for name, model in of_sweep("recipes/configs/sweep/ablation.yaml").items()
+        name: chosen(**model) for name, model in _variants(Path("recipes/configs/sweep/ablation.yaml")).items()
     } == expected

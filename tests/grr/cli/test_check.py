@@ -59,7 +59,7 @@ def findings(name: str, *overrides: str, every: bool = True, processes: int = 1)
 
 def wrong(*overrides: str, processes: int = 1) -> dict[str, str]:
     return {
-        f.what.strip(): f"{f.said} {' '.join(f.shown)}"
+        f.what.strip(): f"{f.message} {' '.join(f.examples)}"
         for f in findings("pretrain/photos", *SMALL, *overrides, processes=processes)
         if f.wrong
     }
@@ -69,9 +69,9 @@ def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
     before = sorted(photos.parent.rglob("*"))
     assert wrong() == {}
     assert sorted(photos.parent.rglob("*")) == before
-    said = {f.what.strip(): f.said for f in findings("pretrain/photos", *SMALL)}
+    said = {f.what.strip(): f.message for f in findings("pretrain/photos", *SMALL)}
     assert said["steps"] == "4 of 8 pairs an epoch, 80 in all, in one process"
-    assert said["shared"] == "no image of validation in data nor its pixels"
+    assert said["shared"] == "no image of validation in data by location or by pixels"
 
 
 def test_each_fault_of_the_data_is_told(photos):
@@ -117,7 +117,7 @@ def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what
         (3, "parallel.dp_replicate=1", "steps", "got batch_size=8, world=3, micro_batch_size=4"),
         (16, "run.batch_size=64", "steps", "got batch_size=64 for 32 images"),
         (2, "parallel.dp_replicate=2", None, None),
-        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; tell --nproc N"),
+        (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; give --nproc N"),
     ],
 )
 def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
@@ -134,8 +134,10 @@ def test_a_validation_of_any_number_of_images_suits_any_number_of_processes_of_w
 
 
 def test_captions_longer_than_the_context_are_counted(photos):
-    said = [f.said for f in findings("pretrain/photos", *SMALL, "tokenizer.context_length=6") if f.what == "  captions"]
-    assert ["32 (100.0%) are cut to 3" in said[0], "8 (100.0%) are cut to 3" in said[1]] == [True, True]
+    found = findings("pretrain/photos", *SMALL, "tokenizer.context_length=6")
+    said = [f.message for f in found if f.what == "  captions"]
+    assert "32 (100.0%) are truncated to 3" in said[0]
+    assert "8 (100.0%) are truncated to 3" in said[1]
 
 
 @pytest.mark.parametrize("item", CONFIGS, ids=lambda item: item.name)
@@ -176,7 +178,7 @@ def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path)
     ]
     told = findings("finetune_classifier/imagenet", *ours)
     (finding,) = (f for f in told if f.what == "validation" and f.wrong)
-    assert "validation must have the classes of the training data" in finding.said
+    assert "validation must have the classes of the training data" in finding.message
 
 
 def test_an_option_out_of_its_range_is_refused():
@@ -189,9 +191,9 @@ def test_the_runs_of_a_sweep_are_checked_too(tmp_path, monkeypatch):
     (finding,) = findings("sweep/openmoji_relation")
     assert not finding.wrong
     (finding,) = findings("sweep/openmoji_relation", 'run.variants=["a: model.dimm=3", "b: model.dim=64"]')
-    assert finding.said.startswith("pretrain a-0: command line: model.dimm")
+    assert finding.message.startswith("pretrain a-0: command line: model.dimm")
     (finding,) = findings("sweep/openmoji_relation", "run.seeds=[1, 1]")
-    assert "seeds: 1 stands there twice" in finding.said
+    assert "seeds: 1 stands there twice" in finding.message
 
 
 def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypatch):
@@ -263,7 +265,7 @@ def test_a_recipe_without_sections_is_refused(tmp_path):
 
 
 def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
-    told = {f.what: f.said for f in findings("pretrain/photos", *SMALL)}
+    told = {f.what: f.message for f in findings("pretrain/photos", *SMALL)}
     assert re.match(r"about a minute for 80 steps .* per step of 8 pairs, scaled from one of \d in ", told["time"])
     assert "of activations of 4 pairs" in told["memory"]
     assert told["disk"].startswith("at most ")
@@ -290,7 +292,7 @@ def test_one_image_of_most_captions_and_what_an_epoch_uses_are_told(photos):
     told = wrong("tokenizer.vocab_size=80")
     assert set(told) == {"epoch"}
     assert told["epoch"].startswith(
-        "uses 32 of 232 pairs (13.8%), 200 are left out: a batch holds no image twice, and "
+        "uses 32 of 232 pairs (13.8%), 200 are left out: a batch holds each image once, and "
     )
     assert "201 captions: 0.png#0" in told["epoch"]
 
@@ -303,7 +305,7 @@ def test_captions_that_other_images_have_too_are_told_as_false_negatives(photos)
     table.write_text("\n".join(lines))
     told = wrong()
     assert set(told) == {"false negatives"}
-    assert "of the pairs meet another image with their caption in a batch of 8" in told["false negatives"]
+    assert "of the pairs have a negative with their own caption in a batch of 8" in told["false negatives"]
 
 
 def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
@@ -313,11 +315,11 @@ def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
     table.write_text("image,caption,split\n" + "\n".join(rows))
     told = wrong(f"tokenizer.path={shared_data / 't5/spiece.model'}")
     assert set(told) == {"unknown"}
-    assert "different captions become 1; take a vocabulary of this language" in told["unknown"]
+    assert "distinct captions become 1; use a vocabulary of this language" in told["unknown"]
 
 
 def test_a_fine_tuning_run_is_timed_with_the_model_it_starts_from(photos, colour_run):
     told = findings("finetune/photos", f"model.path={colour_run}", "run.batch_size=8", "run.micro_batch_size=8")
-    said = {f.what: f.said for f in told}
+    said = {f.what: f.message for f in told}
     assert re.search(r" per step of 8 pairs, scaled from one of 8 in ", said["time"])
     assert "of activations of 8 pairs" in said["memory"]

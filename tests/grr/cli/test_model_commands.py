@@ -53,7 +53,7 @@ def test_classify_writes_rows_and_a_page_and_continues(here, colour_run, capsys)
     assert main(["classify", str(colour_run), "mine", *words]) == 0
     assert "24 images classified, 6 of them before; 1 could not be read" in capsys.readouterr().out
     assert main(["classify", str(colour_run), "mine", *words[:-4], "--top", "3", *words[-2:]]) == 1
-    assert "top: 2 there, 3 here" in capsys.readouterr().err
+    assert "top: 2 in the file, 3 now" in capsys.readouterr().err
 
 
 def test_the_template_decides_what_the_text_encoder_reads(here, colour_run, capsys):
@@ -105,7 +105,7 @@ def test_an_index_of_another_model_is_refused_with_a_remedy(here, colour_run, ca
     for words in (["search", "index", "x", "--model", "other"], ["embed", "other", "mine"]):
         assert main(words) == 1
         error = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(r"index was made by another model.*; give that model, or embed the images", error)
+        assert re.search(r"index must hold embeddings of this model.*; use that model, or embed the images", error)
     assert len(open_index("index")) == 24
 
 

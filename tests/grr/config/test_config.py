@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from grr import config
 from grr.cli.check import recipe_sections
 from grr.config import ConfigError
+from grr.config.help import reference
 from grr.data import DATASETS
 from grr.experiments import catalog as installed
 from grr.models.builders import MODELS
@@ -378,7 +379,7 @@ def meant(
 
 
 def test_a_meaning_comes_from_an_annotation_a_comment_or_the_list_of_shared_keys(tmp_path):
-    text = config._reference({"run": Meant, "other": meant}, {})
+    text = reference({"run": Meant, "other": meant}, {})
     assert "  folder:  # str, required: where it writes\n  steps: 3  # int: how many\n" in text
     assert '  names: []  # list[str]: what: "a" or b\n' in text
     assert "  mode: \"a\"  # 'a' | 'b': which\n" in text
@@ -390,7 +391,7 @@ def test_a_meaning_comes_from_an_annotation_a_comment_or_the_list_of_shared_keys
 
 @pytest.mark.parametrize("item", [r for r in installed.recipes() if r.name != "sizes"], ids=lambda item: item.name)
 def test_every_key_of_every_recipe_has_a_meaning(item):
-    text = config._reference(recipe_sections(item.path)[0], {})
+    text = reference(recipe_sections(item.path)[0], {})
     keys = [line for line in text.splitlines() if line.startswith("  ") and not line.lstrip().startswith("name: ")]
     without = [line.strip() for line in keys if not re.search(r"  # [^:]+: \S", line)]
     assert without == []

@@ -1,4 +1,4 @@
-"""Image files made to do harm: they start no program, fill no memory, never wait, and are reported as bad images."""
+"""Hostile image files start no program, take little memory, do not block, and are reported as bad images."""
 
 import io
 import os
@@ -30,13 +30,13 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png_with(name: bytes, data: bytes) -> bytes:
-    """A PNG of 8 x 8 pixels with one more chunk before its pixels."""
+    """Returns a PNG of 8 x 8 pixels with one more chunk before its pixels."""
     plain = encoded(Image.new("RGB", (8, 8)), "PNG")
     cut = plain.index(b"IDAT") - 4
     return plain[:cut] + chunk(name, data) + plain[cut:]
 
 
-# --- programs
+# Programs
 
 
 def test_an_eps_named_jpg_starts_no_program(tmp_path, monkeypatch):
@@ -55,7 +55,7 @@ def test_every_format_that_an_image_set_has_is_read_and_no_other():
     of_suffix = Image.registered_extensions()
     named = {of_suffix[suffix] for suffix in SUFFIXES if suffix in of_suffix}
     assert named == set(_formats())
-    for kind in ("TGA", "PCX", "SGI", "ICNS", "ICO", "DDS"):  # which Pillow itself can write and read
+    for kind in ("TGA", "PCX", "SGI", "ICNS", "ICO", "DDS"):  # which Pillow can write and read
         with pytest.raises(BadImage, match="its content is none of"):
             load_image(encoded(Image.new("RGB", (32, 32)), kind), size=8)
 
@@ -63,10 +63,10 @@ def test_every_format_that_an_image_set_has_is_read_and_no_other():
 def test_images_are_opened_in_one_place():
     source = Path(grr.__file__).parent
     opening = [file.name for file in sorted(source.rglob("*.py")) if "Image.open(" in file.read_text()]
-    assert opening == ["images.py", "run_onnx.py"]  # the latter goes with an export, without this library
+    assert opening == ["images.py", "run_onnx.py"]  # the latter is copied to an export and runs without this library
 
 
-# --- names
+# Names
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device", "a folder"])
@@ -98,7 +98,7 @@ def test_a_file_too_large_is_not_read(tmp_path):
         load_image(tmp_path / "a.png", size=8)
 
 
-# --- numbers
+# Numbers
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -111,10 +111,10 @@ def test_pixels_that_are_not_finite_become_black_or_white_and_change_no_other_pi
     values = np.tile(np.linspace(0, 1, 8, dtype=np.float32), (8, 1))
     odd = values.copy()
     odd[0, :3] = np.nan, np.inf, -np.inf
-    seen, plain = (to_tensor(Image.fromarray(x), size=8)[0] for x in (odd, values))
-    assert seen[0, :3].tolist() == [0, 255, 0]
-    assert seen[1:].equal(plain[1:])
-    assert seen[0, 3:].equal(plain[0, 3:])
+    pixels, plain = (to_tensor(Image.fromarray(x), size=8)[0] for x in (odd, values))
+    assert pixels[0, :3].tolist() == [0, 255, 0]
+    assert pixels[1:].equal(plain[1:])
+    assert pixels[0, 3:].equal(plain[0, 3:])
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F", "I", "RGBA", "LA", "CMYK", "P"])
@@ -126,11 +126,11 @@ def test_converting_an_image_in_strips_equals_converting_it_at_once(mode, monkey
     else:
         image = Image.fromarray((500 * ramp - (mode == "I") * 9000).astype(kind))
     whole = to_tensor(image, size=40)
-    monkeypatch.setattr("grr.data.images.STRIP", 50 * 3)  # of three rows, and one at the end
+    monkeypatch.setattr("grr.data.rgb.STRIP", 50 * 3)  # strips of three rows, the last of one
     assert to_tensor(image, size=40).equal(whole)
 
 
-# --- memory
+# Memory
 
 
 MEASURE = """
@@ -140,7 +140,7 @@ from grr.data.images import load_image
 def memory(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
 def growth(data):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
     before = memory("VmRSS")
     try:
         load_image(data, size=64)
@@ -160,7 +160,7 @@ linux = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reas
 
 
 def growth(images: dict[str, str]) -> dict[str, float]:
-    """How many bytes of memory decoding takes at most, of images by their names; each is an expression of bytes."""
+    """Returns the peak memory of decoding, in bytes, of images by name; each is a Python expression."""
     program = MEASURE + "".join(f"print(growth({image}))\n" for image in images.values())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     return dict(zip(images, map(float, done.stdout.split()), strict=True))
@@ -168,7 +168,7 @@ def growth(images: dict[str, str]) -> dict[str, float]:
 
 @linux
 def test_decoding_takes_at_most_16_bytes_a_pixel():
-    save = "encoded({!r}, 'TIFF', 2000, compression='tiff_deflate', exif=turned)"  # a turned copy is made as well
+    save = "encoded({!r}, 'TIFF', 2000, compression='tiff_deflate', exif=turned)"  # includes a rotated copy
     taken = growth({mode: save.format(mode) for mode in ("I;16", "I", "F", "RGBA", "LA", "CMYK")})
     assert {mode: size / 2000**2 for mode, size in taken.items() if size > 16 * 2000**2} == {}
 
@@ -180,14 +180,13 @@ def test_a_small_file_that_inflates_takes_little_memory(tmp_path):
     place = gif.index(b"\x2c", 13 + 3) + 5  # an image descriptor: left, top, then width and height
     gif[place : place + 4] = struct.pack("<HH", 60_000, 60_000)
     page = Image.new("1", (40_000, 40_000))
+    pages = {"save_all": True, "append_images": [page], "compression": "group4"}
     bombs = {
         "color profile": png_with(b"iCCP", b"x\0\0" + zeros),
         "text": png_with(b"zTXt", b"x\0\0" + zeros),
         "international text": png_with(b"iTXt", b"x\0\1\0\0\0" + zeros),
         "frame of a GIF": bytes(gif),
-        "second page of a TIFF": encoded(
-            Image.new("1", (8, 8)), "TIFF", save_all=True, append_images=[page], compression="group4"
-        ),
+        "second page of a TIFF": encoded(Image.new("1", (8, 8)), "TIFF", **pages),
     }
     for name, data in bombs.items():
         assert len(data) < 1_000_000

@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_read_is_reported(tmp_path):
 
 @pytest.mark.parametrize("where", ["", "nowhere", "*.jpg"])
 def test_a_path_without_images_is_an_error_with_a_remedy(tmp_path, where):
-    with pytest.raises(FileNotFoundError, match=r"find_images: there is no image in .*; give a file, a folder"):
+    with pytest.raises(FileNotFoundError, match=r"find_images: there is no image in .*; pass a file, a folder"):
         find_images(f"{tmp_path}/{where}")
 
 

@@ -1,4 +1,4 @@
-"""Batches of a run: one sequence for any number of processes, threads and micro-batches, bad samples, and endings."""
+"""Batches of a run: the same for any number of processes, threads and micro-batches; bad samples; ends of a run."""
 
 import itertools
 import logging
@@ -29,7 +29,7 @@ from grr.training.step import seed_dropout
 
 @dataclass
 class Painted:
-    """Pairs whose images are painted in a colour of their own; some cannot be read, and loading takes a while."""
+    """Pairs whose images each have another colour; some raise errors, and loading takes `seconds` times 0 to 2."""
 
     captions: list[str]
     image_of: np.ndarray
@@ -54,7 +54,7 @@ class Painted:
 
 
 class Letters:
-    """A token a letter."""
+    """Tokenizer with one token for each letter."""
 
     pad_id = 0
 
@@ -83,7 +83,7 @@ def names(steps: Iterable[list[Batch]], n: int | None = None) -> list[list[list[
 
 
 def flat(steps: Iterable[list[Batch]], n: int) -> list[list[tuple]]:
-    """Each global batch in order: names, pixels and tokens of its samples."""
+    """Returns each global batch in order: names, pixels and tokens of its samples."""
     result = []
     for step in islice(steps, n):
         row = []
@@ -108,19 +108,17 @@ some_bad = {3: BadImage("cut off"), 11: OSError(5, "input/output error"), 20: Ba
 
 @given(start=st.integers(0, 12), workers=st.sampled_from([0, 2]), seed=st.integers(0, 99))
 def test_a_run_that_starts_at_step_k_reads_the_tail_of_the_run_from_0(start, workers, seed):
-    """Over three epochs of 4 steps, bad samples included."""
+    """Read more than three epochs of 4 steps, with bad samples."""
     pairs = painted(errors=some_bad)
     whole = flat(training(pairs, seed=seed, workers=0, max_bad_fraction=1), 14)
-    assert (
-        flat(training(pairs, seed=seed, start_step=start, workers=workers, max_bad_fraction=1), 14 - start)
-        == (whole[start:])
-    )
+    resumed = training(pairs, seed=seed, start_step=start, workers=workers, max_bad_fraction=1)
+    assert flat(resumed, 14 - start) == whole[start:]
     assert whole[:4] != whole[4:8]
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 4), (5, 2)])
 def test_threads_do_not_change_what_is_read(workers, prefetch):
-    """Loading takes uneven time, so that threads overtake each other."""
+    """Loading times differ, so that threads finish in another order than they start."""
     pairs = painted(errors=some_bad, seconds=0.001)
     expected = flat(training(pairs, workers=0, max_bad_fraction=1), 9)
     assert flat(training(pairs, workers=workers, prefetch=prefetch, max_bad_fraction=1), 9) == expected
@@ -173,7 +171,7 @@ def test_a_batch_moves_to_a_device_with_all_its_tensors():
 
 @given(images=st.integers(9, 40), captions=st.integers(1, 4), bad_images=st.integers(1, 3), data=st.data())
 def test_bad_samples_are_replaced_by_images_that_the_global_batch_does_not_hold(images, captions, bad_images, data):
-    """As many are spare as a batch is large: then no two places get the same. Here 2 processes, 5 steps."""
+    """With at least batch_size substitutes, no two slots have the same: here in 2 processes and 5 steps."""
     pairs = painted(images + 15, captions)
     bad = set(data.draw(st.permutations(range(images + 15)))[:bad_images])
     pairs.errors = {i: BadImage("cut off") for i in range(len(pairs)) if pairs.image_of[i] in bad}
@@ -213,7 +211,7 @@ def test_no_control_character_of_a_bad_sample_reaches_the_terminal(caplog):
 
 
 def test_a_substitute_is_found_when_few_images_are_left():
-    """10 images, batches of 8, 2 of them bad: where one is spare, two places may have to share it."""
+    """Of 10 images in batches of 8, 2 are bad: with one substitute left, two slots may share it."""
     pairs = painted(10, 1, errors={i: BadImage("cut off") for i in (1, 2)})
     for step in islice(training(pairs, max_bad_fraction=1, workers=0), 20):
         images = [int(name.split(".")[0]) for batch in step for name in batch.names]
@@ -223,25 +221,23 @@ def test_a_substitute_is_found_when_few_images_are_left():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_stops_where_too_many_samples_are_bad(workers):
     pairs = painted(100, 1, errors={i: BadImage(f"cut off at {i}") for i in range(15)})
-    message = (
-        r"more than max_bad_fraction=0.1 of the samples are bad, \d+ of 1\d\d: \d+.png#\d+: cut off at \d+; .*raise"
-    )
-    with pytest.raises(ValueError, match=message):
+    rule = r"more than max_bad_fraction=0.1 of the samples are bad, \d+ of 1\d\d: \d+.png#\d+: cut off at \d+; .*raise"
+    with pytest.raises(ValueError, match=rule):
         names(training(pairs, workers=workers), 100)
     names(training(pairs, workers=workers, max_bad_fraction=0.3), 100)
 
 
 def test_a_few_bad_samples_do_not_stop_a_run():
-    """6 of 30 are bad, but fewer than 100 have been read."""
+    """6 of 30 samples are bad, but fewer than 100 were read."""
     assert len(names(validation(painted(30, 1, errors={i: BadImage("cut off") for i in range(6)})))) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_whose_images_are_all_bad_stops_at_once(workers):
-    """A folder that was moved: after 20 samples, and those which other threads had begun."""
+    """As with a folder that was moved: after 20 samples, and those that other threads are reading."""
     missing = FileNotFoundError(2, "no such file")
     pairs = painted(1_000, 1, errors=dict.fromkeys(range(1_000), missing))
-    with pytest.raises(ValueError, match=r"no readable sample was found .*#\d+: \[Errno 2\] no such file; .*lie"):
+    with pytest.raises(ValueError, match=r"no readable sample was found .*#\d+: \[Errno 2\] no such file; check the"):
         next(training(pairs, workers=workers, max_bad_fraction=1))
     assert 20 <= len(set(pairs.loaded)) <= 400
 
@@ -300,7 +296,7 @@ def test_validation_reads_batches_that_never_change(workers):
     rounds=st.integers(1, 3),
 )
 def test_validation_reads_every_pair_once_in_batches_of_one_size(images, captions, world, micro, rounds):
-    """For any number of processes; every process makes the same number of calls of the same shapes."""
+    """In any number of processes; all processes have the same number of batches of the same shapes."""
     pairs = painted(images, captions)
     sizes = {"batch_size": world * micro * rounds, "micro_batch_size": micro, "workers": 0}
     ranks = [list(validation(pairs, rank, world, **sizes)) for rank in range(world)]
@@ -321,7 +317,7 @@ def test_validation_reads_every_pair_once_in_batches_of_one_size(images, caption
 
 @given(bad=st.sets(st.integers(0, 19), max_size=18), batch_size=st.sampled_from([8, 64]))
 def test_validation_leaves_bad_samples_out_and_reads_every_other_pair_once(bad, batch_size):
-    """Also where all images are in one batch, so that none is left to stand in for another."""
+    """Also where one batch holds all images, so that there are no substitutes."""
     pairs = painted(20, 1, errors={i: BadImage("cut off") for i in bad})
     steps = list(validation(pairs, batch_size=batch_size, max_bad_fraction=1))
     read = [name for step in steps for batch in step for name in batch.names]
@@ -330,7 +326,7 @@ def test_validation_leaves_bad_samples_out_and_reads_every_other_pair_once(bad, 
 
 
 def test_a_validation_of_one_image_is_refused():
-    with pytest.raises(ValueError, match="needs two images or more, to contrast one with another, got 1"):
+    with pytest.raises(ValueError, match="needs at least two images for the contrastive loss, got 1"):
         validation(painted(1, 5))
 
 
@@ -351,7 +347,7 @@ def test_twenty_pairs_are_one_batch_of_validation():
         ({"batch_size": 0}, "batch_size=0, world=1, micro_batch_size=.*; change either size"),
         ({"micro_batch_size": 0}, "micro_batch_size=0; run.micro_batch_size=.* fits"),
         ({"batch_size": 14}, "batch_size=14 for 12 images; lower batch_size"),
-        ({"workers": -1}, "workers >= 0, .*workers=-1"),
+        ({"workers": -1}, "workers must be >= 0, .*workers=-1"),
         ({"prefetch": 0}, "prefetch >= 1 .*prefetch=0"),
         ({"max_bad_fraction": 2}, "from 0 to 1, .*max_bad_fraction=2"),
     ],
@@ -362,7 +358,7 @@ def test_arguments_out_of_range_are_refused_before_anything_is_read(arguments, m
 
 
 def test_threads_read_the_samples_of_one_micro_batch_together():
-    """Every load waits until four are under way."""
+    """Every load waits until four have started."""
     pairs, together = painted(), threading.Barrier(4)
     load = pairs.load
     pairs.load = lambda i, **how: (together.wait(timeout=20), load(i, **how))[1]
@@ -396,7 +392,7 @@ def test_an_abandoned_run_ends_its_threads(end):
     ids=["end of the program", "exit", "error", "forgotten"],
 )
 def test_a_program_that_stops_in_the_middle_ends(ending, code):
-    """Threads of it are reading large images all the while."""
+    """Its threads are reading large images at that time."""
     program = f"""
 import sys
 sys.path.append("../..")

@@ -589,7 +589,10 @@ def test_damaged_safetensors_are_refused_with_the_likely_cause(tmp_path, content
 
 @given(
     prefix=st.lists(
-        st.sampled_from(["module", "_orig_mod", "model", "state_dict", "coca", "_fsdp_wrapped_module"]), max_size=4
+        st.sampled_from(
+            ["module", "_orig_mod", "model", "state_dict", "coca", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+        ),
+        max_size=4,
     ),
     inside=st.booleans(),
     keys=st.lists(st.sampled_from(["state_dict", "model", "module"]), max_size=3),

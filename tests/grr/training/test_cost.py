@@ -76,7 +76,7 @@ def test_a_step_of_a_micro_batch_is_timed_and_leaves_no_files(tmp_path, tokenize
     found = findings(tmp_path / "runs/new", tokenizer)
     assert set(found) == {"disk", "time", "memory"}
     assert not any(finding.wrong for finding in found.values())
-    assert re.search(r"for 30 steps .* s per step of 8 pairs, scaled from one of 4 in ", found["time"].said)
+    assert re.search(r"for 30 steps .* s per step of 8 pairs, scaled from one of 4 in ", found["time"].message)
     assert list(tmp_path.iterdir()) == []
     assert not dist.is_initialized()
 
@@ -85,9 +85,9 @@ def test_a_weight_takes_16_bytes_in_memory_and_12_in_a_checkpoint(tmp_path, toke
     model = grr_coca(vocab_size=tokenizer.vocab_size, context_length=16, **SIZES)
     n = sum(p.numel() for p in model.parameters())
     found = findings(tmp_path, tokenizer)
-    assert f"{16 * n / 1e6:.1f} MB of weights, gradients and optimizer state" in found["memory"].said
-    assert f"checkpoints of {12 * n / 1e6:.1f} MB" in found["disk"].said
-    assert f"at most {(6 * 12 + 4) * n / 1e6:.1f} MB" in found["disk"].said
+    assert f"{16 * n / 1e6:.1f} MB of weights, gradients and optimizer state" in found["memory"].message
+    assert f"checkpoints of {12 * n / 1e6:.1f} MB" in found["disk"].message
+    assert f"at most {(6 * 12 + 4) * n / 1e6:.1f} MB" in found["disk"].message
 
 
 def test_more_layers_keep_more_activations(tmp_path, tokenizer):
@@ -95,7 +95,7 @@ def test_more_layers_keep_more_activations(tmp_path, tokenizer):
         sizes = SIZES | {"vision_layers": layers}
         build = functools.partial(grr_coca, vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
         found = findings(tmp_path, tokenizer, build)
-        return float(re.search(r"([\d.]+) MB of activations", found["memory"].said)[1])
+        return float(re.search(r"([\d.]+) MB of activations", found["memory"].message)[1])
 
     assert kept(1) < kept(3) < kept(9)
 
@@ -109,7 +109,7 @@ def test_more_layers_keep_more_activations(tmp_path, tokenizer):
 )
 def test_a_step_that_fails_is_a_finding(tmp_path, tokenizer, changes, reason):
     found = findings(tmp_path, tokenizer, **changes)
-    assert found["time"].said.startswith(reason)
+    assert found["time"].message.startswith(reason)
     assert not dist.is_initialized()
 
 
@@ -123,15 +123,15 @@ def test_a_model_that_is_too_large_for_this_machine_is_not_built(tmp_path, token
         return torch.nn.Linear(10**5, free_memory() // 10**5)  # 16 bytes a weight
 
     found = findings(tmp_path, tokenizer, build)
-    assert "not measured: weights, gradients and optimizer state take" in found["time"].said
-    assert found["disk"].wrong == ("lower saving.keep" in found["disk"].said)
+    assert "not measured: weights, gradients and optimizer state take" in found["time"].message
+    assert found["disk"].wrong == ("lower saving.keep" in found["disk"].message)
     assert built == ["meta"]
 
 
 def test_a_model_that_is_too_slow_for_this_machine_is_not_built(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("grr.training.cost._flops_per_second", lambda: 1000.0)
     found = findings(tmp_path, tokenizer)
-    assert re.match(r"not measured: a step of 2 pairs may take [\d,]+ s on this machine", found["time"].said)
+    assert re.match(r"not measured: a step of 2 pairs may take [\d,]+ s on this machine", found["time"].message)
 
 
 seconds = st.floats(1e-3, 1e3)
@@ -158,7 +158,7 @@ def test_the_minutes_follow_the_slower_of_computing_and_reading(
         steps=steps,
         loss={"negatives": negatives},
     )
-    text = _time(run, StepCost(16, computing, reading, updating, 0.0)).said
+    text = _time(run, StepCost(16, computing, reading, updating, 0.0)).message
     share = batch / processes / 16
     again = share * 16 > micro and negatives == "global"  # embeddings first, then each micro-batch again
     slow = share * computing * (4 / 3 if again else 1) + updating

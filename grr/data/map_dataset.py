@@ -1,0 +1,103 @@
+"""Map-style data sets of other libraries, such as torch and Hugging Face: captions as text, images as pixels."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from grr.data.image_inputs import read_image, read_thumbnail
+from grr.data.images import BadImage, Crop
+from grr.data.records import Records, record_captions
+
+Field: TypeAlias = str | int | Callable[[Any], Any]
+"""Where a sample has a value: a key or column, an index of a tuple, or a function of the sample."""
+
+
+class MapDataset(Protocol):
+    """A data set whose samples are found by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def check_map_style(dataset: object) -> None:
+    """Raise ValueError for a data set whose samples cannot be found by number."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"from_dataset: the data set must be map-style, with len(dataset) and dataset[i], got "
+            f"{type(dataset).__name__}; list(dataset) makes a list of one that fits into memory"
+        )
+
+
+def read_captions(
+    dataset: MapDataset, image: Field, caption: Field, records: Records
+) -> Iterator[tuple[int, str | None, list[str]]]:
+    """Yield the number of each sample that has a caption, the path of its image if it has one, and its captions.
+
+    Every caption is counted in `records`, read or skipped. Raises ValueError as `Pairs.from_dataset` does.
+    """
+    for number, sample in _samples(dataset, image, caption, records):
+        value = _value(sample, "caption", caption, number)
+        texts = record_captions(list(value) if isinstance(value, tuple) else value, f"from_dataset: dataset[{number}]")
+        if empty := texts.count(""):
+            records.skip(f"dataset[{number}]", "empty caption", empty)
+        records.read += len(texts) - empty
+        if any(texts):
+            yield number, _path(sample, image), list(filter(None, texts))
+
+
+def read_sample_image(dataset: MapDataset, image: Field, number: int, *, size: int, crop: Crop) -> Tensor:
+    """Read the image of a sample: uint8 [3, size, size]. Raises as `grr.data.image_inputs.read_image` does."""
+    value = _value(dataset[number], "image", image, number)
+    return read_image(value, size=size, crop=crop, where=f"from_dataset: the image of dataset[{number}]")
+
+
+def read_sample_thumbnail(dataset: MapDataset, image: Field, number: int, *, side: int) -> Tensor:
+    """Read the image of a sample whole, for a page. Raises as `grr.data.image_inputs.read_image` does."""
+    value = _value(dataset[number], "image", image, number)
+    return read_thumbnail(value, side=side, where=f"from_dataset: the image of dataset[{number}]")
+
+
+def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> Iterator[tuple[int, Any]]:
+    """The samples of a data set with their numbers; of a Hugging Face data set only the columns that are read."""
+    names = getattr(dataset, "column_names", None)
+    if isinstance(names, list) and isinstance(caption, str) and hasattr(dataset, "select_columns"):
+        for which, column in (("image", image), ("caption", caption)):
+            if isinstance(column, str) and column not in names:
+                raise ValueError(_no_field(which, column, "the data set", names))
+        is_path = isinstance(image, str) and getattr(dataset.features[image], "dtype", "") == "string"
+        dataset = dataset.select_columns(list(dict.fromkeys([caption, *([image] if is_path else [])])))
+    for number in range(len(dataset)):
+        try:
+            yield number, dataset[number]
+        except (BadImage, OSError) as error:  # of a data set that decodes the image of a sample
+            records.skip(f"dataset[{number}]", f"cannot be read: {type(error).__name__}")
+
+
+def _value(sample: Any, which: str, field: Field, number: int) -> Any:
+    """The value of a field of a sample."""
+    if callable(field):
+        return field(sample)
+    try:
+        return sample[field]
+    except (KeyError, IndexError, TypeError):
+        known = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        raise ValueError(_no_field(which, field, f"dataset[{number}]", known)) from None
+
+
+def _path(sample: Any, image: Field) -> str | None:
+    """The path of a sample's image, by which captions of one image are known; None for other images."""
+    try:
+        value = image(sample) if callable(image) else sample[image]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else None
+
+
+def _no_field(which: str, field: Field, where: str, known: object) -> str:
+    return (
+        f"from_dataset: {where} has no {which} {field!r}, it has {known}; set {which} to a key, an index of a tuple or "
+        "a function of a sample"
+    )
