@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from grr import config
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.cli.program import run_main
 from grr.export.convert import convert_open_clip, read_open_clip
 from grr.inference.pretrained import describe

@@ -21,6 +21,7 @@ import torch
 from grr import config
 from grr.cli.program import run_main
 from grr.export.onnx import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.files.atomic import write_atomic
 from grr.inference.pretrained import find_pretrained, load_pretrained
 from grr.reports.table import aligned
 
@@ -80,7 +81,7 @@ def main() -> None:
             table.append([file.name, f"{size / 1e6:.2f}", f"{difference:.1e}"])
 
     # what the graphs need
-    (folder / "config.json").write_text(json.dumps(description(source, tokenizer, run.pixels), indent=2) + "\n")
+    write_atomic(folder / "config.json", json.dumps(description(source, tokenizer, run.pixels), indent=2) + "\n")
     shutil.copyfile(source.tokenizer, folder / "tokenizer.model")
     if "onnx" in run.formats:
         shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from grr import config
 from grr.checkpoint.identity import run_identity
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.run_lock import RunLock
 from grr.checkpoint.saver import Saver
-from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
+from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate

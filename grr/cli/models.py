@@ -195,9 +195,10 @@ def _load(options: argparse.Namespace) -> Any:
     import torch
 
     from grr.inference.pretrained import load_pretrained
+    from grr.parallel.process_group import default_device
 
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    return load_pretrained(options.model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    return load_pretrained(options.model, device=default_device(), dtype=dtype)
 
 
 def _find_images(words: Iterable[str]) -> list[str]:

@@ -5,14 +5,18 @@ its addition, causal attention as if it were whole. Norms, softmax, GELU, rotati
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from grr.data import Batch
+from grr.data.collate import IGNORE
 from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
+from grr.parallel.shard import blocks
 
 
 class Towers(NamedTuple):
@@ -73,6 +77,27 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
         multimodal=a.multimodal_layers * (text_block + _attention(s, n, d)),
         head=_linear(s, d, a.vocab_size),
     )
+
+
+def batch_flops(builder: Callable[..., CoCa], batches: Iterable[Batch], **arguments: Any) -> Towers:
+    """Returns the cost of a forward pass on batches: of the columns that carry a label, and of labelled tokens only."""
+    cost = partial(forward_flops, builder, **arguments)
+    totals = []
+    for batch in batches:
+        read, scored = cost(text_length=batch.ids.shape[1]), cost(text_length=batch.labels.shape[1])
+        b, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
+        head = labelled * cost(text_length=1).head
+        totals.append(Towers(b * read.vision, b * read.poolers, b * read.text, b * scored.multimodal, head))
+    return Towers(*map(sum, zip(*totals, strict=True)))
+
+
+def decoding_bytes(model: CoCa) -> int:
+    """Returns the bytes of the weights that each token of a caption reads: the decoders without the keys and values of
+    the image, and the head.
+    """
+    layers = [*blocks(model.text_decoder), model.multimodal_decoder]
+    weights = [named for layer in layers for named in layer.named_parameters()]
+    return sum(weight.nbytes for name, weight in weights if ".cross_attention.kv." not in f".{name}")
 
 
 def training_flops(forward: Towers) -> int:

@@ -10,6 +10,7 @@ from grr.evaluation.flops import forward_flops
 from grr.experiments.compare import PUBLISHED, Comparison, Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
+from grr.files.atomic import write_atomic
 from grr.models.builders import MODELS
 from grr.reports.charts import COLORS, Level, Series, chart, series
 from grr.reports.page import header, section, write_page
@@ -32,7 +33,7 @@ def as_markdown(comparison: Comparison) -> str:
 def write_comparison(folder: Path, comparison: Comparison) -> Path:
     """Write folder/comparison.md and folder/comparison.html, and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
+    write_atomic(folder / "comparison.md", as_markdown(comparison))
     title = " · ".join(comparison.models)
     return write_page(
         folder / "comparison.html",
@@ -240,7 +241,9 @@ def _numbers(comparison: Comparison) -> str:
     if comparison.unequal:
         warning = "<p>The runs differ in more than their models:</p>" + _list(comparison.unequal)
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
-    return section("Results", "", f"{warning}{said}{html(result_table(comparison))}{_list(notes(comparison))}")
+    return section(
+        "Results", "", f"{warning}{said}{html(result_table(comparison), stacked=True)}{_list(notes(comparison))}"
+    )
 
 
 def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
@@ -258,7 +261,7 @@ def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:
         chart("Perplexity", curves("perplexity"), unit="logarithmic", wide=True, log=True),
         chart("Contrastive loss", curves("contrastive_loss"), unit="nats", wide=True),
         chart(
-            "R@1, caption to image",
+            "R@1, text to image",
             curves("text_to_image_r1", 100),
             unit="%",
             wide=True,
@@ -288,7 +291,7 @@ def _what_was_run(comparison: Comparison) -> str:
     equal = "\n".join(f"{key}: {value}" for key, value in sorted(conditions.items()))
     differ = html(models) if len(models) > 1 else ""
     return (
-        f"<section class=files><h2>Configurations</h2>{differ}{html(run_table(comparison.models))}"
+        f"<section class=files><h2>Configurations</h2>{differ}{html(run_table(comparison.models), stacked=True)}"
         f"<details><summary>conditions of the first run</summary><pre>{escape(equal)}</pre></details></section>"
     )
 

@@ -99,7 +99,7 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
         ]
         found.append(Part("Losses", table, note))
     if recall := results.get("retrieval"):
-        ways = {"text_to_image": "caption to image", "image_to_text": "image to caption"}
+        ways = {"text_to_image": "text to image", "image_to_text": "image to text"}
         table = [["", "R@1", "R@5", "R@10"]]
         table += [[name, *(percent(recall[f"{way}_r{k}"]) for k in (1, 5, 10))] for way, name in ways.items()]
         found.append(Part("Retrieval", table, f"among {recall['num_eval_images']:,} images and their captions"))

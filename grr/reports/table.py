@@ -29,10 +29,17 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [first, rule, *rest])
 
 
-def html(table: Table) -> str:
-    """A table of a page, in a box that scrolls where the page is too narrow."""
+def html(table: Table, *, stacked: bool = False) -> str:
+    """A table of a page, in a box that scrolls where the page is too narrow.
+
+    A stacked table is a list on a phone instead: each row a heading, and its cells below it, each with its column.
+    """
     first, *rest = table
     head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in first)
-    rows = ((escape(name), "".join(f"<td>{escape(cell)}</td>" for cell in cells)) for name, *cells in rest)
-    body = "".join(f"<tr><th scope=row>{name}</th>{cells}</tr>" for name, cells in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = ""
+    for name, *cells in rest:
+        pairs = zip(map(escape, first[1:]), map(escape, cells), strict=True)
+        columns = "".join(f'<td data-column="{column}">{cell}</td>' for column, cell in pairs)
+        body += f"<tr><th scope=row>{escape(name)}</th>{columns}</tr>"
+    kind = " class=stacked" if stacked else ""
+    return f"<div class=scroll><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -84,8 +84,8 @@ def _key_numbers(validations: list[LogLine]) -> str:
     chance = f"chance {percent(1 / num_eval_images)}" if num_eval_images else ""
     tiles = []
     for key, label in (
-        ("text_to_image", "Caption to image"),
-        ("image_to_text", "Image to caption"),
+        ("text_to_image", "Text to image"),
+        ("image_to_text", "Image to text"),
     ):
         if is_number(now.get(f"{key}_r1")):
             deeper = [f"R@{k} {percent(now[f'{key}_r{k}'])}" for k in (5, 10) if is_number(now.get(f"{key}_r{k}"))]
@@ -166,8 +166,8 @@ def _curves(rows: list[LogLine], *, softmax: bool) -> str:
         return [series(train, key, "train", "a", style=style)]
 
     recalls = [
-        series(held_out, "text_to_image_r1", "caption to image", "c", factor=100),
-        series(held_out, "image_to_text_r1", "image to caption", "d", factor=100),
+        series(held_out, "text_to_image_r1", "text to image", "c", factor=100),
+        series(held_out, "image_to_text_r1", "image to text", "d", factor=100),
     ]
     last = held_out[-1] if held_out else {}
     images, text_only = last.get("num_eval_images"), last.get("text_only_accuracy")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
 from grr.data import DATASETS, training_steps
 from grr.experiments import catalog as installed
 from grr.tokenizers import train_tokenizer

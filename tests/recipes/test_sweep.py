@@ -177,7 +177,7 @@ def test_what_is_missing_is_named_before_anything_starts(grid):
     assert "  second: there is no recipe or config 'nowhere.py'" in done.stderr
     done = run(grid, "run.seeds=[0, 0]")
     assert done.returncode == 1
-    assert "seeds: 0 stands there twice" in done.stderr
+    assert "seeds: 0 occurs twice" in done.stderr
     assert "Traceback" not in done.stderr
     done = run(grid, "run.jobs=0")
     assert done.returncode == 1

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.data.images import FORMATS, load_image, normalize
 from grr.export.onnx import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.generation.generate import generate

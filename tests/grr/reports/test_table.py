@@ -53,3 +53,10 @@ def test_markdown_has_as_many_cells_as_the_table_whatever_they_hold(table):
         assert [cell.strip().replace("\\|", "|") for cell in line.replace("\\|", "\0").strip("|").split("|")] == [
             cell.replace("|", "\0") for cell in row
         ]
+
+
+def test_a_cell_of_a_stacked_table_has_its_column_and_nothing_is_lost():
+    page = html([["", "a<b", "c"], ["row", "1", "2"]], stacked=True)
+    assert page.count("<table class=stacked>") == 1
+    assert '<th scope=row>row</th><td data-column="a&lt;b">1</td><td data-column="c">2</td>' in page
+    assert html([["", "c"], ["row", "1"]]).count("stacked") == 0
