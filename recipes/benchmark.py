@@ -34,7 +34,7 @@ from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer
 from grr.training.optim import adamw, clip_gradients
@@ -94,33 +94,33 @@ def main() -> None:
     run = cfg.get(Run)
     validate_config(cfg)
     folder = Path(run.folder)
-    device = start()
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, folder / "config.yaml")
+    with process_group() as device:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(cfg, folder / "config.yaml")
 
-    # the machine: the rates that it reaches at best
-    rates = Rates(
-        {word: matmul_rate(device, DTYPES[word], **rounds(run)) for word in precisions(run)},
-        read_rate(device, **rounds(run)),
-    )
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in cfg.build("model").parameters())
-    result: dict[str, Any] = {
-        "machine": describe_machine(device),
-        "rates": rates._asdict(),
-        "model": cfg.model,
-        "parameters": parameters,
-        "rows": [],
-    }
-    print(headline(result), flush=True)
+        # the machine: the rates that it reaches at best
+        rates = Rates(
+            {word: matmul_rate(device, DTYPES[word], **rounds(run)) for word in precisions(run)},
+            read_rate(device, **rounds(run)),
+        )
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in cfg.build("model").parameters())
+        result: dict[str, Any] = {
+            "machine": describe_machine(device),
+            "rates": rates._asdict(),
+            "model": cfg.model,
+            "parameters": parameters,
+            "rows": [],
+        }
+        print(headline(result), flush=True)
 
-    # the model: a row for each measurement
-    parts = {"training": training, "towers": towers, "captions": captions}
-    for part in run.parts:
-        for row in parts[part](cfg, run, device, rates):
-            result["rows"].append(with_ratios(row, result["rows"]))
-            print(as_line(row), flush=True)
-            write_atomic(folder / "benchmark.json", json.dumps(result, indent=2) + "\n")
+        # the model: a row for each measurement
+        parts = {"training": training, "towers": towers, "captions": captions}
+        for part in run.parts:
+            for row in parts[part](cfg, run, device, rates):
+                result["rows"].append(with_ratios(row, result["rows"]))
+                print(as_line(row), flush=True)
+                write_atomic(folder / "benchmark.json", json.dumps(result, indent=2) + "\n")
 
 
 def validate_config(cfg: config.Config) -> None:

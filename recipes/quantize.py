@@ -30,8 +30,8 @@ from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.captions import treebank
-from grr.evaluation.evaluate import captioning, recalls
-from grr.evaluation.outputs import observe
+from grr.evaluation.evaluate import caption_scores, recalls
+from grr.evaluation.outputs import compute_outputs
 from grr.evaluation.timing import describe_machine, processor, time_in_turns
 from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
@@ -47,7 +47,7 @@ from grr.inference.quantization import check_scheme, quantize, quantized_state
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.initialize import initialize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.reports.table import aligned
 from grr.tokenizers import open_tokenizer
 
@@ -90,48 +90,48 @@ def main() -> None:
     validate_config(cfg)
     run, folder = cfg.get(Run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
-    device = start()
-    check_variants(run, source, device)
-    pairs = cfg.build("data")
-    source = source or untrained(cfg, pairs, folder / "untrained")
+    with process_group() as device:
+        check_variants(run, source, device)
+        pairs = cfg.build("data")
+        source = source or untrained(cfg, pairs, folder / "untrained")
 
-    # size and quality: each variant is written, opened again and evaluated
-    rows: list[dict[str, Any]] = []
-    for variant in run.variants:
-        logging.info(f"{variant}: writing, opening and evaluating it")
-        write(source, variant, dtype_of(variant, run), folder / variant, device)
-        size = (folder / variant / "model.safetensors").stat().st_size
-        dtype = str(dtype_of(variant, run)).removeprefix("torch.")
-        rows.append({"variant": variant, "dtype": dtype, "bytes": size})
-        logging.info(f"{folder / variant}: {size / 1e6:,.0f} MB")
-        if run.images != 0:
-            rows[-1] |= evaluate(open_variant(variant, run, device), pairs, run, cfg.generation, device)
+        # size and quality: each variant is written, opened again and evaluated
+        rows: list[dict[str, Any]] = []
+        for variant in run.variants:
+            logging.info(f"{variant}: writing, opening and evaluating it")
+            write(source, variant, dtype_of(variant, run), folder / variant, device)
+            size = (folder / variant / "model.safetensors").stat().st_size
+            dtype = str(dtype_of(variant, run)).removeprefix("torch.")
+            rows.append({"variant": variant, "dtype": dtype, "bytes": size})
+            logging.info(f"{folder / variant}: {size / 1e6:,.0f} MB")
+            if run.images != 0:
+                rows[-1] |= evaluate(open_variant(variant, run, device), pairs, run, cfg.generation, device)
 
-    # time
-    models = [open_variant(variant, run, device) for variant in run.variants]
-    images = some_images(models[0], pairs, run.batch_size).to(device)  # [b, 3, h, w]
-    embed = [partial(m.model.encode_image, images) for m in models]
-    caption = [partial(generate, m.model, images, m.tokenizer, **cfg.generation) for m in models]
-    timed: dict[str, Sequence[Callable[[], object]]] = {"image_seconds": embed, "caption_seconds": caption}
-    for what, acts in timed.items():
-        with torch.no_grad():
-            taken = time_in_turns(acts, device, rounds=run.warmup + run.iterations, progress=what.replace("_", " "))
-        for row, times in zip(rows, taken, strict=True):
-            row[what] = statistics.median(times[run.warmup :]) / len(images)
+        # time
+        models = [open_variant(variant, run, device) for variant in run.variants]
+        images = some_images(models[0], pairs, run.batch_size).to(device)  # [b, 3, h, w]
+        embed = [partial(m.model.encode_image, images) for m in models]
+        caption = [partial(generate, m.model, images, m.tokenizer, **cfg.generation) for m in models]
+        timed: dict[str, Sequence[Callable[[], object]]] = {"image_seconds": embed, "caption_seconds": caption}
+        for what, acts in timed.items():
+            with torch.no_grad():
+                taken = time_in_turns(acts, device, rounds=run.warmup + run.iterations, progress=what.replace("_", " "))
+            for row, times in zip(rows, taken, strict=True):
+                row[what] = statistics.median(times[run.warmup :]) / len(images)
 
-    parameters = sum(p.numel() for p in models[0].model.parameters())
-    result = {
-        "machine": describe_machine(device),
-        "model": str(source.path),
-        "parameters": parameters,
-        "data": cfg.data,
-        "generation": cfg.generation,
-        "batch_size": len(images),
-        "rows": rows,
-    }
-    write_atomic(folder / "quantization.json", json.dumps(result, indent=2) + "\n")
-    print(headline(result))
-    print(aligned(table(rows)))
+        parameters = sum(p.numel() for p in models[0].model.parameters())
+        result = {
+            "machine": describe_machine(device),
+            "model": str(source.path),
+            "parameters": parameters,
+            "data": cfg.data,
+            "generation": cfg.generation,
+            "batch_size": len(images),
+            "rows": rows,
+        }
+        write_atomic(folder / "quantization.json", json.dumps(result, indent=2) + "\n")
+        print(headline(result))
+        print(aligned(table(rows)))
 
 
 def validate_config(cfg: config.Config) -> None:
@@ -197,7 +197,7 @@ def evaluate(
     it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device
 ) -> dict[str, float]:
     """Retrieval and caption metrics of a variant."""
-    seen = observe(
+    outputs = compute_outputs(
         it.model,
         pairs,
         it.tokenizer,
@@ -208,8 +208,8 @@ def evaluate(
         generation=generation,
         progress=True,
     )
-    assert seen is not None  # there is one process, rank 0
-    return {**recalls(seen), **captioning(seen, it.tokenizer)}
+    assert outputs is not None  # there is one process, rank 0
+    return {**recalls(outputs), **caption_scores(outputs, it.tokenizer)}
 
 
 def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:

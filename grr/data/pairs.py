@@ -275,11 +275,6 @@ def split_name(who: str, split: str) -> str:
     return SPLITS[split]
 
 
-def stable_hash(name: str) -> int:
-    """Returns a hash of a name, uniform in [0, 2**64) and the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
 def threshold(who: str, validation_fraction: float) -> int:
     """Returns the limit below which a name's hash is in the validation split, so that adding images moves none.
 

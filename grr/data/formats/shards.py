@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from grr.data.formats.tar import FOLDER, Damage, Member, read_members
 from grr.data.images import SUFFIXES, THUMBNAIL, Crop, load_image, thumbnail
-from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, split_name, stable_hash, threshold
+from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, split_name, threshold
 from grr.data.records import Records, file_name, record_captions
 from grr.files.atomic import replace_file
 from grr.files.regular import open_regular_file
+from grr.seeds import stable_hash
 
 logger = logging.getLogger(__name__)
 

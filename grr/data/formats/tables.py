@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from grr.data.formats.rows import SEPARATORS, find_columns, read_lines, read_objects, read_table
-from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, split_name, stable_hash, threshold
+from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, split_name, threshold
 from grr.data.records import file_name
+from grr.seeds import stable_hash
 
 FILES = (
     *("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt"),

@@ -163,7 +163,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
 
 def test_what_a_recipe_refuses_of_a_whole_config_is_refused():
     path = installed.find("evaluate/coco").path
-    with pytest.raises(ValueError, match=r"the task zero_shot needs the section labelled, and there is none"):
+    with pytest.raises(ValueError, match=r"the task zero_shot needs the section labelled, got none"):
         read_config(path, ["run.tasks=[zero_shot]"], installed.recipe_of(path))
 
 

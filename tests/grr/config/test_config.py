@@ -231,7 +231,7 @@ def test_two_configs_do_not_share_their_lists(tmp_path):
     assert load(tmp_path, GOOD).run["layers"] == [1, 2]
 
 
-def test_a_section_builds_what_it_names_with_what_code_adds(tmp_path):
+def test_a_section_builds_its_function_with_arguments_from_code(tmp_path):
     cfg = load(tmp_path, "model: {name: grr_coca_tiny}", model=MODELS)
     cfg.model |= {"vocab_size": 40}
     assert cfg.build("model").text_decoder.embedding.num_embeddings == 40

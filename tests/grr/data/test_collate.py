@@ -34,7 +34,7 @@ def test_right_pad_moves_padding_to_the_end_and_undo_right_pad_moves_it_back(b, 
 
 
 @given(captions=captions)
-def test_each_label_is_what_follows_in_the_caption(captions):
+def test_each_label_is_the_next_token_of_the_caption(captions):
     """Compare with plain Python: pairs (input, next id) of the row, without those whose input is PAD."""
     longest = max(map(len, captions))
     _, _, labels = collate_captions([layout(c) for c in captions])

@@ -43,7 +43,7 @@ def test_texts_in_one_block_are_the_texts(texts, rows):
     assert block.take(keep).digest() == Texts.of(kept).digest()
 
 
-def test_coco_gives_each_caption_with_its_image(shared_data):
+def test_coco_returns_each_caption_with_its_image(shared_data):
     root = shared_data / "coco_mini"
     pairs = coco(annotations=str(root / "annotations/captions_train2017.json"), images=str(root / "train2017"))
     content = json.loads((root / "annotations/captions_train2017.json").read_text())
@@ -57,7 +57,7 @@ def test_coco_gives_each_caption_with_its_image(shared_data):
 
 
 @pytest.mark.parametrize(("split", "images"), [("train", 3000), ("val", 500), ("test", 500)])
-def test_karpathy_gives_five_captions_an_image_in_each_split(shared_data, split, images):
+def test_karpathy_has_five_captions_an_image_in_each_split(shared_data, split, images):
     root = shared_data / "photos"
     pairs = karpathy(annotations=str(root / "dataset_photos.json"), images=str(root / "images"), split=split)
     assert len(pairs) == 5 * images
@@ -146,7 +146,7 @@ def test_rocov2_with_a_byte_order_mark_quotes_and_newlines(tmp_path):
     assert pairs.load(0, size=8, crop="squash").shape == (3, 8, 8)
 
 
-def test_real_shards_give_what_tarfile_gives(shared_data, tmp_path):
+def test_real_shards_have_the_members_that_tarfile_finds(shared_data, tmp_path):
     shutil.copy(shared_data / "formats/img2dataset_00000.tar", tmp_path / "00000.tar")
     pairs = webdataset(shards=str(tmp_path / "*.tar"))
     with tarfile.open(tmp_path / "00000.tar") as tar:

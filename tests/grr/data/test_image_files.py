@@ -42,7 +42,7 @@ def test_every_item_is_read_once_in_its_batch_or_reported(count, size, bad):
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration()], ids=repr)
-def test_what_is_not_an_exception_ends_the_reading_with_an_error(error):
+def test_an_error_that_is_not_an_exception_ends_the_reading(error):
     def read(i: int) -> torch.Tensor:
         raise error
 

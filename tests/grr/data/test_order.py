@@ -42,7 +42,7 @@ def test_an_epoch_has_as_many_batches_as_possible(sizes, batch_size):
 
 
 @given(sizes=sizes, batch_size=batch_sizes, epoch=st.integers(0, 9))
-def test_less_than_a_batch_is_left_out_unless_a_group_is_larger_than_the_number_of_batches(sizes, batch_size, epoch):
+def test_less_than_a_batch_is_left_out_unless_a_group_is_too_large(sizes, batch_size, epoch):
     assume(batch_size <= len(sizes) and max(sizes) <= sum(sizes) // batch_size)
     order = epoch_order(groups_of(sizes), seed=0, epoch=epoch, batch_size=batch_size)
     assert sum(sizes) - order.size == sum(sizes) % batch_size

@@ -102,7 +102,7 @@ def test_archives_that_were_joined_are_read_to_the_end(shard):
         (b"Q", "of an unknown type"),
     ],
 )
-def test_odd_members_have_a_fault_and_the_next_ones_are_read(shard, kind, fault):
+def test_members_of_other_types_have_a_fault_and_the_next_ones_are_read(shard, kind, fault):
     found = members_of(shard, header("odd.jpg", kind=kind) + GOOD)
     assert [(item.name, item.fault) for item in found] == [("odd.jpg", fault), ("good.jpg", ""), ("good.txt", "")]
 
@@ -126,7 +126,7 @@ def test_ten_thousand_long_headers_and_one_that_is_too_long_do_not_stop_the_read
     assert [item.fault for item in others] == [""]
 
 
-def test_sparse_files_are_odd_and_their_maps_are_passed_over(shard):
+def test_sparse_files_have_a_fault_and_their_maps_are_skipped(shard):
     block = bytearray(header("hole.jpg", 512, tarfile.GNUTYPE_SPARSE))
     block[482] = 1  # a map follows, which announces another
     block[148:156] = b" " * 8

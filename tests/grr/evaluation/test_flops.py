@@ -75,9 +75,7 @@ small = st.fixed_dictionaries(
     side=st.integers(1, 4),
     text_length=st.integers(1, 14),
 )
-def test_the_formula_is_torchs_count_whatever_the_switches(
-    arguments, num_heads, head_dim, patch_size, side, text_length
-):
+def test_the_formula_equals_torchs_count_for_any_options(arguments, num_heads, head_dim, patch_size, side, text_length):
     image_size = side * patch_size
     arguments |= {
         "dim": num_heads * head_dim,
@@ -93,14 +91,14 @@ def test_the_formula_is_torchs_count_whatever_the_switches(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_formula_is_torchs_count_at_every_named_size(name):
+def test_the_formula_equals_torchs_count_at_every_preset(name):
     builder = MODELS[name]
     towers, total = counted(built(builder), argument(builder, "image_size"), argument(builder, "context_length"))
     assert forward_flops(builder) == towers
     assert towers.total == total
 
 
-def test_training_is_three_forward_passes_but_for_the_gradient_of_the_pixels():
+def test_training_costs_three_forward_passes_less_the_gradient_of_pixels():
     image_size, patch_size = argument(grr_coca_tiny, "image_size"), argument(grr_coca_tiny, "patch_size")
     _, total = counted(built(grr_coca_tiny), image_size, 16, backward=True)
     pixels = 2 * image_size**2 * 3 * argument(grr_coca_tiny, "dim")
@@ -127,7 +125,7 @@ def test_an_argument_that_the_builder_does_not_take_is_named():
         forward_flops(grr_coca, dimm=64)
 
 
-def test_there_must_be_a_text():
+def test_a_text_length_of_0_is_refused():
     with pytest.raises(ValueError, match=r"text_length must be at least 1, got text_length=0"):
         forward_flops(grr_coca, text_length=0)
 

@@ -1,4 +1,4 @@
-"""A file or a folder is replaced whole: an error at any moment leaves the old or the new one."""
+"""Files and folders are replaced atomically: after an error at any moment, the old or the new version exists."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def test_an_error_before_the_rename_leaves_the_old_file(call, tmp_path, monkeypa
 
 
 def test_content_is_on_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
-    """Without the first, a power failure leaves an empty file under the name; without the second, the old one."""
+    """Without the first fsync, a power failure leaves an empty file; without the second, the old file."""
     calls: list[str] = []
     fsync, replace = os.fsync, Path.replace
     names = {tmp_path.stat().st_ino: "folder"}
