@@ -153,7 +153,8 @@ def main() -> int:
             state = {key: getattr(control, key) for key in ("decision", "regime", "best_loss", "best_step")}
             log.write("validation", step, **losses.numbers(), **metrics, **state)
             on_rank_0(partial(report, examples=examples))
-            bar.write(f"{summary(step, losses, metrics)}; {describe_decision(control)}")
+            if not bar.disable:
+                bar.write(f"{summary(step, losses, metrics)}; {describe_decision(control)}")
             if control.decision == "improved":  # on disk before a checkpoint names it
                 saver.save_best(step, control=control._asdict())
             if control.decision == "reset":

@@ -151,7 +151,8 @@ def main() -> int:
                         saver.save_best(step, **best)  # on disk before a checkpoint names it
                     log.write("validation", step, **losses.numbers(), **metrics, **best)
                     on_rank_0(partial(report, examples=examples))
-                    bar.write(summary(step, losses, metrics))
+                    if not bar.disable:
+                        bar.write(summary(step, losses, metrics))
             saver.poll(step, due=step == last)
         bar.close()
 
