@@ -1,9 +1,9 @@
-"""Start a recipe in several processes of this machine, as torchrun does, without its report of processes that failed.
+"""Run a recipe in several processes on this machine, as torchrun does, without its report of failed processes.
 
     python -m grr.cli.launch --nproc_per_node 2 recipes/pretrain.py --config ...
 
-The arguments are torchrun's, and the exit status is that of the process that failed first. What went wrong, the process
-itself has printed; only one that a signal killed could not, and is reported here.
+The arguments are torchrun's, and the exit status is that of the process that failed first. A process prints its own
+error; one that a signal ended cannot, so it is reported here.
 """
 
 import logging
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
-        hint = "; if the memory did not suffice, lower run.micro_batch_size" if failure.exitcode == -9 else ""
+        hint = "; if memory was exhausted, lower run.micro_batch_size" if failure.exitcode == -9 else ""
         print(f"grr run: process {rank} was ended by {failure.signal_name()}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as error:

