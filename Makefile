@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ANOTHER = name another: make $(MAKECMDGOALS) PYTHON=python3.12
 
-# Threads that wait do not spin: beside other programs on the same cores, training is many times as fast.
+# Threads sleep while they wait: training is many times as fast beside other programs on the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all
 
 demo: $(INSTALLED)
-	@echo "The page runs/openmoji/report.html grows while this trains, some six minutes on two cores"
+	@echo "Training takes about six minutes on two cores; runs/openmoji/report.html shows the progress"
 	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain/openmoji.yaml
 	@echo "Open $(CURDIR)/runs/openmoji/report.html"
 
@@ -23,7 +23,7 @@ test: $(INSTALLED)
 test-all: test
 	$(BIN)/pytest -m slow
 
-# Made last, so that an installation that broke off is repeated, as is one of other requirements.
+# Written last, so that an installation that failed is repeated, and one of changed requirements too.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(if $(shell command -v $(PYTHON)),,$(error there is no $(PYTHON); install Python 3.11 or newer, or $(ANOTHER)))
 	$(if $(shell $(PYTHON) -c 'import sys; print("new" * (sys.version_info >= (3, 11)))' 2>/dev/null),,$(error \

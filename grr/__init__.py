@@ -111,8 +111,8 @@ _SECTIONS = {
     },
     "Read data": {
         "Pairs": "grr.data.pairs",
-        "Tokenizer": "grr.tokenizers",
-        "train_tokenizer": "grr.tokenizers",
+        "Tokenizer": "grr.tokenizers.sentencepiece",
+        "train_tokenizer": "grr.tokenizers.sentencepiece",
         "load_image": "grr.data.images",
         "collate_captions": "grr.data.collate",
         "Batch": "grr.data.loader",

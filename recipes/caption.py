@@ -20,6 +20,7 @@ from grr.generation.generate import generate
 from grr.inference.caption import caption_files
 from grr.inference.pretrained import load_pretrained
 from grr.inference.results import read_results, summary
+from grr.parallel.process_group import default_device
 from grr.reports.gallery import write_captions
 
 PRINTED = 10  # captions
@@ -52,7 +53,7 @@ def main() -> int:
     output = Path(run.folder, "captions.jsonl")
 
     # model
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype = torch.bfloat16 if run.bf16 else torch.float32
     trained = load_pretrained(cfg.model["path"], device=device, dtype=dtype)
 

@@ -21,10 +21,10 @@ from grr.reports.comparison import as_text, write_comparison
 class Run:
     """Options of the recipe."""
 
-    models: list[str]  # "name: folders, one a seed", with wildcards; others are held against the first
+    models: list[str]  # "name: folders, one per seed", with wildcards; the first is the baseline
     folder: str = "runs/comparison"  # where comparison.md and comparison.html are written
-    published: DataSet | None = None  # show the paper's numbers for this data set beside ours
-    allow_differences: bool = False  # compare even runs of unequal conditions, and say in what they differ
+    published: DataSet | None = None  # show the paper's metrics for this data set as well
+    allow_differences: bool = False  # compare runs of unequal conditions, and list the differences
 
 
 SECTIONS: config.Sections = {"run": Run}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from grr import config
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.cli.program import run_main
 from grr.export.convert import convert_open_clip, read_open_clip
 from grr.inference.pretrained import describe
@@ -28,9 +28,9 @@ from grr.tokenizers import ClipTokenizer, installed_merges
 class Run:
     """Options of the recipe."""
 
-    checkpoint: str  # .pt, .bin or .safetensors, of open_clip's names
-    folder: str  # what becomes of it: weights, description, vocabulary
-    merges: str | None = None  # bpe_simple_vocab_16e6.txt.gz or merges.txt; null: that of the installed open_clip
+    checkpoint: str  # .pt, .bin or .safetensors, with open_clip's names
+    folder: str  # for weights, description and vocabulary
+    merges: str | None = None  # bpe_simple_vocab_16e6.txt.gz or merges.txt; null: from the installed open_clip
 
 
 SECTIONS: config.Sections = {"run": Run, "model": OPEN_CLIP_MODELS}
@@ -39,18 +39,18 @@ SECTIONS: config.Sections = {"run": Run, "model": OPEN_CLIP_MODELS}
 def main() -> None:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
-    refuse_missing(run)
+    check_files(run)
 
     # vocabulary
     merges = Path(run.merges) if run.merges else installed_merges()
     tokenizer = ClipTokenizer(merges, context_length=cfg.model["context_length"])
     if tokenizer.vocab_size != cfg.model["vocab_size"]:
         raise ValueError(
-            f"convert: {merges} gives {tokenizer.vocab_size} ids, model.vocab_size is "
-            f"{cfg.model['vocab_size']}; give the merges that the model was trained with"
+            f"convert: the vocabulary must have model.vocab_size={cfg.model['vocab_size']} ids, got "
+            f"{tokenizer.vocab_size} in {merges}; set run.merges to the merges of the training"
         )
 
-    # weights: the model is built without memory, and takes those that were read
+    # weights: the model is built on the meta device, and gets the converted tensors
     print(f"reading {run.checkpoint}", flush=True)
     with torch.device("meta"):
         model = cfg.build("model")
@@ -63,13 +63,13 @@ def main() -> None:
     print(f"{run.folder}: {cfg.model['name']}, {parameters:,} parameters")
 
 
-def refuse_missing(run: Run) -> None:
-    """Raises ValueError naming every file and package that is not there, before anything is read."""
+def check_files(run: Run) -> None:
+    """Raises ValueError that lists all missing files and packages, before any file is read."""
     faults = []
     if not Path(run.checkpoint).is_file():
         faults.append(
-            f"there is no file {run.checkpoint}; run.checkpoint is open_clip_pytorch_model.bin or "
-            "open_clip_model.safetensors of a CoCa of open_clip's"
+            f"the file {run.checkpoint} does not exist; run.checkpoint is open_clip_pytorch_model.bin or "
+            "open_clip_model.safetensors of a CoCa of open_clip"
         )
     if run.merges is None:
         try:
@@ -77,9 +77,9 @@ def refuse_missing(run: Run) -> None:
         except FileNotFoundError as error:
             faults.append(f"{error} as run.merges")
     elif not Path(run.merges).is_file():
-        faults.append(f"there is no file {run.merges}; run.merges is bpe_simple_vocab_16e6.txt.gz or merges.txt")
+        faults.append(f"the file {run.merges} does not exist; run.merges is bpe_simple_vocab_16e6.txt.gz or merges.txt")
     if importlib.util.find_spec("ftfy") is None:
-        faults.append('ftfy, which the tokenizer of the model needs, is not installed; pip install "grr-coca[clip]"')
+        faults.append('ftfy, which the tokenizer needs, is not installed; pip install "grr-coca[clip]"')
     if faults:
         raise ValueError("\n  ".join(["convert:", *faults]) if len(faults) > 1 else f"convert: {faults[0]}")
 

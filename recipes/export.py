@@ -4,8 +4,8 @@
     python runs/openmoji/export/run_onnx.py photo.jpg "a red fox" "a bowl of soup"
 
 Writes image, text and step as .onnx and .pt2 (`grr.export.onnx` documents inputs and outputs), config.json, the
-vocabulary, and run_onnx.py, which embeds images and texts and writes captions with numpy and onnxruntime alone. Every
-graph is run once, with other numbers of images and tokens than it was traced with, and compared with the model.
+vocabulary, and run_onnx.py, which embeds images and texts and generates captions with only numpy and onnxruntime. Each
+graph is run with other numbers of images and tokens than it was traced with, and compared with the model.
 """
 
 import io
@@ -21,25 +21,26 @@ import torch
 from grr import config
 from grr.cli.program import run_main
 from grr.export.onnx import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
+from grr.files.atomic import write_atomic
 from grr.inference.pretrained import find_pretrained, load_pretrained
 from grr.reports.table import aligned
 
 Format = Literal["onnx", "pt2"]
-ALLOWED = 1e-3  # between a graph and the model: rounding, of logits that may be in the tens
+ALLOWED = 1e-3  # difference of a graph from the model by rounding, of logits of magnitude 10
 
 
 @dataclass
 class Run:
     """Options of the recipe."""
 
-    folder: str  # what becomes of it
+    folder: str  # for the graphs
     formats: list[Format] = field(default_factory=lambda: ["onnx", "pt2"])
-    pixels: Literal["uint8", "float32"] = "uint8"  # what image reads: bytes, or numbers that were normalised before
+    pixels: Literal["uint8", "float32"] = "uint8"  # input of the image graph: bytes, or normalised floats
 
 
 @dataclass
 class Model:
-    """The model to export."""
+    """Trained model."""
 
     path: str  # a run's folder, its model/, or one of its checkpoints/step_N
 
@@ -54,7 +55,7 @@ def main() -> None:
     model, tokenizer, image_size, _ = load_pretrained(source.path)
     parts = graphs(model, image_size, tokenizer.context_length, pixels=run.pixels)
 
-    # graphs: traced, written, and run again from their files
+    # graphs: trace, write, then run from the files
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = [["file", "MB", "largest difference"]]
@@ -69,18 +70,20 @@ def main() -> None:
                 save_onnx(graph, program, file)
                 outputs = onnx_outputs(file, inputs)
             else:
-                content = io.BytesIO()  # into a file torch aborts the process where the disk is full
+                content = io.BytesIO()  # torch aborts the process if it writes to a full disk itself
                 torch.export.save(program, content)
                 file.write_bytes(content.getbuffer())
                 outputs = torch.export.load(file).module()(*inputs.values())
             difference = largest_difference(graph, inputs, outputs)
             if not difference < ALLOWED:
-                raise ValueError(f"export: {file} differs from the model by {difference:.2g}, more than rounding does")
-            size = sum(path.stat().st_size for path in folder.glob(f"{file.name}*"))  # with weights beside it
+                raise ValueError(
+                    f"export: {file} must equal the model within {ALLOWED}, got a difference of {difference:.2g}"
+                )
+            size = sum(path.stat().st_size for path in folder.glob(f"{file.name}*"))  # includes a file of weights
             table.append([file.name, f"{size / 1e6:.2f}", f"{difference:.1e}"])
 
-    # what the graphs need
-    (folder / "config.json").write_text(json.dumps(description(source, tokenizer, run.pixels), indent=2) + "\n")
+    # description and vocabulary
+    write_atomic(folder / "config.json", json.dumps(description(source, tokenizer, run.pixels), indent=2) + "\n")
     shutil.copyfile(source.tokenizer, folder / "tokenizer.model")
     if "onnx" in run.formats:
         shutil.copyfile(EXAMPLE, folder / EXAMPLE.name)

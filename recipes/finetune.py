@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from grr import config
 from grr.checkpoint.identity import run_identity
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.run_lock import RunLock
 from grr.checkpoint.saver import Saver
-from grr.checkpoint.training_state import RunLock, load_checkpoint, load_checkpoint_weights, save_model
+from grr.checkpoint.training_state import load_checkpoint, load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
@@ -151,7 +153,8 @@ def main() -> int:
             state = {key: getattr(control, key) for key in ("decision", "regime", "best_loss", "best_step")}
             log.write("validation", step, **losses.numbers(), **metrics, **state)
             on_rank_0(partial(report, examples=examples))
-            bar.write(f"{summary(step, losses, metrics)}; {describe_decision(control)}")
+            if not bar.disable:
+                bar.write(f"{summary(step, losses, metrics)}; {describe_decision(control)}")
             if control.decision == "improved":  # on disk before a checkpoint names it
                 saver.save_best(step, control=control._asdict())
             if control.decision == "reset":

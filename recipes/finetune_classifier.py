@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from grr import config
 from grr.checkpoint.identity import run_identity
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.run_lock import RunLock
 from grr.checkpoint.saver import Saver
-from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
+from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import (
     LABELLED,
@@ -185,10 +187,11 @@ def main() -> int:
                     beside = {"text_only_accuracy": text_only, "best_accuracy": best["best"]}
                     log.write("validation", step, **scores._asdict(), **beside, best_step=best["best_step"])
                     on_rank_0(partial(write_report, folder, title=f"{builder} on {cfg.data['name']}", examples=shown))
-                    bar.write(
-                        f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                        f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}"
-                    )
+                    if not bar.disable:
+                        bar.write(
+                            f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
+                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}"
+                        )
             saver.poll(step, due=step % validate_every == 0 or step == last)
         bar.close()
 

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from grr import config
 from grr.checkpoint.identity import run_identity
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.run_lock import RunLock
 from grr.checkpoint.saver import Saver
-from grr.checkpoint.training_state import RunLock, load_checkpoint_weights, save_model
+from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
@@ -149,7 +151,8 @@ def main() -> int:
                         saver.save_best(step, **best)  # on disk before a checkpoint names it
                     log.write("validation", step, **losses.numbers(), **metrics, **best)
                     on_rank_0(partial(report, examples=examples))
-                    bar.write(summary(step, losses, metrics))
+                    if not bar.disable:
+                        bar.write(summary(step, losses, metrics))
             saver.poll(step, due=step == last)
         bar.close()
 

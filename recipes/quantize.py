@@ -3,19 +3,17 @@
     python recipes/quantize.py --config recipes/configs/quantize/openmoji.yaml
     python recipes/quantize.py --config recipes/configs/quantize/paper_size.yaml tokenizer.path=spiece.model
 
-Every variant is a folder that opens as every model does, `load_pretrained("runs/openmoji/quantized/int8_dynamic")`, and
-is measured as it opens there: bytes on disk, seconds an image embedded and a caption written, retrieval and captions on
-data it never saw. Variants take turns while time is taken, so that what slows the machine slows all of them; compare
-rows of one run. All numbers are in quantization.json. For size and speed alone no trained model is needed: model.name
-is then that of a builder, and run.images 0. All variants are in memory while time is taken.
+Every variant is a folder that opens like any model, `load_pretrained("runs/openmoji/quantized/int8_dynamic")`, and is
+measured as it opens there: bytes on disk, seconds per embedded image and per caption, retrieval and captions on data
+that it was not trained on. The variants are timed in turns, so that a slow minute slows all of them; compare rows of
+one run. quantization.json holds all numbers. Size and speed alone need no trained model: set model.name to a builder
+and run.images to 0. All variants are in memory while they are timed.
 """
 
 import contextlib
 import json
 import logging
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,16 +23,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint.training_state import save_model, save_model_state
+from grr.checkpoint.model_folder import save_model, save_model_state
 from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs
 from grr.data.images import BadImage
 from grr.evaluation.captions import treebank
-from grr.evaluation.evaluate import captioning, recalls
-from grr.evaluation.outputs import observe
+from grr.evaluation.evaluate import caption_scores, recalls
+from grr.evaluation.outputs import compute_outputs
+from grr.evaluation.timing import describe_machine, processor, time_in_turns
+from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import (
@@ -48,7 +47,7 @@ from grr.inference.quantization import check_scheme, quantize, quantized_state
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa
 from grr.parallel.initialize import initialize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.reports.table import aligned
 from grr.tokenizers import open_tokenizer
 
@@ -65,11 +64,11 @@ class Run:
 
     folder: str  # a folder for each variant, and quantization.json
     variants: list[Variant] = field(default_factory=lambda: list(DEFAULT))  # ratios are to the first
-    bf16: bool = False  # what a quantised variant does not quantise is kept, and all is computed, in bfloat16
-    images: int | None = 500  # that quality is judged by, the first so many; null: all, 0: only size and speed
-    batch_size: int = 32  # images embedded, and captioned, at a time when time is taken
+    bf16: bool = False  # quantised variants keep the rest, and compute, in bfloat16
+    images: int | None = 500  # images that quality is measured on, the first of the data; null: all, 0: size and speed
+    batch_size: int = 32  # images at a time in the timed calls
     warmup: int = 2
-    iterations: int = 7  # of which the median counts
+    iterations: int = 7  # timed calls, of which the median is reported
 
 
 def pretrained(*, path: str) -> CoCa:
@@ -91,46 +90,48 @@ def main() -> None:
     validate_config(cfg)
     run, folder = cfg.get(Run), Path(cfg.run["folder"])
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
-    device = start()
-    check(run, source, device)
-    pairs = cfg.build("data")
-    source = source or untrained(cfg, pairs, folder / "untrained")
+    with process_group() as device:
+        check_variants(run, source, device)
+        pairs = cfg.build("data")
+        source = source or untrained(cfg, pairs, folder / "untrained")
 
-    # size and quality: each variant is written, opened again and judged
-    rows: list[dict[str, Any]] = []
-    for variant in run.variants:
-        logging.info(f"{variant}: writing, opening and judging it")
-        write(source, variant, dtype_of(variant, run), folder / variant, device)
-        size = (folder / variant / "model.safetensors").stat().st_size
-        dtype = str(dtype_of(variant, run)).removeprefix("torch.")
-        rows.append({"variant": variant, "dtype": dtype, "bytes": size})
-        logging.info(f"{folder / variant}: {size / 1e6:,.0f} MB")
-        if run.images != 0:
-            rows[-1] |= judge(opened(variant, run, device), pairs, run, cfg.generation, device)
+        # size and quality: each variant is written, opened again and evaluated
+        rows: list[dict[str, Any]] = []
+        for variant in run.variants:
+            logging.info(f"{variant}: writing, opening and evaluating it")
+            write(source, variant, dtype_of(variant, run), folder / variant, device)
+            size = (folder / variant / "model.safetensors").stat().st_size
+            dtype = str(dtype_of(variant, run)).removeprefix("torch.")
+            rows.append({"variant": variant, "dtype": dtype, "bytes": size})
+            logging.info(f"{folder / variant}: {size / 1e6:,.0f} MB")
+            if run.images != 0:
+                rows[-1] |= evaluate(open_variant(variant, run, device), pairs, run, cfg.generation, device)
 
-    # time
-    models = [opened(variant, run, device) for variant in run.variants]
-    images = some_images(models[0], pairs, run.batch_size).to(device)  # [b, 3, h, w]
-    embed = [partial(m.model.encode_image, images) for m in models]
-    caption = [partial(generate, m.model, images, m.tokenizer, **cfg.generation) for m in models]
-    timed: dict[str, Sequence[Callable[[], object]]] = {"image_seconds": embed, "caption_seconds": caption}
-    for what, acts in timed.items():
-        for row, taken in zip(rows, seconds(what, acts, run, device), strict=True):
-            row[what] = taken / len(images)
+        # time
+        models = [open_variant(variant, run, device) for variant in run.variants]
+        images = some_images(models[0], pairs, run.batch_size).to(device)  # [b, 3, h, w]
+        embed = [partial(m.model.encode_image, images) for m in models]
+        caption = [partial(generate, m.model, images, m.tokenizer, **cfg.generation) for m in models]
+        timed: dict[str, Sequence[Callable[[], object]]] = {"image_seconds": embed, "caption_seconds": caption}
+        for what, acts in timed.items():
+            with torch.no_grad():
+                taken = time_in_turns(acts, device, rounds=run.warmup + run.iterations, progress=what.replace("_", " "))
+            for row, times in zip(rows, taken, strict=True):
+                row[what] = statistics.median(times[run.warmup :]) / len(images)
 
-    parameters = sum(p.numel() for p in models[0].model.parameters())
-    result = {
-        "machine": machine(device),
-        "model": str(source.path),
-        "parameters": parameters,
-        "data": cfg.data,
-        "generation": cfg.generation,
-        "batch_size": len(images),
-        "rows": rows,
-    }
-    (folder / "quantization.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(headline(result))
-    print(aligned(table(rows)))
+        parameters = sum(p.numel() for p in models[0].model.parameters())
+        result = {
+            "machine": describe_machine(device),
+            "model": str(source.path),
+            "parameters": parameters,
+            "data": cfg.data,
+            "generation": cfg.generation,
+            "batch_size": len(images),
+            "rows": rows,
+        }
+        write_atomic(folder / "quantization.json", json.dumps(result, indent=2) + "\n")
+        print(headline(result))
+        print(aligned(table(rows)))
 
 
 def validate_config(cfg: config.Config) -> None:
@@ -145,10 +146,12 @@ def validate_config(cfg: config.Config) -> None:
     treebank()
 
 
-def check(run: Run, source: Pretrained | None, device: torch.device) -> None:
-    """Say at once what would fail later."""
+def check_variants(run: Run, source: Pretrained | None, device: torch.device) -> None:
+    """Raises ValueError if a variant cannot be made of the model on this device."""
     if dist.get_world_size() > 1:
-        raise ValueError(f"quantize: one process does it, got {dist.get_world_size()}; start it without torchrun")
+        raise ValueError(
+            f"quantize: one process quantizes a model, got {dist.get_world_size()}; start it without torchrun"
+        )
     if source is not None and source.quantization is not None:
         raise ValueError(
             f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it was made from"
@@ -159,20 +162,20 @@ def check(run: Run, source: Pretrained | None, device: torch.device) -> None:
 
 
 def dtype_of(variant: Variant, run: Run) -> torch.dtype:
-    """What a variant computes in, and stores what it does not quantise in."""
+    """The dtype in which a variant computes, and stores what it does not quantize."""
     return PLAIN.get(variant, torch.bfloat16 if run.bf16 else torch.float32)
 
 
 def untrained(cfg: config.Config, pairs: Pairs, folder: Path) -> Pretrained:
-    """A model with random weights, of which size and speed can be told, in a folder as every model."""
+    """A model with random weights in a folder, for size and speed alone."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = open_tokenizer(pairs.captions, folder / "tokenizer", **cfg.tokenizer)
     cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
     with torch.device("meta"):
         model = cfg.build("model")
     initialize(model, torch.device("cpu"), seed=0)
-    arguments = {key: value for key, value in cfg.model.items() if key != "name"}
-    save_model(folder / "model", model, describe(cfg.model["name"], arguments, "squash"), folder / "tokenizer")
+    description = describe(cfg.model["name"], cfg.arguments("model"), "squash")
+    save_model(folder / "model", model, description, folder / "tokenizer")
     return find_pretrained(folder)
 
 
@@ -186,13 +189,15 @@ def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path
     save_model_state(folder, quantized_state(model), description, source.tokenizer)
 
 
-def opened(variant: Variant, run: Run, device: torch.device) -> Captioner:
+def open_variant(variant: Variant, run: Run, device: torch.device) -> Captioner:
     return load_pretrained(Path(run.folder) / variant, device=device, dtype=dtype_of(variant, run))
 
 
-def judge(it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """What a variant finds and says of images."""
-    seen = observe(
+def evaluate(
+    it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], device: torch.device
+) -> dict[str, float]:
+    """Retrieval and caption metrics of a variant."""
+    outputs = compute_outputs(
         it.model,
         pairs,
         it.tokenizer,
@@ -203,12 +208,12 @@ def judge(it: Captioner, pairs: Pairs, run: Run, generation: dict[str, Any], dev
         generation=generation,
         progress=True,
     )
-    assert seen is not None  # there is one process, rank 0
-    return {**recalls(seen), **captioning(seen, it.tokenizer)}
+    assert outputs is not None  # there is one process, rank 0
+    return {**recalls(outputs), **caption_scores(outputs, it.tokenizer)}
 
 
 def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:
-    """The first `count` of the data that can be read: uint8 [b, 3, h, w]."""
+    """The first `count` readable images: uint8 [b, 3, h, w]."""
     pixels: list[Tensor] = []
     for i in range(len(pairs)):
         if len(pixels) == count:
@@ -218,58 +223,31 @@ def some_images(it: Captioner, pairs: Pairs, count: int) -> Tensor:
     return torch.stack(pixels)
 
 
-@torch.no_grad()
-def seconds(what: str, acts: Sequence[Callable[[], object]], run: Run, device: torch.device) -> list[float]:
-    """Seconds of one call of each, the median of run.iterations, in each of which all of them take their turn."""
-    taken: list[list[float]] = [[] for _ in acts]
-    for _ in tqdm(range(run.warmup + run.iterations), desc=what.replace("_", " "), unit="round"):
-        for act, times in zip(acts, taken, strict=True):
-            synchronize(device)
-            before = time.perf_counter()
-            act()
-            synchronize(device)
-            times.append(time.perf_counter() - before)
-    return [statistics.median(times[run.warmup :]) for times in taken]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-    return {
-        "device": name,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def headline(result: dict[str, Any]) -> str:
     m = result["machine"]
-    judged = (
-        f", judged by {result['rows'][0]['num_eval_images']} images" if "num_eval_images" in result["rows"][0] else ""
+    evaluated = (
+        f", evaluated on {result['rows'][0]['num_eval_images']} images"
+        if "num_eval_images" in result["rows"][0]
+        else ""
     )
     return (
-        f"{result['model']}, {result['parameters']:,} parameters{judged}; timed with {result['batch_size']} images "
-        f"at a time on {m['device']}, {m['capability']}, {m['threads']} threads, torch {m['torch']}\n"
+        f"{result['model']}, {result['parameters']:,} parameters{evaluated}; timed with {result['batch_size']} images "
+        f"at a time on {processor(m)}, {m['threads']} threads, torch {m['torch']}\n"
     )
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for each variant; what it takes also as a share of what the first variant takes."""
-    judged = "cider" in rows[0]
+    """A line for each variant; size and times also as fractions of those of the first variant."""
+    evaluated = "cider" in rows[0]
     header = ["variant", "dtype", "MB", "of first", "ms/image", "of first", "ms/caption", "of first"]
-    lines = [header + ["image->text R@1", "text->image R@1", "CIDEr-D", "exact"] * judged]
+    lines = [header + ["image->text R@1", "text->image R@1", "CIDEr-D", "exact"] * evaluated]
     for row in rows:
         cost = {"bytes": 1e6, "image_seconds": 1e-3, "caption_seconds": 1e-3}
         shown = [
             word for key, unit in cost.items() for word in (f"{row[key] / unit:.2f}", f"{row[key] / rows[0][key]:.2f}")
         ]
-        quality = [f"{row[key]:.1%}" for key in ("image_to_text_r1", "text_to_image_r1") if judged]
-        quality += [f"{row['cider']:.3f}", f"{row['exact']:.1%}"] if judged else []
+        quality = [f"{row[key]:.1%}" for key in ("image_to_text_r1", "text_to_image_r1") if evaluated]
+        quality += [f"{row['cider']:.3f}", f"{row['exact']:.1%}"] if evaluated else []
         lines.append([row["variant"], row["dtype"], *shown, *quality])
     return lines
 

@@ -26,19 +26,19 @@ from grr.cli.program import run_main
 from grr.experiments.catalog import recipe_place
 from grr.experiments.sweep import Job, plan
 
-LOG = "log.txt"  # in a run's folder: what it said
-TOLD = 15  # lines of a failed run's log
+LOG = "log.txt"  # in the folder of a run: its output
+LAST_LINES = 15  # of the log of a failed run, to print
 
 
 @dataclass
 class Run:
     """Options of the recipe; see grr.experiments.sweep.plan."""
 
-    folder: str  # everything the runs write
+    folder: str  # of all runs
     stages: list[str]  # "name: RECIPE/CONFIG arguments" as for grr run, in order; {name} is an earlier stage's folder
     variants: list[str]  # "name: key=value ...", overrides of the first stage
     seeds: list[int] = field(default_factory=lambda: [0])
-    jobs: int = 1  # runs at a time; where more than one, each sees one GPU, dealt out in turn
+    jobs: int = 1  # concurrent runs; if more than one, each gets one GPU in turn
     overrides: list[str] = field(default_factory=list)  # "stage: key=value ...", for all runs of a stage
 
 
@@ -49,17 +49,17 @@ def main() -> None:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
     if run.jobs < 1:
-        raise ValueError(f"sweep: jobs must be at least 1, got {run.jobs}")
+        raise ValueError(f"sweep: run.jobs must be at least 1, got {run.jobs}")
     jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
-    refuse_unknown_recipes(jobs)
+    check_recipes(jobs)
     waiting = [job for job in jobs if not is_finished(job)]
-    warn_of_other_commands([job for job in jobs if is_finished(job)])
+    warn_of_changed_commands([job for job in jobs if is_finished(job)])
 
     # the grid: as many runs at a time as wanted, each as soon as the one before it is finished
     gpus = visible_gpus() if run.jobs > 1 else []
-    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by place, one of run.jobs
-    failed: dict[str, str] = {}  # name of a run -> what became of it
-    signals, passed_on = signals_from_now_on(), 0
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by index, below run.jobs
+    failed: dict[str, str] = {}  # name of a run -> cause
+    signals, passed_on = collect_signals(), 0
     bar, shown = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0), ""
     while running or (waiting and not signals):
         for place, (job, process) in list(running.items()):
@@ -99,8 +99,8 @@ def main() -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def refuse_unknown_recipes(jobs: Iterable[Job]) -> None:
-    """Recipes and configs are looked for before the first run starts, and named."""
+def check_recipes(jobs: Iterable[Job]) -> None:
+    """Check that all recipes and configs exist, and print the recipes, before the first run starts."""
     faults: dict[str, None] = {}
     recipes: dict[str, None] = {}
     for job in jobs:
@@ -114,8 +114,8 @@ def refuse_unknown_recipes(jobs: Iterable[Job]) -> None:
     print(f"recipes: {', '.join(recipes)}", file=sys.stderr)
 
 
-def warn_of_other_commands(finished: Iterable[Job]) -> None:
-    """What is finished is not run again; say where it was another command, a quick trial perhaps."""
+def warn_of_changed_commands(finished: Iterable[Job]) -> None:
+    """Warn of finished runs whose command has changed, because they are not run again."""
     for job in finished:
         manifest = job.folder / "manifest.json"
         if not manifest.is_file():
@@ -125,8 +125,8 @@ def warn_of_other_commands(finished: Iterable[Job]) -> None:
         now = set(command[recipe_place(command) :])
         if then != now:
             print(
-                f"{job.name} is finished, but was another command: {shlex.join(sorted(then - now)) or 'nothing'} "
-                f"there, {shlex.join(sorted(now - then)) or 'nothing'} here; remove {job.folder} to run it again",
+                f"{job.name} is finished with another command: {shlex.join(sorted(then - now)) or 'nothing'} "
+                f"then, {shlex.join(sorted(now - then)) or 'nothing'} now; remove {job.folder} to run it again",
                 file=sys.stderr,
             )
 
@@ -142,13 +142,13 @@ def is_ready(job: Job) -> bool:
 def visible_gpus() -> list[str]:
     if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return given.split(",")
-    import torch  # not above: it takes seconds, which only grids of several jobs need to wait
+    import torch  # imported here because it takes seconds, and only concurrent runs need it
 
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
-    """Start a run in a session of its own, so that Ctrl-C reaches it only through us; it writes on to its log."""
+    """Start a run in a new session, so that Ctrl-C reaches it only through this process; append to its log."""
     words = [sys.executable, *job.command()]
     environment = {**os.environ, "TQDM_MININTERVAL": "10", "PYTHONUNBUFFERED": "1"}
     if gpu is not None:
@@ -167,8 +167,8 @@ def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
         )
 
 
-def signals_from_now_on() -> list[int]:
-    """A list that every SIGINT and SIGTERM will be added to, instead of ending the program."""
+def collect_signals() -> list[int]:
+    """Returns a list to which SIGINT and SIGTERM are added instead of ending the program."""
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -176,18 +176,19 @@ def signals_from_now_on() -> list[int]:
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], *, at_once: bool) -> None:
-    """Ask runs to save and leave, or kill them with all processes that they started."""
+    """Ask runs to save and exit, or kill them with all processes that they started."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL) if at_once else process.terminate()
 
 
 def last_lines(job: Job) -> list[str]:
-    """The end of a run's log; a bar that was drawn many times in one line counts as its last state."""
+    """Returns the last lines of the log of a run; of a progress bar, only its last state."""
     file = job.folder / LOG
-    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""  # read_text would make \r a new line
+    # not read_text, which converts \r to a new line
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
     lines = [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]
-    return [line for line in lines if line.strip()][-TOLD:]
+    return [line for line in lines if line.strip()][-LAST_LINES:]
 
 
 if __name__ == "__main__":

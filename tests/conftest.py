@@ -9,7 +9,7 @@ import torch
 from hypothesis import is_hypothesis_test, settings
 from PIL import ImageColor
 
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.data.collate import collate_captions
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny

@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grr.checkpoint.identity import check_identity
-from grr.checkpoint.training_state import (
-    StopSignal,
+from grr.checkpoint.step_folders import (
     adopt_checkpoint,
     check_checkpoint,
     latest_checkpoint,
-    load_checkpoint,
-    read_progress,
     remove_checkpoints_after,
     remove_leftovers,
-    save_checkpoint,
 )
+from grr.checkpoint.stop_signal import StopSignal
+from grr.checkpoint.training_state import load_checkpoint, read_progress, save_checkpoint
 from grr.parallel.process_group import all_max
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from grr import __version__
 from grr.cli import models, recipes, sizes, tokenizer
+from grr.cli.imports import import_modules
 from grr.cli.parser import Act, Parser
 from grr.cli.program import attempt
 
@@ -45,13 +46,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: threads that wait do not spin
     options = build_parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     act: Act = options.command
-    return attempt(lambda: act(options), options.prog)
+
+    def run() -> int:
+        import_modules(options.modules)
+        return act(options)
+
+    return attempt(run, options.prog)
 
 
 def build_parser() -> Parser:
     """Returns the parser of all commands."""
     parser = Parser(prog="grr", description=HELP)
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module first, so that builders and data formats which it adds are known by name: the path of a "
+        "file or the name of a module; may be repeated",
+    )
     parser.add_commands(COMMANDS)
     return parser
 

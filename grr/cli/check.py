@@ -1,4 +1,4 @@
-"""A config before hours are spent on it: what its recipe would refuse, and a look at the data it names."""
+"""Check a config before a run: what its recipe would refuse, and the data that it names."""
 
 import dataclasses
 import importlib.util
@@ -7,7 +7,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from grr import config
 from grr.data import Labelled, Pairs, check_classes, steps_per_epoch, training_steps, validation_steps
+from grr.data.images import Crop
 from grr.data.inspect import (
     MAX_CAPTIONS,
     Data,
@@ -34,7 +35,7 @@ from grr.data.inspect import (
 )
 from grr.data.order import check_negatives
 from grr.data.pairs import ImageFiles
-from grr.experiments import catalog as installed
+from grr.experiments import catalog
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
 from grr.seeds import derive_seed
@@ -44,15 +45,15 @@ from grr.training.optim import freeze
 from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
-HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those they may share no image with
-SIZE = 224  # of images, where neither a config nor a model says it
+HELD_OUT = {"validation": "data", "labelled": "labelled_train"}  # sections, and those that may share no image with them
+SIZE = 224  # of images, if neither the config nor a model sets it
 
 
 def read_config(file: Path, overrides: Sequence[str], recipe: Path) -> tuple[config.Config, config.Sections]:
-    """A config as its recipe reads it, and the functions of its sections.
+    """Returns a config as its recipe reads it, and the functions of its sections.
 
-    Raises ConfigError with all mistakes, and what the recipe's function `validate_config`, if it has one, raises.
-    ValueError if the recipe has no SECTIONS.
+    Raises ConfigError with all mistakes, ValueError if the recipe has no SECTIONS, and what the recipe's function
+    `validate_config` raises, if it has one.
     """
     sections, validate_config = recipe_sections(recipe)
     cfg = config.load(sections, ["--config", str(file), *overrides])
@@ -77,10 +78,10 @@ def recipe_sections(recipe: Path) -> tuple[config.Sections, Callable[[config.Con
 def check(
     cfg: config.Config, sections: config.Sections, *, every: bool = False, processes: int = 1
 ) -> Iterator[Finding]:
-    """Open all that a config names, and look at a sample of its images and captions, or at `every` one.
+    """Open all that a config names, and read a sample of its images and captions, or with `every` all of them.
 
-    processes: of the run, over all machines, which its batches must fit. Nothing is written but the index of tar
-    shards. What cannot be opened is a finding, too. Raises ValueError if there is no process.
+    processes: of the run, on all machines; batches must be divisible among them. Only the index of tar shards is
+    written. What cannot be opened is a finding. Raises ValueError if processes is below 1.
     """
     if processes < 1:
         raise ValueError(f"check: a run has at least one process, got {processes=}")
@@ -89,48 +90,65 @@ def check(
             try:
                 cfg.build(section)
             except ValueError as error:
-                yield _refused(section, error)
+                yield _mistake(section, error)
     if {"stages", "variants", "seeds", "overrides"} <= _section(cfg, "run").keys():
-        yield from _runs(cfg.run)
+        yield from _check_sweep(cfg.run)
 
     # data
     opened: dict[str, Data] = {}
     for section in sections:
-        if _gives(Pairs, cfg, sections[section], section):
+        if _returns(Pairs, cfg, sections[section], section):
             try:
                 opened[section] = Data(section, cfg.build(section))
             except (ValueError, OSError, ImportError) as error:
-                yield _refused(section, error)
+                yield _mistake(section, error)
 
     # model and tokenizer
-    source, tokenizer, wide = None, None, None
+    source, tokenizer, long = None, None, None
     try:
         source = _pretrained(cfg)
     except (ValueError, OSError) as error:
-        yield _refused("model", error)
+        yield _mistake("model", error)
     try:
-        tokenizer, wide = _tokenizers(cfg, sections, source, opened.get("data"))
+        tokenizer, long = _tokenizers(cfg, sections, source, opened.get("data"))
     except (ValueError, OSError, ImportError) as error:
-        yield _refused("tokenizer", error)
+        yield _mistake("tokenizer", error)
     if tokenizer is not None:
         yield Finding("tokenizer", f"{tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens at a time")
     if source is not None:
         yield Finding("model", f"{source.builder} from {source.path}")
     elif "path" not in _section(cfg, "model") and "model" in sections:
-        yield from _new_model(cfg, sections["model"], tokenizer)
+        yield from _check_new_model(cfg, sections["model"], tokenizer)
 
-    # images and captions
+    # images and captions, then the steps of training
     size = source.arguments["image_size"] if source else _section(cfg, "model").get("image_size", SIZE)
     crop = _section(cfg, "loader").get("crop", source.crop if source else "squash")
+    yield from _check_data(cfg, sections, opened, tokenizer, long, size=size, crop=crop, every=every)
+    if "data" in opened and tokenizer is not None:
+        yield from _check_steps(cfg, sections, opened, tokenizer, source, size, processes)
+
+
+def _check_data(
+    cfg: config.Config,
+    sections: config.Sections,
+    opened: Mapping[str, Data],
+    tokenizer: Tokenizer | None,
+    long: Tokenizer | None,
+    *,
+    size: int,
+    crop: Crop,
+    every: bool,
+) -> Iterator[Finding]:
+    """Check the records, images and captions of each section, and what training and held-out data share."""
     pixels: dict[str, set[bytes]] = {}
     for section, data in opened.items():
         arguments = _section(cfg, section)
         yield Finding(section, ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None))
         findings = [*check_records(data, every=every), *check_counts(data), *check_captions(data)]
-        if tokenizer is not None and wide is not None:
-            findings += check_tokens(data, wide, tokenizer.context_length, every=every)
-        pixels[section], seen = check_images(data, size=size, crop=crop, every=every)
-        findings += seen
+        if tokenizer is not None and long is not None:
+            findings += check_tokens(data, long, tokenizer.context_length, every=every)
+        pixels[section], of_images = check_images(data, size=size, crop=crop, every=every)
+        findings += of_images
         if isinstance(data.source, ImageFiles):
             findings += check_unused_images(data.source, _splits(sections[section], arguments, data.source))
         yield from (finding._replace(what=f"  {finding.what}") for finding in findings)
@@ -138,24 +156,20 @@ def check(
         if held_out in opened and train in opened:
             equal = len(pixels[held_out] & pixels[train])
             yield from check_overlap(opened[held_out], opened[train], equal, every=every)
-            yield from _other_classes(opened[train].pairs, opened[held_out].pairs, held_out)
-    if "data" in opened and tokenizer is not None:
-        yield from _steps(cfg, sections, opened, tokenizer, source, size, processes)
+            yield from _check_equal_classes(opened[train].pairs, opened[held_out].pairs, held_out)
 
 
 @cache
 def _module(file: Path) -> ModuleType:
-    """A recipe's file as a module, wherever it lies, with what it imports from beside it, as if it were started; what
-    it does then is not done.
-    """
+    """Returns a recipe's file as a module, in any folder. It may import files beside it; its main is not called."""
     if not file.is_file():
         raise FileNotFoundError(f"check: there is no recipe {file}")
-    name = f"grr_recipe_{file.stem}_{derive_seed(str(file.resolve()))}"  # recipes of one name lie in many folders
+    name = f"grr_recipe_{file.stem}_{derive_seed(str(file.resolve()))}"  # recipes in several folders may have one name
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their types up there
+    sys.modules[name] = module  # dataclasses resolve their types in it
     sys.path.insert(0, str(file.absolute().parent))
     try:
         spec.loader.exec_module(module)
@@ -168,24 +182,24 @@ def _accept(cfg: config.Config) -> None: ...
 
 
 def _section(cfg: config.Config, section: str) -> dict[str, Any]:
-    """The arguments of a section, none if the recipe has no such section."""
+    """Returns the arguments of a section; none if the recipe has no such section."""
     return vars(cfg).get(section, {})
 
 
-def _refused(what: str, error: Exception) -> Finding:
+def _mistake(what: str, error: Exception) -> Finding:
     return Finding(what, " ".join(str(error).split()), wrong=True)
 
 
-def _gives(kind: type, cfg: config.Config, function: config.Section, section: str) -> bool:
-    """Whether the function that a section chose says that it gives such a thing."""
+def _returns(kind: type, cfg: config.Config, function: config.Section, section: str) -> bool:
+    """Returns whether the function that a section chose is annotated as returning such a thing."""
     if isinstance(function, Mapping):
         function = function[_section(cfg, section)["name"]]
-    gives = None if inspect.isclass(function) else inspect.signature(function, eval_str=True).return_annotation
-    return inspect.isclass(gives) and issubclass(gives, kind)
+    result = None if inspect.isclass(function) else inspect.signature(function, eval_str=True).return_annotation
+    return inspect.isclass(result) and issubclass(result, kind)
 
 
 def _pretrained(cfg: config.Config) -> Pretrained | None:
-    """The trained model that a config names, if it names one."""
+    """Returns the trained model that a config names, or None."""
     path = _section(cfg, "model").get("path")
     return None if path is None else find_pretrained(path)
 
@@ -193,12 +207,11 @@ def _pretrained(cfg: config.Config) -> Pretrained | None:
 def _tokenizers(
     cfg: config.Config, sections: config.Sections, source: Pretrained | None, train: Data | None
 ) -> tuple[Tokenizer | None, Tokenizer | None]:
-    """The tokenizer of the run, and one of the same words that reads four times as much."""
+    """Returns the run's tokenizer, and one of the same vocabulary with four times its context length."""
     if source is not None:
         file, context_length = source.tokenizer, source.arguments["context_length"]
-        return load_tokenizer(file, context_length=context_length), load_tokenizer(
-            file, context_length=4 * context_length
-        )
+        lengths = context_length, 4 * context_length
+        return load_tokenizer(file, context_length=lengths[0]), load_tokenizer(file, context_length=lengths[1])
     if "tokenizer" not in sections or train is None:
         return None, None
     captions = [train.pairs.captions[i] for i in sample_numbers(len(train.pairs), MAX_CAPTIONS)]
@@ -207,9 +220,9 @@ def _tokenizers(
         return tokenizer, load_tokenizer(Path(folder, "tokenizer.model"), context_length=4 * tokenizer.context_length)
 
 
-def _new_model(cfg: config.Config, function: config.Section, tokenizer: Tokenizer | None) -> Iterator[Finding]:
-    """Build the model without memory: sizes that do not fit each other are refused there."""
-    if not _gives(nn.Module, cfg, function, "model"):
+def _check_new_model(cfg: config.Config, function: config.Section, tokenizer: Tokenizer | None) -> Iterator[Finding]:
+    """Build the model without memory, which finds sizes that do not fit each other."""
+    if not _returns(nn.Module, cfg, function, "model"):
         return
     if tokenizer is not None:
         cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
@@ -218,16 +231,16 @@ def _new_model(cfg: config.Config, function: config.Section, tokenizer: Tokenize
             model = cfg.build("model")
         yield Finding("model", f"{cfg.model['name']}, {sum(p.numel() for p in model.parameters()):,} parameters")
     except (ValueError, TypeError, RuntimeError) as error:
-        yield _refused("model", error)
+        yield _mistake("model", error)
 
 
 def _splits(function: config.Section, arguments: dict[str, Any], own: ImageFiles) -> Iterator[ImageFiles]:
-    """The same data in every split that they have."""
+    """Yield the same data in each of its splits."""
     if "split" not in arguments or not isinstance(function, Mapping):
         return
     others = {key: value for key, value in arguments.items() if key != "name"}
     for split in ("train", "validation", "test"):
-        logging.disable(logging.WARNING)  # what was skipped is a finding of the first split already
+        logging.disable(logging.WARNING)  # what was skipped is already a finding of the first split
         try:
             pairs = function[arguments["name"]](**others | {"split": split})
         except (ValueError, OSError):  # there is no such split
@@ -238,41 +251,41 @@ def _splits(function: config.Section, arguments: dict[str, Any], own: ImageFiles
             yield pairs
 
 
-def _other_classes(train: Pairs, held_out: Pairs, section: str) -> Iterator[Finding]:
+def _check_equal_classes(train: Pairs, held_out: Pairs, section: str) -> Iterator[Finding]:
     if isinstance(train, Labelled) and isinstance(held_out, Labelled):
         try:
             check_classes(train, held_out)
         except ValueError as error:
-            yield _refused(section, error)
+            yield _mistake(section, error)
 
 
-def _runs(sweep: dict[str, Any]) -> Iterator[Finding]:
-    """The config of every run of a sweep, of its first seed."""
+def _check_sweep(sweep: dict[str, Any]) -> Iterator[Finding]:
+    """Check the config of every run of a sweep with its first seed."""
     folder, seeds = Path(sweep["folder"]), sweep["seeds"]
     try:
         jobs = plan(folder, sweep["stages"], sweep["variants"], seeds, sweep["overrides"])
     except ValueError as error:
-        yield _refused("run", error)
+        yield _mistake("run", error)
         return
-    said: dict[str, None] = {}  # what is wrong with several is told once
+    mistakes: dict[str, None] = {}  # each once, though several runs may have it
     for job in (job for job in jobs if job.seed == seeds[0]):
         try:
             command = job.command()
-            recipe = Path(command[installed.recipe_place(command)])
-            if not installed.is_own(recipe):
-                said[f"{recipe}: a recipe that only a config names is not imported by a check"] = None
+            recipe = Path(command[catalog.recipe_place(command)])
+            if not catalog.is_own(recipe):
+                mistakes[f"{recipe}: a recipe that only a config names is not imported by a check"] = None
             elif "--config" in command:
                 file = Path(command[command.index("--config") + 1])
                 read_config(file, [word for word in command if config.OVERRIDE.match(word)], recipe)
         except ValueError as error:
-            said[f"{job.name}: {' '.join(str(error).split())}"] = None
-    for line in said:
+            mistakes[f"{job.name}: {' '.join(str(error).split())}"] = None
+    for line in mistakes:
         yield Finding("runs", line, wrong=True)
-    if not said:
-        yield Finding("runs", f"{len(jobs):,}, in {len(sweep['stages'])} stages; their configs hold no mistake")
+    if not mistakes:
+        yield Finding("runs", f"{len(jobs):,}, in {len(sweep['stages'])} stages; their configs have no mistake")
 
 
-def _steps(
+def _check_steps(
     cfg: config.Config,
     sections: config.Sections,
     opened: Mapping[str, Data],
@@ -281,50 +294,37 @@ def _steps(
     size: int,
     processes: int,
 ) -> Iterator[Finding]:
-    """The optimizer steps of a training run; what its batches, in so many processes, and its schedule do not allow."""
+    """Check the optimizer steps of a training run: batches among processes, the schedule, negatives, and the cost."""
     run, loader, data = _section(cfg, "run"), _section(cfg, "loader"), opened["data"]
     if not loader or not {"batch_size", "micro_batch_size"} <= run.keys():
         return
-    contrasted = sections.get("loss") is global_batch_step
+    is_contrastive = sections.get("loss") is global_batch_step
     try:
-        batches = {
-            "rank": 0,
-            "world": processes,
-            "batch_size": run["batch_size"],
-            "image_size": size,
-            "micro_batch_size": run["micro_batch_size"],
-            "pin_memory": False,
-            **loader,
-        }
-        training_steps(data.pairs, tokenizer, seed=0, start_step=0, **batches)
-        if "validation" in opened:
-            validation_steps(opened["validation"].pairs, tokenizer, **batches)
+        _build_steps(cfg, sections, opened, tokenizer, size, processes)
         per_epoch = steps_per_epoch(data.pairs, run["batch_size"])
         if sections.get("schedule") is warmup_cosine:
             warmup_cosine(0, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
-        if contrasted:
-            check_negatives(run["batch_size"], run["micro_batch_size"], cfg.loss["negatives"])
     except ValueError as error:
-        yield _refused("steps", error)
+        yield _mistake("steps", error)
         return
     replicas = _section(cfg, "parallel").get("dp_replicate", 1)
     if processes % replicas:
-        said = f"processes must be a multiple of parallel.dp_replicate={replicas}, got {processes}; give --nproc N"
-        yield Finding("dp_replicate", said, wrong=True)
+        rule = f"processes must be a multiple of parallel.dp_replicate={replicas}, got {processes}; give --nproc N"
+        yield Finding("dp_replicate", rule, wrong=True)
     ends = [n for n in ((run.get("epochs") or 0) * per_epoch, run.get("max_steps") or 0) if n]
     total = f", {min(ends):,} in all" if ends else ""
-    held = f"in {processes:,} processes" if processes > 1 else "in one process"
-    yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}, {held}")
+    where = f"in {processes:,} processes" if processes > 1 else "in one process"
+    yield Finding("steps", f"{per_epoch:,} of {run['batch_size']:,} pairs an epoch{total}, {where}")
     yield check_epoch(data, run["batch_size"])
     warmup = _section(cfg, "schedule").get("warmup_steps", 0)
     if ends and warmup >= min(ends):
-        said = f"warmup takes {warmup:,} steps, and the whole run {min(ends):,}; lower schedule.warmup_steps"
-        yield Finding("schedule", said, wrong=True)
-    if not contrasted:
+        rule = f"warmup takes {warmup:,} steps, and the whole run {min(ends):,}; lower schedule.warmup_steps"
+        yield Finding("schedule", rule, wrong=True)
+    if not is_contrastive:
         return
-    size_of_negatives = run["batch_size" if cfg.loss["negatives"] == "global" else "micro_batch_size"]
-    if met := check_false_negatives(data, size_of_negatives, run.get("seed", 0)):
-        yield met
+    num_negatives = run["batch_size" if cfg.loss["negatives"] == "global" else "micro_batch_size"]
+    if false_negatives := check_false_negatives(data, num_negatives, run.get("seed", 0)):
+        yield false_negatives
     planned = RunPlan(
         Path(run["folder"]),
         run["batch_size"],
@@ -337,12 +337,39 @@ def _steps(
         cfg.optimizer,
         cfg.loss,
     )
-
-    def build() -> nn.Module:
-        if source is None:
-            return cfg.build("model")
-        model = build_pretrained(source, dropout=cfg.model["dropout"])
-        freeze(model, run["freeze"])
-        return model
-
+    build = partial(_build_model, cfg, source)
     yield from run_cost(planned, build, data.pairs, tokenizer, image_size=size, crop=loader["crop"])
+
+
+def _build_steps(
+    cfg: config.Config,
+    sections: config.Sections,
+    opened: Mapping[str, Data],
+    tokenizer: Tokenizer,
+    size: int,
+    processes: int,
+) -> None:
+    """Raises ValueError if the batches do not fit the data, the processes or the contrastive loss."""
+    run = cfg.run
+    batches = {
+        "rank": 0,
+        "world": processes,
+        "batch_size": run["batch_size"],
+        "image_size": size,
+        "micro_batch_size": run["micro_batch_size"],
+        "pin_memory": False,
+        **cfg.loader,
+    }
+    training_steps(opened["data"].pairs, tokenizer, seed=0, start_step=0, **batches)
+    if "validation" in opened:
+        validation_steps(opened["validation"].pairs, tokenizer, **batches)
+    if sections.get("loss") is global_batch_step:
+        check_negatives(run["batch_size"], run["micro_batch_size"], cfg.loss["negatives"])
+
+
+def _build_model(cfg: config.Config, source: Pretrained | None) -> nn.Module:
+    if source is None:
+        return cfg.build("model")
+    model = build_pretrained(source, dropout=cfg.model["dropout"])
+    freeze(model, cfg.run["freeze"])
+    return model

@@ -194,10 +194,9 @@ def _add_inputs(parser: Parser) -> None:
 def _load(options: argparse.Namespace) -> Any:
     import torch
 
-    from grr.inference.pretrained import load_pretrained
+    from grr.inference.pretrained import load
 
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
-    return load_pretrained(options.model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    return load(options.model, dtype=torch.bfloat16 if options.bf16 else torch.float32)
 
 
 def _find_images(words: Iterable[str]) -> list[str]:

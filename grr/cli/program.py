@@ -2,7 +2,6 @@
 
 import contextlib
 import dis
-import gc
 import json
 import logging
 import os
@@ -24,18 +23,11 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give to a progr
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a recipe's main, end its process group, and exit with the status it returned, 0 if it returned none.
+    """Run a recipe's main and exit with the status it returned, 0 if it returned none.
 
     Errors become exit statuses as `attempt` says.
     """
-    try:
-        status = attempt(main, Path(sys.argv[0]).stem)
-    except SystemExit:
-        _end_process_group()
-        raise
-    if status in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-        _end_process_group()
-    raise SystemExit(status)
+    raise SystemExit(attempt(main, Path(sys.argv[0]).stem))
 
 
 def attempt(act: Callable[[], int | None], name: str) -> int:
@@ -152,10 +144,3 @@ def _times_reported(more: int) -> int:
         return store.add(f"grr/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", more)
     except RuntimeError:  # torchrun is gone
         return more
-
-
-def _end_process_group() -> None:
-    dist: Any = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        gc.collect()  # a sharded model that is still alive may abort the end of the process group
-        dist.destroy_process_group()

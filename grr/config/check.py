@@ -23,7 +23,8 @@ def check_section(section: str, function: Section, given: Given, file: str, mist
     if isinstance(function, Mapping):
         name, place = given.pop("name", ("none" if "none" in function and not given else None, file))
         if not isinstance(name, str) or name not in function:
-            got = "" if name is None else f", got {name!r}{did_you_mean(name, function)}"
+            own = "; grr --import MODULE adds those of your own module"
+            got = "" if name is None else f", got {name!r}{did_you_mean(name, function)}{own}"
             mistakes.add(place, f"{section}.name", f"must be one of {', '.join(function)}{got}")
             return result
         result["name"], function = name, function[name]

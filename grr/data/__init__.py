@@ -1,4 +1,4 @@
-"""Images with captions: formats behind one interface, one order, and the batches of a run."""
+"""Data: readers of formats as pairs of an image and a caption, their order, and the batches of a run."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Images in any form that a program has them in, as pixels: a file, its bytes, a Pillow image, an array or a tensor."""
+"""Images of any type as pixels: a file, its bytes, a Pillow image, an array or a tensor."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +19,13 @@ ImageInputs: TypeAlias = ImageInput | Iterable[ImageInput]
 
 
 def read_image(image: object, *, size: int, crop: Crop, where: str) -> Tensor:
-    """Returns one image in any form as uint8 RGB [3, size, size], as `grr.data.images.load_image` returns a file's.
+    """Returns one image of any type as uint8 RGB [3, size, size], as `grr.data.images.load_image` returns a file's.
 
-    image: as `ImageInput` says, or a dict with "bytes" or "path", which Hugging Face data sets have for an image that
-    they did not decode. A large JPEG file is decoded at a reduced scale, which a Pillow image of it is not, so their
-    pixels differ by two levels of 255 on average; all other forms of one image give the same pixels.
-    where: the name of the image in messages. Raises ValueError for a value of another type, dtype or shape, BadImage
-    for what cannot be decoded, OSError for a file that cannot be read.
+    image: an `ImageInput`, or a dict with "bytes" or "path", which Hugging Face data sets have for an image that they
+    did not decode. A large JPEG file is decoded at a reduced scale, and a Pillow image of it is not, so their pixels
+    differ by two levels of 255 on average; all other types of one image result in the same pixels.
+    where: the name of the image in messages. Raises ValueError for a value of another type, dtype or shape; BadImage if
+    the image cannot be decoded; OSError if the file cannot be read.
     """
     return _read(image, where, partial(load_image, size=size, crop=crop), partial(to_tensor, size=size, crop=crop))
 
@@ -39,7 +39,7 @@ def read_thumbnail(image: object, *, side: int, where: str) -> Tensor:
 
 
 def each_image(images: ImageInputs) -> Iterator[ImageInput]:
-    """The images that an argument holds, one by one: a single one is one, a batch is as many as it has rows."""
+    """Yield the images of an argument: one for a single image, the rows of a batch, the items of an iterable."""
     if isinstance(images, Tensor | np.ndarray):
         return iter(images if images.ndim == 4 else [images])
     one = isinstance(images, str | os.PathLike | bytes | Image.Image | Mapping) or not isinstance(images, Iterable)
@@ -69,12 +69,12 @@ def _read(
         return of_image(image)
     except (BadImage, OSError, MemoryError, RecursionError):
         raise
-    except Exception as error:  # Pillow reads a file when its pixels are asked for, and raises nearly anything
+    except Exception as error:  # Pillow decodes a file when its pixels are used, and raises errors of many types
         raise BadImage(f"not a readable image: {type(error).__name__}: {error}") from error
 
 
 def _checked(array: NDArray[Any], channels: int, where: str) -> NDArray[np.uint8]:
-    """The array itself if it is an image of bytes with three channels on the axis `channels`."""
+    """Returns the array if it is a uint8 image with three channels on the axis `channels`. Raises ValueError."""
     kind = "a tensor uint8 [3, h, w]" if channels == 0 else "an array uint8 [h, w, 3]"
     got = f"{array.dtype} {list(array.shape)}"
     if array.dtype != np.uint8:

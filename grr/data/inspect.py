@@ -19,7 +19,8 @@ from grr.data.image_files import batches, read_batches
 from grr.data.images import SUFFIXES, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
-from grr.data.pairs import ImageFiles, Ints, Pairs, place
+from grr.data.pairs import ImageFiles, Ints, Pairs
+from grr.seeds import stable_hash
 from grr.tokenizers import Tokenizer
 
 MAX_IMAGES = 500  # that are read of each data set, unless all are
@@ -264,7 +265,7 @@ def _of(count: int, total: int) -> str:
 
 
 def _hashes(names: Iterable[str]) -> NDArray[np.uint64]:
-    return np.fromiter(map(place, names), dtype=np.uint64)
+    return np.fromiter(map(stable_hash, names), dtype=np.uint64)
 
 
 def _location(source: Pairs, i: int) -> str:

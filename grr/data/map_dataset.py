@@ -4,10 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
-
-from grr.data.image_inputs import read_image, read_thumbnail
-from grr.data.images import BadImage, Crop
+from grr.data.images import BadImage
 from grr.data.records import Records, record_captions
 
 Field: TypeAlias = str | int | Callable[[Any], Any]
@@ -15,7 +12,7 @@ Field: TypeAlias = str | int | Callable[[Any], Any]
 
 
 class MapDataset(Protocol):
-    """A data set whose samples are found by number."""
+    """Data set whose samples are indexed by number."""
 
     def __len__(self) -> int: ...
 
@@ -23,7 +20,7 @@ class MapDataset(Protocol):
 
 
 def check_map_style(dataset: object) -> None:
-    """Raise ValueError for a data set whose samples cannot be found by number."""
+    """Raise ValueError for a data set whose samples cannot be indexed by number."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"from_dataset: the data set must be map-style, with len(dataset) and dataset[i], got "
@@ -48,20 +45,14 @@ def read_captions(
             yield number, _path(sample, image), list(filter(None, texts))
 
 
-def read_sample_image(dataset: MapDataset, image: Field, number: int, *, size: int, crop: Crop) -> Tensor:
-    """Read the image of a sample: uint8 [3, size, size]. Raises as `grr.data.image_inputs.read_image` does."""
-    value = _value(dataset[number], "image", image, number)
-    return read_image(value, size=size, crop=crop, where=f"from_dataset: the image of dataset[{number}]")
-
-
-def read_sample_thumbnail(dataset: MapDataset, image: Field, number: int, *, side: int) -> Tensor:
-    """Read the image of a sample whole, for a page. Raises as `grr.data.image_inputs.read_image` does."""
-    value = _value(dataset[number], "image", image, number)
-    return read_thumbnail(value, side=side, where=f"from_dataset: the image of dataset[{number}]")
+def sample_image(dataset: MapDataset, image: Field, number: int) -> tuple[Any, str]:
+    """Returns the image of a sample, as the data set has it, and its name in messages."""
+    where = f"from_dataset: the image of dataset[{number}]"
+    return _value(dataset[number], "image", image, number), where
 
 
 def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> Iterator[tuple[int, Any]]:
-    """The samples of a data set with their numbers; of a Hugging Face data set only the columns that are read."""
+    """Yield the samples of a data set with their numbers; of a Hugging Face data set only the required columns."""
     names = getattr(dataset, "column_names", None)
     if isinstance(names, list) and isinstance(caption, str) and hasattr(dataset, "select_columns"):
         for which, column in (("image", image), ("caption", caption)):
@@ -72,12 +63,12 @@ def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> It
     for number in range(len(dataset)):
         try:
             yield number, dataset[number]
-        except (BadImage, OSError) as error:  # of a data set that decodes the image of a sample
+        except (BadImage, OSError) as error:  # the data set decodes images itself
             records.skip(f"dataset[{number}]", f"cannot be read: {type(error).__name__}")
 
 
 def _value(sample: Any, which: str, field: Field, number: int) -> Any:
-    """The value of a field of a sample."""
+    """Returns the value of a field of a sample."""
     if callable(field):
         return field(sample)
     try:
@@ -88,7 +79,7 @@ def _value(sample: Any, which: str, field: Field, number: int) -> Any:
 
 
 def _path(sample: Any, image: Field) -> str | None:
-    """The path of a sample's image, by which captions of one image are known; None for other images."""
+    """Returns the path of a sample's image, which identifies captions of one image; None for images without a path."""
     try:
         value = image(sample) if callable(image) else sample[image]
     except (KeyError, IndexError, TypeError):

@@ -15,15 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grr.data.image_inputs import read_image, read_thumbnail
 from grr.data.images import THUMBNAIL, BadImage, Crop, load_image, thumbnail
-from grr.data.map_dataset import (
-    Field,
-    MapDataset,
-    check_map_style,
-    read_captions,
-    read_sample_image,
-    read_sample_thumbnail,
-)
+from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, sample_image
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
@@ -98,18 +92,17 @@ class Pairs(ABC):
             pairs = Pairs.from_dataset(CocoCaptions(...), image=0, caption=1)
             pairs = Pairs.from_dataset(dataset, image="jpg", caption=lambda sample: sample["json"]["caption"])
 
-        image, caption: where a sample has them: a key, an index of a tuple, or a function of the sample. A caption is a
+        image, caption: the field of a sample: a key, an index of a tuple, or a function of the sample. A caption is a
         string or a list of strings, an image is a path, the bytes of a file, a Pillow image, an array uint8 [h, w, 3]
-        or a tensor uint8 [3, h, w]. Captions of one image belong into one sample, as a list, because pairs of one image
-        must not meet in a batch; samples whose images are one path are one image.
+        or a tensor uint8 [3, h, w]. All captions of an image should be in one sample, as a list, because a batch must
+        not hold two pairs of one image; samples with equal paths are one image.
 
-        All captions are read here, by one dataset[i] for each i; of a Hugging Face data set, where `caption` is a
-        column, only the columns of text are read. Images are read later, by dataset[i] from several threads at once.
-        The pairs of sample i are named i#0, i#1 ...; the fingerprint is a hash of these names and of the captions, so
-        it is the same as long as the captions and their order are. Empty captions, and samples that raise OSError, are
-        counted in `records`.
+        All captions are read here, by one dataset[i] for each i; of a Hugging Face data set, if `caption` is a column,
+        only the columns of text are read. Images are read later, by dataset[i] from several threads. The pairs of
+        sample i are named i#0, i#1 ...; the fingerprint is a hash of these names and of the captions in their order.
+        Empty captions, and samples that raise OSError, are counted in `records`.
         Raises ValueError, naming the sample, for a missing field, a caption that is not text, or an image of another
-        kind; for a data set without length or without captions.
+        type; also for a data set without a length or without captions.
         """
         return DatasetPairs(dataset, image, caption)
 
@@ -126,10 +119,10 @@ class Pairs(ABC):
         """
 
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
-        """The image of pair i for a page: uint8 [3, h, w], the longer side at most `side` pixels.
+        """Read the image of pair i for a page: uint8 [3, h, w], the longer side at most `side` pixels.
 
-        By default the middle of the image at that size; the data sets of this library show the whole image, and do not
-        enlarge it. Raises as `load` does.
+        By default it is the center of the image at that size; the data sets of this library return the whole image, and
+        do not enlarge it. Raises as `load` does.
         """
         return self.load(i, size=side, crop="center")
 
@@ -158,9 +151,9 @@ class DatasetPairs(Pairs):
         check_map_style(dataset)
         self.dataset, self.image = dataset, image
         self.records = records = Records()
-        of_path: dict[str, int] = {}  # the path of an image -> its number
+        of_path: dict[str, int] = {}  # path of an image -> its number
         samples, captions_of = array("q"), array("q")  # of each image: its first sample, its captions so far
-        image_of, place = array("q"), array("q")  # of each pair: its image, and the captions of that before it
+        image_of, number_of = array("q"), array("q")  # of each pair: its image, and its number among those of the image
 
         def walk() -> Iterator[str]:
             for number, path, texts in read_captions(dataset, image, caption, records):
@@ -170,7 +163,7 @@ class DatasetPairs(Pairs):
                     captions_of.append(0)
                 for text in texts:
                     image_of.append(j)
-                    place.append(captions_of[j])
+                    number_of.append(captions_of[j])
                     captions_of[j] += 1
                     yield text
 
@@ -181,18 +174,19 @@ class DatasetPairs(Pairs):
                 f"from_dataset: a data set must have a caption, got none in {len(dataset)} samples; set caption to the "
                 "key of the text of a sample"
             )
-        ids = Texts.of(f"{samples[j]}#{k}" for j, k in zip(image_of, place, strict=True))
+        ids = Texts.of(f"{samples[j]}#{k}" for j, k in zip(image_of, number_of, strict=True))
         super().__init__(ids, captions, np.array(image_of, dtype=np.int64))
         self.samples = np.array(samples, dtype=np.int64)  # [number of images]
         with contextlib.suppress(BadImage, OSError):  # the loader counts and replaces those; an image of another kind
-            self.load(0, size=1, crop="squash")  # raises ValueError here, and not when the run has begun
+            self.load(0, size=1, crop="squash")  # raises ValueError here, not during the run
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        number = int(self.samples[self.image_of[i]])
-        return read_sample_image(self.dataset, self.image, number, size=size, crop=crop)
+        value, where = sample_image(self.dataset, self.image, int(self.samples[self.image_of[i]]))
+        return read_image(value, size=size, crop=crop, where=where)
 
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
-        return read_sample_thumbnail(self.dataset, self.image, int(self.samples[self.image_of[i]]), side=side)
+        value, where = sample_image(self.dataset, self.image, int(self.samples[self.image_of[i]]))
+        return read_thumbnail(value, side=side, where=where)
 
 
 def pair_counts(training: Pairs, validation: Pairs) -> dict[str, Any]:
@@ -279,11 +273,6 @@ def split_name(who: str, split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"{who}: split must be train, validation or test, got {split!r}; use one of these")
     return SPLITS[split]
-
-
-def place(name: str) -> int:
-    """Where a name falls in [0, 2**64), evenly, and alike on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def threshold(who: str, validation_fraction: float) -> int:

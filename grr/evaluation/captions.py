@@ -1,4 +1,4 @@
-"""Judge captions by what people wrote of the same images: BLEU, ROUGE-L and CIDEr as COCO's evaluation has them.
+"""Caption metrics: BLEU, ROUGE-L and CIDEr against reference captions, as in COCO's evaluation.
 
 The official pipeline (Chen et al. 2015, "Microsoft COCO Captions") splits words with Stanford's tokenizer, in Java;
 here NLTK's regular expressions do, with the differences that its output shows, and give the same numbers.

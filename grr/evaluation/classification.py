@@ -1,4 +1,4 @@
-"""The loss, gradients and accuracy of a classifier, which depend on the global batch alone."""
+"""Loss, gradients and accuracy of a classifier, which depend on the global batch alone."""
 
 import logging
 import random
@@ -30,21 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
-    """The scores of a global batch, or of a data set."""
+    """Loss and accuracy of a global batch, or of a data set."""
 
-    loss: float  # cross-entropy, mean over what has a class
-    accuracy: float  # fraction of all; what has no class is never right
+    loss: float  # cross-entropy, mean over samples with a class
+    accuracy: float  # fraction of all samples; a sample without a class counts as wrong
 
 
 def classification_step(
     model: nn.Module, batches: Sequence[Batch], seed: int, *, label_smoothing: float = 0.0
 ) -> Scores:
-    """Add the gradients of one optimizer step to the model, and give its scores.
+    """Compute the scores of one optimizer step, and add its gradients to the model.
 
-    `batches` are the micro-batches of this process, equally many and equally large everywhere; `seed` draws the
-    dropout (`grr.training.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing
-    is the part of each target that is spread evenly over all classes (Szegedy et al. 2016).
-    Raises ValueError if the data have no classes.
+    batches: the micro-batches of this process, equal in number and size in all processes; seed: of the dropout
+    (`grr.training.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
+    target that is spread evenly over all classes (Szegedy et al. 2016). Raises ValueError if the data have no classes.
     """
     world = dist.get_world_size()
     labelled = int(all_sum(sum(int((_classes(batch) != IGNORE).sum()) for batch in batches))[0])
@@ -54,7 +53,7 @@ def classification_step(
         logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
         total = _cross_entropy(logits, _classes(batch), label_smoothing)
         with recomputing(model):
-            (total * world / max(1, labelled)).backward()  # FSDP takes the mean over processes
+            (total * world / max(1, labelled)).backward()  # FSDP averages gradients over processes
         loss += total.item()
         right += _count_right(logits, _classes(batch))
     loss, all_right, samples = all_sum(loss, right, sum(len(batch.names) for batch in batches))
@@ -65,10 +64,10 @@ def classification_step(
 def classification_scores(
     model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int, crop: Crop
 ) -> Scores:
-    """The scores of all samples, without dropout and without label smoothing; all processes share the work.
+    """Compute the scores of all samples, without dropout and label smoothing; all processes share the work.
 
-    The model may be sharded. Images that cannot be read are left out, and the log says how many. Raises ValueError if
-    nothing is left.
+    The model may be sharded. Unreadable images are left out, and their number is logged. Raises ValueError if no image
+    remains.
     """
 
     def work(pixels: Tensor, members: list[int]) -> tuple[float, int, int, int]:
@@ -82,16 +81,18 @@ def classification_scores(
     with evaluating(model), unsharded(model):
         parts, left_out = over_images(pairs, list(range(len(pairs))), work, device, image_size=image_size, crop=crop)
 
-    def judge() -> Scores:
+    def scores() -> Scores:
         some = "; ".join(f"{name}: {cause}" for name, cause in list(left_out.items())[:3])
         if not parts:
-            raise ValueError(f"classification_scores: no image can be read: {some}; check where the data lie")
+            raise ValueError(
+                f"classification_scores: one image must be readable, got none: {some}; check the path of the data"
+            )
         if left_out:
             logger.warning("classification_scores: %d of %d are left out: %s", len(left_out), len(pairs), some)
         loss, right, labelled, samples = map(sum, zip(*parts, strict=True))
         return Scores(loss / max(1, labelled), right / samples)
 
-    return on_rank_0(judge)
+    return on_rank_0(scores)
 
 
 @torch.no_grad()
@@ -116,15 +117,16 @@ def answers(
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
     right = [None if pairs.labels[i] == IGNORE else pairs.classes[pairs.labels[i]] for i in images]
     return [
-        Answer(thumbnails[i], pairs.captions[i], own, true) for i, own, true in zip(images, given, right, strict=True)
+        Answer(thumbnails[i], pairs.captions[i], predicted, true)
+        for i, predicted, true in zip(images, given, right, strict=True)
     ]
 
 
 def _classes(batch: Batch) -> Tensor:
     if batch.classes is None:
         raise ValueError(
-            "classification: the data have no classes; take those of grr.data.LABELLED, or make your own "
-            "grr.data.Labelled of pairs, classes and labels"
+            "classification: the data must have classes, got none; use a data set of grr.data.LABELLED, or build a "
+            "grr.data.Labelled from pairs, classes and labels"
         )
     return batch.classes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grr.data.collate import collate_captions
 from grr.evaluation.attention import word_attention
-from grr.evaluation.outputs import Observation
+from grr.evaluation.outputs import ModelOutputs
 from grr.models.coca import CoCa
 from grr.tokenizers.sentencepiece import Tokenizer
 
@@ -83,40 +83,40 @@ class Examples:
     written_captions: int = 0
 
 
-def examples(seen: Observation, model: CoCa | None = None, tokenizer: Tokenizer | None = None) -> Examples:
+def examples(outputs: ModelOutputs, model: CoCa | None = None, tokenizer: Tokenizer | None = None) -> Examples:
     """Returns what a page shows of an observation: the same pairs and images at each call on the same data.
 
     With the model, which must be whole in this process, and its tokenizer, three images get attention maps.
     """
-    thumbnail = cache(seen.thumbnail)
-    texts = _evenly_spaced(len(seen.texts), RETRIEVALS)
-    owners = seen.image_of_text[texts].tolist()  # [k]
+    thumbnail = cache(outputs.thumbnail)
+    texts = _evenly_spaced(len(outputs.texts), RETRIEVALS)
+    owners = outputs.image_of_text[texts].tolist()  # [k]
     result = Examples(
-        [_retrieval(seen, t, thumbnail) for t in texts],
+        [_retrieval(outputs, t, thumbnail) for t in texts],
         [
-            Caption(thumbnail(i), seen.written[i], seen.references[i], seen.pairs.ids[seen.images[i]])
-            for i in _evenly_spaced(len(seen.written), 2 * RETRIEVALS)
+            Caption(thumbnail(i), outputs.written[i], outputs.references[i], outputs.pairs.ids[outputs.images[i]])
+            for i in _evenly_spaced(len(outputs.written), 2 * RETRIEVALS)
         ],
-        similarities=seen.text_embeddings[texts] @ seen.image_embeddings[owners].T,
-        distinct_captions=len(set(seen.written)),
-        written_captions=len(seen.written),
+        similarities=outputs.text_embeddings[texts] @ outputs.image_embeddings[owners].T,
+        distinct_captions=len(set(outputs.written)),
+        written_captions=len(outputs.written),
     )
     if model is not None and tokenizer is not None:
-        rows = _evenly_spaced(len(seen.written), MAPPED)
-        result.attention = [maps for i in rows if (maps := _attention_maps(seen, i, model, tokenizer, thumbnail(i)))]
+        rows = _evenly_spaced(len(outputs.written), MAPPED)
+        result.attention = [maps for i in rows if (maps := _attention_maps(outputs, i, model, tokenizer, thumbnail(i)))]
     return result
 
 
-def _retrieval(seen: Observation, t: int, thumbnail: Callable[[int], Tensor]) -> Retrieval:
-    owner = int(seen.image_of_text[t])
-    images = _matches(seen.image_embeddings @ seen.text_embeddings[t], [owner])
-    own = (seen.image_of_text == owner).nonzero().flatten().tolist()
-    captions = _matches(seen.text_embeddings @ seen.image_embeddings[owner], own)
+def _retrieval(outputs: ModelOutputs, t: int, thumbnail: Callable[[int], Tensor]) -> Retrieval:
+    owner = int(outputs.image_of_text[t])
+    images = _matches(outputs.image_embeddings @ outputs.text_embeddings[t], [owner])
+    own = (outputs.image_of_text == owner).nonzero().flatten().tolist()
+    captions = _matches(outputs.text_embeddings @ outputs.image_embeddings[owner], own)
     return Retrieval(
-        seen.pairs.captions[seen.texts[t]],
+        outputs.pairs.captions[outputs.texts[t]],
         thumbnail(owner),
         [Match(thumbnail(m.candidate), m.score, m.rank, m.right) for m in images],
-        [Match(seen.pairs.captions[seen.texts[m.candidate]], m.score, m.rank, m.right) for m in captions],
+        [Match(outputs.pairs.captions[outputs.texts[m.candidate]], m.score, m.rank, m.right) for m in captions],
     )
 
 
@@ -131,12 +131,12 @@ def _matches(scores: Tensor, right: Sequence[int]) -> list[Match[int]]:
 
 
 def _attention_maps(
-    seen: Observation, i: int, model: CoCa, tokenizer: Tokenizer, thumbnail: Tensor
+    outputs: ModelOutputs, i: int, model: CoCa, tokenizer: Tokenizer, thumbnail: Tensor
 ) -> AttentionMaps | None:
     """The attention while the caption of image i was written; None for an empty caption or a model without a map."""
     device = next(model.parameters()).device
-    pixels = seen.pairs.load(seen.images[i], size=seen.image_size, crop=seen.crop).to(device)
-    ids, positions, _ = collate_captions([tokenizer.encode(seen.written[i])], pad_id=tokenizer.pad_id)
+    pixels = outputs.pairs.load(outputs.images[i], size=outputs.image_size, crop=outputs.crop).to(device)
+    ids, positions, _ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
     maps = word_attention(model, pixels[None], ids.to(device), positions=positions.to(device))
     words, word_of = words_of_tokens(tokenizer, ids[0].tolist())
     if maps is None or not words:
@@ -144,7 +144,7 @@ def _attention_maps(
     reading = maps[0, : len(word_of)].cpu()  # [n, rows, columns]: row i is read to write token i + 1
     means = [reading[torch.tensor(word_of) == w].mean(0) for w in range(len(words))]
     side = min(thumbnail.shape[1:])
-    image = thumbnail if seen.crop == "squash" else _middle(thumbnail, side)
+    image = thumbnail if outputs.crop == "squash" else _middle(thumbnail, side)
     return AttentionMaps(image, words, torch.stack(means))
 
 

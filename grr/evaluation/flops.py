@@ -1,22 +1,26 @@
-"""What a model costs, tower by tower: its parameters, and the floating-point operations of one image with its caption.
+"""Cost of a model per tower: parameters, and floating-point operations (FLOPs) of one image with its caption.
 
-Operations are counted as torch's FlopCounterMode counts them: those of matrix products, two for a multiplication with
-its addition, causal attention as if it were whole. Norms, softmax, GELU, rotations and sums are not counted.
+FLOPs are counted as in torch's FlopCounterMode: matrix products only, two operations per multiply-add, causal attention
+as full attention. Norms, softmax, GELU, rotations and sums are not counted.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from grr.data import Batch
+from grr.data.collate import IGNORE
 from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
+from grr.parallel.shard import blocks
 
 
 class Towers(NamedTuple):
-    """A count for each part of a CoCa."""
+    """Count per part of a CoCa."""
 
     vision: int
     poolers: int
@@ -30,7 +34,7 @@ class Towers(NamedTuple):
 
 
 def parameters(model: CoCa) -> Towers:
-    """The parameters of a model, on whatever device; tied embeddings count as text, a learned temperature as pooler."""
+    """Count the parameters of a model on any device; tied embeddings count as text, a learned temperature as pooler."""
     counted: set[int] = set()
 
     def count(*modules: nn.Module) -> int:
@@ -50,10 +54,10 @@ def parameters(model: CoCa) -> Towers:
 
 
 def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Towers:
-    """The cost of a forward pass through the model that `builder(**arguments)` would make; nothing is built.
+    """Compute the FLOPs of a forward pass of the model that `builder(**arguments)` builds, without building it.
 
-    `text_length` tokens are read and all of them scored: by default context_length, as if no caption were trimmed.
-    Raises TypeError for an argument that the builder does not take, ValueError if there is no text.
+    text_length: tokens that are read and scored; by default context_length, as for an untrimmed caption. Raises
+    TypeError for an argument that the builder does not take, ValueError if text_length is below 1.
     """
     bound = inspect.signature(builder).bind(**arguments)
     bound.apply_defaults()
@@ -61,7 +65,9 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
     d, n = a.dim, a.num_queries
     s = a.context_length if text_length is None else text_length
     if s < 1:
-        raise ValueError(f"forward_flops: text_length must be at least 1, got {text_length=}")
+        raise ValueError(
+            f"forward_flops: text_length must be at least 1, got {text_length=}; leave it out for context_length"
+        )
     p = (a.image_size // a.patch_size) ** 2
     vision_hidden = int((a.vision_ffn_multiplier or MULTIPLIERS[a.vision_feed_forward]) * d)
     vision_block = _attention(p, p, d) + _feed_forward(p, d, vision_hidden, a.vision_feed_forward)
@@ -75,27 +81,48 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
     )
 
 
-def training_flops(forward: Towers) -> int:
-    """The cost of one sample in training: its forward pass, and a backward pass of twice as much.
+def batch_flops(builder: Callable[..., CoCa], batches: Iterable[Batch], **arguments: Any) -> Towers:
+    """Returns the cost of a forward pass on batches: of the columns that carry a label, and of labelled tokens only."""
+    cost = partial(forward_flops, builder, **arguments)
+    totals = []
+    for batch in batches:
+        read, scored = cost(text_length=batch.ids.shape[1]), cost(text_length=batch.labels.shape[1])
+        b, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
+        head = labelled * cost(text_length=1).head
+        totals.append(Towers(b * read.vision, b * read.poolers, b * read.text, b * scored.multimodal, head))
+    return Towers(*map(sum, zip(*totals, strict=True)))
 
-    A product needs one more for the gradient of each of its factors, but nothing needs that of the pixels, which is
-    left in for round numbers. Not in here is what is computed a second time to save memory: the towers and poolers
-    where a global batch has several micro-batches, the blocks where activations are not kept.
+
+def decoding_bytes(model: CoCa) -> int:
+    """Returns the bytes of the weights that each token of a caption reads: the decoders without the keys and values of
+    the image, and the head.
+    """
+    layers = [*blocks(model.text_decoder), model.multimodal_decoder]
+    weights = [named for layer in layers for named in layer.named_parameters()]
+    return sum(weight.nbytes for name, weight in weights if ".cross_attention.kv." not in f".{name}")
+
+
+def training_flops(forward: Towers) -> int:
+    """Compute the FLOPs of one training sample: a forward pass, and a backward pass of twice as many.
+
+    A product has one more product for the gradient of each factor; the gradient of the pixels is not computed in
+    training, but counted here for simplicity. Recomputation is not counted: that of towers and poolers in GradCache
+    with several micro-batches, and that of blocks with activation checkpointing.
     """
     return 3 * forward.total
 
 
-def _linear(rows: int, wide: int, out: int) -> int:
-    return 2 * rows * wide * out
+def _linear(rows: int, dim: int, out: int) -> int:
+    return 2 * rows * dim * out
 
 
 def _attention(s: int, t: int, d: int) -> int:
-    """s tokens attending to t: projections of queries and output, of keys and values, scores, and weighted sums."""
+    """FLOPs of s tokens that attend to t: projections of queries, output, keys and values, scores, weighted sums."""
     return 2 * _linear(s, d, d) + 2 * _linear(t, d, d) + 2 * _linear(s, d, t)
 
 
 def _pooler(n: int, t: int, d: int) -> int:
-    """The same for n learned queries, which are not projected."""
+    """FLOPs of n learned queries, which are not projected, that attend to t."""
     return _attention(n, t, d) - _linear(n, d, d)
 
 

@@ -1,8 +1,8 @@
-"""What a model makes of images and their captions: embeddings, the loss of every token, captions of its own.
+"""Outputs of a model on images and their captions: embeddings, token losses, generated captions.
 
-Images are read in fixed batches, each of them by one process, and what comes of them is put together in the order of
-the data. So any number of processes gives the numbers of one, bit for bit, if each computes with as many threads: torch
-adds in another order with another number of them, and torchrun sets OMP_NUM_THREADS=1 unless it is set.
+Images are read in fixed batches, each by one process, and the results are joined in the order of the data. So the
+numbers are bit for bit the same for any number of processes with an equal number of threads: with another number of
+threads torch sums in another order, and torchrun sets OMP_NUM_THREADS=1 unless it is set.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,8 +30,8 @@ TEXTS = 200  # of their captions at a time
 
 
 @dataclass
-class Observation:
-    """What a model made of n images and their m captions, in the order of the data."""
+class ModelOutputs:
+    """Outputs of a model on n images and their m captions, in the order of the data."""
 
     pairs: Pairs
     image_size: int
@@ -41,28 +41,28 @@ class Observation:
     image_of_text: Tensor  # int64 [m], the row of each caption's image
     image_embeddings: Tensor  # float32 [n, e]
     text_embeddings: Tensor  # float32 [m, e]
-    token_losses: Tensor  # float64 [m], of each caption the sum over its tokens
-    tokens: Tensor  # int64 [m], and how many they are
+    token_losses: Tensor  # float64 [m], the sum over the tokens of each caption
+    tokens: Tensor  # int64 [m], the number of tokens of each caption
     scale: float  # 1 / temperature
     bias: float
-    written: list[str]  # [n] captions; none if they were not asked for
-    left_out: dict[str, str]  # names of images that cannot be read and of captions that say nothing, and why
+    written: list[str]  # [n] generated captions; empty without generation
+    left_out: dict[str, str]  # name of an unreadable image or empty caption -> cause
 
     @cached_property
     def references(self) -> list[list[str]]:
-        """The captions that people wrote of each image: [n]."""
+        """Reference captions of each image: [n]."""
         result: list[list[str]] = [[] for _ in self.images]
         for t, i in zip(self.texts, self.image_of_text.tolist(), strict=True):
             result[i].append(self.pairs.captions[t])
         return result
 
     def facts(self) -> dict[str, Any]:
-        """What an evaluation tells of its data."""
+        """Returns the facts about the data for evaluation.json."""
         return {
             "fingerprint": self.pairs.fingerprint,
             "images": len(self.images),
             "captions": len(self.texts),
-            **_told(self.left_out),
+            **_left_out_facts(self.left_out),
         }
 
     def thumbnail(self, i: int) -> Tensor:
@@ -72,21 +72,21 @@ class Observation:
 
 @dataclass
 class Features:
-    """What a frozen model sees in n labelled images, in the order of the data."""
+    """Features of n labelled images by a frozen model, in the order of the data."""
 
     labelled: Labelled
     embeddings: Tensor  # float32 [n, e], unit length: the output of the contrastive pooler
-    patches: Tensor  # [n, p, d], what the poolers read, in the model's own precision; empty if not asked for
+    patches: Tensor  # [n, p, d], input of the poolers, in the precision of the model; empty unless requested
     labels: Tensor  # int64 [n]
-    left_out: dict[str, str]  # names of images that cannot be read, and why
+    left_out: dict[str, str]  # name of an unreadable image -> cause
 
     def facts(self) -> dict[str, Any]:
-        """What an evaluation tells of its data."""
-        return {"fingerprint": self.labelled.fingerprint, "images": len(self.labels), **_told(self.left_out)}
+        """Returns the facts about the data for evaluation.json."""
+        return {"fingerprint": self.labelled.fingerprint, "images": len(self.labels), **_left_out_facts(self.left_out)}
 
 
 @torch.no_grad()
-def observe(
+def compute_outputs(
     model: CoCa,
     pairs: Pairs,
     tokenizer: Tokenizer,
@@ -97,25 +97,24 @@ def observe(
     images: int | None = None,
     generation: dict[str, Any] | None = None,
     progress: bool = False,
-) -> Observation | None:
-    """Embed some pairs, judge every token of their captions, and write captions, if `generation` holds the options of
-    `generate`; the first `images` images alone, if that is not None.
+) -> ModelOutputs | None:
+    """Compute embeddings and token losses of pairs, and captions if `generation` holds options of `generate`.
 
-    Called by all processes, each of which holds the whole model; rank 0 has the result, the others None. An image is
-    encoded once for all of its captions. What cannot be read is left out, and named. Raises ValueError if nothing is
-    left.
+    images: use the first so many images; None: all. All processes call it with the whole model; rank 0 gets the result,
+    the others None. An image is encoded once for all its captions. Unreadable images and empty captions are left out
+    and named. Raises ValueError if no pair remains.
     """
     texts_of, left_out = _texts_of_images(pairs, images)
 
     def work(pixels: Tensor, members: list[int]) -> _Part:
         context = model.image_context(pixels)  # [b, n, d]
-        own = [(row, t) for row, i in enumerate(members) for t in texts_of[i]]
-        heard = [_hear(model, pairs, tokenizer, context, some) for some in batches(own, TEXTS)]
+        members_texts = [(row, t) for row, i in enumerate(members) for t in texts_of[i]]
+        texts = [_text_outputs(model, pairs, tokenizer, context, some) for some in batches(members_texts, TEXTS)]
         image_embeddings: dict[int, Tensor] = {}
-        for (row, _), e in zip(own, (e for h in heard for e in h.image_embeddings), strict=True):
+        for (row, _), e in zip(members_texts, (e for part in texts for e in part.image_embeddings), strict=True):
             image_embeddings.setdefault(row, e)
         written = [] if generation is None else generate(model, pixels, tokenizer, **generation)
-        return _Part(members, torch.stack([image_embeddings[row] for row in range(len(members))]), heard, written)
+        return _Part(members, torch.stack([image_embeddings[row] for row in range(len(members))]), texts, written)
 
     with evaluating(model):
         parts, unread = over_images(
@@ -131,29 +130,11 @@ def observe(
         return None
     left_out |= unread
     if not parts:
-        raise ValueError(f"observe: no image with a caption can be read: {_some(left_out)}; check where the data lie")
+        raise ValueError(
+            f"compute_outputs: one image with a caption must be readable, got none: {_some(left_out)}; check the data"
+        )
 
-    members = [i for part in parts for i in part.members]
-    row = {i: n for n, i in enumerate(members)}
-    heard = [h for part in parts for h in part.heard]
-    texts, owners = [t for h in heard for t in h.texts], [row[i] for i in members for _ in texts_of[i]]
-    order = np.argsort(texts).tolist()  # captions of one image need not stand side by side
-    return Observation(
-        pairs,
-        image_size,
-        crop,
-        members,
-        [texts[k] for k in order],
-        torch.tensor(owners)[order],
-        torch.cat([part.image_embeddings for part in parts]),
-        torch.cat([h.text_embeddings for h in heard])[order],
-        torch.cat([h.token_losses for h in heard])[order],
-        torch.cat([h.tokens for h in heard])[order],
-        heard[0].scale,
-        heard[0].bias,
-        [w for part in parts for w in part.written],
-        left_out,
-    )
+    return _joined(pairs, parts, texts_of, left_out, image_size=image_size, crop=crop)
 
 
 @torch.no_grad()
@@ -167,22 +148,22 @@ def features(
     patches: bool = False,
     progress: bool = False,
 ) -> Features | None:
-    """Look at labelled images: embed them and, if asked, keep what the poolers read, which takes n p d numbers.
+    """Compute the embeddings of labelled images and, with `patches`, the input of the poolers, of n p d numbers.
 
-    Called by all processes, each of which holds the whole model; rank 0 has the result, the others None. Images whose
-    label is IGNORE are passed over, those that cannot be read are left out, and named.
-    Raises ValueError if an image has several labels, or if nothing is left.
+    All processes call it with the whole model; rank 0 gets the result, the others None. Images with the label IGNORE
+    are skipped, unreadable ones left out and named. Raises ValueError if an image has several labels, or if no image
+    remains.
     """
     _, first = np.unique(labelled.image_of, return_index=True)
     if len(first) < len(labelled):
         raise ValueError(
-            f"features: each image must stand once in data to classify, got {len(labelled)} labels of {len(first)} "
-            "images; questions about images are for recipes/finetune_classifier.py"
+            f"features: each image must have one label, got {len(labelled)} labels of {len(first)} images; use "
+            "recipes/finetune_classifier.py for questions about images"
         )
 
     def work(pixels: Tensor, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        seen = model.pooler_norm(model.vision_encoder(normalize(pixels))).cpu() if patches else torch.empty(0)
-        return model.encode_image(pixels).cpu(), seen, torch.from_numpy(labelled.labels[members])
+        read = model.pooler_norm(model.vision_encoder(normalize(pixels))).cpu() if patches else torch.empty(0)
+        return model.encode_image(pixels).cpu(), read, torch.from_numpy(labelled.labels[members])
 
     items = np.flatnonzero(labelled.labels != IGNORE).tolist()
     with evaluating(model):
@@ -198,9 +179,9 @@ def features(
     if dist.get_rank() > 0:
         return None
     if not parts:
-        raise ValueError(f"features: no labelled image can be read: {_some(left_out)}; check where the data lie")
-    embeddings, seen, labels = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Features(labelled, embeddings, seen, labels, left_out)
+        raise ValueError(f"features: one labelled image must be readable, got none: {_some(left_out)}; check the data")
+    embeddings, read, labels = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Features(labelled, embeddings, read, labels, left_out)
 
 
 def over_images(
@@ -213,11 +194,11 @@ def over_images(
     crop: Crop,
     progress: str | None = None,
 ) -> tuple[list[R], dict[str, str]]:
-    """Hand the images of some pairs, in batches of 50 consecutive ones, to work(uint8 [b, 3, h, w], their items).
+    """Call work(uint8 [b, 3, h, w], items) on the images of some pairs, in batches of 50 consecutive ones.
 
-    Each batch is one process's; rank 0 gets the results in the order of the items, the others get none. The second
-    result are the names of images that cannot be read, and why; no batch holds those. Images are read in threads,
-    those of the next batch while work is done on one. Progress is shown under a name, if there is one.
+    Each batch is computed by one process; rank 0 gets the results in the order of the items, the others an empty list.
+    The second result maps names of unreadable images, which no batch contains, to causes. Images of the next batch are
+    read in threads meanwhile. A progress bar is shown if it is named.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     parts = list(batches(items, BATCH))
@@ -244,8 +225,8 @@ def over_images(
     return done, unread
 
 
-class _Heard(NamedTuple):
-    """What came of some captions and their images: [m]."""
+class _TextOutputs(NamedTuple):
+    """Outputs of a batch of captions and their images: [m] each."""
 
     texts: list[int]
     image_embeddings: Tensor
@@ -257,17 +238,16 @@ class _Heard(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What came of a batch of images."""
+    """Outputs of a batch of images."""
 
     members: list[int]
     image_embeddings: Tensor
-    heard: list[_Heard]
+    texts: list[_TextOutputs]
     written: list[str]
 
 
 def _texts_of_images(pairs: Pairs, count: int | None) -> tuple[dict[int, list[int]], dict[str, str]]:
-    """The first pair of each image -> all of its pairs that have a caption, for the first `count` images that occur;
-    and the names of pairs that have none."""
+    """Returns the pairs with a caption of each of the first `count` images, by its first pair; and empty captions."""
     images, first = np.unique(pairs.image_of, return_index=True)
     first_of = dict(zip(images.tolist(), first.tolist(), strict=True))
     texts_of: dict[int, list[int]] = {i: [] for i in sorted(first.tolist())[:count]}
@@ -282,16 +262,51 @@ def _texts_of_images(pairs: Pairs, count: int | None) -> tuple[dict[int, list[in
     return {i: texts for i, texts in texts_of.items() if texts}, left_out
 
 
-def _hear(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some: list[tuple[int, int]]) -> _Heard:
-    """Read captions beside their images: some are (row of context, pair)."""
+def _joined(
+    pairs: Pairs,
+    parts: list[_Part],
+    texts_of: dict[int, list[int]],
+    left_out: dict[str, str],
+    *,
+    image_size: int,
+    crop: Crop,
+) -> ModelOutputs:
+    """Join the outputs of all batches, with the captions in the order of the data."""
+    members = [i for part in parts for i in part.members]
+    row = {i: n for n, i in enumerate(members)}
+    texts = [some for part in parts for some in part.texts]
+    rows, owners = [t for some in texts for t in some.texts], [row[i] for i in members for _ in texts_of[i]]
+    order = np.argsort(rows).tolist()  # captions of one image need not be consecutive
+    return ModelOutputs(
+        pairs,
+        image_size,
+        crop,
+        members,
+        [rows[k] for k in order],
+        torch.tensor(owners)[order],
+        torch.cat([part.image_embeddings for part in parts]),
+        torch.cat([some.text_embeddings for some in texts])[order],
+        torch.cat([some.token_losses for some in texts])[order],
+        torch.cat([some.tokens for some in texts])[order],
+        texts[0].scale,
+        texts[0].bias,
+        [caption for part in parts for caption in part.written],
+        left_out,
+    )
+
+
+def _text_outputs(
+    model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some: list[tuple[int, int]]
+) -> _TextOutputs:
+    """Compute the outputs of captions with their images; some: (row of context, pair)."""
     rows, texts = [row for row, _ in some], [t for _, t in some]
-    packed = collate_captions([tokenizer.encode(pairs.captions[t]) for t in texts], pad_id=tokenizer.pad_id)
-    ids, positions, labels = (x.to(context.device) for x in packed)
+    collated = collate_captions([tokenizer.encode(pairs.captions[t]) for t in texts], pad_id=tokenizer.pad_id)
+    ids, positions, labels = (x.to(context.device) for x in collated)
     output = model.from_context(context[rows], ids, positions=positions, labels=labels)
     assert output.token_losses is not None
-    tokens = (packed[2] != IGNORE).sum(1)  # [m]
+    tokens = (collated[2] != IGNORE).sum(1)  # [m]
     sums = [x.sum() for x in output.token_losses.cpu().double().split(tokens.tolist())]
-    return _Heard(
+    return _TextOutputs(
         texts,
         output.image_embeddings.cpu(),
         output.text_embeddings.cpu(),
@@ -302,7 +317,7 @@ def _hear(model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some
     )
 
 
-def _told(left_out: dict[str, str]) -> dict[str, Any]:
+def _left_out_facts(left_out: dict[str, str]) -> dict[str, Any]:
     return {"left_out": len(left_out), "left_out_names": left_out}
 
 

@@ -1,4 +1,4 @@
-"""What the features of a frozen model tell of classes: a linear probe, and one that learns where to look."""
+"""Probes of frozen features: logistic regression, and attentive pooling with a linear layer."""
 
 import logging
 
@@ -12,8 +12,8 @@ from grr.training.optim import adamw
 from grr.training.schedule import set_lr, warmup_cosine
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-FOLD = 5  # one of so many training images is held out while a strength is chosen
-CONVERGED = 1e-9  # largest entry of the gradient
+FOLD = 5  # every fifth training image is held out to choose the strength
+CONVERGED = 1e-9  # largest entry of the gradient at the solution
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,12 @@ def linear_probe(
     *,
     strengths: tuple[float, ...] = STRENGTHS,
 ) -> dict[str, float]:
-    """Learn classes from features by logistic regression, and judge them on others: `accuracy`, and the strength.
+    """Linear probe: train logistic regression on features, and return the test `accuracy` and the chosen strength.
 
     features: [n, d], labels: [n], test_features: [m, d], test_labels: [m]. Features are centred and divided by their
-    mean length, so that a strength of the penalty means the same for all kinds of them. That strength is taken which is
-    right most often on a fifth of each class that is held out of training; of equals, the one with the lowest loss
-    there. Then all is trained on. Computed in float64, on the device of the features.
+    mean length, so that a strength of the penalty has the same meaning for all models. The strength with the highest
+    accuracy on a held-out fifth of each class is chosen, the lower loss decides ties; the final fit uses all features.
+    Computed in float64, on the device of the features.
     """
     features, test_features = features.double(), test_features.double()
     centre = features.mean(0)
@@ -46,10 +46,10 @@ def linear_probe(
 def logistic_regression(
     features: Tensor, labels: Tensor, classes: int, strength: float, *, tolerance: float = CONVERGED
 ) -> tuple[Tensor, Tensor]:
-    """The weights [c, d] and biases [c] for which the mean cross-entropy + strength / 2 * |weights|^2 is least.
+    """Minimise mean cross-entropy + strength / 2 * |weights|^2; returns weights [c, d] and biases [c].
 
-    features: float64 [n, d], labels: [n]. With a positive strength there is one such minimum. L-BFGS goes there from
-    zero until no entry of the gradient is above the tolerance; that it stopped before, by rounding, is logged.
+    features: float64 [n, d], labels: [n]. With a positive strength the minimum is unique. L-BFGS starts from zero and
+    ends when no entry of the gradient exceeds the tolerance; a warning is logged if rounding ends it earlier.
     """
     weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
     bias = features.new_zeros(classes).requires_grad_()
@@ -70,9 +70,9 @@ def logistic_regression(
 
     optimizer.step(objective)
     objective()
-    rest = max(float(x.grad.abs().max()) for x in (weight, bias) if x.grad is not None)
-    if rest > 1000 * tolerance:
-        logger.warning("logistic_regression: stopped with a gradient of %.1e at strength=%g", rest, strength)
+    largest = max(float(x.grad.abs().max()) for x in (weight, bias) if x.grad is not None)
+    if largest > 1000 * tolerance:
+        logger.warning("logistic_regression: stopped with a gradient of %.1e at strength=%g", largest, strength)
     return weight.detach(), bias.detach()
 
 
@@ -91,10 +91,10 @@ def attentive_probe(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Learn one query that attends to the patches of frozen images, and a linear layer on what it reads: `accuracy`.
+    """Attentive probe: train an attention pooler of one query and a linear layer; returns the test `accuracy`.
 
-    features: [n, p, d], labels: [n], test_features: [m, p, d], test_labels: [m]. Trained with AdamW along one cosine,
-    in float32; the seed draws weights and order. Source: CoCa (Yu et al. 2022), frozen-feature evaluation.
+    features: [n, p, d], labels: [n], test_features: [m, p, d], test_labels: [m]. Trained in float32 with AdamW and one
+    cosine of the learning rate; seed: of weights and order. Source: CoCa (Yu et al. 2022), frozen-feature evaluation.
     """
     dim = features.shape[-1]
     with torch.random.fork_rng(devices=[]):
@@ -116,7 +116,7 @@ def attentive_probe(
 
 
 def _best_strength(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...]) -> float:
-    """The strength that does best on every fifth image, counted class by class; the greatest if there are too few."""
+    """Returns the best strength on every fifth image of the sorted labels; the greatest if there are too few images."""
     held = torch.argsort(labels, stable=True)[FOLD - 1 :: FOLD]
     kept = torch.ones_like(labels, dtype=torch.bool)
     kept[held] = False

@@ -1,4 +1,4 @@
-"""Find the image of a sentence among others, and a sentence of an image, and count how often that works."""
+"""Retrieval metrics: recall of the image of a text, and of a text of an image."""
 
 import math
 
@@ -12,12 +12,12 @@ BITS = 26  # a product of two numbers of 26 bits fits into the 53 that float64 k
 def retrieval(
     image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor, *, chunk: int = CHUNK
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions, as fractions: image_to_text_r1 ... text_to_image_r10.
+    """Compute recall at 1, 5 and 10 in both directions, as fractions: image_to_text_r1 ... text_to_image_r10.
 
-    image_embeddings: [n, e], text_embeddings: [m, e], image_of_text: [m], the row of each text's image. An image is
-    found when any of its texts is among the k nearest (Karpathy and Fei-Fei 2015); one without texts does not count.
-    A tie counts against: what scores equal to the right answer stands before it, so a model that gives one embedding
-    for everything finds nothing. Scores are sums without rounding, so neither chunk nor the machine changes a rank.
+    image_embeddings: [n, e], text_embeddings: [m, e], image_of_text: [m], the row of the image of each text. An image
+    counts as retrieved if any of its texts is among the k nearest (Karpathy and Fei-Fei 2015); images without texts are
+    left out. A tie counts as a miss: candidates that score equal to the right one rank before it, so a model with a
+    constant embedding has recall 0. Scores are sums without rounding, so ranks depend neither on chunk nor machine.
     Raises ValueError if there is no text, if shapes do not fit, or if an embedding is not finite.
     """
     _check(image_embeddings, text_embeddings, image_of_text)
@@ -26,14 +26,16 @@ def retrieval(
     )
     owner = image_of_text.to(image.device)
     chunks = list(zip(text.split(chunk), owner.split(chunk), strict=True))
-    right = torch.cat([(some * image[own]).sum(1) for some, own in chunks])  # [m]: each text with its own image
-    best = right.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, right, "amax")  # [n]: the best own text
+    right = torch.cat([(some * image[own]).sum(1) for some, own in chunks])  # [m]: each text with its image
+    best = right.new_full((len(image),), -torch.inf).scatter_reduce(
+        0, owner, right, "amax"
+    )  # [n]: the best text of each image
 
     before_text, before_image = [], -torch.bincount(owner[right == best[owner]], minlength=len(image))
-    for (some, _), own_score in zip(chunks, right.split(chunk), strict=True):
+    for (some, _), right_score in zip(chunks, right.split(chunk), strict=True):
         scores = some @ image.T  # [chunk, n]
-        before_text.append((scores >= own_score.unsqueeze(1)).sum(1) - 1)  # all but the right image itself
-        before_image += (scores >= best).sum(0)  # [n]: all but the image's own texts, which were taken off above
+        before_text.append((scores >= right_score.unsqueeze(1)).sum(1) - 1)  # all but the right image itself
+        before_image += (scores >= best).sum(0)  # [n]: all but the image's texts, subtracted above
     recalls = {}
     ranks = {"image_to_text": before_image[best > -torch.inf], "text_to_image": torch.cat(before_text)}
     for direction, rank in ranks.items():
@@ -43,10 +45,10 @@ def retrieval(
 
 
 def whole_numbers(embeddings: Tensor, *, longest: float) -> Tensor:
-    """Scale by a power of two and round, such that a row of length `longest` is no longer than 2^26: [n, e] -> float64.
+    """Scale by a power of two and round, so that a row of length `longest` is at most 2^26 long: [n, e] -> float64.
 
-    By Cauchy and Schwarz no sum of products of two rows, nor any part of it, then passes 2^53, below which float64
-    adds whole numbers exactly, in whatever order a machine does. What is lost is less than a float32 score can tell.
+    By the Cauchy-Schwarz inequality, no sum of products of two rows, nor a partial sum, exceeds 2^53, below which
+    float64 adds whole numbers exactly in any order. The rounding is below the resolution of a float32 score.
     """
     return (embeddings.double() * math.ldexp(1.0, BITS - math.frexp(longest)[1])).round_()
 
@@ -60,7 +62,7 @@ def _check(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Ten
             "image_of_text holds, for each text, the row of its image"
         )
     if len(image_of_text) == 0:
-        raise ValueError(f"retrieval: there must be at least one text to look for, {shapes}; is the split empty?")
+        raise ValueError(f"retrieval: there must be at least one text, {shapes}; check that the split is not empty")
     first, last = int(image_of_text.min()), int(image_of_text.max())
     if first < 0 or last >= len(image_embeddings):
         raise ValueError(
@@ -71,5 +73,5 @@ def _check(image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Ten
         if not x.isfinite().all():
             row = int((~x.isfinite()).any(1).nonzero()[0, 0])
             raise ValueError(
-                f"retrieval: {name} must be finite, got {x[row, :4].tolist()} ... in row {row}; did training diverge?"
+                f"retrieval: {name} must be finite, got {x[row, :4].tolist()} ... in row {row}; check the weights"
             )

@@ -1,4 +1,4 @@
-"""Classify images by nothing but the names of the classes: an image belongs where its nearest description does."""
+"""Zero-shot classification: the class of an image is that of the nearest text embedding (CLIP, Radford et al. 2021)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from grr.data.collate import collate_captions
 from grr.models.coca import CoCa, evaluating
 from grr.tokenizers import Tokenizer
 
-BATCH = 200  # texts at a time
+BATCH = 200  # texts
 TEMPLATES = ("a photo of a {}", "a photo of the {}", "a picture of one {}", "an image that shows a {}")
 
 
@@ -25,11 +25,11 @@ def class_embeddings(
     *,
     templates: tuple[str, ...] = TEMPLATES,
 ) -> Tensor:
-    """Embed c classes, each as the direction of the mean of its descriptions: float32 [c, e], unit length.
+    """Embed c classes, each as the normalised mean of its prompts: float32 [c, e], unit length.
 
-    A description is a template with the class's name in the place of {}. The scores of images are then
+    A prompt is a template with the class name in place of {}. Scores of images are then
     image_embeddings @ class_embeddings.T. Source: CLIP (Radford et al. 2021), section 3.1.4.
-    Raises ValueError if there is no class, a class occurs twice, or a template does not hold {} once.
+    Raises ValueError if there is no class, a class occurs twice, or a template does not contain {} once.
     """
     _check_texts(classes, templates)
     texts = [template.replace("{}", name) for name in classes for template in templates]
@@ -40,16 +40,16 @@ def class_embeddings(
 
 @torch.no_grad()
 def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
-    """Embed n texts, one at least: float32 [n, e], unit length. Raises ValueError if the model computes NaN."""
+    """Embed n >= 1 texts: float32 [n, e], unit length. Raises ValueError if the model computes NaN."""
     embeddings = []
     with evaluating(model):
         for start in range(0, len(texts), BATCH):
             rows = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
             ids, positions, _ = collate_captions(rows, pad_id=tokenizer.pad_id)
             embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
-    whole = torch.cat(embeddings)
-    check_finite_outputs("embed_texts", whole, texts)
-    return whole
+    joined = torch.cat(embeddings)
+    check_finite_outputs("embed_texts", joined, texts)
+    return joined
 
 
 @torch.no_grad()
@@ -66,11 +66,11 @@ def class_probabilities(model: CoCa, images: Tensor, classes: Tensor, *, who: st
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """How often the right class scores highest: top_1, top_5 if there are more than five classes, mean_per_class.
+    """Compute top_1, top_5 if there are more than five classes, and mean_per_class accuracy, as fractions.
 
-    scores: [n, c], labels: [n], each from 0 to c - 1. mean_per_class is top_1 of each class that occurs, averaged over
-    classes, so that rare ones count as much as others. What does not score below the right class stands before it: a
-    tie counts against, and so does NaN. Raises ValueError if there is no label, or shapes or labels do not fit.
+    scores: [n, c], labels: [n], each from 0 to c - 1. mean_per_class is the mean of the top_1 of each class that
+    occurs, so that rare classes have equal weight. A tie with the right class and NaN count as wrong.
+    Raises ValueError if there is no label, or shapes or labels do not fit.
     """
     _check_labels(scores, labels)
     labels = labels.to(scores.device)
@@ -81,8 +81,8 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     if scores.shape[1] > 5:
         result["top_5"] = (before < 5).double().mean().item()
     images = torch.bincount(labels)  # of each class
-    found = torch.bincount(labels, weights=first)
-    return {**result, "mean_per_class": (found / images)[images > 0].mean().item()}
+    right_images = torch.bincount(labels, weights=first)
+    return {**result, "mean_per_class": (right_images / images)[images > 0].mean().item()}
 
 
 def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:
@@ -91,14 +91,14 @@ def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:
     twice = [repr(name) for name, count in Counter(classes).items() if count > 1]
     if twice:
         raise ValueError(
-            f"class_embeddings: each class must have a name of its own, got {', '.join(twice[:5])} more than once; say "
-            'which is meant, as in "crane, a bird", "crane, a machine", with the quotes, or in a file, one a line'
+            f"class_embeddings: each class must have a unique name, got {', '.join(twice[:5])} more than once; add "
+            'what is meant, as in "crane, a bird", "crane, a machine", with the quotes, or in a file, one a line'
         )
     wrong = [templates] if isinstance(templates, str) else [t for t in templates if t.count("{}") != 1]
     if wrong or not templates:
         raise ValueError(
-            "class_embeddings: templates must be a list of texts that each hold {} once, where the name of a class "
-            f"goes, got {', '.join(map(repr, wrong)) or 'none'}; write for example ['a photo of a {{}}']"
+            "class_embeddings: templates must be a list of texts that each contain {} once, for the name of a "
+            f"class, got {', '.join(map(repr, wrong)) or 'none'}; write for example ['a photo of a {{}}']"
         )
 
 

@@ -1,4 +1,4 @@
-"""Models held against each other by their runs: the numbers of the paper's table 2, with their spread over seeds."""
+"""Comparison of models by their runs: the metrics of the paper's table 2, with their spread over seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,13 +23,13 @@ PUBLISHED: dict[DataSet, dict[str, tuple[float, float, float]]] = {
 
 
 class Metric(NamedTuple):
-    """A number of a run: of its best validation, or of a task of its evaluation."""
+    """Metric of a run: of its best validation, or of a task of its evaluation."""
 
     label: str
     key: str
     task: str | None = None
     lower_is_better: bool = False
-    factor: float = 100  # it is shown times this
+    factor: float = 100  # shown values are multiplied by it
 
 
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -58,7 +58,7 @@ METRICS = [
 
 
 class Line(NamedTuple):
-    """A metric of every model, and of each but the first what it differs by."""
+    """Values of a metric for all models, and the difference of each from the first."""
 
     metric: Metric
     spreads: list[Spread | None]  # None: not measured
@@ -66,30 +66,32 @@ class Line(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What there is to say of some models, of which the first is the baseline."""
+    """Comparison of models, of which the first is the baseline."""
 
     models: Mapping[str, Sequence[RunRecord]]
     lines: list[Line]
     published: DataSet | None
-    unequal: list[str]  # in what the runs differ beside their models; to be shown wherever the numbers are
+    unequal: list[str]  # conditions, other than the model, in which the runs differ; show them beside the metrics
 
 
 def compare(
     models: Mapping[str, Sequence[RunRecord]], *, published: DataSet | None = None, allow_differences: bool = False
 ) -> Comparison:
-    """Hold the runs of some models against those of the first: means, spreads over seeds, and paired differences.
+    """Compare the runs of models with those of the first: means, spreads over seeds, and paired differences.
 
-    `published` puts the paper's numbers for that data set beside ours. Raises ValueError if there is only one model;
-    and, unless they are allowed, if the runs differ in anything beside their models, or some are not finished, naming
-    every difference.
+    published: a data set whose metrics in the paper are shown as well. Raises ValueError if there are fewer than two
+    models, or, without allow_differences, if runs differ in conditions other than the model or are not finished; the
+    message lists all differences.
     """
     if len(models) < 2:
-        raise ValueError(f"compare: there must be at least two models, got {', '.join(models) or 'none'}")
+        raise ValueError(
+            f"compare: there must be at least two models, got {', '.join(models) or 'none'}; add one to run.models"
+        )
     unequal = differences(models)
     if unequal and not allow_differences:
         raise ValueError(
-            "compare: the runs differ in more than their models, so their numbers say nothing of these; train them "
-            "under equal conditions, or set run.allow_differences=true to see the numbers with these lines above them:"
+            "compare: the runs differ in more than their models, so their metrics do not compare these; train them "
+            "under equal conditions, or set run.allow_differences=true to see the metrics below these lines:"
             + "".join(f"\n  {line}" for line in unequal)
         )
     lines = []

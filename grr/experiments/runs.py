@@ -1,4 +1,4 @@
-"""What the folder of a run says: its numbers, and the conditions under which they were measured."""
+"""Records of finished runs: their metrics, and the conditions under which they were measured."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from grr.checkpoint.identity import HOW_COMPUTED
 from grr.training.log import LogLine, is_number, kept_step, read_metrics, read_starts
 
-# What may differ between runs that are compared: the model, what a fingerprint stands for, and how a run is computed.
+# These may differ between compared runs: the model, sections that a fingerprint represents, and how a run is computed.
 FREE_SECTIONS = ("model", "data", "validation")
 FREE = HOW_COMPUTED | {"run.seed", "saving.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
 FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fingerprints, and the global batch
@@ -20,44 +20,46 @@ FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fi
 
 @dataclass
 class RunRecord:
-    """One run, read."""
+    """Record of one run."""
 
     folder: Path
     seed: int
     finished: bool
     model: dict[str, Any]  # name and arguments of its builder
-    conditions: dict[str, Any]  # by name: all that must be equal if only the model shall make a difference
-    start: dict[str, Any]  # the manifest's last
+    conditions: dict[str, Any]  # by name: must be equal in all runs, so that only the model differs
+    start: dict[str, Any]  # last entry of the manifest
     validations: list[LogLine]  # lines of metrics.jsonl
-    final: LogLine | None  # its line on the model that a fine-tuning left; None for other runs
-    evaluation: dict[str, Any]  # evaluation.json; empty if there is none
+    final: LogLine | None  # line of metrics.jsonl on the model that fine-tuning saved; None for other runs
+    evaluation: dict[str, Any]  # evaluation.json; empty without one
 
     @property
     def best(self) -> LogLine:
-        """The line that a run counts by: of the model that was left, or else the validation with the lowest loss; of a
-        classifier, the one with the highest accuracy, whose weights it keeps."""
+        """Line of the metrics that represents the run: that of the saved model, or else of the validation with the
+        lowest loss; for a classifier, of the highest accuracy, whose weights are saved."""
         finite = [row for row in self.validations if is_number(row.get("loss"))]
         return self.final or min(finite, key=lambda row: float(-row["accuracy"] if "accuracy" in row else row["loss"]))
 
     @property
     def best_step(self) -> int:
-        """The step whose weights those are."""
+        """Step of the weights of `best`."""
         step = kept_step(self.best)
         return int(self.best["step"]) if step is None else step
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read config.yaml, manifest.json, metrics.jsonl and, if there is one, evaluation.json.
+    """Read config.yaml, manifest.json, metrics.jsonl and, if it exists, evaluation.json of a run.
 
-    Raises ValueError if the folder is not that of a run that was validated.
+    Raises ValueError if the folder does not hold a run with a validation.
     """
     file = folder / "config.yaml"
     if not file.is_file():
-        raise ValueError(f"read_run: {folder} is not the folder of a run, it has no config.yaml")
+        raise ValueError(f"read_run: the folder of a run must hold config.yaml, got {folder}; check the path")
     config: Any = OmegaConf.to_container(OmegaConf.load(file))
     starts, description = read_starts(folder), _json(folder / "model" / "config.json")
     if not starts:
-        raise ValueError(f"read_run: {folder / 'manifest.json'} is missing or damaged")
+        raise ValueError(
+            f"read_run: {folder / 'manifest.json'} is missing or damaged; restore it, or train the model again"
+        )
     model = {"name": description["builder"], **description["arguments"]} if description else dict(config["model"])
     model.pop("path", None)
     evaluation = _json(folder / "evaluation.json")
@@ -74,38 +76,40 @@ def read_run(folder: Path) -> RunRecord:
         evaluation=evaluation,
     )
     if not any(is_number(row.get("loss")) for row in run.validations):
-        raise ValueError(f"read_run: {folder} has no validation yet; a run is compared by the lowest of its losses")
+        raise ValueError(
+            f"read_run: a run must have a validation to be compared, got {folder} without one; continue the run"
+        )
     return run
 
 
 def read_models(models: Sequence[str]) -> dict[str, list[RunRecord]]:
-    """The runs of each model, by seed. models: "name: folders", where folders may hold the wildcards * ? [].
+    """Read the runs of each model, sorted by seed. models: "name: folders", where folders may have wildcards * ? [].
 
-    Raises ValueError if an entry has no name, a name stands there twice, nothing matches, a folder is no run, or two
-    runs of a model have one seed.
+    Raises ValueError if an entry has no name, a name occurs twice, no folder matches, a folder does not hold a run, or
+    two runs of a model have the same seed.
     """
     result: dict[str, list[RunRecord]] = {}
     for entry in models:
         name, colon, pattern = (part.strip() for part in entry.partition(":"))
         if not (name and colon and pattern) or name in result:
-            raise ValueError(f'read_models: each model must be "name: folders", with a name of its own, got {entry!r}')
+            raise ValueError(f'read_models: each model must be "name: folders" with a unique name, got {entry!r}')
         place = Path(pattern)
         folders = sorted(p for p in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if p.is_dir())
         if not folders:
-            raise ValueError(f"read_models: no folder matches {pattern} ({name}), seen from {Path.cwd()}")
+            raise ValueError(f"read_models: no folder matches {pattern} ({name}) in {Path.cwd()}; check run.models")
         runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.seed)
         for one, other in itertools.pairwise(runs):
             if one.seed == other.seed:
                 raise ValueError(
                     f"read_models: {one.folder} and {other.folder} ({name}) both have the seed "
-                    f"{one.seed}; name the folders of one model more closely"
+                    f"{one.seed}; narrow the pattern to the folders of one model"
                 )
         result[name] = runs
     return result
 
 
 def differences(models: Mapping[str, Sequence[RunRecord]]) -> list[str]:
-    """All in which some runs differ beside their models, a line for each run and key, with both values.
+    """Returns the conditions, other than the model, in which runs differ: a line per run and key, with both values.
 
     Every run is held against the first; its model, against the first of its own. Runs that are not finished, and
     evaluations that some runs have and others not, count as differences.
@@ -115,7 +119,7 @@ def differences(models: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     for runs in models.values():
         for run in runs:
             if not run.finished:
-                lines.append(f"{run.folder}: is not finished, it has no model/ yet")
+                lines.append(f"{run.folder}: is not finished, because it does not have model/")
             lines += _unequal(run, run.conditions, reference, reference.conditions)
             lines += _unequal(run, _named("model", run.model), runs[0], _named("model", runs[0].model))
     return lines
@@ -123,31 +127,31 @@ def differences(models: Mapping[str, Sequence[RunRecord]]) -> list[str]:
 
 def _unequal(run: RunRecord, values: Mapping[str, Any], other: RunRecord, others: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted(values.keys() | others.keys()):
-        ours, theirs = (_spelled(key, side) for side in (values, others))
+        ours, theirs = (_shown(key, side) for side in (values, others))
         if ours != theirs:
             yield f"{run.folder}: {key} is {ours}, in {other.folder} it is {theirs}"
 
 
-def _spelled(key: str, values: Mapping[str, Any]) -> str:
-    return json.dumps(values[key]) if key in values else "not there"
+def _shown(key: str, values: Mapping[str, Any]) -> str:
+    return json.dumps(values[key]) if key in values else "not set"
 
 
 def _conditions(config: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
-    """How and on what a model is trained and measured; of a fine-tuning, what it starts from as well.
+    """Returns the conditions of training and validation, and of pre-training if the run is a fine-tuning.
 
-    The size of a micro-batch is free unless micro-batches are contrasted each in itself.
+    The size of a micro-batch may differ, except with local negatives.
     """
     free = FREE - {"run.micro_batch_size"} if config.get("loss", {}).get("negatives") == "local" else FREE
     sections = {name: values for name, values in config.items() if name not in FREE_SECTIONS}
-    told = {key: value for name, values in sections.items() for key, value in _named(name, values).items()}
-    conditions = {key: value for key, value in told.items() if key not in free}
+    flat = {key: value for name, values in sections.items() for key, value in _named(name, values).items()}
+    conditions = {key: value for key, value in flat.items() if key not in free}
     return {**conditions, **{key: start.get(key) for key in FACTS}, **_pre_training(config["model"].get("path"))}
 
 
 def _pre_training(path: str | None) -> dict[str, Any]:
-    """The conditions of the run that a fine-tuning starts from: path is its folder, its model/ or a checkpoint in it.
+    """Returns the conditions of the run that a fine-tuning starts from; path: its folder, its model/ or a checkpoint.
 
-    Nothing where that run is no longer there.
+    Empty if that run no longer exists.
     """
     for folder in (Path(path), *Path(path).parents[:2]) if path else ():
         file = folder / "config.yaml"
@@ -158,7 +162,7 @@ def _pre_training(path: str | None) -> dict[str, Any]:
 
 
 def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what an evaluation was made."""
+    """Returns the conditions of an evaluation."""
     prints = {f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint") for name in ("data", "labelled")}
     images = {"evaluation.images": (evaluation.get("data") or {}).get("images")}
     return {
@@ -175,10 +179,10 @@ def _named(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none. Raises ValueError if it is damaged."""
+    """Returns the JSON object in a file, empty if the file does not exist. Raises ValueError if it is damaged."""
     if not file.is_file():
         return {}
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"read_run: {file} is damaged ({error})") from None
+        raise ValueError(f"read_run: {file} is damaged ({error}); restore it, or write it again") from None

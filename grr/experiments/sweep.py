@@ -1,4 +1,4 @@
-"""The runs of a grid of variants and seeds, each through one or several stages, as command lines."""
+"""Plan of a sweep: a grid of variants and seeds, each through one or several stages, as command lines."""
 
 import re
 import shlex
@@ -14,13 +14,13 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass
 class Job:
-    """One run: a recipe's command line, and the job that must be finished before it."""
+    """Run of a sweep: a command line, and the job that must finish before it."""
 
     stage: str
     variant: str
     seed: int
     folder: Path
-    words: list[str]  # a recipe and its arguments, as behind `grr run`
+    words: list[str]  # a recipe and its arguments, as after `grr run`
     after: "Job | None"
 
     @property
@@ -28,33 +28,37 @@ class Job:
         return f"{self.stage} {self.variant}-{self.seed}"
 
     def command(self) -> list[str]:
-        """The arguments of python that start the run.
+        """Returns the arguments of python that start the run.
 
-        Raises ValueError if its recipe is not an installed one, by its name, or a file below the current folder: a
-        config cannot start a program.
+        Raises ValueError if the recipe is neither installed nor a file below the working directory, because a config
+        must not start other programs.
         """
         command = installed.command(self.words)
         recipe = Path(command[installed.recipe_place(command)])
         below = recipe.resolve().is_relative_to(Path.cwd().resolve())
         if not below and recipe.absolute().parent != installed.RECIPES:
-            raise ValueError(f"sweep: a stage starts an installed recipe, or one below {Path.cwd()}, got {recipe}")
+            raise ValueError(
+                f"sweep: a stage must start an installed recipe, or one below {Path.cwd()}, got {recipe}; copy it there"
+            )
         return command
 
 
 def plan(
     folder: Path, stages: Sequence[str], variants: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> list[Job]:
-    """All runs, in the order they are worth having: every variant of the first seed, then of the next.
+    """Returns all runs in the order of start: every variant of the first seed, then of the next.
 
-    stages: "name: recipe arguments", in which {stage} is the folder of the same variant and seed in an earlier one.
+    stages: "name: recipe arguments", in which {stage} is the folder of the same variant and seed in an earlier stage.
     variants: "name: key=value ...", overrides of the first stage. overrides: "stage: key=value ...", for all its runs.
-    Each run is given its folder, folder/stage/variant-seed, and its seed. Raises ValueError naming all that is wrong.
+    Each run gets its folder, folder/stage/variant-seed, and its seed. Raises ValueError with all faults.
     """
     faults: list[str] = []
     commands, changes = _entries("stages", stages, faults), _entries("variants", variants, faults)
     more = _entries("overrides", overrides, faults)
-    faults += [f"overrides: there is no stage {name}" for name in more if name not in commands]
-    faults += [f"seeds: {seed} stands there twice" for seed in sorted(set(seeds)) if seeds.count(seed) > 1]
+    faults += [
+        f"overrides: {name} must be a stage, one of {', '.join(commands)}" for name in more if name not in commands
+    ]
+    faults += [f"seeds: {seed} occurs twice" for seed in sorted(set(seeds)) if seeds.count(seed) > 1]
     faults += [
         f"{what}: there must be at least one"
         for what, given in {"stages": stages, "variants": variants, "seeds": seeds}.items()
@@ -63,13 +67,13 @@ def plan(
     for i, (stage, words) in enumerate(commands.items()):
         earlier = list(commands)[:i]
         faults += [
-            f"stages: {{{name}}} in {stage} must be a stage before it, one of {', '.join(earlier) or 'none'}"
+            f"stages: {{{name}}} in {stage} must be an earlier stage, one of {', '.join(earlier) or 'none'}"
             for word in words
             for name in PLACEHOLDER.findall(word)
             if name not in earlier
         ]
         if not words:
-            faults.append(f"stages: {stage} has no command")
+            faults.append(f"stages: {stage} must have a recipe after the colon")
     if faults:
         raise ValueError("\n".join(["sweep:", *(f"  {fault}" for fault in faults)]))
 
@@ -77,17 +81,17 @@ def plan(
     for seed in seeds:
         for variant, change in changes.items():
             folders = {stage: folder / stage / f"{variant}-{seed}" for stage in commands}
-            before = None
+            earlier_job = None
             for stage, words in commands.items():
-                own = [
+                arguments = [
                     *_filled(words, folders),
-                    *(change if before is None else []),
+                    *(change if earlier_job is None else []),
                     *more.get(stage, []),
                     f"run.folder={folders[stage]}",
                     f"run.seed={seed}",
                 ]
-                before = Job(stage, variant, seed, folders[stage], own, before)
-                jobs.append(before)
+                earlier_job = Job(stage, variant, seed, folders[stage], arguments, earlier_job)
+                jobs.append(earlier_job)
     return jobs
 
 
@@ -96,14 +100,14 @@ def _filled(words: list[str], folders: dict[str, Path]) -> list[str]:
 
 
 def _entries(what: str, given: Sequence[str], faults: list[str]) -> dict[str, list[str]]:
-    """The words behind each name; adds what is wrong to faults."""
+    """Returns the words of each name, and adds faults to `faults`."""
     entries: dict[str, list[str]] = {}
     for entry in given:
         name, colon, text = entry.partition(":")
         if not colon or not NAME.fullmatch(name):
             faults.append(f'{what}: must be "name: words", the name of letters, digits and _, got {entry!r}')
         elif name in entries:
-            faults.append(f"{what}: {name} stands there twice")
+            faults.append(f"{what}: {name} occurs twice")
         else:
             try:
                 entries[name] = shlex.split(text)

@@ -1,4 +1,4 @@
-"""Checkpoints of open_clip's contrastive captioners, as weights of the models in `grr.models.open_clip`."""
+"""Conversion of checkpoints of open_clip's contrastive captioners to the models in `grr.models.open_clip`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,29 +15,33 @@ from grr.models.coca import CoCa
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over the images that CLIP was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PARTS = ("visual", "text", "text_decoder", "logit_scale")  # with which the names of a CoCa of open_clip begin
-CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # under which training programs keep the weights
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # what torch puts into names
+PARTS = ("visual", "text", "text_decoder", "logit_scale")  # first parts of names in a CoCa of open_clip
+CONTAINERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+)  # keys of weights in checkpoints
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # added to names by torch
 SIZES: dict[tuple[int, ...], str] = {  # by the shape of visual.conv1.weight
     (768, 3, 32, 32): "open_clip_coca_vit_b_32",
     (1024, 3, 14, 14): "open_clip_coca_vit_l_14",
 }
-SHOWN = 5  # weights that do not fit, in a message
+SHOWN = 5  # weights that a message lists
 
 
 def read_open_clip(path: str | Path) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, by open_clip's names, from .safetensors or from what torch.save wrote.
+    """Read the weights of a checkpoint by open_clip's names, from .safetensors or a file of torch.save.
 
-    The checkpoint of a training run has them under `state_dict`, and names like `module._orig_mod.visual.proj`, of
-    several processes and a compiled model. A name begins here with the first of PARTS in it, and what torch's wrappers
-    put into it is left out. Nothing in the file is run. Raises FileNotFoundError if there is no such file, ValueError
-    if it cannot be read, naming the likely cause, if it holds anything but tensors and plain values, or no weights, or
-    if two names become one.
+    Checkpoints of training runs hold them under `state_dict`, with names such as `module._orig_mod.visual.proj`. Names
+    are cut to start with one of PARTS, without the words that torch's wrappers add. No code in the file is run. Raises
+    FileNotFoundError if the file does not exist, ValueError if it cannot be read (with the likely cause), holds
+    anything but tensors and plain values, holds no weights, or if two names become equal.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"read_open_clip: there is no file {path}; open_clip's CoCas are open_clip_pytorch_model.bin or "
+            f"read_open_clip: the file {path} does not exist; CoCas of open_clip are open_clip_pytorch_model.bin or "
             "open_clip_model.safetensors in laion/CoCa-ViT-B-32-laion2B-s13B-b90k and its neighbours on the Hugging "
             "Face hub"
         )
@@ -46,25 +50,27 @@ def read_open_clip(path: str | Path) -> dict[str, Tensor]:
             read: Any = load_file(path)
         else:
             read = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises nearly anything at damaged files
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         raise ValueError(f"read_open_clip: {path} cannot be read: {damage(path)}") from error
     weights = _contained(read)
     if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
-        raise ValueError(f"read_open_clip: {path} holds no weights by name; give a checkpoint of open_clip's CoCa")
-    own: dict[str, str] = {}
+        raise ValueError(
+            f"read_open_clip: {path} must hold weights by name, got none; use a checkpoint of open_clip's CoCa"
+        )
+    names: dict[str, str] = {}  # cut name -> name in the file
     for name in weights:
         plain = _plain_name(name)
-        if plain in own:
+        if plain in names:
             raise ValueError(
-                f"read_open_clip: {path} has two weights for {plain}: {own[plain]} and {name}; save the "
-                "weights of one model into a file, and give that"
+                f"read_open_clip: {path} has two weights for {plain}: {names[plain]} and {name}; save the "
+                "weights of one model in a file, and use that"
             )
-        own[plain] = name
-    return {plain: weights[name] for plain, name in own.items()}
+        names[plain] = name
+    return {plain: weights[name] for plain, name in names.items()}
 
 
 def _contained(read: Any) -> dict[Any, Any]:
-    """The innermost of the containers that a training program keeps its weights in."""
+    """Returns the content of the innermost container."""
     while isinstance(read, Mapping):
         inner = next((read[key] for key in CONTAINERS if isinstance(read.get(key), Mapping)), None)
         if inner is None:
@@ -80,12 +86,12 @@ def _plain_name(name: str) -> str:
 
 
 def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, Tensor]:
-    """open_clip's weights by its names -> a state dict of `model`, as `open_clip_coca` builds it, on any device.
+    """Convert open_clip's weights to a float32 state dict of `model`, built by `open_clip_coca` on any device.
 
-    Float32. The model then computes what open_clip's does, from other places: CLS is a row of the token embedding;
-    images come normalised by ImageNet's constants instead of CLIP's, so the patch embedding is scaled and gets a bias;
-    and there is a bias of similarities, zero. Raises ValueError naming the weights that are missing, unexpected, of
-    another shape or not finite.
+    The model then computes the same function as open_clip's with a different layout: CLS is a row of the token
+    embedding; images are normalised by ImageNet's constants instead of CLIP's, so the patch embedding is scaled and has
+    a bias; and the bias of similarities is zero. Raises ValueError that lists missing and unexpected weights, and those
+    of another shape or not finite.
     """
     wanted = model.state_dict()
     sources = {name: _sources(name) for name in wanted}
@@ -104,7 +110,7 @@ def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, T
         if not fits:
             shapes = " + ".join(f"{theirs} {list(weights[theirs].shape)}" for theirs, _ in parts)
             faults.append(f"{shapes}: do not become {name} {list(wanted[name].shape)}")
-    used = {theirs: weights[theirs] for theirs in known if theirs in weights}  # not attn_mask, which is infinite
+    used = {theirs: weights[theirs] for theirs in known if theirs in weights}  # without attn_mask, which is infinite
     check_finite_weights("convert_open_clip", used, "the checkpoint")
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -115,7 +121,7 @@ def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, T
 
 
 def _likely_cause(weights: Mapping[str, Tensor], model: CoCa) -> str:
-    """What the names and shapes of weights that do not fit say of the model that they are from, and the remedy."""
+    """Returns the likely cause of weights that do not fit, from their names and shapes, and the remedy."""
     if not any(name.split(".")[0] in PARTS for name in weights):
         some = ", ".join(list(weights)[:3])
         return (
@@ -134,7 +140,7 @@ def _likely_cause(weights: Mapping[str, Tensor], model: CoCa) -> str:
     return "some weights are missing, unknown or of another shape; set the sizes that it was trained with"
 
 
-# --- what becomes of what: our names -> open_clip's, of which there may be several, one below the other ------------
+# --- name of this library -> name or names of open_clip, whose tensors are concatenated along the first axis --------
 
 Change = Callable[[Tensor], Tensor]
 
@@ -152,7 +158,7 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _queries(x: Tensor) -> Tensor:
-    """Of query, key and value projections below one another."""
+    """Returns the query rows of concatenated query, key and value projections."""
     return x.chunk(3)[0]
 
 
@@ -161,13 +167,13 @@ def _keys_and_values(x: Tensor) -> Tensor:
 
 
 def _for_imagenet(patches: Tensor) -> Tensor:
-    """Weights [d, 3, h, w] for images normalised by ImageNet's constants instead of CLIP's."""
+    """Scale weights [d, 3, h, w] for images normalised by ImageNet's constants instead of CLIP's."""
     factor = torch.tensor(IMAGENET_STD).double() / torch.tensor(CLIP_STD).double()
     return (patches.double() * factor.view(3, 1, 1)).float()
 
 
 def _bias_for_imagenet(patches: Tensor) -> Tensor:
-    """What those weights leave out, [d]: ImageNet's mean is not CLIP's."""
+    """Compute the bias [d] for the difference between ImageNet's mean and CLIP's."""
     shift = (torch.tensor(IMAGENET_MEAN).double() - torch.tensor(CLIP_MEAN).double()) / torch.tensor(CLIP_STD).double()
     return (patches.double() * shift.view(3, 1, 1)).sum((1, 2, 3)).float()
 
@@ -224,7 +230,7 @@ IN_A_BLOCK: dict[str, tuple[str, Change]] = {
     "feed_forward_norm.": ("ln_2.", _same),
     "feed_forward.up.": ("mlp.c_fc.", _same),
     "feed_forward.down.": ("mlp.c_proj.", _same),
-}  # each before `weight` and `bias`
+}  # prefixes of `weight` and `bias`
 
 
 def _sources(name: str) -> list[tuple[str, Change]]:
@@ -237,6 +243,6 @@ def _sources(name: str) -> list[tuple[str, Change]]:
 
 
 def _block(tower: str, number: int) -> str:
-    if tower == "multimodal_decoder":  # blocks that read text and image take turns
+    if tower == "multimodal_decoder":  # self-attention and cross-attention blocks alternate
         return f"text_decoder.{'cross_attn' if number % 2 else 'resblocks'}.{number // 2}"
     return f"{'visual' if tower == 'vision_encoder' else 'text'}.transformer.resblocks.{number}"

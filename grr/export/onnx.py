@@ -1,8 +1,8 @@
-"""The three graphs of a trained model, for use without this library: as programs of torch.export, and as ONNX files.
+"""Export of a trained model as three graphs, for use without this library: torch.export programs and ONNX files.
 
-`image` embeds images, and gives the keys and values that captions of them read; `text` embeds sentences; `step` reads
-one token of a caption and scores the next. Plain tensors go in and out, the cache of a caption among them. The number
-of images, of sentences and of tokens is free; sizes of images and of the model are fixed.
+`image` embeds images, and returns the keys and values that captions attend to; `text` embeds texts; `step` reads one
+token of a caption and scores the next. Inputs and outputs are plain tensors, the cache of a caption included. The
+numbers of images, texts and tokens are free; the sizes of images and of the model are fixed.
 """
 
 import warnings
@@ -20,17 +20,17 @@ from grr.inference.pretrained import Pretrained
 from grr.models.coca import CoCa
 from grr.tokenizers import ClipTokenizer, Tokenizer
 
-EXAMPLE = Path(__file__).with_name("run_onnx.py")  # a script for the folder of an export, which uses it without torch
+EXAMPLE = Path(__file__).with_name("run_onnx.py")  # copied into the folder of an export, to use it without torch
 Pixels = Literal["uint8", "float32"]
 Outputs = tuple[Tensor, ...]
-Axes = dict[str, dict[int, str]]  # of each input, those of any length, and what they count
+Axes = dict[str, dict[int, str]]  # per input: axis of any length -> its name
 
 
 class ImageGraph(nn.Module):
     """images -> image_embeddings [b, e], context_keys and context_values [l, b, h, n, k].
 
-    The latter are what the l blocks that read the image know of its n vectors, in h heads of width k.
-    images: [b, 3, h, w], bytes for pixels="uint8", or for "float32" normalised as `grr.data.images.normalize` does.
+    These are the keys and values of the n image vectors in the l cross-attention blocks, in h heads of width k.
+    images: [b, 3, h, w], bytes for pixels="uint8", or normalised as by `grr.data.images.normalize` for "float32".
     """
 
     outputs = ("image_embeddings", "context_keys", "context_values")
@@ -43,10 +43,10 @@ class ImageGraph(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         context = self.model.image_context(images)  # [b, n, d]
         query = context.new_zeros(context.shape[0], 1, self.model.dim)
-        caches = [_Handed() for _ in _reading_images(self.model)]
-        for block, cache in zip(_reading_images(self.model), caches, strict=True):
-            block.cross_attention(query, context, cache=cache)  # type: ignore[misc]  # for the keys and values alone
-        return self.model._image_embeddings(context), *_stacked(caches)  # encode_image would look at the image again
+        caches = [_TensorCache() for _ in _cross_attention_blocks(self.model)]
+        for block, cache in zip(_cross_attention_blocks(self.model), caches, strict=True):
+            block.cross_attention(query, context, cache=cache)  # type: ignore[misc]  # for its keys and values only
+        return self.model._image_embeddings(context), *_stacked(caches)  # encode_image would encode the image again
 
     def example(self, batch: int, tokens: int) -> dict[str, Tensor]:
         images = _random_images(batch, self.image_size)
@@ -56,8 +56,8 @@ class ImageGraph(nn.Module):
 class TextGraph(nn.Module):
     """ids and positions [b, s] -> text_embeddings [b, e].
 
-    A row is BOS t1 ... tn EOS CLS, then PAD to the length of the longest row; positions count from 0, but that of CLS
-    is always context - 1, and those of PAD are of no account.
+    A row is BOS t1 ... tn EOS CLS, then PAD to the length of the longest row; positions count from 0, except that
+    CLS has context - 1; those of PAD have no effect.
     """
 
     outputs = ("text_embeddings",)
@@ -77,10 +77,10 @@ class TextGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One token of each caption, and what was read before it -> logits of the next [b, v], and the longer cache.
+    """One token of each caption and the cache of those before it -> logits of the next [b, v], and the longer cache.
 
-    ids: [b, 1], BOS at first; position: [1], 0 at first; context_keys and context_values as `ImageGraph` gives them;
-    keys and values [m, b, h, t, k] of the t tokens read before, none at first -> logits, next_keys and next_values
+    ids: [b, 1], BOS at first; position: [1], 0 at first; context_keys and context_values from `ImageGraph`; keys and
+    values [m, b, h, t, k] of the t previous tokens, t = 0 at first -> logits, next_keys and next_values
     [m, b, h, t + 1, k].
     """
 
@@ -101,22 +101,22 @@ class StepGraph(nn.Module):
     def forward(
         self, ids: Tensor, position: Tensor, context_keys: Tensor, context_values: Tensor, keys: Tensor, values: Tensor
     ) -> Outputs:
-        own = [_Handed(*pair) for pair in zip(keys.unbind(), values.unbind(), strict=True)]
-        seen = [_Handed(*pair) for pair in zip(context_keys.unbind(), context_values.unbind(), strict=True)]
-        own_left, seen_left, none = iter(own), iter(seen), KeyValueCache(0)
+        tokens = [_TensorCache(*pair) for pair in zip(keys.unbind(), values.unbind(), strict=True)]
+        images = [_TensorCache(*pair) for pair in zip(context_keys.unbind(), context_values.unbind(), strict=True)]
+        next_tokens, next_images, none = iter(tokens), iter(images), KeyValueCache(0)
         caches = tuple(
             [
                 BlockCache(
-                    none if block.attention is None else next(own_left),
-                    none if block.cross_attention is None else next(seen_left),
+                    none if block.attention is None else next(next_tokens),
+                    none if block.cross_attention is None else next(next_images),
                 )
                 for block in _blocks(decoder)
             ]
             for decoder in (self.model.text_decoder, self.model.multimodal_decoder)
         )
-        context = context_keys[0]  # of the images it is read how many they are; the rest stands in the caches
+        context = context_keys[0]  # only its batch size is read; the caches hold the rest
         logits = self.model.next_token_logits(ids, context, positions=position, caches=(caches[0], caches[1]))
-        return logits, *_stacked(own)
+        return logits, *_stacked(tokens)
 
     @torch.no_grad()
     def example(self, batch: int, tokens: int) -> dict[str, Tensor]:
@@ -142,18 +142,18 @@ Graph = ImageGraph | TextGraph | StepGraph
 
 
 def graphs(model: CoCa, image_size: int, context: int, *, pixels: Pixels = "uint8") -> dict[str, Graph]:
-    """The graphs of a model in evaluation mode, by their names: image, text and step.
+    """Returns the graphs of a model in evaluation mode, by name: image, text and step.
 
-    image_size and context: those that the model was trained with. Raises ValueError for a model that is quantised, or
-    in another precision than float32, or unknown pixels.
+    image_size and context: those of training. Raises ValueError if the model is quantised or not float32, or if pixels
+    is unknown.
     """
     if pixels not in get_args(Pixels):
         raise ValueError(f"graphs: pixels must be one of {', '.join(get_args(Pixels))}, got {pixels!r}")
     kinds = {f"{type(p).__name__} of {p.dtype}" for p in model.state_dict().values()}
     if kinds != {"Tensor of torch.float32"}:
         raise ValueError(
-            f"graphs: a model is exported in float32, not quantised, got {', '.join(sorted(kinds))}; open "
-            "it with load_pretrained as it was trained"
+            f"graphs: the model must be in float32 and not quantised, got {', '.join(sorted(kinds))}; open "
+            "the trained model with load_pretrained"
         )
     return {
         "image": ImageGraph(model, image_size, pixels),
@@ -163,9 +163,9 @@ def graphs(model: CoCa, image_size: int, context: int, *, pixels: Pixels = "uint
 
 
 def export_program(graph: Graph) -> ExportedProgram:
-    """Trace a graph for any number of images or sentences, and of tokens; it holds the weights that it needs alone.
+    """Trace a graph for any number of images, texts and tokens; the program holds only the weights that it uses.
 
-    `torch.export.save` writes it, `torch.export.load(file).module()` calls it, and `torch.compile` may compile that.
+    Save it with `torch.export.save`; `torch.export.load(file).module()` is a callable that `torch.compile` accepts.
     """
     dims = {name: Dim(name, min=0) for name in ("batch", "tokens", "read")}
     shapes = {name: {axis: dims[word] for axis, word in axes.items()} for name, axes in graph.free.items()}
@@ -173,7 +173,7 @@ def export_program(graph: Graph) -> ExportedProgram:
     with torch.no_grad():
         program = torch.export.export(graph.eval(), tuple(example.values()), dynamic_shapes=shapes, strict=True)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which would go into the files
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
     used = {*program.graph_signature.parameters, *program.graph_signature.buffers}
     for name in program.state_dict.keys() - used:
         del program.state_dict[name]
@@ -181,10 +181,9 @@ def export_program(graph: Graph) -> ExportedProgram:
 
 
 def save_onnx(graph: Graph, program: ExportedProgram, file: Path) -> None:
-    """Write a program as ONNX, with inputs and outputs by the names that the graph has; weights of more than 1.5 GB
-    stand in a file of their own beside it.
+    """Write a program as ONNX, with the input and output names of the graph; weights above 1.5 GB go to a second file.
 
-    Raises ImportError without onnx and onnxscript.
+    Raises ImportError if onnx or onnxscript is not installed.
     """
     try:
         import onnx  # noqa: F401
@@ -192,7 +191,7 @@ def save_onnx(graph: Graph, program: ExportedProgram, file: Path) -> None:
     except ImportError as error:
         raise ImportError('save_onnx: ONNX is not installed; pip install "grr-coca[export]"') from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of itself, and of axes that share a name
+        warnings.simplefilter("ignore")  # about torch internals, and axes that share a name
         written = torch.onnx.export(
             program,
             input_names=list(graph.free),
@@ -205,7 +204,7 @@ def save_onnx(graph: Graph, program: ExportedProgram, file: Path) -> None:
 
 
 def onnx_outputs(file: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """What onnxruntime makes of inputs. Raises ImportError without onnxruntime."""
+    """Compute the outputs of an ONNX file with onnxruntime. Raises ImportError if it is not installed."""
     try:
         from onnxruntime import InferenceSession
     except ImportError as error:
@@ -216,16 +215,16 @@ def onnx_outputs(file: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def largest_difference(graph: Graph, inputs: dict[str, Tensor], outputs: Sequence[Tensor]) -> float:
-    """Between `outputs`, which another machinery made of these inputs, and what the graph's own model makes of them.
+    """Returns the largest difference between `outputs`, from another runtime, and those of the graph in torch.
 
-    Logits of minus infinity, of tokens that are never written, are left out.
+    Logits of minus infinity, of tokens that are never generated, are left out.
     """
     gaps = [(a - b).abs()[b.isfinite()].max() for a, b in zip(outputs, graph(**inputs), strict=True)]
     return torch.stack(gaps).max().item()
 
 
 def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dict[str, Any]:
-    """What somebody needs to know who has the graphs and not this library: as JSON, to be saved beside them."""
+    """Returns the description of the graphs for use without this library, as JSON values for config.json."""
     return {
         "builder": source.builder,
         "arguments": source.arguments,
@@ -233,7 +232,7 @@ def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dic
         "crop": source.crop,
         "pixels": pixels,
         "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are less the mean, by std
+        "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are (x - mean) / std
         "vocabulary": "clip" if isinstance(tokenizer, ClipTokenizer) else "sentencepiece",
         "vocab_size": tokenizer.vocab_size,
         "context_length": tokenizer.context_length,
@@ -245,13 +244,13 @@ def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dic
     }
 
 
-class _Handed(KeyValueCache):
-    """A cache whose tensors come in and go out of a graph: appended to by making longer ones, never in place."""
+class _TensorCache(KeyValueCache):
+    """Cache of tensors that enter and leave a graph; append returns longer tensors instead of writing in place."""
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         super().__init__(0)
         if keys is not None and values is not None:
-            self.keys, self.values, self.length = keys, values, 1  # some; how many is said by the tensors
+            self.keys, self.values, self.length = keys, values, 1  # nonzero; the tensors have the actual length
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.length:
@@ -272,7 +271,7 @@ def _blocks(decoder: nn.Module) -> list[Block]:
     return [module for module in decoder.modules() if isinstance(module, Block)]
 
 
-def _reading_images(model: CoCa) -> list[Block]:
+def _cross_attention_blocks(model: CoCa) -> list[Block]:
     return [block for block in _blocks(model.multimodal_decoder) if block.cross_attention is not None]
 
 

@@ -1,1 +1,1 @@
-"""Files: reading regular files up to a limit, disk errors, damaged weights, and printable text."""
+"""Files: bounded reading of regular files, atomic replacement, disk errors, damaged weights, printable text."""

@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole: after a kill or a power failure, the old or the new one is there."""
+"""Atomic replacement of files and folders: after a kill or a power failure, the old or the new version exists."""
 
 import os
 import shutil
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it as NAME.tmp, on disk (fsync), and then renamed.
+    """Write a file atomically: to NAME.tmp beside it, flushed to disk (fsync), and then renamed.
 
-    A text is written as UTF-8. The folder is made if it is missing. Only one process at a time may write a name.
+    A text is written as UTF-8. A missing folder is created. Only one process at a time may write a name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
@@ -17,14 +17,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def replace_file(aside: Path, path: Path) -> None:
-    """Rename a file that was written beside `path` to `path`, once its content is on disk."""
+    """Flush a file that was written beside `path` to disk, and rename it to `path`."""
     fsync(aside)
     aside.replace(path)
     fsync(path.parent)
 
 
 def replace_folder(aside: Path, folder: Path) -> None:
-    """Put a folder whose files are on disk in the place of `folder`; folder, aside or folder.old is always whole."""
+    """Replace `folder` by a folder whose files are on disk; one of folder, aside and folder.old is always complete."""
     fsync(aside)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():

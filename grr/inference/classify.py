@@ -66,8 +66,8 @@ def classify_images(
         if pixels is not None:
             probabilities = class_probabilities(model, pixels.to(device), names, who="classify_images", of=good)
             p, order = probabilities.sort(dim=1, descending=True, stable=True)  # [b, c]
-            for file, ids, likely in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
-                rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": likely})
+            for file, ids, best in zip(good, order[:, :top].tolist(), p[:, :top].tolist(), strict=True):
+                rows.append({"file": file, "classes": [classes[i] for i in ids], "probabilities": best})
         yield rows + [{"file": file, "error": why} for file, why in bad.items()]
 
 

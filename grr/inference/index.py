@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grr.checkpoint.finite import check_finite_outputs
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
 from grr.data.image_files import batches, read_images
 from grr.evaluation.retrieval import whole_numbers
 from grr.evaluation.zero_shot import embed_texts
+from grr.files.atomic import fsync, write_atomic
 from grr.files.printable import printable
 from grr.files.regular import open_regular_file, read_regular_file
 from grr.inference.captioner import Captioner
@@ -151,7 +152,7 @@ def embed_files(
                 "model": fingerprint(trained),
                 "model_path": str(Path(model_path).absolute()),
             }
-            _replace_json(folder / "index.json", description)
+            _write_json(folder / "index.json", description)
         _remove_leftovers(folder)
         known = {name for file in _parts(folder) for name in _read_part(file)[0]}
         wanted = [str(Path(file).absolute()) for file in files]
@@ -167,7 +168,7 @@ def embed_files(
                     bar.update(len(good) + len(unread))
                 if names:
                     _write_part(folder, names, torch.cat(embeddings))
-        _replace_json(folder / "left_out.json", bad)
+        _write_json(folder / "left_out.json", bad)
     return Outcome(len(wanted) - len(bad), before, bad)
 
 
@@ -241,7 +242,8 @@ def _write_part(folder: Path, names: list[str], embeddings: Tensor) -> None:
     content = io.BytesIO()  # np.save into a file hides the error of a full disk
     np.save(content, embeddings.numpy(), allow_pickle=False)
     file.write_bytes(content.getbuffer())  # becomes a part when its names are written
-    _replace_json(file.with_suffix(".json"), names)
+    fsync(file)
+    _write_json(file.with_suffix(".json"), names)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -257,9 +259,8 @@ def _read_part(file: Path) -> tuple[list[str], NDArray[np.float32]]:
     try:
         names = json.loads(read_regular_file(file, MAX_JSON))
         open_regular_file(file.with_suffix(".npy")).close()
-        embeddings = np.load(
-            file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False
-        )  # "c": torch warns about read-only arrays
+        # mmap_mode "c", copy on write, because torch warns about read-only arrays
+        embeddings = np.load(file.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)
         _check_part(names, embeddings)
     except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
         raise ValueError(
@@ -314,7 +315,5 @@ def _check_model(folder: Path, description: dict[str, Any], trained: Captioner) 
         )
 
 
-def _replace_json(file: Path, value: Any) -> None:
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")  # ASCII: a file's name need not be UTF-8
-    aside.replace(file)
+def _write_json(file: Path, value: Any) -> None:
+    write_atomic(file, json.dumps(value, indent=1))  # ASCII: a file's name need not be UTF-8

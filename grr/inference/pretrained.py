@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from grr.checkpoint.finite import check_finite_weights
-from grr.checkpoint.training_state import latest_checkpoint, load_checkpoint_weights, load_model_weights
+from grr.checkpoint.model_folder import load_model_weights
+from grr.checkpoint.step_folders import latest_checkpoint
+from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.components import PAIRING
 from grr.data.images import Crop
+from grr.files.digest import sha256
 from grr.files.regular import read_regular_file
 from grr.inference.captioner import Captioner
 from grr.inference.quantization import SCHEMES, Scheme, load_quantized
@@ -127,8 +130,7 @@ def weights_digest(source: Pretrained) -> str:
 
     def digest() -> str:
         checkpoint = (source.path / "progress.json").is_file()  # whose manifest holds the hashes of its other files
-        with (source.path / ("manifest.json" if checkpoint else "model.safetensors")).open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = sha256(source.path / ("manifest.json" if checkpoint else "model.safetensors"))
         return hashlib.sha256(repr((source.builder, sorted(source.arguments.items()), weights)).encode()).hexdigest()
 
     return on_rank_0(digest)
@@ -220,8 +222,8 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
         raise ValueError(f"find_pretrained: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
     if not isinstance(builder, str) or builder not in MODELS | OPEN_CLIP_MODELS:
         raise ValueError(
-            f"find_pretrained: {file} names the builder {builder!r}, which grr.models.builders.MODELS lacks; "
-            "add your own builder to that dict before you open its models"
+            f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; import the "
+            "module that adds it first: grr --import MODULE, or import it in your program"
         )
     if pairing != PAIRING:
         raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
+from grr.files.atomic import write_atomic
 from grr.files.printable import printable
 
 Row = dict[str, Any]  # "file" and its results, or "file" and "error"
@@ -45,8 +46,8 @@ def write_results(
     with RunLock(output.parent):
         _check_made_with(output, made)
         whole = [row for row in read_results(output) if "error" not in row]  # drops an incomplete last line
-        _replace(_beside(output), json.dumps(made, indent=2).encode())
-        _replace(output, b"".join(map(_line, whole)))
+        write_atomic(_beside(output), json.dumps(made, indent=2).encode())
+        write_atomic(output, b"".join(map(_line, whole)))
 
         finished = {row["file"] for row in whole}
         left = [file for file in files if file not in finished]
@@ -119,9 +120,3 @@ def _line(row: Row) -> bytes:
 
 def _beside(output: Path) -> Path:
     return output.with_name(output.stem + ".made_with.json")
-
-
-def _replace(file: Path, data: bytes) -> None:
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_bytes(data)
-    aside.replace(file)

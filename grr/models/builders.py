@@ -435,8 +435,26 @@ def preset(
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = doc
-    vars(function)["__signature__"] = inspect.signature(with_defaults)
+    vars(function)["__signature__"] = _Signature.from_callable(with_defaults)
     return function
+
+
+class _Signature(inspect.Signature):
+    """A signature that help() prints with an argument a line, as it does from Python 3.13 on."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        arguments = list(self.parameters.values())
+        if len(arguments) < 2 or any(argument.kind is not argument.KEYWORD_ONLY for argument in arguments):
+            return super().__str__()
+        lines = "".join(f"    {argument},\n" for argument in arguments)
+        return f"(\n    *,\n{lines}) -> {inspect.formatannotation(self.return_annotation)}"
+
+
+_BUILDERS: tuple[Callable[..., nn.Module], ...] = (vision_transformer, text_decoder, coca, grr_vit, baseline_vit)
+for _builder in (*_BUILDERS, *MODELS.values()):
+    vars(_builder)["__signature__"] = _Signature.from_callable(_builder)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ def process_group() -> Iterator[torch.device]:
     if dist.is_initialized():
         yield default_device()
         return
-    device = start()
+    device = _begin()
     try:
         yield device
     except Exception:
@@ -35,9 +35,9 @@ def process_group() -> Iterator[torch.device]:
             dist.destroy_process_group()
         raise
     except BaseException:  # SystemExit and KeyboardInterrupt reach all processes of a run
-        end()
+        _end()
         raise
-    end()
+    _end()
 
 
 def default_device() -> torch.device:
@@ -47,7 +47,7 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start() -> torch.device:
+def _begin() -> torch.device:
     """Begin the process group of `process_group`; returns this process's device."""
     device = default_device()
     cuda = device.type == "cuda"
@@ -61,7 +61,7 @@ def start() -> torch.device:
     return device
 
 
-def end() -> None:
+def _end() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         gc.collect()  # a sharded model that is not collected yet may abort the end of the process group

@@ -10,6 +10,7 @@ from grr.evaluation.flops import forward_flops
 from grr.experiments.compare import PUBLISHED, Comparison, Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
+from grr.files.atomic import write_atomic
 from grr.models.builders import MODELS
 from grr.reports.charts import COLORS, Level, Series, chart, series
 from grr.reports.page import header, section, write_page
@@ -32,7 +33,7 @@ def as_markdown(comparison: Comparison) -> str:
 def write_comparison(folder: Path, comparison: Comparison) -> Path:
     """Write folder/comparison.md and folder/comparison.html, and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(as_markdown(comparison), encoding="utf-8")
+    write_atomic(folder / "comparison.md", as_markdown(comparison))
     title = " · ".join(comparison.models)
     return write_page(
         folder / "comparison.html",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from grr.evaluation.examples import Caption, Examples
-from grr.reports.page import section, write_whole
+from grr.files.atomic import write_atomic
+from grr.reports.page import section
 from grr.reports.samples import SMALL, picture
 from grr.training.log import LogLine, kept_step
 
@@ -30,7 +31,7 @@ def record_captions(folder: Path, rows: Sequence[LogLine], examples: Examples) -
         "captions": {one.name: one.written for one in examples.captions},
     }
     earlier = [other for other in _read(folder) if _key(other) < _key(line)]
-    write_whole(folder / "examples.jsonl", "".join(json.dumps(one) + "\n" for one in [*earlier, line]))
+    write_atomic(folder / "examples.jsonl", "".join(json.dumps(one) + "\n" for one in [*earlier, line]))
 
 
 def show_history(folder: Path, rows: Sequence[LogLine], captions: Sequence[Caption]) -> str:

@@ -1,10 +1,11 @@
 """Self-contained HTML pages: their frame, their style (page.css) and the script of their charts (page.js)."""
 
-import os
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from string import Template
+
+from grr.files.atomic import write_atomic
 
 HERE = Path(__file__).parent
 FRAME = Template("""<!doctype html>
@@ -40,10 +41,8 @@ def write_page(path: Path, title: str, *parts: str) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that no reader meets half of it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair cannot be written
-    os.replace(aside, path)
+    """Write a text file whole or not at all; half a surrogate pair, which UTF-8 does not have, becomes "?"."""
+    write_atomic(path, text.encode("utf-8", "replace"))
 
 
 def header(title: str, *facts: str, below: str = "") -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import sentencepiece
 from torch import Tensor
 
+from grr.files.atomic import write_atomic
+
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"  # google-t5/t5-base, spiece.model
 T5_SENTINELS = 100  # ids that T5 reserves for masked spans, after its 32,000 pieces
 PAD, EOS, UNK = 0, 1, 2  # of T5, and of every vocabulary that `train_tokenizer` makes
@@ -80,7 +82,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the vocabulary to a temporary file and rename it, so that a file of this name is always complete."""
-        _write(Path(path), self._model)
+        write_atomic(Path(path), self._model)
 
     def _tokens(self, caption: str) -> list[int]:
         text, count = caption.encode("utf-8", "replace").decode(), 16 * self.context_length
@@ -129,14 +131,8 @@ def train_tokenizer(
             f"train_tokenizer: a vocabulary of {vocab_size=} cannot be trained on these captions ({error}); "
             "pass captions that have text, and more ids than they have distinct characters"
         ) from error
-    _write(Path(path), model.getvalue())
+    write_atomic(Path(path), model.getvalue())
     tokenizer = Tokenizer(path, context_length=context_length)
     if tokenizer.vocab_size < vocab_size:
         logger.info("the captions need %d of the %d ids of tokenizer.vocab_size", tokenizer.vocab_size, vocab_size)
     return tokenizer
-
-
-def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(data)
-    aside.replace(path)

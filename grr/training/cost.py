@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
-from grr.parallel.process_group import process_group
+from grr.parallel.process_group import default_device, process_group
 from grr.tokenizers import Tokenizer
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
@@ -224,7 +224,7 @@ def _tokens(model: nn.Module, image_size: int, context_length: int) -> int:
 
 def _flops_per_second() -> float:
     """Returns the measured speed of matrix products on this device, roughly."""
-    x = torch.randn(768, 768, device="cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(768, 768, device=default_device())
     (x @ x).sum().item()
     begun = time.perf_counter()
     (x @ x @ x).sum().item()

@@ -19,6 +19,7 @@ from torch import nn
 
 import grr
 from grr import config
+from grr.files.atomic import write_atomic
 from grr.parallel.process_group import is_rank_0, on_rank_0
 from grr.training.step import Losses
 
@@ -43,7 +44,7 @@ class MetricsLog:
         self._events: Any = None
         if is_rank_0():
             kept = [line for line in read_metrics(folder) if line["step"] <= step and line.get("split") != "final"]
-            _replace(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._events = _summary_writer(folder, step) if tensorboard else None
 
@@ -168,7 +169,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
             **facts,
         }
     )
-    _replace(file, json.dumps({"starts": starts}, indent=2) + "\n")
+    write_atomic(file, json.dumps({"starts": starts}, indent=2) + "\n")
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -177,13 +178,6 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         return list(json.loads((folder / "manifest.json").read_text())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _replace(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 def _summary_writer(folder: Path, step: int) -> Any:

@@ -1,11 +1,11 @@
-"""Every example of the README and of docs/ runs as it stands: what a reader pastes, in the order of the page, in an
-empty folder; the README's in one with the recipes of the checkout, a trained model and some pictures.
+"""Every example of the README and of docs/ runs.
 
-Of a page, ```python and ```sh blocks are run, one after the other; a block whose first line is a comment with the name
-of a file (# mine.py) is saved under that name instead. A ```text block stands directly behind another and is what that
-one prints: its lines are whole lines of the output, in their order, where "..." stands for anything, and lines of the
-output may be left out. Comments above a block steer it: <!-- test: run.max_steps=4 --> shortens its last command,
-<!-- fails --> says that it ends with an error, as the page does, <!-- not run: why --> leaves it out.
+The ```python and ```sh blocks of a page are run in order in an empty folder; those of the README in a folder with the
+recipes of the checkout, a trained model and some images. A block whose first line is a comment with a file's name
+(# mine.py) is saved under that name instead. A ```text block directly follows another block and is its output: each
+line is a whole line of the output, in order, where "..." is any text and lines of the output may be left out. Comments
+above a block: <!-- test: run.max_steps=4 --> appends to its last command, <!-- fails --> expects an error,
+<!-- not run: why --> skips it.
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
 from grr.data import DATASETS, training_steps
 from grr.experiments import catalog as installed
 from grr.tokenizers import train_tokenizer
@@ -38,13 +38,13 @@ class Example(NamedTuple):
     language: str
     text: str
     comments: str  # the lines above it
-    arguments: str  # that shorten its last command
+    arguments: str  # appended to its last command, to shorten it
     fails: bool
     reason: str  # why it is not run
 
     @property
     def file(self) -> str | None:
-        """The name it is to be saved under."""
+        """The name of the file in which to save it, or None."""
         named = re.match(r"# ([\w./]+\.(?:py|yaml))\n", self.text)
         return named[1] if named else None
 
@@ -75,13 +75,13 @@ def examples(page: str) -> list[Example]:
 
 
 def run(example: Example, folder: Path) -> str:
-    """Run it as its reader would; gives what it printed."""
+    """Run a block as a reader would. Returns its output."""
     text = example.text.rstrip()
     if example.language == "python":
         command = [sys.executable, "-c", text]
     else:
         command = ["bash", "-e", "-o", "pipefail", "-c", f"{text} {example.arguments}"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # readers have none
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # readers set none
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
@@ -98,23 +98,23 @@ def run(example: Example, folder: Path) -> str:
 
 
 def assert_printed(expected: str, output: str) -> None:
-    """Every line of expected is a line of the output, in this order."""
+    """Check that every line of expected is a line of the output, in this order."""
     printed = iter(output.splitlines())  # a progress bar's carriage return ends a line, too
     for line in expected.splitlines():
         pattern = re.compile(".*".join(re.escape(part) for part in line.strip().split("...")))
-        seen = any(pattern.fullmatch(candidate.strip()) for candidate in printed)
-        assert seen, f"the page promises {line!r}, which is not in the rest of\n{output[-4000:]}"
+        matches = any(pattern.fullmatch(candidate.strip()) for candidate in printed)
+        assert matches, f"the page prints {line!r}, which is not in the rest of\n{output[-4000:]}"
 
 
-@pytest.mark.parametrize("promised", ["60 images", "600 images", "... images", "step ... of 4\n600 images in index"])
-def test_what_a_page_promises_is_looked_for_in_whole_lines_and_in_their_order(promised):
+@pytest.mark.parametrize("wrong", ["60 images", "600 images", "... images", "step ... of 4\n600 images in index"])
+def test_the_output_of_a_page_is_compared_by_whole_lines_in_order(wrong):
     output = "  600 images in index\nstep 4\rstep 4 of 4\n"
     assert_printed("600 ... in index\nstep ... of 4", output)
-    with pytest.raises(AssertionError, match="the page promises"):
-        assert_printed(promised, output)
+    with pytest.raises(AssertionError, match="the page prints"):
+        assert_printed(wrong, output)
 
 
-def test_a_block_that_ends_otherwise_than_its_page_says_is_noticed(tmp_path):
+def test_a_block_with_an_unexpected_exit_status_fails(tmp_path):
     good, bad = (
         Example("sh", "echo fine", "", "", False, ""),
         Example("python", "raise SystemExit(3)", "", "", False, ""),
@@ -126,13 +126,13 @@ def test_a_block_that_ends_otherwise_than_its_page_says_is_noticed(tmp_path):
         run(bad, tmp_path)
 
 
-def test_the_list_names_every_page():
+def test_the_index_names_every_page():
     listed = re.findall(r"\]\((\w+\.md)\)", read("README.md"))
     assert sorted(listed) == [page for page in PAGES if page not in (LIST, README)]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_block_of_a_page_escapes_the_test(page):
+def test_every_block_of_a_page_is_tested(page):
     found = examples(page)
     assert len(re.findall(r"^\s*(?:```|~~~)", read(page), re.MULTILINE)) == 2 * len(found), "a fence of another kind"
     assert read(page).count("<!--") == sum(e.comments.count("<!--") for e in found), "a comment above no block"
@@ -156,7 +156,7 @@ def test_files_and_configs_that_a_page_names_exist(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != LIST])
-def test_a_page_does_what_it_says(page, tmp_path, request):
+def test_the_blocks_of_a_page_run(page, tmp_path, request):
     if page == README:
         prepare(tmp_path, request.getfixturevalue("colour_run"))
     output = ""
@@ -169,11 +169,11 @@ def test_a_page_does_what_it_says(page, tmp_path, request):
             output = run(example, tmp_path)
 
 
-COUNT = 120  # pictures, of which some are for validation
+COUNT = 120  # images, of which some are for validation
 
 
 def prepare(folder: Path, trained: Path) -> None:
-    """What the README's reader has: the recipes of the checkout, a trained model, and a folder of pictures."""
+    """Create what the README assumes: the recipes of the checkout, a trained model, and a folder of images."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     shutil.copytree(trained, folder / "runs/openmoji")
     photos(folder / "my_photos", [f"{i}.png" for i in range(COUNT)])
@@ -181,7 +181,7 @@ def prepare(folder: Path, trained: Path) -> None:
 
 
 def photos(folder: Path, named: list[str]) -> None:
-    """Pictures with a table that names these."""
+    """Create images, and a table of captions that names the given files."""
     folder.mkdir()
     for i in range(COUNT):
         Image.new("RGB", (20, 20), (i, 99, 0)).save(folder / f"{i}.png")
@@ -226,7 +226,7 @@ RAISED = {
 }
 
 
-def test_every_message_that_a_page_quotes_is_one_of_those_that_are_raised_here():
+def test_every_message_that_a_page_quotes_has_a_test():
     quoted = [message for page in PAGES for message in re.findall(r'\*\*"(.+?)"\.?\*\*', read(page))]
     assert sorted(quoted) == sorted(RAISED)
 

@@ -27,7 +27,7 @@ QUESTIONS = [
     ("where is an image resized", "grr/data", "images.py", ".resize("),
     ("how do I add a data format", "docs", "own_data.md", "DATASETS["),
     ("how do I change the optimizer", "grr/training", "optim.py", "def adamw("),
-    ("what happens on SIGTERM", "grr/checkpoint", "training_state.py", "SIGTERM"),
+    ("what happens on SIGTERM", "grr/checkpoint", "stop_signal.py", "SIGTERM"),
 ]
 
 

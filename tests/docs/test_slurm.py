@@ -1,4 +1,4 @@
-"""docs/pretrain.sbatch on two "nodes" of this machine: before the time is up, it saves and queues again."""
+"""docs/pretrain.sbatch on two "nodes" of this machine saves before the time limit and queues itself again."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ TINY = [
     "saving.every=1000",
 ]
 
-# What Slurm does for the script: one task a node, and signals to the tasks of a step.
+# Replacements of Slurm's commands: one task a node, and signals to the tasks of a step.
 SRUN = """#!/bin/bash
 for node in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> "$TASKS"; done
 status=0
@@ -40,7 +40,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.1; else echo "requeued $2"
 
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
-    """An environment in which a batch script finds Slurm's commands and variables."""
+    """Returns an environment with Slurm's commands and variables."""
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -68,7 +68,7 @@ def submit(folder: Path, cluster: dict[str, str], *overrides: str) -> AbstractCo
 
 
 @pytest.mark.slow
-def test_the_slurm_script_trains_saves_before_the_time_is_up_and_goes_on(tmp_path, cluster):
+def test_the_slurm_script_saves_before_the_time_limit_and_resumes(tmp_path, cluster):
     folder = tmp_path / "run"
     metrics = folder / "metrics.jsonl"
     with submit(folder, cluster, "run.epochs=1000") as job:

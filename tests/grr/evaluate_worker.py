@@ -11,19 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from grr.data import Labelled, Pairs
 from grr.data.images import BadImage, Crop
 from grr.data.pairs import Texts
-from grr.evaluation.evaluate import captioning, examine, losses, recalls
-from grr.evaluation.outputs import features, observe, over_images
+from grr.evaluation.evaluate import caption_scores, losses, recalls, validation_metrics
+from grr.evaluation.outputs import compute_outputs, features, over_images
 from grr.models.builders import grr_coca_tiny
 from grr.models.coca import CoCa
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import on_rank_0, start
+from grr.parallel.process_group import on_rank_0, process_group
 from grr.tokenizers import Tokenizer, train_tokenizer
 
 THINGS = ["fox", "owl", "car", "tree", "moon", "star"]
@@ -77,39 +76,46 @@ def digest(*tensors: Tensor) -> str:
 
 
 def main(folder: Path) -> None:
-    device = start()
-    on_rank_0(lambda: folder.mkdir(exist_ok=True) or a_tokenizer(folder))
-    tokenizer = Tokenizer(folder / "tokenizer.model", context_length=16)
-    model = a_model(tokenizer)
-    pairs = Noise(several_captions(130), bad=(3, 50, 77), silent=(0, 9))
-    seen = observe(model, pairs, tokenizer, device, generation={}, **SEEN)
-    batches, _ = over_images(pairs, list(range(130)), lambda pixels, items: [len(pixels), items], device, **SEEN)
-    looked = features(model, colours(70, bad=(5,)), device, patches=True, **SEEN)
-    parallelize(model, device)
-    metrics, examples = examine(model, pairs, tokenizer, device, num_eval_images=60, **SEEN)
-    shown = [match.candidate for r in examples.retrievals for match in r.images] + [c.image for c in examples.captions]
-    shown += [maps.maps for maps in examples.attention]
-    if seen is not None:
-        tensors = [seen.image_of_text, seen.image_embeddings, seen.text_embeddings, seen.token_losses, seen.tokens]
-        print(
-            "RESULT "
-            + json.dumps(
-                {
-                    "batches": batches,
-                    "rows": [seen.images, seen.texts, list(seen.left_out.items()), seen.written],
-                    "tensors": digest(*tensors),
-                    "losses": losses(seen, contrastive_batch=32),
-                    "recalls": recalls(seen),
-                    "captions": captioning(seen, tokenizer),
-                    "features": [
-                        digest(looked.embeddings, looked.patches, looked.labels),
-                        list(looked.left_out.items()),
-                    ],
-                    "examined": [metrics, digest(*shown), [c.written for c in examples.captions]],
-                }
+    with process_group() as device:
+        on_rank_0(lambda: folder.mkdir(exist_ok=True) or a_tokenizer(folder))
+        tokenizer = Tokenizer(folder / "tokenizer.model", context_length=16)
+        model = a_model(tokenizer)
+        pairs = Noise(several_captions(130), bad=(3, 50, 77), silent=(0, 9))
+        outputs = compute_outputs(model, pairs, tokenizer, device, generation={}, **SEEN)
+        batches, _ = over_images(pairs, list(range(130)), lambda pixels, items: [len(pixels), items], device, **SEEN)
+        looked = features(model, colours(70, bad=(5,)), device, patches=True, **SEEN)
+        parallelize(model, device)
+        metrics, examples = validation_metrics(model, pairs, tokenizer, device, num_eval_images=60, **SEEN)
+        shown = [match.candidate for r in examples.retrievals for match in r.images] + [
+            c.image for c in examples.captions
+        ]
+        shown += [maps.maps for maps in examples.attention]
+        if outputs is not None:
+            tensors = [
+                outputs.image_of_text,
+                outputs.image_embeddings,
+                outputs.text_embeddings,
+                outputs.token_losses,
+                outputs.tokens,
+            ]
+            print(
+                "RESULT "
+                + json.dumps(
+                    {
+                        "batches": batches,
+                        "rows": [outputs.images, outputs.texts, list(outputs.left_out.items()), outputs.written],
+                        "tensors": digest(*tensors),
+                        "losses": losses(outputs, contrastive_batch=32),
+                        "recalls": recalls(outputs),
+                        "captions": caption_scores(outputs, tokenizer),
+                        "features": [
+                            digest(looked.embeddings, looked.patches, looked.labels),
+                            list(looked.left_out.items()),
+                        ],
+                        "examined": [metrics, digest(*shown), [c.written for c in examples.captions]],
+                    }
+                )
             )
-        )
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

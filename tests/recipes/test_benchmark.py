@@ -1,7 +1,6 @@
-"""What the benchmark writes down obeys its own laws; how large the numbers are is no business of a test."""
+"""The benchmark: the laws of the numbers that it writes, whatever their size, and the configs that it refuses."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -10,21 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from grr import config
-from grr.data.collate import IGNORE
-from grr.models.builders import grr_coca_tiny
+from grr.evaluation.flops import batch_flops
+from grr.models.builders import MODELS, grr_coca_tiny
 from grr.parallel.initialize import initialize
-from grr.tokenizers import Tokenizer, train_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))
 sys.path.insert(0, str(RECIPES))
-from benchmark import SECTIONS, Numbers, Run, batch_flops, random_batches, sizes, token_bytes, while_memory_lasts  # noqa: E402
+from benchmark import SECTIONS, Run, some_batches, until_out_of_memory  # noqa: E402
 
 
 def load(file: Path, *overrides: str) -> config.Config:
@@ -37,94 +33,24 @@ def run(words: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
-# --- what is measured on -------------------------------------------------------------------------------------------
+# --- the work of a row ---------------------------------------------------------------------------------------------
 
 
-@given(
-    mean=st.none() | st.integers(1, 20),
-    b=st.integers(1, 6),
-    steps=st.integers(1, 3),
-    context=st.integers(4, 24),
-    seed=st.integers(0, 99),
-)
-def test_made_up_captions_are_as_long_as_asked_and_labelled_to_their_end(mean, b, steps, context, seed):
-    room = context - 3
-    knobs = Run(batch_size=b * steps, micro_batch_size=b, seed=seed)
-    batches = random_batches(knobs, mean, vocab_size=50, context_length=context, image_size=8)
-    assert len(batches) == steps
-    for batch in batches:
-        words = ((batch.ids > 2) & (batch.ids < 48)).sum(1)  # of 50: neither PAD, EOS, UNK nor BOS, CLS
-        assert batch.images.shape == (b, 3, 8, 8)
-        assert words.min() >= 1
-        assert words.max() + 3 == batch.ids.shape[1] <= context
-        assert ((batch.labels != IGNORE).sum(1) == words + 1).all()  # every word and EOS
-        if mean is None:
-            assert (words == room).all()
-
-
-def test_made_up_captions_have_the_asked_length_on_average():
-    knobs = Run(batch_size=1000, micro_batch_size=1000)
-    (batch,) = random_batches(knobs, 15, vocab_size=100, context_length=64, image_size=1)
-    words = (batch.labels != IGNORE).sum(1).float() - 1
-    assert abs(words.mean() - 15) < 5 * math.sqrt(15 / 1000)  # Poisson: five standard errors
-
-
-@given(text=st.text(alphabet="abcde ", max_size=60))
-def test_a_caption_of_numbers_is_laid_out_as_the_tokenizer_lays_out_words(tokenizer, text):
-    ids = tokenizer.encode(text)
-    end = ids.index(tokenizer.eos_id)
-    numbers = Numbers(tokenizer.vocab_size, tokenizer.context_length)
-    assert numbers.encode(ids[1:end]) == ids
-    assert (numbers.pad_id, numbers.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
-    assert (numbers.bos_id, numbers.cls_id) == (tokenizer.bos_id, tokenizer.cls_id)
-    assert numbers.decode(ids).split() == [str(i) for i in ids]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(
-        ["a bad cab", "dead bee", "ace"], tmp_path_factory.mktemp("t") / "t.model", vocab_size=30, context_length=16
-    )
-
-
-# --- what it costs -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [None, 1, 5])
-@pytest.mark.parametrize("name", ["grr_coca_tiny", "baseline_coca"])
-def test_the_cost_of_a_batch_is_torchs_count(name, tokens):
-    small = [
-        f"model.{key}={value}"
-        for key, value in {
-            "vocab_size": 60,
-            "context_length": 16,
-            "image_size": 16,
-            "patch_size": 8,
-            "dim": 16,
-            "num_heads": 2,
-            "vision_layers": 1,
-            "text_layers": 2,
-            "multimodal_layers": 1,
-        }.items()
-    ]
-    cfg = load(CONFIGS[0], f"model.name={name}", *small)
+@pytest.mark.parametrize("tokens", [None, 5])
+def test_the_cost_of_a_steps_batches_is_torchs_count(tokens):
+    sizes = {"vocab_size": 60, "context_length": 16, "image_size": 16, "patch_size": 8, "dim": 16, "num_heads": 2}
+    layers = {"vision_layers": 1, "text_layers": 2, "multimodal_layers": 1}
+    cfg = load(CONFIGS[0], *(f"model.{key}={value}" for key, value in (sizes | layers).items()))
     with torch.device("meta"):
         model = cfg.build("model")
     initialize(model, torch.device("cpu"), seed=0)
-    (batch,) = random_batches(Run(batch_size=3, micro_batch_size=3), tokens, **sizes(cfg))
+    batches = some_batches(cfg, Run(batch_size=6, micro_batch_size=3), 2, torch.device("cpu"), tokens)
+    assert [len(batch.ids) for batch in batches] == [3, 3]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
-    assert batch_flops(cfg, batch).total == counter.get_total_flops()
-
-
-def test_a_token_needs_both_decoders_but_neither_embeddings_nor_projections_of_the_image():
-    with torch.device("meta"):
-        model = grr_coca_tiny()
-    d, v, layers = 64, 512, 2
-    block = 4 * (d * d + d) + 3 * d * 4 * d + 2 * 4 * d + d + 2 * d  # attention, GEGLU, two norms
-    cross = 2 * (d * d + d) + d  # queries and output, a norm
-    assert token_bytes(model) == 4 * (layers * (2 * block + cross) + d + d * v + v)
-    assert token_bytes(model.bfloat16()) * 2 == token_bytes(grr_coca_tiny())
+        for batch in batches:
+            model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+    builder = MODELS[cfg.model["name"]]
+    assert batch_flops(builder, batches, **cfg.arguments("model")).total == counter.get_total_flops()
 
 
 # --- what it writes down -------------------------------------------------------------------------------------------
@@ -161,7 +87,7 @@ def test_every_row_obeys_the_laws_of_its_numbers(measured):
         assert row["samples_per_second"] == pytest.approx(row["samples"] / seconds)
         assert row[f"{row['unit']}_per_second"] == pytest.approx(row["amount"] / seconds)
         assert row["limit_seconds"] == pytest.approx(row["amount"] / rate)
-        assert row["of_limit"] == pytest.approx(row["limit_seconds"] / seconds)
+        assert row["utilisation"] == pytest.approx(row["limit_seconds"] / seconds)
         assert row["faster"] == pytest.approx(first["seconds"] / first["samples"] * row["samples"] / seconds)
         assert row["warmup_seconds"] > 0
         assert row["peak_bytes"] is None or row["memory"] == pytest.approx(row["peak_bytes"] / first["peak_bytes"])
@@ -243,7 +169,7 @@ def test_an_error_that_is_not_of_memory_ends_the_run():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(while_memory_lasts("captions", "fp32", rows()))
+        list(until_out_of_memory("captions", "fp32", rows()))
 
 
 # --- what a config may say -----------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_everything_that_is_missing_is_named_at_once_before_anything_is_read(tmp
     assert first == "convert:"
     assert all(word in line for word, line in zip(("gone.bin", "merges", "grr-coca[clip]"), said, strict=True))
     assert convert(monkeypatch, *config, "run.merges=gone.txt") == 1
-    assert "there is no file gone.txt; run.merges is" in capsys.readouterr().err
+    assert "the file gone.txt does not exist; run.merges is" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,4 +203,4 @@ def test_every_config_names_its_command_and_asks_for_clips_own_vocabulary(file, 
     assert f"recipes/convert.py --config recipes/configs/convert/{file.name} run.checkpoint=FILE" in file.read_text()
     own = (f"run.merges={files / 'merges.txt'}", f"run.checkpoint={files / 'merges.txt'}", f"run.folder={tmp_path}")
     assert convert(monkeypatch, "--config", str(file), *own) == 1
-    assert "merges.txt gives 519 ids, model.vocab_size is 49409; give the merges" in capsys.readouterr().err
+    assert "the vocabulary must have model.vocab_size=49409 ids, got 519 in" in capsys.readouterr().err

@@ -112,7 +112,7 @@ def test_classes_of_one_name_are_refused_before_an_image_is_looked_at(trained, t
     )
     done = run(RECIPES / "evaluate.py", "--config", tmp_path / "c.yaml")
     assert done.returncode != 0
-    assert "each class must have a name of its own, got 'crane' more than once" in done.stderr
+    assert "each class must have a unique name, got 'crane' more than once" in done.stderr
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
 def test_a_task_without_its_data_is_refused(tmp_path, task, missing):
     (tmp_path / "c.yaml").write_text("model: {path: nowhere}")
     cfg, validate_config = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
-    with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, and there is none"):
+    with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, got none"):
         validate_config(cfg)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.data.images import load_image
 from grr.generation.generate import generate
 from grr.inference.pretrained import describe, load_pretrained

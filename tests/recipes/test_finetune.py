@@ -15,7 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from grr import config
-from grr.checkpoint.training_state import load_checkpoint, save_model
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.training_state import load_checkpoint
 from grr.data import DATASETS
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained
 from grr.models.builders import grr_coca

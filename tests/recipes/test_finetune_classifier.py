@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from waiting import started, wait_until
 
 from grr import config
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.data import LABELLED, openmoji
 from grr.inference.classifiers import load_classifier
 from grr.inference.pretrained import describe

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from grr import config
-from grr.checkpoint.training_state import load_checkpoint, save_model
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.training_state import load_checkpoint
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.models.builders import grr_coca
 from grr.models.coca import CoCa

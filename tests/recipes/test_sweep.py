@@ -173,15 +173,15 @@ def test_asked_twice_it_kills_runs_that_do_not_listen(grid):
 def test_what_is_missing_is_named_before_anything_starts(grid):
     done = run(grid, "run.stages=['first: recipe.py --config none.yaml do=train', 'second: nowhere.py']")
     assert done.returncode == 1
-    assert "  first: there is no file none.yaml (" in done.stderr
+    assert "  first: the config file none.yaml does not exist (" in done.stderr
     assert "  second: there is no recipe or config 'nowhere.py'" in done.stderr
     done = run(grid, "run.seeds=[0, 0]")
     assert done.returncode == 1
-    assert "seeds: 0 stands there twice" in done.stderr
+    assert "seeds: 0 occurs twice" in done.stderr
     assert "Traceback" not in done.stderr
     done = run(grid, "run.jobs=0")
     assert done.returncode == 1
-    assert "sweep: jobs must be at least 1, got 0" in done.stderr
+    assert "sweep: run.jobs must be at least 1, got 0" in done.stderr
     assert not (grid / "runs").exists()
 
 
@@ -215,7 +215,7 @@ def test_what_a_trial_left_is_not_taken_for_the_sweep_without_a_word(swept, tiny
         timeout=120,
     )
     assert done.returncode == 0
-    assert "pretrain grr-1 is finished, but was another command: nothing there, run.max_steps=3 here" in done.stderr
+    assert "pretrain grr-1 is finished with another command: nothing then, run.max_steps=3 now" in done.stderr
     assert f"remove {swept / 'pretrain/grr-1'} to run it again" in done.stderr
 
 

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from grr.data.formats.tar import FOLDER, Damage, Member, read_members
 from grr.data.images import SUFFIXES, THUMBNAIL, Crop, load_image, thumbnail
-from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, place, split_name, threshold
+from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, split_name, threshold
 from grr.data.records import Records, file_name, record_captions
+from grr.files.atomic import replace_file
 from grr.files.regular import open_regular_file
+from grr.seeds import stable_hash
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ COLUMNS = {
     "image_of": np.int64,
     "offsets": np.int64,
     "sizes": np.int64,
-    "places": np.uint64,
+    "places": np.uint64,  # hashes of the samples' names
     "records": np.uint8,
 }
 IMAGE, JSON = "image", ".json"  # kinds of members, with TEXTS
@@ -74,7 +76,7 @@ def webdataset(
         indexes[file] = _index(file, cache)
     pairs = TarShards(files, [indexes[file] for file in files])
     if split is not None:
-        pairs.keep((pairs.places < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
+        pairs.keep((pairs.hashes < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
     pairs.records.log(f"webdataset: {shards}")
     if not len(pairs):
         raise ValueError(
@@ -84,7 +86,7 @@ def webdataset(
 
 
 class TarShards(Pairs):
-    """Pairs whose images are byte ranges of files: shard_of, offsets, sizes: [n]. places: [n], a hash of each id."""
+    """Pairs whose images are byte ranges of files: shard_of, offsets, sizes: [n]; hashes: [n], of the sample names."""
 
     records: Records
 
@@ -99,7 +101,7 @@ class TarShards(Pairs):
         for index in indexes:
             self.records.add(Records.of_facts(json.loads(index["records"].tobytes())))
         self.shard_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(index["offsets"]) for index in indexes])
-        self.offsets, self.sizes, self.places = (
+        self.offsets, self.sizes, self.hashes = (
             np.concatenate([index[name] for index in indexes]) for name in ("offsets", "sizes", "places")
         )
 
@@ -112,7 +114,7 @@ class TarShards(Pairs):
         """Keep the pairs whose row is true and count the others as of another split."""
         self.ids, self.captions = self.ids.take(rows), self.captions.take(rows)
         self.image_of, self.shard_of = self.image_of[rows], self.shard_of[rows]
-        self.offsets, self.sizes, self.places = self.offsets[rows], self.sizes[rows], self.places[rows]
+        self.offsets, self.sizes, self.hashes = self.offsets[rows], self.sizes[rows], self.hashes[rows]
         self.records.read = len(self)
         self.records.leave_out("of another split", int((~rows).sum()))
 
@@ -222,7 +224,7 @@ def _save(file: Path, index: Index) -> None:
         try:
             np.savez(aside, **index)  # type: ignore[arg-type]
             aside.close()
-            os.replace(aside.name, file)
+            replace_file(Path(aside.name), file)
         except BaseException:
             os.unlink(aside.name)
             raise
@@ -239,14 +241,14 @@ def _remove_stale(folder: Path) -> None:
 def _read_shard(shard: Path) -> Index:
     """Read the index of a shard: the id and the caption of each pair, and the byte range of its image."""
     records = Records()
-    ids, captions, places, images = list[str](), list[str](), list[int](), list[tuple[int, int, int]]()
+    ids, captions, hashes, images = list[str](), list[str](), list[int](), list[tuple[int, int, int]]()
     with open_regular_file(shard) as file:
         for number, (key, sample) in enumerate(_samples(shard, file, records).items()):
             name, image = f"{shard.stem}/{key}", sample[IMAGE][0]
             for i, caption in enumerate(_sample_captions(name, file, sample, records)):
                 ids.append(f"{name}#{i}" if i else name)
                 captions.append(caption)
-                places.append(place(name))
+                hashes.append(stable_hash(name))
                 images.append((number, image.offset, image.size))
     records.read = len(ids)
     where = np.array(images, dtype=np.int64).reshape(-1, 3)
@@ -254,7 +256,7 @@ def _read_shard(shard: Path) -> Index:
         "image_of": np.unique(where[:, 0], return_inverse=True)[1].astype(np.int64),
         "offsets": where[:, 1],
         "sizes": where[:, 2],
-        "places": np.array(places, dtype=np.uint64),
+        "places": np.array(hashes, dtype=np.uint64),
         "records": np.frombuffer(json.dumps(records.facts()).encode(), dtype=np.uint8),
     }
     for column, texts in (("ids", Texts.of(ids)), ("captions", Texts.of(captions))):

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from grr.data.formats.rows import SEPARATORS, find_columns, read_lines, read_objects, read_table
-from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, place, split_name, threshold
+from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, split_name, threshold
 from grr.data.records import file_name
+from grr.seeds import stable_hash
 
 FILES = (
     *("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt"),
@@ -37,14 +38,14 @@ def folder(*, path: str, split: str | None = None, validation_fraction: float = 
     """
     file = _captions_file(Path(path))
     wanted = None if split is None else split_name("folder", split)
-    below = threshold("folder", validation_fraction)
+    limit = threshold("folder", validation_fraction)
 
     def belongs(row: Row) -> bool:
         if row.split is not None:
             return split_name(row.where, row.split.strip().lower()) == wanted
         if wanted == "test":
             raise ValueError(f'folder: {file} has no column split, so split must be train or validation, got "test"')
-        return (place(row.image) < below) == (wanted == "validation")
+        return (stable_hash(row.image) < limit) == (wanted == "validation")
 
     rows = _rows("folder", file)
     pairs = _image_files("folder", file, rows, _roots(Path(path)), None if wanted is None else belongs)

@@ -18,15 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from grr.checkpoint.training_state import (
-    RunLock,
-    StopSignal,
-    latest_checkpoint,
-    load_checkpoint,
-    load_model_weights,
-    save_checkpoint,
-    save_model,
-)
+from grr.checkpoint.model_folder import load_model_weights, save_model
+from grr.checkpoint.run_lock import RunLock
+from grr.checkpoint.step_folders import latest_checkpoint
+from grr.checkpoint.stop_signal import StopSignal
+from grr.checkpoint.training_state import load_checkpoint, save_checkpoint
 
 
 class Toy(nn.Module):

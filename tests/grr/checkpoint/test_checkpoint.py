@@ -26,19 +26,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from waiting import started
 
-from grr.checkpoint.training_state import (
-    RunLock,
-    StopSignal,
-    adopt_checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    load_checkpoint_weights,
-    load_model_weights,
-    remove_checkpoints_after,
-    remove_leftovers,
-    save_checkpoint,
-    save_model,
-)
+from grr.checkpoint.model_folder import load_model_weights, save_model
+from grr.checkpoint.run_lock import RunLock
+from grr.checkpoint.step_folders import adopt_checkpoint, latest_checkpoint, remove_checkpoints_after, remove_leftovers
+from grr.checkpoint.stop_signal import StopSignal
+from grr.checkpoint.training_state import load_checkpoint, load_checkpoint_weights, save_checkpoint
 from grr.training.ema import EMA
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
@@ -149,7 +141,7 @@ def test_a_mean_of_weights_on_one_side_only_is_refused(averaged: bool, tmp_path:
     path = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, average.weights if averaged else None)
     made = "with" if averaged else "without"
     with pytest.raises(
-        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} a mean of weights; .*run\.ema_decay"
+        ValueError, match=rf"load_checkpoint: .*step_1 was made {made} an EMA of weights; .*run\.ema_decay"
     ):
         load_checkpoint(path, model, optimizer, None if averaged else average.weights)
 
@@ -547,7 +539,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path: Pa
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from grr.checkpoint.training_state import RunLock\n"
+    code = "import sys, time; from pathlib import Path; from grr.checkpoint.run_lock import RunLock\n"
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with started([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

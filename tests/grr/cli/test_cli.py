@@ -150,7 +150,7 @@ def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, c
     assert "grr check mine.yaml --recipe evaluate, and grr run evaluate --config mine.yaml" in capsys.readouterr().out
     (here / "mine.yaml").write_text("mine")
     assert main(["cp", "evaluate/coco", "mine.yaml"]) == 1
-    assert "grr cp: mine.yaml: there already" in capsys.readouterr().err
+    assert "grr cp: mine.yaml: exists" in capsys.readouterr().err
     assert (here / "mine.yaml").read_text() == "mine"
 
 
@@ -160,10 +160,10 @@ def test_cp_lays_files_where_the_commands_in_their_headers_look_for_them(here, c
         ("run pretrian", "grr run: there is no recipe or config 'pretrian'; did you mean pretrain?"),
         ("run pretrain", "pretrain needs a config: grr run pretrain --config FILE, or an installed one"),
         ("run pretrain --config pretrain/photo", "did you mean pretrain/photos?"),
-        ("run pretrain --config gone.yaml", "there is no file gone.yaml"),
-        ("run pretrain --config pretrain", "pretrain is a recipe, a config is wanted: pretrain/"),
+        ("run pretrain --config gone.yaml", "the config file gone.yaml does not exist"),
+        ("run pretrain --config pretrain", "expected a config, got the recipe pretrain; its configs are pretrain/"),
         ("run pretrain/openmoji --nproc 2", "--nproc must stand before the name"),
-        ("check gone.yaml", "grr check: there is no file gone.yaml"),
+        ("check gone.yaml", "grr check: the config file gone.yaml does not exist"),
         ("search photos fox", "grr search: photos is not an index of images; make one"),
         ("caption runs/gone photo.png", "no image in 'photo.png'"),
         ("tokenizer train gone.txt --vocab-size 99 --output x.model", "there is no file of captions gone.txt"),

@@ -13,7 +13,7 @@ def test_each_line_of_a_text_file_is_a_caption(tmp_path):
     (tmp_path / "two.txt").write_text("\n".join(CAPTIONS[2:]) + "\n")
     made = train_vocabulary([tmp_path / "one.txt", tmp_path / "two.txt"], [], tmp_path / "own.model", vocab_size=60)
     assert made.fingerprint == train_tokenizer(CAPTIONS, tmp_path / "same.model", vocab_size=60).fingerprint
-    with pytest.raises(ValueError, match=r"own.model is there already"):
+    with pytest.raises(ValueError, match=r"own.model exists already"):
         train_vocabulary([tmp_path / "one.txt"], [], tmp_path / "own.model", vocab_size=60)
     with pytest.raises(FileNotFoundError, match=r"no file of captions .*three.txt"):
         train_vocabulary([tmp_path / "three.txt"], [], tmp_path / "new.model", vocab_size=60)

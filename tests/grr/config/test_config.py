@@ -1,4 +1,4 @@
-"""A config is the keyword arguments of functions: it survives being saved, and every mistake is told with its place."""
+"""A config holds keyword arguments of functions: saving preserves it, and every mistake is reported with its place."""
 
 import functools
 import inspect
@@ -73,9 +73,8 @@ def test_an_optional_section_that_is_missing_builds_none_and_is_saved(tmp_path):
     assert cfg.build("extra") is None
     config.save(cfg, tmp_path / "saved.yaml")
     assert config.load(sections, ["--config", str(tmp_path / "saved.yaml")]) == cfg
-    assert (
-        load(tmp_path, "{run: {steps: 3}}", "extra.name=shards", "extra.pattern=x", **sections).extra["pattern"] == "x"
-    )
+    cfg = load(tmp_path, "{run: {steps: 3}}", "extra.name=shards", "extra.pattern=x", **sections)
+    assert cfg.extra["pattern"] == "x"
     with pytest.raises(ConfigError, match=r"extra.name: must be one of folder, shards, none"):
         load(tmp_path, "{run: {steps: 3}}", "extra.pattern=x", **sections)
 
@@ -181,9 +180,8 @@ def test_a_section_with_a_choice_of_functions_needs_a_name(tmp_path):
 
 
 def test_another_name_has_other_arguments(tmp_path):
-    assert refusal(tmp_path, GOOD, "data.name=shards") == (
-        "tiny.yaml:\n  data.pattern: shards needs this argument, str"
-    )
+    message = "tiny.yaml:\n  data.pattern: shards needs this argument, str"
+    assert refusal(tmp_path, GOOD, "data.name=shards") == message
 
 
 @pytest.mark.parametrize(
@@ -214,7 +212,7 @@ def test_values_are_converted_to_the_annotated_type(tmp_path):
     assert repr(cfg.optimizer["betas"]) == "(0.0, 1.0)"
     assert cfg.run["note"] == "2"
     assert cfg.run["words"] == ("a", "b")
-    assert cfg.data == {"name": "folder", "path": Path("photos"), "split": "train"}  # weights is no matter for YAML
+    assert cfg.data == {"name": "folder", "path": Path("photos"), "split": "train"}  # weights is passed by code
     assert load(tmp_path, GOOD, "run.note=a", "run.note=null").run["note"] is None
 
 
@@ -233,11 +231,11 @@ def test_two_configs_do_not_share_their_lists(tmp_path):
     assert load(tmp_path, GOOD).run["layers"] == [1, 2]
 
 
-def test_a_section_builds_what_it_names_with_what_code_adds(tmp_path):
+def test_a_section_builds_its_function_with_arguments_from_code(tmp_path):
     cfg = load(tmp_path, "model: {name: grr_coca_tiny}", model=MODELS)
     cfg.model |= {"vocab_size": 40}
     assert cfg.build("model").text_decoder.embedding.num_embeddings == 40
-    assert cfg.model["name"] == "grr_coca_tiny"  # still there for what is saved
+    assert cfg.model["name"] == "grr_coca_tiny"  # kept, because a saved config needs it
     cfg = load(tmp_path, GOOD)
     assert cfg.build("data", "an index") == ("an index", Path("photos"), "train", None)
     assert cfg.build("run") == Run(steps=3)
@@ -248,7 +246,7 @@ def test_a_function_without_a_name_is_called_by_its_section(tmp_path):
         load(tmp_path, "schedule: {x: 1}", schedule=functools.partial(warmup_cosine, min_lr=0.0))
 
 
-# --- another function on the command line --------------------------------------------------------------------------
+# Another function on the command line
 
 NAMED = "data: {name: karpathy, annotations: a.json, images: b, split: train}"
 
@@ -270,7 +268,7 @@ def test_another_name_drops_arguments_that_only_the_first_function_takes(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("overrides", "text", "said"),
+    ("overrides", "text", "message"),
     [
         (["data.name=folder"], NAMED, r"data\.path: folder needs this argument"),
         (["data.name=folder", "data.path=x"], NAMED.replace("images", "imges"), r"data\.imges: folder takes no such"),
@@ -279,12 +277,12 @@ def test_another_name_drops_arguments_that_only_the_first_function_takes(tmp_pat
         (["data.name=[folder]"], NAMED, r"data\.name: must be one of"),
     ],
 )
-def test_another_name_does_not_hide_a_mistake(tmp_path, overrides, text, said):
-    with pytest.raises(ConfigError, match=said):
+def test_another_name_does_not_hide_a_mistake(tmp_path, overrides, text, message):
+    with pytest.raises(ConfigError, match=message):
         named(tmp_path, *overrides, text=text)
 
 
-# --- as a user meets it --------------------------------------------------------------------------------------------
+# Recipes as programs
 
 RECIPE = '''"""Train something, 100 % of it."""
 

@@ -1,4 +1,4 @@
-"""What a type checker says of calls of builders: a wrong call is named, a right one passes."""
+"""mypy reports wrong calls of builders and accepts right ones."""
 
 import re
 import subprocess
@@ -81,7 +81,7 @@ RIGHT = [
 
 @pytest.fixture(scope="module")
 def errors(request, tmp_path_factory) -> dict[str, list[str]]:
-    """What mypy says of each line of two files, as a user of the package runs it."""
+    """Returns mypy's errors for each line of two files, checked as a user of the package does."""
     folder = tmp_path_factory.mktemp("calls")
     (folder / "wrong.py").write_text(IMPORTS + "\n".join(WRONG) + "\n")
     (folder / "right.py").write_text(IMPORTS + "\n".join(RIGHT) + "\n")

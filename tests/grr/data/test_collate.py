@@ -1,4 +1,4 @@
-"""Packed captions: an invertible move of padding, labels by plain Python, and attention that needs no mask."""
+"""Batches of captions: moving padding is invertible, labels equal plain Python's, and attention needs no mask."""
 
 from itertools import pairwise
 
@@ -16,26 +16,26 @@ captions = st.lists(st.lists(st.integers(2, 32_099), max_size=61), min_size=1, m
 
 
 def layout(tokens: list[int]) -> list[int]:
-    """SPEC's row of 65 ids: BOS t1 ... tn EOS PAD ... PAD CLS PAD."""
+    """Returns SPEC's row of 65 ids: BOS t1 ... tn EOS PAD ... PAD CLS PAD."""
     return [BOS, *tokens, EOS, *[PAD] * (61 - len(tokens)), CLS, PAD]
 
 
 @given(b=st.integers(1, 4), s=st.integers(1, 12), pad_id=st.sampled_from([0, 3]), seed=st.integers(0, 999))
 def test_right_pad_moves_padding_to_the_end_and_undo_right_pad_moves_it_back(b, s, pad_id, seed):
     ids = torch.randint(0, 5, (b, s), generator=torch.Generator().manual_seed(seed))
-    packed, positions = right_pad(ids, pad_id=pad_id)
-    for row, packed_row, places in zip(ids.tolist(), packed.tolist(), positions.tolist(), strict=True):
+    padded, positions = right_pad(ids, pad_id=pad_id)
+    for row, padded_row, columns in zip(ids.tolist(), padded.tolist(), positions.tolist(), strict=True):
         tokens = [i for i in row if i != pad_id]
-        assert packed_row == tokens + [pad_id] * (s - len(tokens))
-        assert [row[place] for place in places] == packed_row
-        assert sorted(places) == list(range(s))
-    x = torch.stack((packed, packed * 7), dim=-1)  # [b, s, 2]
+        assert padded_row == tokens + [pad_id] * (s - len(tokens))
+        assert [row[column] for column in columns] == padded_row
+        assert sorted(columns) == list(range(s))
+    x = torch.stack((padded, padded * 7), dim=-1)  # [b, s, 2]
     assert undo_right_pad(x, positions).equal(torch.stack((ids, ids * 7), dim=-1))
 
 
 @given(captions=captions)
-def test_each_label_is_what_follows_in_the_caption(captions):
-    """Against plain Python: pairs (input, what follows) of the row, without those whose input is PAD."""
+def test_each_label_is_the_next_token_of_the_caption(captions):
+    """Compare with plain Python: pairs (input, next id) of the row, without those whose input is PAD."""
     longest = max(map(len, captions))
     _, _, labels = collate_captions([layout(c) for c in captions])
     assert labels.shape == (len(captions), longest + 1)  # one for BOS and each token
@@ -43,7 +43,7 @@ def test_each_label_is_what_follows_in_the_caption(captions):
         whole = layout(caption)
         pairs = [pair for pair in pairwise(whole) if pair[0] != PAD]
         expected = [IGNORE if following in (BOS, PAD, CLS) else following for _, following in pairs]
-        assert expected[-2:] == [IGNORE, IGNORE]  # behind EOS and CLS
+        assert expected[-2:] == [IGNORE, IGNORE]  # after EOS and CLS
         assert expected[:-2] == [*caption, EOS]
         assert row == expected[:-2] + [IGNORE] * (longest - len(caption))
 
@@ -52,10 +52,10 @@ def test_each_label_is_what_follows_in_the_caption(captions):
 def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_follows_eos_at_position_63(captions):
     ids, positions, _ = collate_captions([layout(c) for c in captions])
     assert ids.shape == positions.shape == (len(captions), max(map(len, captions)) + 3)
-    for caption, row, places in zip(captions, ids.tolist(), positions.tolist(), strict=True):
+    for caption, row, columns in zip(captions, ids.tolist(), positions.tolist(), strict=True):
         n = len(caption)
         assert row == [BOS, *caption, EOS, CLS] + [PAD] * (len(row) - n - 3)
-        assert places[: n + 3] == [*range(n + 2), 63]
+        assert columns[: n + 3] == [*range(n + 2), 63]
 
 
 def test_the_only_label_of_an_empty_caption_is_eos():
@@ -76,7 +76,7 @@ def table() -> nn.Embedding:
 
 @given(captions=captions)
 def test_causal_attention_over_right_padded_rows_equals_masked_attention_over_the_layout(table, captions):
-    """No token sees a later one, none sees PAD but PAD, and CLS sees the caption, where the mask says so in full."""
+    """The explicit mask hides later tokens from every token and PAD from all tokens but PAD."""
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, causal=True, rotary=RotaryEmbedding(4)).double()
     rows = torch.tensor([layout(c) for c in captions])[:, :-1]  # [b, 64]
@@ -88,8 +88,8 @@ def test_causal_attention_over_right_padded_rows_equals_masked_attention_over_th
 
     ids, positions, _ = collate_captions([layout(c) for c in captions])
     real = ids != PAD
-    packed = attention(table(ids), positions=positions)
-    torch.testing.assert_close(packed[real], expected.gather(1, positions.unsqueeze(-1).expand_as(packed))[real])
+    y = attention(table(ids), positions=positions)
+    torch.testing.assert_close(y[real], expected.gather(1, positions.unsqueeze(-1).expand_as(y))[real])
 
 
 @given(captions=captions)
@@ -99,7 +99,7 @@ def test_no_token_depends_on_padding_and_only_cls_on_cls(table, captions):
     ids, positions, _ = collate_captions([layout(c) for c in captions])
     x = table(ids)
     before = attention(x, positions=positions)
-    for changed, unmoved in ((ids == PAD, ids != PAD), (ids == CLS, (ids != PAD) & (ids != CLS))):
+    for changed, unchanged in ((ids == PAD, ids != PAD), (ids == CLS, (ids != PAD) & (ids != CLS))):
         other = torch.where(changed.unsqueeze(-1), x + 1, x)
         after = attention(other, positions=positions)
-        torch.testing.assert_close(after[unmoved], before[unmoved], atol=1e-12, rtol=0)
+        torch.testing.assert_close(after[unchanged], before[unchanged], atol=1e-12, rtol=0)

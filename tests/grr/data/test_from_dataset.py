@@ -1,4 +1,4 @@
-"""A data set of any library becomes pairs: its images in any form, its captions as text, and nothing lost uncounted."""
+"""Pairs of a map-style data set of any library: images of any type, captions as text, and counts of skipped samples."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ def png(i: int) -> bytes:
 
 
 def a_list(count: int, kind: str = "Pillow", folder: Path | None = None) -> list[dict[str, object]]:
-    """Samples whose images are of a kind, each with one caption."""
+    """Returns samples whose images have one type, each with one caption."""
     forms = {
         "Pillow": picture,
         "bytes": png,
@@ -59,7 +59,7 @@ def test_images_of_any_kind_are_the_pixels_of_their_file(tmp_path, kind):
 
 
 @given(st.lists(st.lists(st.sampled_from(["", " ", "a fox", "an  owl", "ein Schlüssel"]), max_size=4), max_size=8))
-def test_what_is_read_and_skipped_is_what_the_data_set_holds(captions_of):
+def test_read_and_skipped_captions_are_all_captions_of_the_data_set(captions_of):
     samples = [{"image": picture(i), "captions": captions} for i, captions in enumerate(captions_of)]
     expected = [
         (i, " ".join(caption.split()))
@@ -96,7 +96,7 @@ def test_samples_of_one_path_are_one_image(tmp_path):
 
 
 class Tuples(Dataset):
-    """A torch data set as torchvision's are: an image and its captions."""
+    """A torch data set with the layout of torchvision's: an image and its captions."""
 
     def __len__(self) -> int:
         return 12
@@ -151,7 +151,7 @@ def test_the_fingerprint_depends_on_captions_and_their_order_alone(tmp_path):
 
 
 def digest(texts: list[str]) -> bytes:
-    """The lengths of some texts and the texts, hashed."""
+    """Returns a hash of the lengths of some texts and of the texts."""
     lengths = np.array([len(text.encode()) for text in texts], dtype="<i8").tobytes()
     return hashlib.blake2b(lengths + "".join(texts).encode(), digest_size=16).digest()
 
@@ -197,7 +197,7 @@ def test_a_damaged_image_is_a_bad_sample_and_one_of_another_kind_stops_the_run()
     assert not isinstance(error.value, BadImage)
 
 
-def test_of_a_hugging_face_data_set_only_text_is_read_for_captions(tmp_path):
+def test_only_the_text_of_a_hugging_face_data_set_is_read_for_captions(tmp_path):
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
     (tmp_path / "broken.png").write_bytes(b"no image")
     for i in range(4):

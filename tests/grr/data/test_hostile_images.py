@@ -70,7 +70,7 @@ def test_images_are_opened_in_one_place():
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device", "a folder"])
-def test_what_is_not_a_regular_file_is_a_bad_image(tmp_path, kind):
+def test_a_file_that_is_not_regular_is_a_bad_image(tmp_path, kind):
     path = tmp_path / "a.jpg"
     if kind == "a pipe":
         os.mkfifo(path)

@@ -1,4 +1,4 @@
-"""Finding image files, and reading them whatever they are."""
+"""Finding image files, and reading them in batches with a reason for each bad file."""
 
 import os
 import threading
@@ -42,7 +42,7 @@ def test_every_item_is_read_once_in_its_batch_or_reported(count, size, bad):
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration()], ids=repr)
-def test_what_is_not_an_exception_ends_the_reading_with_an_error(error):
+def test_an_error_that_is_not_an_exception_ends_the_reading(error):
     def read(i: int) -> torch.Tensor:
         raise error
 
@@ -51,19 +51,19 @@ def test_what_is_not_an_exception_ends_the_reading_with_an_error(error):
 
 
 def test_exactly_one_batch_is_read_ahead():
-    read = threading.Semaphore(0)
-    seen = []
+    loads = threading.Semaphore(0)
+    loaded = []
 
     def load(i: int) -> torch.Tensor:
-        seen.append(i)
-        read.release()
+        loaded.append(i)
+        loads.release()
         return torch.zeros(1)
 
     stream = read_batches(load, ([i] for i in range(10)))
     next(stream)
     for _ in range(2):
-        assert read.acquire(timeout=10)
-    assert seen == [0, 1]
+        assert loads.acquire(timeout=10)
+    assert loaded == [0, 1]
     stream.close()
 
 
@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "closed").chmod(0)
     try:
         if os.access(tmp_path / "closed", os.R_OK):
-            pytest.skip("root may look into any folder")
+            pytest.skip("root can read any folder")
         assert found(tmp_path, tmp_path) == ["a.jpg", "closed"]
     finally:
         (tmp_path / "closed").chmod(0o700)
@@ -130,8 +130,8 @@ def test_a_thumbnail_keeps_the_aspect_ratio(tmp_path):
     Image.new("RGB", (10, 40), "blue").save(tmp_path / "b.png")
     Image.new("RGB", (5000, 1), "blue").save(tmp_path / "c.png")
     (tmp_path / "d.png").write_bytes(b"no")
-    seen = dict(thumbnails(find_images(tmp_path), side=100))
-    shapes = [list(x.shape) if isinstance(x, torch.Tensor) else x for x in seen.values()]
+    small = dict(thumbnails(find_images(tmp_path), side=100))
+    shapes = [list(x.shape) if isinstance(x, torch.Tensor) else x for x in small.values()]
     assert shapes == [
         [3, 40, 100],
         [3, 40, 10],

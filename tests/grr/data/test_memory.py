@@ -1,4 +1,4 @@
-"""Images kept in memory are those of the data, read once."""
+"""InMemory reads each image once and returns the images of the data."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from grr.data.pairs import Pairs, Texts
 
 
 class Counted(Pairs):
-    """Two captions of each of three images; the second image is bad. Counts what is read."""
+    """Two captions of each of three images, the second of which is bad; `reads` lists the calls of load."""
 
     def __init__(self) -> None:
         names = [f"{i}" for i in range(6)]

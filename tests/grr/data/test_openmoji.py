@@ -1,4 +1,4 @@
-"""The built-in data: what is held out is never trained on, and a picture shows what its sentence says."""
+"""Built-in data: training has no sentence of validation, and a picture agrees with its sentence."""
 
 import re
 

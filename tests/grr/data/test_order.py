@@ -1,4 +1,4 @@
-"""The order of an epoch: its laws for any groups, the most batches there can be, and orders that look random."""
+"""The order of an epoch: its laws for any groups, the largest number of batches, and statistics of the order."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ batch_sizes = st.integers(1, 12)
 
 
 def groups_of(sizes: list[int], seed: int = 0) -> np.ndarray:
-    """Groups of these sizes, mixed, under numbers that say nothing."""
+    """Returns groups of these sizes in random order, with random numbers as names."""
     rng = np.random.default_rng(seed)
     names = rng.choice(10**12, len(sizes), replace=False)
     return rng.permutation(np.repeat(names, sizes))
@@ -32,17 +32,17 @@ def test_no_batch_holds_two_of_a_group_and_no_sample_comes_twice(sizes, batch_si
 
 @given(sizes=sizes, batch_size=batch_sizes)
 def test_an_epoch_has_as_many_batches_as_possible(sizes, batch_size):
-    """Against the greedy filler that takes the largest groups that are left, which is optimal."""
+    """Compare with the greedy algorithm that takes the largest remaining groups, which is optimal."""
     assume(batch_size <= len(sizes))
-    left, batches = sorted(sizes, reverse=True), 0
-    while sum(size > 0 for size in left) >= batch_size:
-        left = sorted([size - 1 for size in left[:batch_size]] + left[batch_size:], reverse=True)
+    remaining, batches = sorted(sizes, reverse=True), 0
+    while sum(size > 0 for size in remaining) >= batch_size:
+        remaining = sorted([size - 1 for size in remaining[:batch_size]] + remaining[batch_size:], reverse=True)
         batches += 1
     assert num_batches(groups_of(sizes), batch_size=batch_size) == batches >= 1
 
 
 @given(sizes=sizes, batch_size=batch_sizes, epoch=st.integers(0, 9))
-def test_less_than_a_batch_is_left_out_unless_a_group_is_larger_than_the_number_of_batches(sizes, batch_size, epoch):
+def test_less_than_a_batch_is_left_out_unless_a_group_is_too_large(sizes, batch_size, epoch):
     assume(batch_size <= len(sizes) and max(sizes) <= sum(sizes) // batch_size)
     order = epoch_order(groups_of(sizes), seed=0, epoch=epoch, batch_size=batch_size)
     assert sum(sizes) - order.size == sum(sizes) % batch_size
@@ -66,21 +66,21 @@ def test_the_order_is_that_of_its_seed_and_epoch(sizes):
 
 @pytest.mark.parametrize("sizes", [[1] * 11, [2, 2, 1, 1, 1], [4, 2, 2, 2]])
 def test_every_sample_occurs_at_every_position_equally_often(sizes):
-    """Over 3,000 epochs, samples of groups of equal size fall equally often in each batch and column."""
+    """In 3,000 epochs, samples of groups of equal size occur equally often in each batch and column."""
     groups = groups_of(sizes)
     orders = np.stack([epoch_order(groups, seed=0, epoch=epoch, batch_size=3) for epoch in range(3_000)])
-    seen = np.stack([(orders == sample).mean(0) for sample in range(len(groups))])  # [n, batches, 3]
+    frequency = np.stack([(orders == sample).mean(0) for sample in range(len(groups))])  # [n, batches, 3]
     size = np.array([(groups == group).sum() for group in groups])
     for s in np.unique(size):
-        alike = seen[size == s]
-        assert np.abs(alike - alike.mean()).max() < 5 * (alike.mean() / 3_000) ** 0.5
+        of_size = frequency[size == s]
+        assert np.abs(of_size - of_size.mean()).max() < 5 * (of_size.mean() / 3_000) ** 0.5
 
 
 def test_batches_share_images_as_often_as_by_chance():
     """5 captions of each of 2,000 images in 100 batches of 100: two batches share 100 * 100 / 2,000 = 5 on average.
 
-    Were captions dealt out in turn, neighbours would share 80. The variance is a little below chance, where no batch
-    holds two captions of an image: a batch has a place in each strip of 20 images, not 100 places anywhere.
+    If captions were assigned to batches in turn, neighbouring batches would share 80. The variance is slightly below
+    chance, because no batch holds two captions of an image: a batch has one sample of each strip of 20 images.
     """
     groups = np.repeat(np.arange(2_000), 5)
     order = epoch_order(groups, seed=0, epoch=0, batch_size=100)
@@ -92,7 +92,7 @@ def test_batches_share_images_as_often_as_by_chance():
 
 
 def test_a_large_set_is_ordered():
-    """120,000 images of 3 to 7 captions: the size of COCO."""
+    """120,000 images of 3 to 7 captions, about the size of COCO."""
     groups = groups_of(list(np.random.default_rng(0).integers(3, 8, 120_000)))
     order = epoch_order(groups, seed=0, epoch=0, batch_size=768)
     assert order.shape == (len(groups) // 768, 768)

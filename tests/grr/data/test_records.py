@@ -1,4 +1,4 @@
-"""Of every reader: pairs read + records skipped + records left out = records in the files, whatever the files hold."""
+"""Law of every reader, for any content: pairs read + records skipped + records left out = records in the files."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """A folder with three images, in which each example writes its table."""
+    """A folder with images, to which each example writes its table."""
     root = tmp_path_factory.mktemp("photos")
     for name in ("a.png", "b.png", "c.png", "1.png", "a.jpg", "b.jpg", "c.jpg"):
         Image.new("RGB", (4, 4)).save(root / name)
@@ -60,7 +60,7 @@ def balanced(records: Records, total: int) -> None:
 
 
 def read_or_refused(root: Path) -> Pairs | None:
-    """The pairs of the table, or nothing if an error names one of its lines."""
+    """Returns the pairs of the table, or None if an error names one of its lines."""
     try:
         return folder(path=str(root))
     except ValueError as error:
@@ -74,7 +74,7 @@ def test_every_reader_of_files_has_a_law_here():
     assert {*DATASETS, *LABELLED} - generated == TESTED
 
 
-# --- tables --------------------------------------------------------------------------------------------------------
+# Tables
 
 
 @many
@@ -102,7 +102,7 @@ def test_a_table_without_quoting_keeps_every_row_and_every_quotation_mark(photos
     table(photos, "captions.tsv", "".join(f"{i}{separator}{c}\n" for i, c in [("image", "caption"), *rows]))
     if all(i for i, _ in rows) or not any('"' in c for _, c in rows):
         pairs = folder(path=str(photos))
-    else:  # a line that names no image may belong to the caption before it
+    else:  # a line without an image name may continue the caption before it
         pairs = read_or_refused(photos)
         if pairs is None:
             return
@@ -186,7 +186,7 @@ def test_flickr_token_files_count_every_line(photos, rows):
     balanced(pairs.records, len(rows))
 
 
-# --- JSON files ----------------------------------------------------------------------------------------------------
+# JSON files
 
 
 @many
@@ -198,9 +198,9 @@ def test_coco_counts_annotations_without_an_image_and_images_without_an_annotati
     (photos / "coco.json").write_text(json.dumps(content))
     pairs = coco(annotations=str(photos / "coco.json"), images=str(photos))
     assert list(pairs.captions) == [one_line(c) for j, c in annotations if j in (1, 2, 3) and c.split()]
-    bare = {1, 2, 3} - {j for j, _ in annotations}
-    assert pairs.records.skipped["image without a caption"] == len(bare)
-    balanced(pairs.records, len(annotations) + len(bare))
+    without_caption = {1, 2, 3} - {j for j, _ in annotations}
+    assert pairs.records.skipped["image without a caption"] == len(without_caption)
+    balanced(pairs.records, len(annotations) + len(without_caption))
 
 
 @pytest.mark.parametrize("caption", [None, math.nan, 7, {"raw": "x"}, ["x", 1]])
@@ -283,7 +283,7 @@ def test_a_folder_of_classes_counts_every_file(tmp_path_factory, files):
     balanced(data.records, len(files))
 
 
-# --- shards --------------------------------------------------------------------------------------------------------
+# Shards
 
 GOOD_IMAGE, GOOD_TEXT = b"an image", b"a caption"
 KEYS = st.sampled_from(["0", "v1.0_a", "22.05", "dir/1", "./dir/2", "é"])
@@ -353,10 +353,9 @@ def test_shards_of_any_members_count_every_key_once_for_each_time_it_occurs(tmp_
 
 
 def test_parts_of_a_split_are_all_records_of_the_shards(tmp_path):
-    write_shard(
-        tmp_path / "0.tar",
-        [(str(k), e, b'{"caption": ["x", "y"]}', tarfile.REGTYPE) for k in range(40) for e in ("jpg", "json")],
-    )
+    content = b'{"caption": ["x", "y"]}'
+    members = [(str(k), e, content, tarfile.REGTYPE) for k in range(40) for e in ("jpg", "json")]
+    write_shard(tmp_path / "0.tar", members)
     parts = [webdataset(shards=str(tmp_path), split=s, validation_fraction=0.3) for s in ("train", "validation")]
     for part in parts:
         balanced(part.records, 80)

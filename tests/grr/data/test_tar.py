@@ -1,4 +1,4 @@
-"""Members of tar files are those that tarfile finds, and where it stops or fails, the others are still found."""
+"""Members of tar files are those that tarfile finds; where it stops or fails, the other members are found too."""
 
 import io
 import tarfile
@@ -32,7 +32,7 @@ def archive(members, form: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header of any size and type, with the checksum that belongs to it."""
+    """Returns a header of any size and type with a valid checksum."""
     info = tarfile.TarInfo(name)
     info.type = kind
     block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
@@ -54,7 +54,7 @@ def members_of(shard: Path, content: bytes) -> list[Member | Damage]:
 
 
 GOOD = archive([("good.jpg", b"an image"), ("good.txt", b"a caption")])
-START = GOOD[: 4 * BLOCK]  # without the zeros at the end
+START = GOOD[: 4 * BLOCK]  # without the trailing zeros
 
 
 @given(contents=CONTENTS, form=FORMATS)
@@ -102,7 +102,7 @@ def test_archives_that_were_joined_are_read_to_the_end(shard):
         (b"Q", "of an unknown type"),
     ],
 )
-def test_odd_members_have_a_fault_and_the_next_ones_are_read(shard, kind, fault):
+def test_members_of_other_types_have_a_fault_and_the_next_ones_are_read(shard, kind, fault):
     found = members_of(shard, header("odd.jpg", kind=kind) + GOOD)
     assert [(item.name, item.fault) for item in found] == [("odd.jpg", fault), ("good.jpg", ""), ("good.txt", "")]
 
@@ -126,9 +126,9 @@ def test_ten_thousand_long_headers_and_one_that_is_too_long_do_not_stop_the_read
     assert [item.fault for item in others] == [""]
 
 
-def test_sparse_files_are_odd_and_their_maps_are_passed_over(shard):
+def test_sparse_files_have_a_fault_and_their_maps_are_skipped(shard):
     block = bytearray(header("hole.jpg", 512, tarfile.GNUTYPE_SPARSE))
-    block[482] = 1  # a map follows, and says that another does
+    block[482] = 1  # a map follows, which announces another
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     first_map = bytearray(BLOCK)

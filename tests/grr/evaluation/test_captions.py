@@ -57,7 +57,7 @@ def test_to_repeat_references_that_share_no_word_is_a_cider_of_10(lengths):
 
 
 @given(corpus=corpora, silence=st.sampled_from(["", "  ", ".", "\n", "... !"]))
-def test_to_say_nothing_scores_nothing(corpus, silence):
+def test_an_empty_caption_scores_0(corpus, silence):
     references, hypotheses = corpus
     assert set(caption_metrics(references, [silence] * len(hypotheses)).values()) == {0.0}
 
@@ -76,7 +76,7 @@ def test_capitals_white_space_and_punctuation_do_not_matter(corpus):
 
 
 @given(references=st.lists(st.text(max_size=60), min_size=1, max_size=3), hypothesis=st.text(max_size=60))
-def test_no_caption_breaks_it(references, hypothesis):
+def test_any_text_can_be_scored(references, hypothesis):
     assert all(map(math.isfinite, caption_metrics([references, ["a dog"]], [hypothesis, hypothesis]).values()))
 
 
@@ -211,7 +211,7 @@ def test_words_are_those_of_stanford_s_tokenizer(caption, words):
 
 
 @pytest.mark.parametrize("metric", [*METRICS, caption_metrics])
-def test_what_cannot_be_judged_is_refused_with_a_remedy(metric):
+def test_references_that_do_not_fit_are_refused_with_a_remedy(metric):
     who = metric.__name__
     with pytest.raises(
         ValueError, match=rf"{who}: references and hypotheses must be as many.* got 1 and 2; references"

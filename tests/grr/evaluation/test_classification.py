@@ -45,7 +45,7 @@ def head(seed: int, dropout: float = 0.0) -> nn.Module:
 
 @settings(max_examples=12)
 @given(pieces=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99), label_smoothing=st.sampled_from([0.0, 0.2]))
-def test_any_split_gives_the_loss_the_gradients_and_the_accuracy_of_the_whole_batch(pieces, seed, label_smoothing):
+def test_any_split_has_the_loss_gradients_and_accuracy_of_the_whole_batch(pieces, seed, label_smoothing):
     model = head(seed)
     images, rows, classes = samples(seed)
     logits = model(images, torch.tensor(rows)[:, :-1])
@@ -92,7 +92,7 @@ def tokenizer(tmp_path_factory):
 
 @settings(max_examples=6)
 @given(count=st.integers(1, 120), bad=st.integers(1, 120), seed=st.integers(0, 99))
-def test_scores_are_those_of_every_sample_that_can_be_read_taken_alone(tokenizer, count, bad, seed):
+def test_scores_equal_those_of_single_readable_samples(tokenizer, count, bad, seed):
     model, data = head(seed, dropout=0.5).train(), noise(count, bad)
     scores = classification_scores(model, data, tokenizer, torch.device("cpu"), image_size=32, crop="squash")
     assert model.training
@@ -108,13 +108,13 @@ def test_scores_are_those_of_every_sample_that_can_be_read_taken_alone(tokenizer
     assert scores.accuracy == (logits.argmax(-1) == classes).double().mean().item()
 
 
-def test_data_of_which_nothing_can_be_read_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="classification_scores: no image can be read: 0: cut off; check where"):
+def test_data_without_readable_images_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="one image must be readable, got none: 0: cut off; check the"):
         classification_scores(head(0), noise(1, 0), tokenizer, torch.device("cpu"), image_size=32, crop="squash")
 
 
 @pytest.mark.parametrize("build", [image_classifier, image_text_classifier])
-def test_a_head_learns_what_only_the_image_tells_or_only_image_and_text_together(build):
+def test_a_head_learns_from_the_image_or_from_image_and_text_together(build):
     """Is the image dark or light; or, is it what the text says: then neither alone tells more than chance."""
     together = build is image_text_classifier
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def test_a_head_learns_what_only_the_image_tells_or_only_image_and_text_together
 
 @settings(max_examples=6)
 @given(seed=st.integers(0, 99), label_smoothing=st.sampled_from([0.0, 0.2]))
-def test_any_size_of_micro_batches_gives_the_same_gradients_with_dropout(seed, label_smoothing):
+def test_micro_batches_of_any_size_have_the_same_gradients_with_dropout(seed, label_smoothing):
     model = head(seed, dropout=0.3)
     found = []
     for pieces in (1, 2, 4, 8):
@@ -160,7 +160,7 @@ def test_any_size_of_micro_batches_gives_the_same_gradients_with_dropout(seed, l
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_dropout_is_drawn_by_the_step_and_the_place_of_a_sample():
+def test_dropout_depends_on_the_step_and_the_index_of_a_sample():
     model = head(1, dropout=0.5)
     batches = split(*samples(0), 2)
     first = classification_step(model, batches, 7)
@@ -171,14 +171,14 @@ def test_dropout_is_drawn_by_the_step_and_the_place_of_a_sample():
     assert twice.loss != pytest.approx(classification_step(model, [batches[0]], 7).loss, rel=1e-6)
 
 
-def test_a_batch_in_which_nothing_has_a_class_changes_nothing():
+def test_a_batch_without_classes_has_no_gradient():
     model = head(0)
     images, rows, classes = samples(0)
     assert classification_step(model, split(images, rows, torch.full_like(classes, IGNORE), 2), 0) == (0.0, 0.0)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_a_report_shows_the_answers_of_the_model_to_what_can_be_read(tokenizer):
+def test_answers_are_those_of_the_model_to_readable_images(tokenizer):
     data = noise(30, 0)
     model = image_text_classifier(grr_coca_tiny(dropout=0.5), 3, dropout=0.5).train()
     shown = answers(model, data, tokenizer, torch.device("cpu"), image_size=32, crop="squash")
@@ -197,5 +197,5 @@ def test_a_report_shows_the_answers_of_the_model_to_what_can_be_read(tokenizer):
 def test_data_without_classes_are_refused():
     batch = split(*samples(0), 1)[0]
     batch.classes = None
-    with pytest.raises(ValueError, match=r"classification: the data have no classes; take those of grr.data.LABELLED"):
+    with pytest.raises(ValueError, match=r"classification: the data must have classes, got none; use a data"):
         classification_step(head(0), [batch], 0)

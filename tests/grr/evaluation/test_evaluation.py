@@ -1,4 +1,4 @@
-"""What an evaluation says, against formulas in float64, the training code, and counting by hand."""
+"""Metrics of an evaluation, against formulas in float64, the training code, and counts by hand."""
 
 import sys
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from grr.data import epoch_order, validation_steps
 from grr.evaluation.captions import caption_metrics, treebank
-from grr.evaluation.evaluate import captioning, exact, examine, losses, recalls
+from grr.evaluation.evaluate import caption_scores, exact_match, losses, recalls, validation_metrics
 from grr.evaluation.examples import examples
-from grr.evaluation.outputs import Observation, observe
+from grr.evaluation.outputs import ModelOutputs, compute_outputs
 from grr.training.step import evaluation_losses
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -26,7 +26,7 @@ def model(tokenizer):
     return a_model(tokenizer)
 
 
-def observed(owners: list[int], seed: int, **changes) -> Observation:
+def observed(owners: list[int], seed: int, **changes) -> ModelOutputs:
     """Random numbers, as if a model had given them: of images 0 ... max(owners), with caption t of image owners[t]."""
     generator = torch.Generator().manual_seed(seed)
     pairs = Noise([10 * i + 3 for i in owners])
@@ -49,7 +49,7 @@ def observed(owners: list[int], seed: int, **changes) -> Observation:
         "written": [],
         "left_out": {},
     }
-    return Observation(**values | changes)
+    return ModelOutputs(**values | changes)
 
 
 def owned(images: int, extra: list[int]) -> list[int]:
@@ -61,19 +61,22 @@ some_owners = st.builds(owned, st.integers(2, 9), st.lists(st.integers(0, 99), m
 
 
 @given(owners=some_owners, batch=st.integers(2, 12), seed=st.integers(0, 999), sigmoid=st.booleans())
-def test_the_losses_are_their_formulas_in_float64(owners, batch, seed, sigmoid):
-    seen = observed(owners, seed)
+def test_losses_equal_their_formulas_in_float64(owners, batch, seed, sigmoid):
+    outputs = observed(owners, seed)
     found = losses(
-        seen,
+        outputs,
         contrastive_batch=batch,
         contrastive_weight=0.5,
         captioning_weight=3.0,
         contrastive="sigmoid" if sigmoid else "softmax",
     )
     size = min(batch, max(owners) + 1)
-    image, text = seen.image_embeddings.numpy().astype(np.float64), seen.text_embeddings.numpy().astype(np.float64)
+    image, text = (
+        outputs.image_embeddings.numpy().astype(np.float64),
+        outputs.text_embeddings.numpy().astype(np.float64),
+    )
     contrasts = []
-    for row in epoch_order(seen.pairs.image_of, seed=0, epoch=0, batch_size=size):
+    for row in epoch_order(outputs.pairs.image_of, seed=0, epoch=0, batch_size=size):
         own = [owners[t] for t in row]
         assert len(set(own)) == size
         logits = 4 * image[own] @ text[row].T
@@ -83,7 +86,7 @@ def test_the_losses_are_their_formulas_in_float64(owners, batch, seed, sigmoid):
         else:
             both = [np.log(np.exp(x).sum(1)) - np.diag(x) for x in (logits, logits.T)]
             contrasts.append(both[0].mean() + both[1].mean())
-    captioning_loss = sum(seen.token_losses.tolist()) / sum(seen.tokens.tolist())
+    captioning_loss = sum(outputs.token_losses.tolist()) / sum(outputs.tokens.tolist())
     assert found["contrastive_loss"] == pytest.approx(np.mean(contrasts), rel=1e-9)
     assert found["captioning_loss"] == pytest.approx(captioning_loss, rel=1e-9)
     assert found["perplexity"] == pytest.approx(np.exp(captioning_loss), rel=1e-9)
@@ -92,12 +95,12 @@ def test_the_losses_are_their_formulas_in_float64(owners, batch, seed, sigmoid):
 
 
 @pytest.mark.parametrize("contrastive", ["softmax", "sigmoid"])
-def test_the_losses_are_those_of_a_validation_during_training(model, tokenizer, contrastive):
+def test_losses_equal_those_of_a_validation_during_training(model, tokenizer, contrastive):
     """On data that fill their batches; another code path: trimmed loader batches, and the model's own forward pass."""
     pairs = Noise([j for j in range(48) for _ in range(2)])
     steps = validation_steps(pairs, tokenizer, 0, 1, 24, 8, 32, False, workers=0)
     expected = evaluation_losses(model, steps, contrastive=contrastive)
-    found = losses(observe(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=24, contrastive=contrastive)
+    found = losses(compute_outputs(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=24, contrastive=contrastive)
     assert {key: found[key] for key in expected.numbers()} == pytest.approx(expected.numbers(), rel=1e-5)
 
 
@@ -107,7 +110,7 @@ def test_a_validation_and_an_evaluation_agree_on_data_that_fill_no_batch(model, 
     pairs = Noise(several_captions(25), bad=(4,))
     steps = validation_steps(pairs, tokenizer, 0, 1, batch_size, micro, 32, False, workers=0, max_bad_fraction=1)
     found = evaluation_losses(model, steps)
-    expected = losses(observe(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=batch_size)
+    expected = losses(compute_outputs(model, pairs, tokenizer, CPU, **SEEN), contrastive_batch=batch_size)
     assert found.captioning_loss == pytest.approx(expected["captioning_loss"], rel=1e-5)
     if batch_size > 24:  # one batch of all readable images, but perhaps of other captions of them
         assert found.contrastive_batch == expected["contrastive_batch"] == 24
@@ -115,10 +118,10 @@ def test_a_validation_and_an_evaluation_agree_on_data_that_fill_no_batch(model, 
 
 
 @given(owners=some_owners, seed=st.integers(0, 999))
-def test_recalls_are_what_sorting_gives(owners, seed):
-    seen = observed(owners, seed)
-    found = recalls(seen)
-    scores = (seen.text_embeddings.double() @ seen.image_embeddings.double().T).numpy()  # [m, n]
+def test_recalls_equal_those_of_sorting(owners, seed):
+    outputs = observed(owners, seed)
+    found = recalls(outputs)
+    scores = (outputs.text_embeddings.double() @ outputs.image_embeddings.double().T).numpy()  # [m, n]
     for k in (1, 5, 10):
         text_to_image = [owners[t] in np.argsort(-scores[t])[:k] for t in range(len(owners))]
         image_to_text = [i in np.array(owners)[np.argsort(-scores[:, i])[:k]] for i in range(max(owners) + 1)]
@@ -127,26 +130,26 @@ def test_recalls_are_what_sorting_gives(owners, seed):
     assert found["num_eval_images"] == max(owners) + 1
 
 
-def test_a_caption_is_exact_if_it_is_any_reference_as_the_tokenizer_spells_it(tokenizer):
-    seen = observed([0, 1, 2, 2], 0)
-    first, second, _, fourth = seen.pairs.captions
-    seen.written = [first, second + " x", fourth]
-    assert exact(seen, tokenizer) == pytest.approx(2 / 3)
-    assert seen.references == [[first], [second], list(seen.pairs.captions)[2:]]
-    assert captioning(seen, tokenizer) == {
-        **caption_metrics(seen.references, seen.written),
-        "exact": exact(seen, tokenizer),
+def test_a_caption_is_exact_if_it_equals_any_reference_after_tokenization(tokenizer):
+    outputs = observed([0, 1, 2, 2], 0)
+    first, second, _, fourth = outputs.pairs.captions
+    outputs.written = [first, second + " x", fourth]
+    assert exact_match(outputs, tokenizer) == pytest.approx(2 / 3)
+    assert outputs.references == [[first], [second], list(outputs.pairs.captions)[2:]]
+    assert caption_scores(outputs, tokenizer) == {
+        **caption_metrics(outputs.references, outputs.written),
+        "exact": exact_match(outputs, tokenizer),
     }
 
 
-def test_an_examination_is_that_of_its_candidates_and_leaves_the_model_as_it_was(model, tokenizer):
+def test_validation_metrics_use_the_first_images_and_leave_the_model_unchanged(model, tokenizer):
     pairs = Noise(several_captions(30), bad=(4,))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    metrics, shown = examine(model, pairs, tokenizer, CPU, num_eval_images=20, **SEEN)
-    seen = observe(model, pairs, tokenizer, CPU, images=20, generation={}, **SEEN)
-    assert metrics == {**recalls(seen), "caption_exact": exact(seen, tokenizer)}
+    metrics, shown = validation_metrics(model, pairs, tokenizer, CPU, num_eval_images=20, **SEEN)
+    outputs = compute_outputs(model, pairs, tokenizer, CPU, images=20, generation={}, **SEEN)
+    assert metrics == {**recalls(outputs), "caption_exact": exact_match(outputs, tokenizer)}
     assert metrics["num_eval_images"] == 19
-    assert [c.written for c in shown.captions] == [c.written for c in examples(seen).captions]
+    assert [c.written for c in shown.captions] == [c.written for c in examples(outputs).captions]
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -155,5 +158,5 @@ def test_an_examination_is_that_of_its_candidates_and_leaves_the_model_as_it_was
 def test_the_validation_of_a_training_run_does_not_need_nltk(model, tokenizer, monkeypatch):
     treebank.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
-    metrics, _ = examine(model, Noise(several_captions(6)), tokenizer, CPU, num_eval_images=6, **SEEN)
+    metrics, _ = validation_metrics(model, Noise(several_captions(6)), tokenizer, CPU, num_eval_images=6, **SEEN)
     assert metrics["num_eval_images"] == 6

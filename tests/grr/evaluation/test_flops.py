@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr.evaluation.flops import Towers, forward_flops, parameters, training_flops
-from grr.models.builders import MODELS, grr_coca, grr_coca_tiny
+from grr.evaluation.flops import Towers, batch_flops, decoding_bytes, forward_flops, parameters, training_flops
+from grr.models.builders import MODELS, baseline_coca, grr_coca, grr_coca_tiny
+from grr.training.random_batches import random_batches
 
 
 def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Towers, int]:
@@ -73,9 +75,7 @@ small = st.fixed_dictionaries(
     side=st.integers(1, 4),
     text_length=st.integers(1, 14),
 )
-def test_the_formula_is_torchs_count_whatever_the_switches(
-    arguments, num_heads, head_dim, patch_size, side, text_length
-):
+def test_the_formula_equals_torchs_count_for_any_options(arguments, num_heads, head_dim, patch_size, side, text_length):
     image_size = side * patch_size
     arguments |= {
         "dim": num_heads * head_dim,
@@ -91,14 +91,14 @@ def test_the_formula_is_torchs_count_whatever_the_switches(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_formula_is_torchs_count_at_every_named_size(name):
+def test_the_formula_equals_torchs_count_at_every_preset(name):
     builder = MODELS[name]
     towers, total = counted(built(builder), argument(builder, "image_size"), argument(builder, "context_length"))
     assert forward_flops(builder) == towers
     assert towers.total == total
 
 
-def test_training_is_three_forward_passes_but_for_the_gradient_of_the_pixels():
+def test_training_costs_three_forward_passes_less_the_gradient_of_pixels():
     image_size, patch_size = argument(grr_coca_tiny, "image_size"), argument(grr_coca_tiny, "patch_size")
     _, total = counted(built(grr_coca_tiny), image_size, 16, backward=True)
     pixels = 2 * image_size**2 * 3 * argument(grr_coca_tiny, "dim")
@@ -125,6 +125,29 @@ def test_an_argument_that_the_builder_does_not_take_is_named():
         forward_flops(grr_coca, dimm=64)
 
 
-def test_there_must_be_a_text():
+def test_a_text_length_of_0_is_refused():
     with pytest.raises(ValueError, match=r"text_length must be at least 1, got text_length=0"):
         forward_flops(grr_coca, text_length=0)
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 5])
+@pytest.mark.parametrize("builder", [grr_coca_tiny, baseline_coca])
+def test_the_cost_of_batches_is_torchs_count(builder, tokens):
+    sizes = {"vocab_size": 60, "context_length": 16, "image_size": 16}
+    layers = {"patch_size": 8, "dim": 16, "num_heads": 2, "vision_layers": 1, "text_layers": 2, "multimodal_layers": 1}
+    model = builder(**sizes, **layers)
+    batches = random_batches(2, batch_size=3, caption_tokens=tokens, **sizes)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+    assert batch_flops(builder, batches, **sizes, **layers).total == counter.get_total_flops()
+
+
+def test_a_token_needs_both_decoders_but_neither_embeddings_nor_projections_of_the_image():
+    with torch.device("meta"):
+        model = grr_coca_tiny()
+    d, v, layers = 64, 512, 2
+    block = 4 * (d * d + d) + 3 * d * 4 * d + 2 * 4 * d + d + 2 * d  # attention, GEGLU, two norms
+    cross = 2 * (d * d + d) + d  # queries and output, a norm
+    assert decoding_bytes(model) == 4 * (layers * (2 * block + cross) + d + d * v + v)
+    assert decoding_bytes(model.bfloat16()) * 2 == decoding_bytes(grr_coca_tiny())

@@ -47,7 +47,7 @@ def newton(x: torch.Tensor, labels: torch.Tensor, classes: int, strength: float)
     strength=st.sampled_from([1e-3, 0.03, 1.0]),
     seed=st.integers(0, 999),
 )
-def test_the_gradient_at_a_solution_is_zero_and_every_step_away_is_uphill(n, d, classes, strength, seed):
+def test_the_gradient_at_a_solution_is_zero_and_the_loss_is_minimal(n, d, classes, strength, seed):
     x, labels = blobs(n, d, classes, noise=0.7, seed=seed)
     x = x.double()
     weight, bias = logistic_regression(x, labels, classes, strength)
@@ -62,7 +62,7 @@ def test_the_gradient_at_a_solution_is_zero_and_every_step_away_is_uphill(n, d, 
 
 
 @pytest.mark.parametrize("strength", [1e-3, 1e-1])
-def test_logistic_regression_is_where_newtons_method_ends(strength):
+def test_logistic_regression_equals_newtons_method(strength):
     x, labels = blobs(60, 4, 3, noise=0.5, seed=0)
     weight, bias = logistic_regression(x.double(), labels, 3, strength)
     expected_weight, expected_bias = newton(x.double(), labels, 3, strength)
@@ -70,7 +70,7 @@ def test_logistic_regression_is_where_newtons_method_ends(strength):
     torch.testing.assert_close(bias - bias.mean(), expected_bias - expected_bias.mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_separable_features_are_told_apart_without_a_mistake():
+def test_separable_features_are_classified_without_an_error():
     train, test = blobs(120, 16, 6, noise=0.05, seed=0), blobs(60, 16, 6, noise=0.05, seed=1)
     found = linear_probe(*train, *test, 6)
     assert (found["top_1"], found["mean_per_class"]) == (1.0, 1.0)
@@ -89,14 +89,14 @@ def test_shuffled_labels_stay_at_chance():
 
 @settings(max_examples=5)
 @given(shift=st.floats(-100, 100), scale=st.floats(0.01, 100), seed=st.integers(0, 99))
-def test_where_features_lie_and_how_long_they_are_makes_no_difference(shift, scale, seed):
+def test_shift_and_scale_of_features_do_not_change_the_accuracy(shift, scale, seed):
     (x, labels), (test, test_labels) = blobs(60, 5, 3, noise=0.4, seed=seed), blobs(60, 5, 3, noise=0.4, seed=seed + 1)
     found = linear_probe(x.double(), labels, test.double(), test_labels, 3)
     moved = linear_probe(scale * x.double() + shift, labels, scale * test.double() + shift, test_labels, 3)
     assert found == pytest.approx(moved)
 
 
-def test_the_strength_is_one_that_helps_on_what_was_held_out():
+def test_the_strength_is_chosen_on_held_out_images():
     """Forty noisy dimensions and few images: the weakest penalty learns the noise by heart."""
     (x, labels), (test, test_labels) = blobs(60, 40, 3, noise=0.5, seed=0), blobs(600, 40, 3, noise=0.5, seed=1)
     chosen = linear_probe(x, labels, test, test_labels, 3)
@@ -126,7 +126,7 @@ def test_an_attentive_probe_learns_where_to_look_which_the_mean_cannot():
     assert abs(attentive_probe(x, shuffled, test, test_labels, 4, 2, CPU, **options)["top_1"] - 0.25) < 0.13
 
 
-def test_a_seed_draws_weights_and_order_and_leaves_others_dice_alone():
+def test_a_seed_decides_weights_and_order_and_leaves_the_global_generator():
     (x, labels), (test, test_labels) = needles(60, 0), needles(40, 1)
     torch.manual_seed(5)
     expected = torch.rand(1)

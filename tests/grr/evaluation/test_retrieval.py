@@ -41,13 +41,13 @@ def assert_counted(result: dict[str, float], image: torch.Tensor, text: torch.Te
 
 
 @given(owner=owners, levels=st.integers(1, 20), seed=seeds, chunk=st.integers(1, 25))
-def test_recall_is_what_counting_gives_with_many_ties_and_any_number_of_texts_an_image(owner, levels, seed, chunk):
+def test_recall_equals_a_count_with_many_ties_and_any_number_of_texts(owner, levels, seed, chunk):
     image, text = whole(7, levels, seed), whole(len(owner), levels, seed + 1)
     assert_counted(retrieval(image, text, torch.tensor(owner), chunk=chunk), image, text, owner)
 
 
 @given(n=st.integers(1, 12), levels=st.integers(1, 5), seed=seeds)
-def test_recall_is_what_counting_gives_with_five_captions_an_image(n, levels, seed):
+def test_recall_equals_a_count_with_five_captions_per_image(n, levels, seed):
     owner = [i for i in range(n) for _ in range(5)]
     image = whole(n, levels, seed)
     text = image[owner] + whole(5 * n, 1, seed + 1)  # near their images, so that some are found
@@ -55,7 +55,7 @@ def test_recall_is_what_counting_gives_with_five_captions_an_image(n, levels, se
 
 
 @given(owner=owners, seed=seeds, doubled=st.booleans())
-def test_real_embeddings_are_ranked_as_exact_fractions_are(owner, seed, doubled):
+def test_real_embeddings_are_ranked_as_exact_fractions(owner, seed, doubled):
     generator = torch.Generator().manual_seed(seed)
     image = torch.nn.functional.normalize(torch.randn(7, 16, generator=generator), dim=1)
     text = torch.nn.functional.normalize(image[owner] + torch.randn(len(owner), 16, generator=generator), dim=1)
@@ -93,31 +93,33 @@ def test_neither_the_chunk_nor_the_length_of_embeddings_changes_a_rank(seed, chu
     assert retrieval(image * 2.0**power, text, owner, chunk=chunk) == expected
 
 
-def test_scores_that_float32_can_just_tell_apart_are_told_apart():
+def test_scores_that_differ_by_one_float32_step_are_ranked():
     image = 1 - torch.arange(20).unsqueeze(1) * 2.0**-24  # the neighbours of 1
     assert len(image.unique()) == 20
     result = retrieval(image, torch.ones(20, 1), torch.arange(20))
     assert [result[f"text_to_image_r{k}"] for k in (1, 5, 10)] == [0.05, 0.25, 0.5]  # image k has k before it
 
 
-def test_a_perfect_model_finds_everything():
+def test_a_perfect_model_has_recall_1():
     owner = torch.arange(20).repeat_interleave(5)
     assert set(retrieval(torch.eye(20), torch.eye(20)[owner], owner).values()) == {1.0}
 
 
-def test_a_model_that_gives_zeros_finds_nothing():
+def test_constant_embeddings_have_recall_0():
     assert set(retrieval(torch.zeros(20, 4), torch.zeros(20, 4), torch.arange(20)).values()) == {0.0}
 
 
-def test_what_does_not_fit_is_refused_with_a_remedy():
+def test_shapes_that_do_not_fit_are_refused_with_a_remedy():
     image, text, owner = torch.eye(3), torch.eye(3), torch.arange(3)
     with pytest.raises(ValueError, match=r"image_of_text \[m\], got \[3, 3\], \[3, 3\] and \[2\]; image_of_text holds"):
         retrieval(image, text, owner[:2])
     with pytest.raises(ValueError, match=r"must be \[n, e\].*, got \[3, 3\], \[3, 2\] and \[3\]"):
         retrieval(image, text[:, :2], owner)
-    with pytest.raises(ValueError, match=r"at least one text to look for, got \[3, 3\], \[0, 3\] .* split empty"):
+    with pytest.raises(ValueError, match=r"at least one text, got \[3, 3\], \[0, 3\] .* split is not empty"):
         retrieval(image, text[:0], owner[:0])
     with pytest.raises(ValueError, match=r"image_of_text must hold rows .* has 3, got 1 to 3; count images from 0"):
         retrieval(image, text, owner + 1)
-    with pytest.raises(ValueError, match=r"text_embeddings must be finite, got \[0.0, nan, 0.0\] ... in row 1; did"):
+    with pytest.raises(
+        ValueError, match=r"text_embeddings must be finite, got \[0.0, nan, 0.0\] ... in row 1; check the weights"
+    ):
         retrieval(image, text.masked_fill(torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]]).bool(), torch.nan), owner)

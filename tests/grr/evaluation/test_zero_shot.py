@@ -35,7 +35,7 @@ def model(tok) -> CoCa:
     classes=st.lists(st.sampled_from(CLASSES), min_size=1, unique=True),
     templates=st.lists(st.sampled_from([*TEMPLATES, "{} {at sea}"]), min_size=1, max_size=6),
 )
-def test_a_class_is_the_direction_of_the_mean_of_its_descriptions(model, tok, classes, templates):
+def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(model, tok, classes, templates):
     found = class_embeddings(model.train(), tok, classes, CPU, templates=tuple(templates))
     assert model.training  # as it was before, and no dropout in between
     model.eval()
@@ -50,7 +50,7 @@ def test_a_class_is_the_direction_of_the_mean_of_its_descriptions(model, tok, cl
         torch.testing.assert_close(embedding.double(), total / total.norm(), atol=1e-5, rtol=0)
 
 
-def test_many_descriptions_are_those_of_one_class_after_the_other(model, tok):
+def test_many_prompts_equal_those_of_single_classes(model, tok):
     """More descriptions than are embedded at a time, so that a class may begin in one batch and end in the next."""
     classes = [f"{word} {i}" for i in range(30) for word in ("fox", "owl on a boat")]
     templates = (*TEMPLATES, "{}", "a {}", "the {}")
@@ -60,7 +60,7 @@ def test_many_descriptions_are_those_of_one_class_after_the_other(model, tok):
 
 
 @given(order=st.permutations(range(len(CLASSES))), turned=st.permutations(TEMPLATES))
-def test_order_moves_classes_and_changes_none(model, tok, order, turned):
+def test_the_order_of_classes_does_not_change_their_embeddings(model, tok, order, turned):
     expected = class_embeddings(model, tok, CLASSES, CPU)[list(order)]
     moved = class_embeddings(model, tok, [CLASSES[i] for i in order], CPU, templates=tuple(turned))
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
@@ -75,16 +75,16 @@ def test_images_go_to_the_class_whose_description_is_nearest(model, tok):
     assert accuracy(nearby @ classes.T, labels) == {"top_1": 1.0, "top_5": 1.0, "mean_per_class": 1.0}
 
 
-def test_names_and_templates_that_say_nothing_are_refused_with_a_remedy(model, tok):
+def test_invalid_names_and_templates_are_refused_with_a_remedy(model, tok):
     with pytest.raises(ValueError, match=r"classes must be a list of one name or more, got \[\]"):
         class_embeddings(model, tok, [], CPU)
     with pytest.raises(ValueError, match=r"classes must be a list of one name or more, got 'fox'"):
         class_embeddings(model, tok, "fox", CPU)
-    with pytest.raises(ValueError, match=r"got 'owl', 'fox' more than once; say which is meant"):
+    with pytest.raises(ValueError, match=r"got 'owl', 'fox' more than once; add what is meant"):
         class_embeddings(model, tok, ["owl", "fox", "owl", "boat", "fox"], CPU)
     for templates, got in (((), "none"), (("a fox", "a {}", "{} {}"), "'a fox', '{} {}'"), ("a {}", "'a {}'")):
         with pytest.raises(
-            ValueError, match=rf"texts that each hold {{}} once.*, got {got}; write .*\['a photo of a {{}}'"
+            ValueError, match=rf"texts that each contain {{}} once.*, got {got}; write .*\['a photo of a {{}}'"
         ):
             class_embeddings(model, tok, CLASSES, CPU, templates=templates)
 
@@ -102,7 +102,7 @@ def table(n: int, c: int, levels: int, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 @given(table_of=tables)
-def test_accuracy_is_what_counting_gives_with_many_ties(table_of):
+def test_accuracy_equals_a_count_with_many_ties(table_of):
     scores, labels = table(*table_of)
     n, c = scores.shape
     ranks = []
@@ -121,7 +121,7 @@ def test_accuracy_is_what_counting_gives_with_many_ties(table_of):
 
 
 @given(table_of=tables, seed=st.integers(0, 999))
-def test_neither_the_order_of_images_nor_that_of_classes_matters_nor_a_growing_function_of_scores(table_of, seed):
+def test_accuracy_is_invariant_to_order_and_to_increasing_functions_of_scores(table_of, seed):
     scores, labels = table(*table_of)
     generator = torch.Generator().manual_seed(seed)
     images, classes = (torch.randperm(size, generator=generator) for size in scores.shape)
@@ -130,7 +130,7 @@ def test_neither_the_order_of_images_nor_that_of_classes_matters_nor_a_growing_f
 
 
 @given(table_of=tables, times=st.integers(2, 4))
-def test_a_class_counts_once_in_the_mean_however_many_images_it_has(table_of, times):
+def test_classes_have_equal_weight_in_mean_per_class(table_of, times):
     scores, labels = table(*table_of)
     more = labels == labels[0]
     repeated = torch.cat([scores, *[scores[more]] * times]), torch.cat([labels, *[labels[more]] * times])
@@ -138,7 +138,7 @@ def test_a_class_counts_once_in_the_mean_however_many_images_it_has(table_of, ti
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan, math.inf])
-def test_a_model_that_scores_all_classes_the_same_is_never_right(score):
+def test_equal_scores_of_all_classes_count_as_wrong(score):
     assert set(accuracy(torch.full((10, 10), score), torch.arange(10)).values()) == {0.0}
 
 

@@ -49,7 +49,7 @@ def test_titles_differ():
     assert len(set(titles)) == len(titles)
 
 
-def test_a_recipe_is_copied_with_its_configs_as_it_lies_in_the_package(tmp_path):
+def test_a_recipe_is_copied_with_its_configs_in_the_same_layout(tmp_path):
     files = installed.copy("pretrain", tmp_path / "recipes")
     there = {path for path in tree(installed.RECIPES) if path == "pretrain.py" or path.startswith("configs/pretrain/")}
     assert {str(file.relative_to(tmp_path / "recipes")) for file in files} == there
@@ -63,18 +63,18 @@ def test_a_config_is_copied_alone_or_to_a_file(tmp_path):
     assert len(set(tree(tmp_path).values())) == 1
 
 
-def test_nothing_is_overwritten_and_nothing_is_copied_by_half(tmp_path):
+def test_copying_does_not_overwrite_and_copies_all_files_or_none(tmp_path):
     changed = tmp_path / "configs" / "pretrain" / "photos.yaml"
     changed.parent.mkdir(parents=True)
     changed.write_text("mine")
-    with pytest.raises(ValueError, match=r"photos.yaml: there already, .* nothing is overwritten; .*`grr cp pretrain "):
+    with pytest.raises(ValueError, match=r"photos.yaml: exists .* is not overwritten; .*`grr cp pretrain "):
         installed.copy("pretrain", tmp_path)
     assert tree(tmp_path) == {"configs/pretrain/photos.yaml": b"mine"}
     changed.unlink()
     assert installed.copy("pretrain", tmp_path) == installed.copy("pretrain", tmp_path)  # the same may be there
 
 
-def test_a_destination_of_another_kind_is_refused(tmp_path):
+def test_a_destination_with_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"pretrain/photos is a .yaml file, got .*mine.py"):
         installed.copy("pretrain/photos", tmp_path / "mine.py")
 
@@ -83,11 +83,11 @@ def test_a_destination_of_another_kind_is_refused(tmp_path):
     ("name", "meant"),
     [("pretrian", "pretrain"), ("pretrain/photo", "pretrain/photos"), ("cc12m_grr", "pretrain/cc12m_grr")],
 )
-def test_a_mistyped_name_is_told_what_was_meant(name, meant):
+def test_the_error_for_a_mistyped_name_suggests_the_right_one(name, meant):
     with pytest.raises(ValueError, match=rf"no recipe or config {name!r}; did you mean {meant}\?"):
         installed.find(name)
 
 
-def test_a_name_of_several_configs_is_told_all_of_them():
+def test_the_error_for_an_ambiguous_name_lists_all_configs():
     with pytest.raises(ValueError, match=r"did you mean .*evaluate/openmoji or .*pretrain/openmoji"):
         installed.find("openmoji")

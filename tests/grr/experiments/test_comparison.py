@@ -117,7 +117,7 @@ def test_the_table_holds_means_deviations_changes_and_paired_differences(tmp_pat
 
 
 @given(losses=st.lists(st.none() | loss, min_size=1, max_size=6).filter(any))
-def test_a_run_counts_by_its_lowest_finite_loss_and_the_step_of_that_is_told(tmp_path_factory, losses):
+def test_a_run_is_represented_by_its_lowest_finite_loss_and_its_step(tmp_path_factory, losses):
     run = read_run(make_run(tmp_path_factory.mktemp("runs") / "a", losses=losses))
     lowest = min(x for x in losses if x is not None)
     assert run.best["loss"] == lowest
@@ -128,7 +128,7 @@ def test_a_run_counts_by_its_lowest_finite_loss_and_the_step_of_that_is_told(tmp
     assert told["CoCa loss"] == f"{lowest:.4f}"
 
 
-def test_the_other_numbers_are_those_of_the_same_validation(tmp_path):
+def test_the_other_metrics_are_of_the_same_validation(tmp_path):
     folder = make_run(tmp_path / "a", losses=[4.0, 3.0, 3.5])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line, perplexity in zip([x for x in lines if x["split"] == "validation"], [50.0, 20.0, 9.0], strict=True):
@@ -137,7 +137,7 @@ def test_the_other_numbers_are_those_of_the_same_validation(tmp_path):
     assert read_run(folder).best["perplexity"] == 20.0
 
 
-def test_a_classifier_counts_by_its_highest_accuracy_whose_weights_it_keeps(tmp_path):
+def test_a_classifier_is_represented_by_its_highest_accuracy(tmp_path):
     """As the recipe keeps them: the first of equals, whatever their losses."""
     for name, accuracies in (("base", [0.5, 0.75, 0.75]), ("grr", [0.875, 0.5, 0.25])):
         log = MetricsLog(make_run(tmp_path / name, losses=[]))
@@ -150,7 +150,7 @@ def test_a_classifier_counts_by_its_highest_accuracy_whose_weights_it_keeps(tmp_
     assert [numbers(cell(table, "accuracy, % ↑", i)) for i in (1, 2, 4)] == [[75.0], [87.5], [12.5]]
 
 
-def test_a_fine_tuning_counts_by_the_model_that_it_left(tmp_path):
+def test_a_fine_tuning_is_represented_by_the_model_that_it_saved(tmp_path):
     folder = make_run(tmp_path / "a", losses=[4.0, 3.0, 3.5])
     log = MetricsLog(folder, step=30)
     log.write(split="final", step=30, best_step=20, loss=2.9)
@@ -175,12 +175,12 @@ def test_a_fine_tuning_counts_by_the_model_that_it_left(tmp_path):
         ({"config": {"run": {"max_steps": 7}}}, r"run.max_steps is 7, in \S+/base-0 it is null"),
         ({"config": {"loader": {"crop": "center"}}}, r'loader.crop is "center", in \S+/base-0 it is "squash"'),
         ({"config": {"tokenizer": {"context_length": 32}}}, r"tokenizer.context_length is 32, in \S+/base-0 it is 16"),
-        ({"config": {"extra": {"knob": 1}}}, r"extra.knob is 1, in \S+/base-0 it is not there"),
-        ({"finished": False}, r"is not finished, it has no model/ yet"),
+        ({"config": {"extra": {"option": 1}}}, r"extra.option is 1, in \S+/base-0 it is not set"),
+        ({"finished": False}, r"is not finished, because it does not have model/"),
         ({"judged": JUDGED}, r'evaluation.data is "e1", in \S+/base-0 it is null'),
     ],
 )
-def test_runs_under_unequal_conditions_are_refused_and_every_difference_named(tmp_path, change, says):
+def test_runs_under_unequal_conditions_are_refused_with_every_difference(tmp_path, change, says):
     make_run(tmp_path / "base-0")
     make_run(tmp_path / "grr-0", **change)
     models = read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])
@@ -206,14 +206,14 @@ def test_all_differences_are_named_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("key", sorted(FREE - {"run.folder", "run.seed"}))
-def test_how_a_run_is_computed_makes_no_difference(tmp_path, key):
+def test_how_a_run_is_computed_may_differ(tmp_path, key):
     section, name = key.split(".")
     make_run(tmp_path / "base-0")
     make_run(tmp_path / "grr-0", config={section: {name: 12345}})
     assert differences(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])) == []
 
 
-def test_the_size_of_micro_batches_matters_where_they_are_contrasted(tmp_path):
+def test_the_micro_batch_size_may_not_differ_with_local_negatives(tmp_path):
     make_run(tmp_path / "base-0", config={"loss": {"negatives": "local"}})
     make_run(tmp_path / "grr-0", config={"loss": {"negatives": "local"}, "run": {"micro_batch_size": 4}})
     with pytest.raises(ValueError, match=r"run.micro_batch_size is 4, in \S+/base-0 it is 8"):
@@ -231,7 +231,7 @@ def test_models_may_differ_but_not_the_runs_of_one(tmp_path):
         compare(read_models(models))
 
 
-def test_a_fine_tuned_model_is_described_by_what_it_left_and_not_by_where_it_came_from(tmp_path):
+def test_a_fine_tuned_model_is_described_by_its_saved_builder(tmp_path):
     for name in ("base-0", "grr-0"):
         folder = make_run(tmp_path / name)
         config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -257,18 +257,18 @@ def test_fine_tunings_may_not_start_from_unequal_pre_trainings(tmp_path, inside)
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("runs/baseline-*", 'each model must be "name: folders", with a name of its own, got '),
-        ("GRR:", "with a name of its own, got 'GRR:'"),
-        ("Baseline: {0}/base-*", "with a name of its own, got 'Baseline: "),
+        ("runs/baseline-*", 'each model must be "name: folders" with a unique name, got '),
+        ("GRR:", "with a unique name, got 'GRR:'"),
+        ("Baseline: {0}/base-*", "with a unique name, got 'Baseline: "),
         ("GRR: {0}/grrr-*", r"no folder matches \S+/grrr-\* \(GRR\)"),
-        ("GRR: {0}/empty", "empty is not the folder of a run, it has no config.yaml"),
+        ("GRR: {0}/empty", "the folder of a run must hold config.yaml, got .*empty"),
         ("GRR: {0}/unlogged", "manifest.json is missing or damaged"),
-        ("GRR: {0}/begun", "begun has no validation yet"),
+        ("GRR: {0}/begun", "must have a validation to be compared, got .*begun"),
         ("GRR: {0}/damaged", r"evaluation.json is damaged \("),
         ("GRR: {0}/*-0", r"base-0 and \S+/twin-0 \(GRR\) both have the seed 0"),
     ],
 )
-def test_what_is_no_run_is_named(tmp_path, entry, says):
+def test_folders_without_a_run_are_named(tmp_path, entry, says):
     make_run(tmp_path / "base-0")
     make_run(tmp_path / "twin-0")
     (tmp_path / "empty").mkdir()
@@ -279,7 +279,7 @@ def test_what_is_no_run_is_named(tmp_path, entry, says):
         read_models([f"Baseline: {tmp_path}/base-*", entry.format(tmp_path)])
 
 
-def test_one_model_is_no_comparison(tmp_path):
+def test_a_comparison_needs_two_models(tmp_path):
     make_run(tmp_path / "base-0")
     with pytest.raises(ValueError, match="there must be at least two models, got Baseline"):
         compare(read_models([f"Baseline: {tmp_path}/base-*"]))
@@ -333,14 +333,14 @@ def test_published_numbers_stand_beside_ours(tmp_path):
         ([5.4], [5.0], " ?", r"by a single seed: of unknown spread in everything\."),
     ],
 )
-def test_what_is_said_is_what_the_seeds_allow(tmp_path, base, other, mark, said):
+def test_the_verdict_depends_on_the_number_of_seeds(tmp_path, base, other, mark, said):
     comparison = compare(two_models(tmp_path, base, other))
     assert re.search(rf"(?<=\d){re.escape(mark)}$", cell(result_table(comparison), "CoCa loss ↓", 4))
     [sentence] = verdicts(comparison)
     assert re.fullmatch(f"GRR against Baseline, {said}", sentence)
 
 
-def test_higher_is_better_for_what_is_found(tmp_path):
+def test_higher_is_better_for_recall(tmp_path):
     for seed in range(3):
         make_run(tmp_path / f"base-{seed}", seed, [5 + seed / 10], text_to_image_r1=0.1 + seed / 100)
         make_run(tmp_path / f"grr-{seed}", seed, [6 + seed / 10], text_to_image_r1=0.2 + seed / 100)

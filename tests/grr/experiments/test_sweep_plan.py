@@ -17,7 +17,7 @@ FINETUNE = "finetune: --nproc 2 finetune/photos model.path={pretrain}"
 
 
 @given(stages=names, variants=names, seeds=seeds)
-def test_each_variant_has_each_seed_in_each_stage_in_a_folder_of_its_own(stages, variants, seeds):
+def test_each_variant_has_each_seed_in_each_stage_in_a_separate_folder(stages, variants, seeds):
     jobs = plan(Path("runs"), [f"{s}: x.py" for s in stages], [f"{v}: a={v}" for v in variants], seeds)
     every = set(itertools.product(stages, variants, seeds))
     assert {(job.stage, job.variant, job.seed) for job in jobs} == every
@@ -87,30 +87,30 @@ def test_a_command_is_what_a_user_would_type():
         ([], ["a:"], [0], [], "stages: there must be at least one"),
         ([PRETRAIN], [], [0], [], "variants: there must be at least one"),
         ([PRETRAIN], ["a:"], [], [], "seeds: there must be at least one"),
-        ([PRETRAIN], ["a:"], [0, 1, 0], [], "seeds: 0 stands there twice"),
-        ([PRETRAIN], ["a:", "a: b=1"], [0], [], "variants: a stands there twice"),
+        ([PRETRAIN], ["a:"], [0, 1, 0], [], "seeds: 0 occurs twice"),
+        ([PRETRAIN], ["a:", "a: b=1"], [0], [], "variants: a occurs twice"),
         ([PRETRAIN], ["2-d: b=1"], [0], [], 'variants: must be "name: words", the name of letters, digits and _, got '),
         ([PRETRAIN], ["model.name=grr_coca"], [0], [], 'variants: must be "name: words"'),
         ([PRETRAIN], ["a: b='1"], [0], [], r"variants: a cannot be split into words \(No closing quotation\)"),
-        (["pretrain:"], ["a:"], [0], [], "stages: pretrain has no command"),
-        ([FINETUNE, PRETRAIN], ["a:"], [0], [], "{pretrain} in finetune must be a stage before it, one of none"),
+        (["pretrain:"], ["a:"], [0], [], "stages: pretrain must have a recipe after the colon"),
+        ([FINETUNE, PRETRAIN], ["a:"], [0], [], "{pretrain} in finetune must be an earlier stage, one of none"),
         (
             [PRETRAIN, "finetune: x.py path={pretrian}"],
             ["a:"],
             [0],
             [],
-            "{pretrian} in finetune must be a stage before it, one of pretrain",
+            "{pretrian} in finetune must be an earlier stage, one of pretrain",
         ),
-        ([PRETRAIN], ["a:"], [0], ["finetune: run.epochs=1"], "overrides: there is no stage finetune"),
+        ([PRETRAIN], ["a:"], [0], ["finetune: run.epochs=1"], "overrides: finetune must be a stage, one of pretrain"),
     ],
 )
-def test_what_is_wrong_is_named(stages, variants, seeds, overrides, says):
+def test_each_fault_is_named(stages, variants, seeds, overrides, says):
     with pytest.raises(ValueError, match=says):
         plan(Path("runs"), stages, variants, seeds, overrides)
 
 
-def test_all_that_is_wrong_is_named_at_once():
-    with pytest.raises(ValueError, match=r"sweep:\n.*variants: .*\n.*seeds: 1 stands there twice\n.*\{nothing\}"):
+def test_all_faults_are_named_at_once():
+    with pytest.raises(ValueError, match=r"sweep:\n.*variants: .*\n.*seeds: 1 occurs twice\n.*\{nothing\}"):
         plan(Path("runs"), ["pretrain: x.py a={nothing}"], ["b-c: d=1"], [1, 1])
 
 
@@ -135,10 +135,12 @@ def test_a_stage_starts_an_installed_recipe_or_a_file_below_the_current_folder(t
 
 
 @pytest.mark.parametrize("word", ["/bin/sh", "touch", "torchrun", "../outside.py", "{outside}", "link.py"])
-def test_a_stage_starts_no_other_program(word, tmp_path, monkeypatch):
+def test_a_stage_cannot_start_another_program(word, tmp_path, monkeypatch):
     (tmp_path / "outside.py").touch()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     Path("link.py").symlink_to("../outside.py")
-    with pytest.raises(ValueError, match=r"there is no recipe or config|a stage starts an installed recipe, or one"):
+    with pytest.raises(
+        ValueError, match=r"there is no recipe or config|a stage must start an installed recipe, or one"
+    ):
         started(word.format(outside=tmp_path / "outside.py"))

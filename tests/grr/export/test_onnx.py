@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from grr.checkpoint.training_state import save_model
+from grr.checkpoint.model_folder import save_model
 from grr.data.images import FORMATS, load_image, normalize
 from grr.export.onnx import description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.generation.generate import generate
@@ -86,7 +86,9 @@ def some_images(count: int, seed: int = 0) -> torch.Tensor:
     tokens=st.integers(3, 12),
     seed=st.integers(0, 99),
 )
-def test_a_file_gives_what_the_model_gives_for_any_number_of_images_and_tokens(exported, name, batch, tokens, seed):
+def test_a_file_computes_the_outputs_of_the_model_for_any_number_of_images_and_tokens(
+    exported, name, batch, tokens, seed
+):
     _, _, parts, folder = exported
     torch.manual_seed(seed)
     inputs = parts[name].example(batch, tokens)
@@ -103,13 +105,13 @@ def test_a_file_gives_what_the_model_gives_for_any_number_of_images_and_tokens(e
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_steps_from_an_empty_cache_give_the_logits_of_the_whole_caption(exported):
+def test_steps_from_an_empty_cache_have_the_logits_of_the_whole_caption(exported):
     """Whose computation knows no cache."""
     model, tokenizer, _, folder = exported
     images, ids = some_images(3), torch.randint(3, 90, (3, 9))
     ids[:, 0] = tokenizer.bos_id
     captioner = Captioner(folder)
-    seen = captioner.see(images.numpy())
+    seen = captioner.encode_images(images.numpy())
     keys = values = np.zeros((3, 3, 2, 0, 32), dtype=np.float32)
     expected = model(images, ids, positions=torch.arange(9)).logits
     for place in range(9):
@@ -130,7 +132,7 @@ def test_captions_are_those_of_generate_token_for_token(exported):
     model, tokenizer, _, folder = exported
     captioner, images = Captioner(folder), some_images(12)
     written = []
-    for row in captioner.write(captioner.see(images.numpy())).tolist():
+    for row in captioner.generate(captioner.encode_images(images.numpy())).tolist():
         end = row.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in row else len(row)
         written.append(row[:end])
     expected = [
@@ -143,38 +145,38 @@ def test_captions_are_those_of_generate_token_for_token(exported):
 
 
 @pytest.mark.slow
-def test_captions_are_spelled_as_the_tokenizer_spells_them(exported):
+def test_captions_equal_those_of_the_tokenizer(exported):
     model, _, _, folder = exported
     captioner, images = Captioner(folder), some_images(5, seed=1)
     plain = Tokenizer(folder / "tokenizer.model", context_length=CONTEXT)
-    assert captioner.caption(captioner.see(images.numpy())) == generate(model, images, plain)
+    assert captioner.caption(captioner.encode_images(images.numpy())) == generate(model, images, plain)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_images_and_sentences_are_embedded_as_the_model_embeds_them(exported):
+def test_embeddings_equal_those_of_the_model(exported):
     model, tokenizer, _, folder = exported
     captioner, images = Captioner(folder), some_images(3)
-    embeddings = captioner.see(images.numpy())["image_embeddings"]
+    embeddings = captioner.encode_images(images.numpy())["image_embeddings"]
     np.testing.assert_allclose(embeddings, model.encode_image(images).numpy(), atol=1e-5)
     sentences = ["a red fox", "the small  owl sits near the bread on the big hill near the boat", "hill", ""]
     ids = torch.tensor([tokenizer.encode(sentence) for sentence in sentences])[:, :CONTEXT]
-    np.testing.assert_allclose(captioner.embed(sentences), model.encode_text(ids).numpy(), atol=1e-5)
+    np.testing.assert_allclose(captioner.embed_texts(sentences), model.encode_text(ids).numpy(), atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("crop", ["squash", "center", "clip"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
-def test_an_image_is_read_as_the_library_reads_it(exported, tmp_path, crop, mode):
+def test_preprocessing_equals_that_of_the_library(exported, tmp_path, crop, mode):
     picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
     picture.putalpha(Image.linear_gradient("L").resize((70, 50)))
     picture.convert(mode).save(tmp_path / "picture.png")
     captioner = Captioner(exported[3])
     captioner.config["crop"] = crop
     expected = load_image(tmp_path / "picture.png", size=32, crop=crop)
-    assert np.array_equal(captioner.read_image(tmp_path / "picture.png"), expected.numpy())
+    assert np.array_equal(captioner.preprocess(tmp_path / "picture.png"), expected.numpy())
     captioner.config["pixels"] = "float32"
-    pixels = captioner.read_image(tmp_path / "picture.png")
+    pixels = captioner.preprocess(tmp_path / "picture.png")
     np.testing.assert_allclose(pixels, normalize(expected).numpy(), atol=1e-5)
 
 
@@ -231,7 +233,7 @@ def test_every_family_of_models_can_be_exported(build, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_program_is_saved_with_its_own_weights_alone_and_tells_nothing_of_this_machine(exported, tmp_path):
+def test_a_program_holds_its_weights_only_and_no_paths_of_this_machine(exported, tmp_path):
     _, _, parts, folder = exported
     program = export_program(parts["text"])
     torch.export.save(program, tmp_path / "text.pt2")
@@ -244,9 +246,9 @@ def test_a_program_is_saved_with_its_own_weights_alone_and_tells_nothing_of_this
         assert str(Path(__file__).resolve().parents[3]).encode() not in file.read_bytes()
 
 
-def test_what_cannot_be_exported_is_refused():
+def test_other_precisions_and_pixels_are_refused():
     with pytest.raises(
-        ValueError, match=r"graphs: a model is exported in float32, not quantised, got Tensor of torch.b"
+        ValueError, match=r"graphs: the model must be in float32 and not quantised, got Tensor of torch.b"
     ):
         graphs(grr_coca_tiny().bfloat16(), 32, 16)
     with pytest.raises(ValueError, match="graphs: pixels must be one of uint8, float32, got 'int8'"):
@@ -272,19 +274,19 @@ def test_the_example_does_not_read_clips_vocabulary(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_onnx_the_remedy_is_told(exported, tmp_path, monkeypatch):
+def test_a_missing_onnx_is_named_with_its_remedy(exported, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"ONNX is not installed; pip install \"grr-coca\[export\]\""):
         save_onnx(exported[2]["text"], None, tmp_path / "text.onnx")
 
 
 @pytest.mark.slow
-def test_the_exported_example_opens_the_formats_of_the_library_and_regular_files_alone(exported, tmp_path):
+def test_the_exported_example_opens_only_regular_files_in_the_formats_of_the_library(exported, tmp_path):
     assert run_onnx.FORMATS == FORMATS
     captioner = Captioner(exported[-1])
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ValueError, match=r"pipe.jpg must be an image file"):
-        captioner.read_image(tmp_path / "pipe.jpg")
+        captioner.preprocess(tmp_path / "pipe.jpg")
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n")
     with pytest.raises(UnidentifiedImageError):
-        captioner.read_image(tmp_path / "a.jpg")
+        captioner.preprocess(tmp_path / "a.jpg")

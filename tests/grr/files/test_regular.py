@@ -31,7 +31,7 @@ def test_a_regular_file_is_returned_whole_or_refused_for_its_size(folder, conten
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device", "a folder"])
-def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path, kind):
+def test_a_file_that_is_not_regular_is_refused_without_waiting(tmp_path, kind):
     path = tmp_path / "odd"
     if kind == "a pipe":
         os.mkfifo(path)
@@ -75,7 +75,7 @@ def test_a_file_that_states_no_size_is_read_up_to_the_limit():
         read_regular_file("/proc/self/status", 100)
 
 
-def test_a_file_of_no_blocks_that_states_a_terabyte_takes_no_memory(tmp_path):
+def test_a_sparse_file_of_a_terabyte_is_refused_without_memory(tmp_path):
     with (tmp_path / "hole").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(OSError, match="has 1,099,511,627,776 bytes"):

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +16,7 @@ from grr.generation.decoding_state import DecodingState
 from grr.generation.generate import generate, sample
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.initialize import initialize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.parallel.shard import shard_over, unsharded
 from grr.tokenizers import Tokenizer, train_tokenizer
 
@@ -377,8 +376,7 @@ def test_uint8_images_and_bfloat16_models_are_accepted(tok, search):
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1.0}])
 def test_a_sharded_model_writes_the_captions_of_the_whole_model(tok, search):
-    start()
-    try:
+    with process_group():
         models = []
         for sharded in (False, True):
             with torch.device("meta"):
@@ -393,8 +391,6 @@ def test_a_sharded_model_writes_the_captions_of_the_whole_model(tok, search):
         assert generate(sharded, images, tok, **search) == expected
         with unsharded(sharded):
             assert generate(sharded, images, tok, **search) == expected
-    finally:
-        dist.destroy_process_group()
 
 
 def test_the_mode_of_every_module_is_restored_after_an_error(tok):

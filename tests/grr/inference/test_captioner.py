@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_read_is_named(trained, files, tmp_path):
 def test_a_text_or_class_of_a_wrong_kind_is_named(trained):
     with pytest.raises(ValueError, match=r"embed_texts: texts\[1\] must be a string, got int"):
         trained.embed_texts(["a", 3])
-    with pytest.raises(ValueError, match="each class must have a name of its own, got 'red' more than once"):
+    with pytest.raises(ValueError, match="each class must have a unique name, got 'red' more than once"):
         trained.classify(a_picture(4, 4, 0), ["red", "red"])
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from grr.checkpoint.training_state import save_checkpoint, save_model
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.training_state import save_checkpoint
 from grr.inference.classifiers import describe_classifier, load_classifier, load_parts
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained
 from grr.models.builders import grr_coca_tiny

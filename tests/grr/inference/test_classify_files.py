@@ -50,7 +50,7 @@ def test_other_classes_are_refused_for_the_same_file(trained, files, tmp_path):
 
 
 def test_a_repeated_class_and_top_0_are_refused(trained, files):
-    with pytest.raises(ValueError, match="class_embeddings: each class must have a name of its own, got 'red'"):
+    with pytest.raises(ValueError, match="class_embeddings: each class must have a unique name, got 'red'"):
         next(classify_images(trained, files, ["red", "red"]))
     with pytest.raises(ValueError, match="classify_images: top must be at least 1, got top=0"):
         next(classify_images(trained, files, COLOURS, top=0))

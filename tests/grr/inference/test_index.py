@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grr.checkpoint.training_state import RunLock, save_model
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.run_lock import RunLock
 from grr.cli import main
 from grr.data.image_files import find_images
 from grr.data.images import load_image

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grr.checkpoint.training_state import save_checkpoint, save_model
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.training_state import save_checkpoint
 from grr.inference.pretrained import (
     build_pretrained,
     describe,

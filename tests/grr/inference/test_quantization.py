@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grr.checkpoint.training_state import save_model_state
+from grr.checkpoint.model_folder import save_model_state
 from grr.generation.generate import generate
 from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
 from grr.inference.quantization import GROUP, SCHEMES, quantize, quantized_state

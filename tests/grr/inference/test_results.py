@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.checkpoint.training_state import RunLock
+from grr.checkpoint.run_lock import RunLock
 from grr.cli import models
 from grr.files.printable import printable, printable_lines
 from grr.inference import results

@@ -107,16 +107,17 @@ def test_every_named_model_shows_its_arguments_and_says_what_it_is(name):
     assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(builder).parameters.values())
 
 
-def test_help_shows_what_a_preset_takes_and_its_own_defaults():
-    text = pydoc.plain(pydoc.render_doc(grr_coca_tiny))
-    assert "function grr_coca_tiny in module grr.models.builders" in text
-    for part in (
-        "vision_norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'",
-        "dim: int = 64",
-        "-> grr.models.coca.CoCa",
-        "trains on a laptop CPU",
-    ):
-        assert part in text
+@pytest.mark.parametrize("builder", [grr_coca_tiny, preset(grr_coca_tiny, "mine", "Trains on a laptop CPU.")])
+def test_help_shows_what_a_preset_takes_and_its_own_defaults_an_argument_a_line(builder):
+    lines = pydoc.plain(pydoc.render_doc(builder)).splitlines()
+    assert lines[0] == f"Python Library Documentation: function {builder.__name__} in module grr.models.builders"
+    first = lines.index(f"{builder.__name__}(")
+    last = lines.index(") -> grr.models.coca.CoCa")
+    arguments = [line.strip(" ,").partition(":")[0] for line in lines[first + 1 : last]]
+    assert arguments == ["*", *inspect.signature(coca).parameters]
+    assert "    vision_norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'," in lines
+    assert "    dim: int = 64," in lines
+    assert "rains on a laptop CPU" in lines[last + 1]
 
 
 CLASSIC_VIT = {"vision_norm", "vision_feed_forward", "vision_position"}

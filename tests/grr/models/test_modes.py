@@ -10,7 +10,7 @@ from torch import nn
 from grr.data import Batch
 from grr.data.collate import collate_captions
 from grr.evaluation.classification import answers, classification_scores
-from grr.evaluation.outputs import features, observe
+from grr.evaluation.outputs import compute_outputs, features
 from grr.evaluation.zero_shot import embed_texts
 from grr.generation.generate import generate
 from grr.models.builders import grr_coca_tiny
@@ -50,7 +50,9 @@ def losses(model, tokenizer):
 
 EVALUATIONS = {
     "evaluation_losses": losses,
-    "observe": lambda model, tokenizer: observe(model, Noise(several_captions(6)), tokenizer, CPU, **SEEN),
+    "compute_outputs": lambda model, tokenizer: compute_outputs(
+        model, Noise(several_captions(6)), tokenizer, CPU, **SEEN
+    ),
     "features": lambda model, tokenizer: features(model, colours(6), CPU, **SEEN),
     "embed_texts": lambda model, tokenizer: embed_texts(model, tokenizer, ["a red fox"], CPU),
     "generate": lambda model, tokenizer: generate(model, torch.zeros(1, 3, 32, 32), tokenizer, max_new_tokens=2),
@@ -66,10 +68,10 @@ def test_an_evaluation_leaves_a_tower_that_is_not_trained_as_it_was(tokenizer, n
     if name in ("classification_scores", "answers"):
         model = image_text_classifier(model, 4)
     model.vision_encoder.eval()
-    seen = []
+    outputs = []
 
     def watch(module: nn.Module, inputs: tuple) -> None:
-        seen.append(any(modes(model).values()))
+        outputs.append(any(modes(model).values()))
         if fails:
             raise ZeroDivisionError
 
@@ -81,5 +83,5 @@ def test_an_evaluation_leaves_a_tower_that_is_not_trained_as_it_was(tokenizer, n
             EVALUATIONS[name](model, tokenizer)
     else:
         EVALUATIONS[name](model, tokenizer)
-    assert set(seen) == {False}
+    assert set(outputs) == {False}
     assert modes(model) == before

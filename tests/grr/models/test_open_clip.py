@@ -545,14 +545,20 @@ class Harmful:
             lambda file: (torch.save({"a": torch.ones(9999)}, file), os.truncate(file, 9999)),
             "it is truncated, at 9,999 bytes",
         ),
-        (lambda file: torch.save({"state_dict": {3: torch.ones(2)}}, file), "holds no weights by name"),
+        (lambda file: torch.save({"state_dict": {3: torch.ones(2)}}, file), "must hold weights by name, got none"),
         (
             lambda file: torch.save({"module.visual.proj": torch.ones(2), "visual.proj": torch.ones(2)}, file),
             "has two weights for visual.proj: module.visual.proj and visual.proj",
         ),
-        (lambda file: torch.save([torch.ones(2)], file), "holds no weights by name; give a checkpoint of open_clip"),
-        (lambda file: torch.save({"epoch": 3}, file), "holds no weights by name; give a checkpoint of open_clip"),
-        (lambda file: None, "read_open_clip: there is no file .*weights.pt; open_clip's CoCas are"),
+        (
+            lambda file: torch.save([torch.ones(2)], file),
+            "must hold weights by name, got none; use a",
+        ),
+        (
+            lambda file: torch.save({"epoch": 3}, file),
+            "must hold weights by name, got none; use a",
+        ),
+        (lambda file: None, "read_open_clip: the file .*weights.pt does not exist; CoCas of open_clip are"),
     ],
 )
 def test_a_file_that_is_not_a_checkpoint_is_refused_and_not_run(tmp_path, capsys, content, message):

@@ -26,7 +26,7 @@ from grr.models.head import CHUNK
 from grr.parallel.float8 import multiply_in_float8
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.seeds import derive_seed
 from grr.training.loss import captioning_loss, contrastive_loss
 from grr.training.step import global_batch_step
@@ -127,20 +127,19 @@ def differences(options: dict[str, object], losses: list[float], exact: dict[str
 
 
 def main() -> None:
-    start()
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # all of a compilation but its kernels
-    losses, exact = expected()
-    result = []
-    for options in SUBSETS:
-        of_losses, of_gradients = differences(options, losses, exact)
-        result.append({"options": list(options), "losses": of_losses, "gradients": of_gradients})
-        gc.collect()
-    if dist.get_rank() == 0:
-        for row in result:
-            name = " ".join(row["options"]) or "plain"
-            print(f"{name:<45} {row['losses']:.1e} {row['gradients']:.1e}", file=sys.stderr)
-        print("RESULT " + json.dumps(result))
-    dist.destroy_process_group()
+    with process_group():
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # all of a compilation but its kernels
+        losses, exact = expected()
+        result = []
+        for options in SUBSETS:
+            of_losses, of_gradients = differences(options, losses, exact)
+            result.append({"options": list(options), "losses": of_losses, "gradients": of_gradients})
+            gc.collect()
+        if dist.get_rank() == 0:
+            for row in result:
+                name = " ".join(row["options"]) or "plain"
+                print(f"{name:<45} {row['losses']:.1e} {row['gradients']:.1e}", file=sys.stderr)
+            print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from parallelize_worker import emulated_float8
 from torch import Tensor, nn
 
-from grr.checkpoint.training_state import load_checkpoint, save_checkpoint, save_model
+from grr.checkpoint.model_folder import save_model
+from grr.checkpoint.training_state import load_checkpoint, save_checkpoint
 from grr.components import Block
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca_tiny

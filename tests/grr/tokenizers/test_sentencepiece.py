@@ -55,12 +55,12 @@ def test_every_caption_has_the_layout_and_decodes_to_itself_up_to_the_cut(own, w
 
 
 @given(text=st.text(max_size=300))
-def test_no_text_breaks_it(own, text):
+def test_every_text_has_the_layout(own, text):
     assert_layout(own, own.encode(text))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_no_hostile_text_breaks_it(own, text):
+def test_hostile_texts_have_the_layout(own, text):
     ids = own.encode(text)
     assert_layout(own, ids)
     assert isinstance(own.decode(ids), str)
@@ -77,7 +77,7 @@ def test_decode_takes_tensors_and_skips_ids_that_are_not_pieces(own):
     assert own.decode([own.cls_id, 0, *ids[1:4], own.bos_id, 10**6, *ids[4:]]) == "a red fox"
 
 
-def test_t5_gives_the_ids_of_the_paper(t5):
+def test_t5_has_the_ids_of_the_paper(t5):
     assert t5.vocab_size == 32_102
     assert (t5.bos_id, t5.cls_id) == (32_100, 32_101)
     cat = [71, 1202, 13, 3, 9, 1712]
@@ -108,7 +108,7 @@ def test_a_vocabulary_trained_on_real_captions_spells_them_all(shared_data, tmp_
         assert " ".join(caption.split()).startswith(tok.decode(tok.encode(caption)))
 
 
-def test_training_gives_the_same_model_for_the_same_captions(own, tmp_path):
+def test_equal_captions_train_equal_vocabularies(own, tmp_path):
     assert train_tokenizer(iter(CAPTIONS), tmp_path / "x.model", vocab_size=80).fingerprint == own.fingerprint
 
 

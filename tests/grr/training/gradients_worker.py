@@ -22,7 +22,7 @@ from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.seeds import derive_seed
 from grr.training.step import global_batch_step
 
@@ -129,12 +129,11 @@ def measured() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    start()
-    rows = measured()
-    gc.collect()
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(rows))
-    dist.destroy_process_group()
+    with process_group():
+        rows = measured()
+        gc.collect()
+        if dist.get_rank() == 0:
+            print("RESULT " + json.dumps(rows))
 
 
 if __name__ == "__main__":

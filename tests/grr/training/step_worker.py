@@ -15,7 +15,7 @@ from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import start
+from grr.parallel.process_group import process_group
 from grr.training.optim import adamw
 from grr.training.step import evaluation_losses, global_batch_step
 
@@ -58,26 +58,25 @@ def main(
     loss: dict[str, str] | None = None,
     model: dict | None = None,
 ) -> None:
-    device = start()
-    with torch.device("meta"):
-        coca = grr_coca_tiny(dropout=dropout, **(model or {}))
-    parallelize(coca, device, bf16=bf16, activation_checkpointing=checkpointed, dp_replicate=dp_replicate)
-    initialize(coca, device, seed=0)
-    optimizer = adamw(coca, lr=1e-3)
-    seen = []
-    for step in range(steps):
-        losses = global_batch_step(coca, micro_batches(step, micro), step, **(loss or {}))
-        norms = [p.grad.norm() for p in coca.parameters() if p.grad is not None]
-        norms = [float(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms]
-        clip_grad_norm_(coca.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen.append({"losses": list(losses), "gradients": norms})
-    coca.eval()
-    validation = evaluation_losses(coca, [micro_batches(step, micro) for step in (7, 8)], **(loss or {}))
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps({"steps": seen, "validation": list(validation)}))
-    dist.destroy_process_group()
+    with process_group() as device:
+        with torch.device("meta"):
+            coca = grr_coca_tiny(dropout=dropout, **(model or {}))
+        parallelize(coca, device, bf16=bf16, activation_checkpointing=checkpointed, dp_replicate=dp_replicate)
+        initialize(coca, device, seed=0)
+        optimizer = adamw(coca, lr=1e-3)
+        seen = []
+        for step in range(steps):
+            losses = global_batch_step(coca, micro_batches(step, micro), step, **(loss or {}))
+            norms = [p.grad.norm() for p in coca.parameters() if p.grad is not None]
+            norms = [float(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms]
+            clip_grad_norm_(coca.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen.append({"losses": list(losses), "gradients": norms})
+        coca.eval()
+        validation = evaluation_losses(coca, [micro_batches(step, micro) for step in (7, 8)], **(loss or {}))
+        if dist.get_rank() == 0:
+            print("RESULT " + json.dumps({"steps": seen, "validation": list(validation)}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""The lock that keeps a run's folder to one writer."""
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO, Self
+
+from grr.parallel.process_group import on_rank_0
+
+
+class RunLock:
+    """Hold folder/.lock for this run until release, the end of a with statement, or the end of rank 0.
+
+    patience: seconds to wait for a run that is about to end. To be made after the process group.
+    Raises BlockingIOError, an OSError, on every rank if another run holds the folder.
+    """
+
+    def __init__(self, folder: Path, *, patience: float = 10.0) -> None:
+        self._file: IO[str] | None = None
+        on_rank_0(lambda: self._take(folder / ".lock", patience))
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()  # which releases the lock
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _take(self, path: Path, patience: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise BlockingIOError(
+                    f"RunLock: {path.parent} is being written by {holder}; "
+                    "wait for that run, end it (kill the process), or set another folder to write to"
+                ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
