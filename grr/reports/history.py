@@ -68,7 +68,7 @@ def show_history(folder: Path, rows: Sequence[LogLine], captions: Sequence[Capti
 
 def _heading(line: dict[str, Any]) -> str:
     where = "model/" if line["split"] == "final" else f"step {line['step']:,}"
-    count = f"{line['distinct_captions']:,} distinct captions of {line['written_captions']:,}"
+    count = f"{line['distinct_captions']:,} of {line['written_captions']:,} captions are distinct"
     return f"<th scope=col>{where}<small>{count}</small></th>"
 
 

@@ -66,7 +66,7 @@ def test_the_table_is_the_captions_by_image_and_validation_with_the_count_of_dis
     rows: list[dict] = []
     assert validate(tmp_path, rows, 10, "a", "a") == ""
     table = validate(tmp_path, rows, 20, "a <b>", "")
-    heads = "<th scope=col>step 10<small>1 distinct captions of 2</small></th><th scope=col>step 20<small>2 distinct"
+    heads = "<th scope=col>step 10<small>1 of 2 captions are distinct</small></th><th scope=col>step 20<small>2 of 2"
     assert heads in table
     cells = [row.partition("</th>")[2] for row in table.partition("<tbody>")[2].split("</tr>")[:2]]
     assert cells == [
