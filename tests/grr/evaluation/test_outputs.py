@@ -18,7 +18,7 @@ from grr.generation.generate import generate
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-WORKER = Path(__file__).parent / "evaluate_worker.py"
+WORKER = Path(__file__).parents[1] / "evaluate_worker.py"
 CPU = torch.device("cpu")
 
 
