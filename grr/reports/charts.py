@@ -102,13 +102,13 @@ def chart(
     lines = "".join(_curve(s, x, y) for s in curves)
     named = [(escape(s.label), s) for s in curves if s.style != "thin"]
     legend = "".join(f"<span class={s.color}>{n} <output>{number(_mean(s)[-1])}</output></span>" for n, s in named)
-    spoken = "; ".join(f"{n} from {number(s.values[0])} to {number(s.values[-1])}" for n, s in named)
+    summary = "; ".join(f"{n} from {number(s.values[0])} to {number(s.values[-1])}" for n, s in named)
     ends = [math.log10(y_low), math.log10(y_high)] if log else [y_low, y_high]
     scale = json.dumps({"x": [0, max(x_high, 1), LEFT, RIGHT], "y": [*ends, BOTTOM, TOP], "log": log})
     return (
         f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{title}<small></small></h3>'
         f"<p>{legend}</p></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}: {spoken}" data-scale=\'{scale}\'>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}: {summary}" data-scale=\'{scale}\'>'
         f'{axes}{lines}<path class=rule d=""/></svg></figure>'
     )
 

@@ -64,9 +64,9 @@ def result_table(comparison: Comparison) -> Table:
     for line in comparison.lines:
         base, *others = line.spreads
         row = [line.metric.label + (" ↓" if line.metric.lower_is_better else " ↑"), _spread(base, line.metric)]
-        for other, found in zip(others, line.differences, strict=True):
+        for other, difference in zip(others, line.differences, strict=True):
             change = (other.mean - base.mean) / base.mean if base and other and base.mean else None
-            row += [_spread(other, line.metric), _change(change), _difference(found, line.metric)]
+            row += [_spread(other, line.metric), _change(change), _difference(difference, line.metric)]
         rows.append(row + (_printed(paper.get(line.metric.key)) if paper and line.metric.task is None else []))
     table = [row + [""] * (len(header) - len(row)) for row in rows]
     return table if len(names) < MANY else list(zip(*table, strict=True))
@@ -98,8 +98,8 @@ def model_table(models: Mapping[str, Sequence[RunRecord]]) -> Table:
     """The arguments of the builder in which the models differ."""
     firsts = {name: runs[0].model for name, runs in models.items()}
     keys = list(dict.fromkeys(key for model in firsts.values() for key in model))
-    told = [[key, *(str(model.get(key)) for model in firsts.values())] for key in keys]
-    return [["", *firsts], *(row for row in told if len(set(row[1:])) > 1)]
+    arguments = [[key, *(str(model.get(key)) for model in firsts.values())] for key in keys]
+    return [["", *firsts], *(row for row in arguments if len(set(row[1:])) > 1)]
 
 
 def _size_rows(models: Mapping[str, Sequence[RunRecord]]) -> list[list[str]]:
@@ -136,18 +136,20 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def _spread(found: Spread | None, metric: Metric) -> str:
-    if found is None:
+def _spread(spread: Spread | None, metric: Metric) -> str:
+    if spread is None:
         return "–"
-    return _fixed(found.mean, metric) + (f" ± {_fixed(found.deviation, metric)}" if found.deviation is not None else "")
+    return _fixed(spread.mean, metric) + (
+        f" ± {_fixed(spread.deviation, metric)}" if spread.deviation is not None else ""
+    )
 
 
-def _difference(found: Difference | None, metric: Metric) -> str:
-    if found is None:
+def _difference(difference: Difference | None, metric: Metric) -> str:
+    if difference is None:
         return "–"
-    error = f" ± {_fixed(found.error, metric)}" if found.error is not None else ""
-    mark = {True: " *", False: "", None: " ?"}[found.beyond_spread]
-    return _fixed(found.mean, metric, sign="+") + error + mark
+    error = f" ± {_fixed(difference.error, metric)}" if difference.error is not None else ""
+    mark = {True: " *", False: "", None: " ?"}[difference.beyond_spread]
+    return _fixed(difference.mean, metric, sign="+") + error + mark
 
 
 def _fixed(value: float, metric: Metric, *, sign: str = "") -> str:
@@ -174,20 +176,22 @@ def verdicts(comparison: Comparison) -> list[str]:
     base, *others = comparison.models
     sentences = []
     for i, name in enumerate(others):
-        told = [(line.metric, found) for line in comparison.lines if (found := line.differences[i]) is not None]
+        differences = [
+            (line.metric, difference) for line in comparison.lines if (difference := line.differences[i]) is not None
+        ]
         groups: dict[str, list[str]] = {}
-        for metric, found in told:
+        for metric, difference in differences:
             group = "of unknown spread"
-            if found.beyond_spread is not None:
-                better = (found.mean < 0) == metric.lower_is_better
+            if difference.beyond_spread is not None:
+                better = (difference.mean < 0) == metric.lower_is_better
                 beyond = "better beyond the spread" if better else "worse beyond the spread"
-                group = beyond if found.beyond_spread else "within the spread of the seeds"
+                group = beyond if difference.beyond_spread else "within the spread of the seeds"
             groups.setdefault(group, []).append(metric.label.removesuffix(", %"))
         parts = [
-            f"{group} in {'everything' if len(labels) == len(told) else ', '.join(labels)}"
+            f"{group} in {'everything' if len(labels) == len(differences) else ', '.join(labels)}"
             for group, labels in sorted(groups.items())
         ]
-        over = " and ".join(sorted({_over(found) for _, found in told}))
+        over = " and ".join(sorted({_over(difference) for _, difference in differences}))
         sentences.append(f"{name} against {base}, {over}: {'; '.join(parts)}.")
     return sentences
 
@@ -206,10 +210,10 @@ def notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _over(found: Difference) -> str:
-    if found.pairs == 0:
+def _over(difference: Difference) -> str:
+    if difference.pairs == 0:
         return "over seeds that are not the same"
-    return "by a single seed" if found.pairs == 1 else f"over {found.pairs} seeds in pairs"
+    return "by a single seed" if difference.pairs == 1 else f"over {difference.pairs} seeds in pairs"
 
 
 def _written(comparison: Comparison, table: Callable[[Table], str], bullet: str) -> str:
@@ -240,9 +244,9 @@ def _numbers(comparison: Comparison) -> str:
     warning = ""
     if comparison.unequal:
         warning = "<p>The runs differ in more than their models:</p>" + _list(comparison.unequal)
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(comparison))
     return section(
-        "Results", "", f"{warning}{said}{html(result_table(comparison), stacked=True)}{_list(notes(comparison))}"
+        "Results", "", f"{warning}{sentences}{html(result_table(comparison), stacked=True)}{_list(notes(comparison))}"
     )
 
 

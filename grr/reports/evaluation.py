@@ -26,7 +26,7 @@ CELL = 14  # side of a drawn cell
 NAMES = 90  # room for the names of classes
 LISTED = 12  # confusions in words
 LOSSES = ("loss", "contrastive_loss", "captioning_loss", "perplexity")
-JUDGEMENTS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+CAPTION_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 ACCURACIES = ("top_1", "top_5", "mean_per_class")
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 
@@ -87,7 +87,7 @@ def as_text(evaluation: Evaluation) -> str:
 
 def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
     """The results of an evaluation, by kind of task."""
-    found = []
+    result = []
     if loss := results.get("losses"):
         note = (
             f"loss = {loss['contrastive_weight']:g} × contrastive + {loss['captioning_weight']:g} × captioning, "
@@ -97,25 +97,25 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
             ["", "loss", "contrastive", "captioning", "perplexity"],
             ["mean", *(number(loss[key]) for key in LOSSES)],
         ]
-        found.append(Part("Losses", table, note))
+        result.append(Part("Losses", table, note))
     if recall := results.get("retrieval"):
         ways = {"text_to_image": "text to image", "image_to_text": "image to text"}
         table = [["", "R@1", "R@5", "R@10"]]
         table += [[name, *(percent(recall[f"{way}_r{k}"]) for k in (1, 5, 10))] for way, name in ways.items()]
-        found.append(Part("Retrieval", table, f"among {recall['num_eval_images']:,} images and their captions"))
-    if judged := results.get("captions"):
+        result.append(Part("Retrieval", table, f"among {recall['num_eval_images']:,} images and their captions"))
+    if scores := results.get("captions"):
         table = [
             ["", "B-1", "B-2", "B-3", "B-4", "ROUGE-L", "CIDEr-D", "exact"],
-            ["mean", *(f"{judged[key]:.3f}" for key in JUDGEMENTS), percent(judged["exact"])],
+            ["mean", *(f"{scores[key]:.3f}" for key in CAPTION_METRICS), percent(scores["exact"])],
         ]
-        found.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
+        result.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
     if known := {name: results[task] for task, name in CLASSIFIERS.items() if task in results}:
         table = [["", "top 1", "top 5", "mean of classes"]]
         for name, one in known.items():
             table.append([name, *(percent(one[key]) if key in one else "" for key in ACCURACIES)])
         note = "top 1 and top 5: how often the right class is the likeliest, or among the five likeliest"
-        found.append(Part("Classes", table, note))
-    return found
+        result.append(Part("Classes", table, note))
+    return result
 
 
 # The parts of the page
@@ -148,11 +148,11 @@ def _show_confusions(confusions: Confusions) -> str:
     wrong = confusions.counts.clone().fill_diagonal_(0)
     most = wrong.flatten().argsort(descending=True, stable=True)[:LISTED]
     places = [divmod(k, len(wrong)) for k in most.tolist() if wrong.flatten()[k]]
-    told = "".join(f"<li>{escape(_confusion(confusions, i, j))}</li>" for i, j in places)
-    told = f"<ul class=notes>{told}</ul>" if told else "<p>Every prediction is right.</p>"
+    sentences = "".join(f"<li>{escape(_confusion(confusions, i, j))}</li>" for i, j in places)
+    sentences = f"<ul class=notes>{sentences}</ul>" if sentences else "<p>Every prediction is right.</p>"
     drawn = _matrix(confusions) if len(wrong) <= MOST else ""
     note = "Zero-shot classification: a row is a class, a column a prediction."
-    return section("Confusion matrix", note, drawn + told)
+    return section("Confusion matrix", note, drawn + sentences)
 
 
 def _matrix(confusions: Confusions) -> str:

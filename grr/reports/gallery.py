@@ -34,14 +34,14 @@ def write_classes(path: Path, rows: Sequence[Row], *facts: str) -> Path:
     return _write(path, "Classes", note, rows, facts)
 
 
-def write_hits(path: Path, found: Sequence[SearchResult], *facts: str) -> Path:
+def write_hits(path: Path, results: Sequence[SearchResult], *facts: str) -> Path:
     """Write a page of queries, texts or images, and the images nearest to each; return its path."""
     files = chain.from_iterable(
-        [*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)] for one in found
+        [*([one.query] if one.is_image else []), *(hit.file for hit in one.hits)] for one in results
     )
     shown = dict(thumbnails(dict.fromkeys(files)))
     items = []
-    for one in found:
+    for one in results:
         asked = f"<blockquote>{escape(one.query)}</blockquote>"
         if one.is_image:
             image = _picture(shown[one.query], one.query)
@@ -53,9 +53,9 @@ def write_hits(path: Path, found: Sequence[SearchResult], *facts: str) -> Path:
         listed = "".join(f"<li>{image}<span>{score}</span>{_name(file)}</li>" for image, score, file in hits)
         items.append(f"<article>{asked}<ol>{listed}</ol></article>")
     note = "The images nearest to each query, nearest first, with the cosine similarity."
-    results = section("Results", note, f"<div class=hits>{''.join(items)}</div>")
-    title = f"“{found[0].query}”" if len(found) == 1 and not found[0].is_image else "Search"
-    return write_page(path, title, header(title, *facts), results)
+    listing = section("Results", note, f"<div class=hits>{''.join(items)}</div>")
+    title = f"“{results[0].query}”" if len(results) == 1 and not results[0].is_image else "Search"
+    return write_page(path, title, header(title, *facts), listing)
 
 
 def _write(path: Path, title: str, note: str, rows: Sequence[Row], facts: Sequence[str]) -> Path:
@@ -71,15 +71,15 @@ def _write(path: Path, title: str, note: str, rows: Sequence[Row], facts: Sequen
 
 def _figure(row: Row, image: Tensor | str) -> str:
     if "caption" in row:
-        said = f"<p class=written>{escape(row['caption']) or '<i>(empty)</i>'}</p>"
+        text = f"<p class=written>{escape(row['caption']) or '<i>(empty)</i>'}</p>"
         alt = row["caption"]
     else:
         (first, *others), (p, *less) = row["classes"], row["probabilities"]
-        said = f"<p class=written>{escape(first)} <i>{percent(p)}</i></p>"
+        text = f"<p class=written>{escape(first)} <i>{percent(p)}</i></p>"
         rest = " <i>·</i> ".join(f"{escape(name)}&nbsp;{percent(q)}" for name, q in zip(others, less, strict=True))
-        said += f"<p class=true>{rest}</p>" if rest else ""
+        text += f"<p class=true>{rest}</p>" if rest else ""
         alt = first
-    return f"<figure>{_picture(image, alt)}<figcaption>{said}{_name(row['file'])}</figcaption></figure>"
+    return f"<figure>{_picture(image, alt)}<figcaption>{text}{_name(row['file'])}</figcaption></figure>"
 
 
 def _picture(image: Tensor | str, alt: str) -> str:
