@@ -19,14 +19,20 @@ from grr.files.printable import PrintableRecord, printable_lines
 
 # Loggers that warn of optional packages that are not installed, and of calls that these libraries make internally.
 NOISY = ("torchao", "torch.onnx._internal.exporter._registration", "torch.utils._pytree")
+OWN_LOGGERS = ("grr", "root")  # recipes log by the root logger
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give to a program that Ctrl-C ended
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a recipe's main and exit with the status it returned, 0 if it returned none.
 
-    Errors become exit statuses as `attempt` says.
+    Errors become exit statuses as `attempt` says. Rank 0 prints what recipes and grr log at level INFO, each rank the
+    warnings of all loggers.
     """
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.levelno > logging.INFO or record.name.partition(".")[0] in OWN_LOGGERS)
+    rank_0 = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank_0 else logging.WARNING, handlers=[handler])
     raise SystemExit(attempt(main, Path(sys.argv[0]).stem))
 
 
@@ -38,8 +44,6 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
     the first that fails prints. Other errors are bugs and keep their traceback; with GRR_DEBUG=1 all errors do.
     """
     logging.setLogRecordFactory(PrintableRecord)
-    rank_0 = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.INFO if rank_0 else logging.WARNING)
     if os.environ.get("GRR_DEBUG") != "1":
         for logger in NOISY:
             logging.getLogger(logger).setLevel(logging.ERROR)

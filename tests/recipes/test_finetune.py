@@ -95,7 +95,7 @@ def frozen(start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("frozen") / "run"
     done = run(command(start, folder, *FROZEN))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "finished: the model of step 10: validation loss" in done.stderr
+    assert "finished: model/ holds the weights of step 10: validation loss" in done.stderr
     assert "loader.crop=center goes on as it was trained" in done.stderr
     return folder
 
@@ -177,7 +177,7 @@ def test_the_model_that_is_kept_lies_between_the_start_and_the_best(whole, start
     for name, weight in kept.items():
         torch.testing.assert_close(weight, (1 - SHARE) * begun[name] + SHARE * mean[name])
     (final,) = lines(whole, "final")
-    assert (final["best_step"], final["wise_ft"]) == (best["best_step"], SHARE)
+    assert (final["best_step"], final["wise_ft_alpha"]) == (best["best_step"], SHARE)
     assert math.isfinite(final["loss"])
     assert final["loss"] != best["best_loss"]
     described = json.loads((whole / "model/config.json").read_text())
@@ -246,7 +246,7 @@ def test_a_finished_run_that_is_asked_for_another_end_comes_to_it(frozen, start,
     done = run(command(start, tmp_path / "run", *FROZEN, "run.wise_ft_alpha=0.5"))
     assert done.returncode == 0, done.stderr[-3000:]
     (final,) = lines(tmp_path / "run", "final")
-    assert (final["step"], final["wise_ft"]) == (10, 0.5)
+    assert (final["step"], final["wise_ft_alpha"]) == (10, 0.5)
     begun, tuned, kept = (
         load_file(folder / "model.safetensors") for folder in (start, frozen / "model", tmp_path / "run/model")
     )

@@ -86,7 +86,7 @@ def whole(tmp_path_factory) -> Path:
     shutil.copytree(RECIPES, top / "mine", ignore=shutil.ignore_patterns("__pycache__"))
     done = run(command(top / "run", "classification", *CLASSES, recipes=top / "mine"), cwd=top)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "without a look at the images" in done.stderr + done.stdout
+    assert "; text-only baseline 2.5%" in done.stderr + done.stdout
     return top / "run"
 
 
@@ -242,7 +242,7 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     text = (RECIPES / "configs/finetune_classifier/vqa.yaml").read_text()
     model = "".join(f"  {key}: {value}\n" for key, value in SIZES.items())
     start, end = text.index("model:"), text.index("head:")
-    new = f"model:\n  name: grr_coca\n{model}tokenizer:\n  vocab_size: 256\n  context: 16\n"
+    new = f"model:\n  name: grr_coca\n{model}  num_queries: 16\ntokenizer:\n  vocab_size: 256\n  context_length: 16\n"
     (tmp_path / "vqa.yaml").write_text(text[:start] + new + text[end:])
     done = run(
         [
