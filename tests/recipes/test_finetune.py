@@ -236,7 +236,7 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_changes_no_file(froz
     before = files(tmp_path / "run")
     done = run(command(start, tmp_path / "run", *FROZEN))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{tmp_path / 'run'} finished before, after step 10: the model of step 10 is in" in done.stderr
+    assert f"{tmp_path / 'run'} finished before; model/ holds the weights of step 10" in done.stderr
     assert files(tmp_path / "run") == before
 
 

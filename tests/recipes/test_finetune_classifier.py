@@ -123,7 +123,7 @@ def test_a_run_leaves_all_that_is_promised(whole):
     assert (start["classes"], start["training_pairs"], start["validation_pairs"]) == (40, 1680, 240)
     page = (whole / "report.html").read_text()
     assert "</html>" in page
-    assert "Right answers" in page
+    assert "Predicted classes" in page
     assert page.count("what is this") >= 20
     assert len(list((whole / "checkpoints").iterdir())) == 2
 
