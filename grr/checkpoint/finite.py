@@ -1,4 +1,4 @@
-"""Weights and outputs of a model that are not finite: found where they enter, and named."""
+"""Checks that weights and outputs of a model are finite."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def check_finite_weights(who: str, weights: Mapping[str, Tensor], where: str) ->
 
 
 def check_finite_outputs(who: str, outputs: Tensor, names: Sequence[str]) -> None:
-    """Raise ValueError if what a model computed is NaN or infinite; names: of the rows of outputs [b, ...]."""
+    """Raise ValueError if an output is NaN or infinite. outputs: [b, ...], names: of its rows, for the message."""
     wrong = (~outputs.isfinite()).flatten(1).any(1)
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])

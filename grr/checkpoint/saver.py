@@ -88,7 +88,7 @@ class Saver:
         return progress
 
     def resume_best(self, step: int) -> None:
-        """Make best/ what it was when the run had taken its best step: later ones are removed.
+        """Remove checkpoints in best/ of later steps than the best one so far.
 
         Raises ValueError if the checkpoint of that step is damaged.
         """
@@ -98,11 +98,11 @@ class Saver:
             check_checkpoint(self.best(step))
 
     def best(self, step: int) -> Path:
-        """The folder of the best weights, those of a step."""
+        """Returns the folder of the best weights, which are those of a step."""
         return self._folder / "best" / f"step_{step}"
 
     def poll(self, step: int, *, due: bool = False) -> None:
-        """Ask all ranks, after an optimizer step, whether to save and whether to stop; due: save in any case."""
+        """Decide on all ranks, after an optimizer step, whether to save and whether to stop; due: save in any case."""
         late = time.monotonic() - self._saved > 60 * self._minutes
         status = all_max(2 * self._stop.status + late)
         self.stopping = status // 2
@@ -114,7 +114,7 @@ class Saver:
         self.due, self._saved = False, time.monotonic()
 
     def save_best(self, step: int, **progress: Any) -> None:
-        """Write best/step_N. To be called before `save` writes a checkpoint that names this step."""
+        """Write best/step_N. Call it before `save`, whose checkpoint names this step."""
         self._write("best", step, progress, max(2, self._keep))
 
     def _write(self, name: str, step: int, progress: Mapping[str, Any], keep: int) -> None:

@@ -21,12 +21,12 @@ SIGMA = 6.0  # words; the width of CIDEr-D's bell curve over differences in leng
 
 
 def caption_metrics(references: list[list[str]], hypotheses: list[str]) -> dict[str, float]:
-    """All metrics below, by the names bleu_1, bleu_2, bleu_3, bleu_4, rouge_l and cider.
+    """Compute all metrics below, by the names bleu_1, bleu_2, bleu_3, bleu_4, rouge_l and cider.
 
-    references[i] are the captions that people wrote of image i, hypotheses[i] is the one to judge. Values are those
-    that coco-caption prints, here and wherever this library shows them: BLEU and ROUGE-L between 0 and 1, CIDEr between
-    0 and 10, and 0 by definition if there is a single image; many papers print a hundred times these. Order changes
-    nothing. Raises ValueError if the lists differ in length or are empty, or if an image has no reference.
+    references[i] are the captions that people wrote for image i, hypotheses[i] is the caption to score. Values are
+    those that coco-caption prints: BLEU and ROUGE-L between 0 and 1, CIDEr between 0 and 10, and 0 by definition for a
+    single image; many papers print a hundred times these. The order of images and references does not matter.
+    Raises ValueError if the lists differ in length or are empty, or if an image has no reference.
     """
     people, machine = _words("caption_metrics", references, hypotheses)
     bleus = {f"bleu_{n}": score for n, score in enumerate(_bleu(people, machine), start=1)}
@@ -34,7 +34,7 @@ def caption_metrics(references: list[list[str]], hypotheses: list[str]) -> dict[
 
 
 def bleu(references: list[list[str]], hypotheses: list[str]) -> tuple[float, float, float, float]:
-    """BLEU-1 to BLEU-4: how many of the n-grams that were written occur in a reference, counted over all images.
+    """Compute BLEU-1 to BLEU-4: precisions of n-grams against the references, counted over all images.
 
     Arguments and errors as in `caption_metrics`. BLEU-n is the geometric mean of the precisions of 1 to n words, times
     a penalty if all captions together are shorter than the references closest to them in length.
@@ -44,20 +44,20 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> tuple[float, flo
 
 
 def rouge_l(references: list[list[str]], hypotheses: list[str]) -> float:
-    """ROUGE-L: the longest common subsequence of words with a reference, as an F-measure, averaged over images.
+    """Compute ROUGE-L: the F-measure of the longest common subsequence of words, averaged over images.
 
-    Arguments and errors as in `caption_metrics`. The best precision and the best recall are taken each on its own,
-    maybe from two references, as COCO's evaluation does. Source: Lin 2004, section 3.
+    Arguments and errors as in `caption_metrics`. As in COCO's evaluation, the best precision and the best
+    recall may be those of two references. Source: Lin 2004, section 3.
     """
     return _rouge_l(*_words("rouge_l", references, hypotheses))
 
 
 def cider(references: list[list[str]], hypotheses: list[str]) -> float:
-    """CIDEr-D: cosine similarity of n-grams with each reference, those of few images weighing most.
+    """Compute CIDEr-D: tf-idf weighted cosine similarity of n-grams with each reference.
 
-    Arguments and errors as in `caption_metrics`. How rare an n-gram is comes from the references given, so the number
-    depends on the whole set of images, and is 0 for a single one. Between 0 and 10. Source: Vedantam et al. 2015; in
-    its variant D counts are clipped and differences in length penalised.
+    Arguments and errors as in `caption_metrics`. Document frequencies come from the given references, so the value
+    depends on the whole set of images, and is 0 for a single one. It lies between 0 and 10. Source: Vedantam et al.
+    2015; variant D clips counts and penalises differences in length.
     """
     return _cider(*_words("cider", references, hypotheses))
 
@@ -98,7 +98,7 @@ BEFORE_NUMBERS = re.compile(r"(nos?|figs?|pp|art|op|ca|prop)\.")  # abbreviation
 
 @cache
 def treebank() -> Any:
-    """Returns NLTK's Treebank tokenizer. Recipes call it at their start, before hours are spent on captions.
+    """Returns NLTK's Treebank tokenizer. Recipes call it at their start, so that they fail before they write captions.
 
     Raises ImportError without NLTK.
     """
@@ -112,11 +112,11 @@ def treebank() -> Any:
 
 
 def split_words(caption: str) -> Words:
-    """A caption's words in lower case, as COCO's evaluation has them: don't -> do n't; no punctuation.
+    """Returns a caption's words in lower case, as COCO's evaluation splits them: don't -> do n't; no punctuation.
 
-    Those of Stanford's PTBTokenizer 3.4.1, less the marks that COCO leaves out: a word in angle brackets, as `<unk>`,
-    is one word, and so are two or more of ! and ? in a row. NLTK's rules of the Penn Treebank split the rest; they take
-    a period off the last word of a text only, and Stanford's tokenizer takes it off any word but an abbreviation.
+    They are those of Stanford's PTBTokenizer 3.4.1 without the marks that COCO removes: a word in angle brackets, as
+    `<unk>`, is one word, and so are two or more of ! and ? in a row. NLTK's rules of the Penn Treebank split the rest;
+    they split a period from the last word of a text only, Stanford's tokenizer from any word but an abbreviation.
     """
     words: Words = []
     for i, part in enumerate(WHOLE.split(" ".join(caption.split()))):

@@ -16,9 +16,9 @@ from grr.tokenizers import Tokenizer, load_tokenizer
 
 
 def load_parts(source: Pretrained, head: nn.Module) -> None:
-    """Fill the parts that a head has of a trained CoCa, plain or sharded; what the head adds is left as it is.
+    """Load the parts that a head shares with a trained CoCa, plain or sharded; other parameters are unchanged.
 
-    Called by all processes alike; each holds all weights of the CoCa for a moment, in the memory of the CPU.
+    Called by all ranks alike; each holds all weights of the CoCa in CPU memory for a short time.
     """
     with torch.device("meta"):
         coca = build_pretrained(source)
@@ -30,7 +30,7 @@ def load_parts(source: Pretrained, head: nn.Module) -> None:
 
 
 class LoadedClassifier(NamedTuple):
-    """A classifier ready for use, and how to prepare what it reads."""
+    """A trained classifier, and how to prepare its inputs."""
 
     model: Head
     classes: list[str]
@@ -46,7 +46,7 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
         ids = torch.tensor([tokenizer.encode("what is on the left")])[:, :-1]
         answer = classes[model(load_image("photo.jpg", size=image_size, crop=crop)[None], ids).argmax()]
 
-    Raises as `find_pretrained` does, and ValueError if what is there is no classifier.
+    Raises as `find_pretrained` does, and ValueError if the model is not a classifier.
     """
     source = find_pretrained(path)
     file = source.path / "config.json"

@@ -1,6 +1,6 @@
-"""Trained models on disk: what a run's folder says of its model, and a model again by one call.
+"""Trained models on disk: their descriptions, and how to load them.
 
-A model is described by the builder that makes it and its arguments. The description lies beside the weights: in
+A model is described by its builder and the builder's arguments. The description is stored beside the weights: in
 `config.json` of a model's folder, and in the progress of every checkpoint.
 """
 
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pretrained(NamedTuple):
-    """A trained model on disk: where its weights lie, and what building it again takes."""
+    """Description of a trained model on disk: the folder of its weights, and how to build it."""
 
     path: Path  # a model's folder, or a checkpoint
     builder: str  # a name of grr.models.builders.MODELS or of grr.models.open_clip.OPEN_CLIP_MODELS
@@ -88,7 +88,7 @@ def load(
 def load_pretrained(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Captioner:
-    """Open a trained model on a given device, as recipes do: `load` with another default.
+    """Open a trained model on a given device, by default the CPU, as recipes do; see `load`.
 
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
 
@@ -111,9 +111,9 @@ def load_pretrained(
 
 
 def fingerprint(trained: Captioner) -> str:
-    """A hash of what a model makes of an image or a text: its weights, its vocabulary, and how images are cut.
+    """Returns a hash of all that determines a model's outputs: weights, vocabulary, image size and crop.
 
-    The same for a run, its model/ and a copy of that, in either precision: weights are rounded to bfloat16 first.
+    It is equal for a run, its model/ and a copy, in float32 and in bfloat16: weights are rounded to bfloat16 first.
     """
     model, tokenizer, image_size, crop = trained
     digest = hashlib.blake2b(
@@ -126,7 +126,7 @@ def fingerprint(trained: Captioner) -> str:
 
 
 def weights_digest(source: Pretrained) -> str:
-    """A hash of the files that hold a model's weights, and of how it is built. Called by all processes alike."""
+    """Returns a hash of a model's weight files, builder and arguments. Called by all ranks alike."""
 
     def digest() -> str:
         checkpoint = (source.path / "progress.json").is_file()  # whose manifest holds the hashes of its other files
@@ -137,8 +137,9 @@ def weights_digest(source: Pretrained) -> str:
 
 
 def find_pretrained(path: str | Path) -> Pretrained:
-    """Read what a folder says of its model: a model's folder, a checkpoint, or a run's folder, of which the finished
-    model is taken or else the newest whole checkpoint.
+    """Read the description of a model: from a model's folder, a checkpoint, or a run's folder.
+
+    Of a run's folder, it is the finished model, or else the newest whole checkpoint.
 
     Raises FileNotFoundError if there is no model, ValueError if the description is damaged, of a newer version, of
     another rotary pairing, names an unknown builder or has arguments that no model has, or if its model has more
@@ -164,15 +165,15 @@ def find_pretrained(path: str | Path) -> Pretrained:
 
 
 def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
-    """Build the model that a description names, without its weights; `changes` replace arguments: dropout=0.1."""
+    """Build the model of a description, without its weights; `changes` replace arguments: dropout=0.1."""
     return (MODELS | OPEN_CLIP_MODELS)[source.builder](**source.arguments | changes)
 
 
 def load_weights(source: Pretrained, model: nn.Module) -> None:
-    """Fill a model, plain or sharded, with the weights of a description. Called by all processes alike.
+    """Load the weights of a description into a model, plain or sharded. Called by all ranks alike.
 
-    Raises ValueError if they are quantised: such a model can be used, by `load_pretrained`, and not trained on; if they
-    are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; and if one is not finite.
+    Raises ValueError if they are quantized, because such a model cannot be trained (open it with `load_pretrained`); if
+    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; and if one is not finite.
     """
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
@@ -192,15 +193,15 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
 
 
 def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
-    """Say, if it is so, that a run will cut images otherwise than those its model was trained on."""
+    """Log that a run crops images in another way than the training of its pre-trained model, if it does."""
     if crop != source.crop:
         logger.info(
-            "the images of %s were cut otherwise; loader.crop=%s goes on as it was trained", source.path, source.crop
+            "%s was trained with another crop of its images; set loader.crop=%s to keep it", source.path, source.crop
         )
 
 
 def describe(builder: str, arguments: dict[str, Any], crop: Crop, quantization: Scheme | None = None) -> dict[str, Any]:
-    """What `find_pretrained` reads: as JSON, to be saved beside the weights."""
+    """Returns the description of a model as JSON values, to be saved beside the weights for `find_pretrained`."""
     description = {
         "format": FORMAT,
         "builder": builder,
@@ -246,7 +247,7 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
 
 
 def _renamed(builder: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments under today's names: until version 0.1, `context` was both of two numbers."""
+    """Returns the arguments by today's names: in version 0.1, `context` was context_length and num_queries."""
     parameters = inspect.signature((MODELS | OPEN_CLIP_MODELS)[builder]).parameters
     if "context" not in arguments or "context" in parameters:
         return arguments
@@ -258,7 +259,7 @@ def _renamed(builder: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_arguments(file: Path, source: Pretrained) -> None:
-    """Refuse arguments that no model has, before anything is built: other names, types, and numbers out of range."""
+    """Raise ValueError for arguments of a wrong name, type or range, before anything is built."""
     parameters = inspect.signature((MODELS | OPEN_CLIP_MODELS)[source.builder]).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # of a builder of the user
     for name, given in source.arguments.items():
@@ -295,7 +296,7 @@ def _check_arguments(file: Path, source: Pretrained) -> None:
 
 
 def _check_size(file: Path, source: Pretrained) -> None:
-    """Refuse a description that cannot be built, or of more parameters than the weights beside it can hold."""
+    """Raise ValueError if the model cannot be built, or has more parameters than the weight files can hold."""
     try:
         with torch.device("meta"):
             model = build_pretrained(source)

@@ -1,7 +1,7 @@
-"""Fewer bits a weight: the matrices of a trained model in int8, float8 or int4, by torchao.
+"""Quantization of a trained model's matrices to int8, float8 or int4, by torchao.
 
-A quantised model lies in a folder as every model does. A quantised weight is stored as the plain tensors that it is
-made of, `NAME.qdata` and `NAME.scale` among them, in the same model.safetensors; `config.json` tells the scheme.
+A quantized model is stored in a folder like every model. A quantized weight is stored as its component tensors
+(`NAME.qdata`, `NAME.scale` and others) in model.safetensors; `config.json` names the scheme.
 
     scheme              runs on                                    multiplies in            a weight takes
     int8_weight_only    any device                                 the model's precision    8 bits
@@ -29,14 +29,14 @@ GROUP = 32  # numbers of a row that share a scale in int4_grouped
 
 
 def quantize(model: nn.Module, scheme: Scheme) -> None:
-    """Replace the weight of every linear layer by one of fewer bits, in place: the model can then be used, not trained.
+    """Quantize the weight of every linear layer in place, for inference only.
 
-    int8_weight_only and float8_weight_only (e4m3) keep a scale for each row of a matrix, and multiply in the model's
-    own precision. int8_dynamic brings the vectors that a layer reads to int8 as well, each by its largest number, and
-    multiplies whole numbers. int4_grouped keeps a scale in bfloat16 for each 32 numbers of a row, two numbers in a byte
-    of the file, and one in each in memory; rows of another length are as in int8_weight_only. int4_weight_only keeps a
-    scale and a zero for each 128 numbers. Biases, norms, token embeddings, positions and the patch embedding stay as
-    they are; a head that shared its matrix with the embedding has one of its own afterwards. Raises ImportError without
+    int8_weight_only and float8_weight_only (e4m3) have a scale for each row of a matrix, and multiply in the model's
+    precision. int8_dynamic also quantizes the inputs of a layer, each vector by its largest value, and multiplies
+    integers. int4_grouped has a bfloat16 scale for each 32 values of a row, and stores two values in a byte on disk and
+    one in a byte in memory; rows of another length are quantized as by int8_weight_only. int4_weight_only has a scale
+    and a zero point for each 128 values. Biases, norms, token embeddings, positions and the patch embedding are not
+    quantized; a head that shared its matrix with the embedding has its own afterwards. Raises ImportError without
     torchao, ValueError for an unknown scheme, one that the device of the weights or their dtype cannot serve, and for
     weights that are not finite.
     """
@@ -53,9 +53,9 @@ def quantize(model: nn.Module, scheme: Scheme) -> None:
 
 
 def check_scheme(scheme: str, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Refuse, before any work is done, what cannot be quantised or opened here; raises as `quantize` does.
+    """Raise as `quantize` does, before any work is done, if a scheme cannot be used on a device or with a dtype.
 
-    Weights on the meta device have a form alone, which any scheme may have.
+    On the meta device every scheme can be used.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize: scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
@@ -85,14 +85,13 @@ def quantized_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_quantized(folder: Path, model: nn.Module, scheme: Scheme, device: torch.device | str) -> None:
-    """Fill a model without memory, on the meta device, with the quantised weights of a folder; scales and what was not
-    quantised are cast to what the model's own dtype asks for.
+    """Load the quantized weights of a folder into a model on the meta device.
 
-    Raises ValueError if the file is damaged, and naming every tensor that is missing, unexpected or of another shape,
-    and as `quantize` does.
+    Scales and tensors that are not quantized are cast according to the model's dtype. Raises ValueError if the file is
+    damaged, and naming every tensor that is missing, unexpected or of another shape; and as `quantize` does.
     """
     check_scheme(scheme, device, next(model.parameters()).dtype)
-    quantize(model, scheme)  # nothing is computed: it gives the form that the numbers below are put into
+    quantize(model, scheme)  # on the meta device nothing is computed: this makes the tensors that are filled below
     form = quantized_state(model)
     try:
         saved = load_file(folder / "model.safetensors", device=str(device))

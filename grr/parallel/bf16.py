@@ -1,4 +1,4 @@
-"""Compute in bfloat16 with weights that stay float32: what FSDP2 does of itself, for a model that is not sharded."""
+"""Mixed precision for a model that is not sharded: bfloat16 computation with float32 weights, as FSDP2 does it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +12,10 @@ from grr.components import Block
 
 
 class InBFloat16:
-    """A function of a module, computed with bfloat16 copies of parameters; their gradients reach the float32 originals.
+    """Wrapper of a module's function that computes with bfloat16 copies of the parameters.
 
-    Floating-point inputs are cast to bfloat16 as well, and with `outputs` what comes out to that dtype.
+    Gradients reach the float32 originals. Floating-point inputs are cast to bfloat16, and outputs to the dtype
+    `outputs` if it is given.
     """
 
     def __init__(
@@ -29,19 +30,19 @@ class InBFloat16:
         return result if self.outputs is None else _cast(result, self.outputs)
 
 
-def compute_in_bf16(model: nn.Module, entrances: Sequence[str]) -> None:
-    """Make the forward pass and the entrances of a model compute in bfloat16, and give float32.
+def compute_in_bf16(model: nn.Module, entry_points: Sequence[str]) -> None:
+    """Make `forward` and the methods `entry_points` of a model compute in bfloat16 and return float32.
 
-    Parameters, and so gradients, optimizer and checkpoints, stay what they are. Each block casts its own parameters, so
-    that a block whose activations are computed again casts them again. `parallelize` calls it, after compiling, so that
-    what is compiled reads bfloat16.
+    Parameters, gradients, optimizer and checkpoints stay float32. Each block casts its own parameters, so that a block
+    whose activations are recomputed casts them again. `parallelize` calls this after compilation, so that compiled code
+    reads bfloat16.
     """
     inside: set[nn.Module] = set()
     for block in (module for module in model.modules() if isinstance(module, Block)):
         inside.update(owners := _owners(block))
         block.forward = InBFloat16(block.forward, owners)  # type: ignore[method-assign]
     rest = [module for module in _owners(model) if module not in inside]
-    for name in ("forward", *entrances):
+    for name in ("forward", *entry_points):
         if hasattr(model, name):
             setattr(model, name, InBFloat16(getattr(model, name), rest, outputs=torch.float32))
 
@@ -58,9 +59,10 @@ def held_in_bf16(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Around a backward pass: modules that compute their activations again in it read bfloat16 copies there, too.
+    """Context of a backward pass in which modules that recompute their activations read bfloat16 copies as well.
 
-    That is for modules of a user's own. Blocks cast their own parameters, and the vocabulary head keeps those it had.
+    Only other modules than those of this library need it: blocks cast their own parameters, and the vocabulary head
+    keeps the copies of the forward pass.
     """
     if not isinstance(model.forward, InBFloat16):
         yield
@@ -71,7 +73,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def lowered(owners: Sequence[nn.Module]) -> Iterator[None]:
-    """Put bfloat16 copies in the place of the parameters that these modules hold themselves."""
+    """Replace the parameters that these modules hold directly by bfloat16 copies, within the context."""
     places = [
         (module._parameters, name, parameter)
         for module in owners
@@ -89,7 +91,7 @@ def lowered(owners: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class _ToBFloat16(torch.autograd.Function):
-    """Many tensors at once: a kernel for all of them, and a node of the graph, instead of one for each."""
+    """Cast many tensors by one kernel and one node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:

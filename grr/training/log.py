@@ -1,4 +1,4 @@
-"""What a run writes down: its numbers, a line at a time, and on what they were computed."""
+"""Log of a run: metrics.jsonl, a line at a time, and manifest.json, what it was computed on."""
 
 import json
 import logging
@@ -106,7 +106,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
-    """A validation in one sentence."""
+    """Returns a validation as one line of text."""
     return (
         f"step {step}: validation loss {losses.loss:.4f} ({losses.contrastive_weight:g} x contrastive + "
         f"{losses.captioning_weight:g} x captioning), perplexity {losses.perplexity:.4f}, contrastive loss "
@@ -117,7 +117,7 @@ def summary(step: int, losses: Losses, found: dict[str, float]) -> str:
 
 
 def has_ended(folder: Path, **end: Any) -> bool:
-    """Whether a run has left its model, and then the line "final" that says so, with these values."""
+    """Returns whether a run has saved its model and then logged the line "final" with these values."""
     finals = [line for line in read_metrics(folder) if line.get("split") == "final"]
     return (folder / "model").is_dir() and any(end.items() <= line.items() for line in finals)
 
@@ -128,13 +128,13 @@ def is_number(value: object) -> bool:
 
 
 def kept_step(row: LogLine) -> int | None:
-    """The step of the weights that a run keeps, by a line of its log: the final one, or a validation."""
+    """Returns the step of the weights that a run keeps, by its final line or a validation's, or None."""
     step = row.get("model_step", row.get("best_step", -1))
     return step if isinstance(step, int) and step >= 0 else None
 
 
 def read_metrics(folder: Path) -> list[LogLine]:
-    """The lines of folder/metrics.jsonl, without one that is torn; none if there is no file."""
+    """Returns the whole lines of folder/metrics.jsonl; an empty list if there is no file."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
@@ -173,7 +173,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts of the run in folder, as `write_manifest` wrote them; none if there is no such file."""
+    """Returns the starts of a run from its manifest.json; an empty list if there is no such file."""
     try:
         return list(json.loads((folder / "manifest.json").read_text())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -189,7 +189,7 @@ def _summary_writer(folder: Path, step: int) -> Any:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that grr is imported from, if it is one."""
+    """Returns the git commit of the checkout that grr is imported from; None if it is not a checkout."""
     here = Path(grr.__file__).resolve().parent
     words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -96,7 +96,7 @@ def frozen(start, tmp_path_factory) -> Path:
     done = run(command(start, folder, *FROZEN))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "finished: model/ holds the weights of step 10: validation loss" in done.stderr
-    assert "loader.crop=center goes on as it was trained" in done.stderr
+    assert "set loader.crop=center to keep it" in done.stderr
     return folder
 
 

@@ -183,4 +183,4 @@ def test_a_run_that_cuts_images_otherwise_is_told_so(finished, caplog):
         tell_of_other_crop(source, "center")
         assert not caplog.messages
         tell_of_other_crop(source, "squash")
-    assert "loader.crop=center goes on as it was trained" in caplog.text
+    assert "set loader.crop=center to keep it" in caplog.text
