@@ -35,6 +35,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grr import builders as builders
+    from grr import checkpoint as checkpoint
+    from grr import components as components
+    from grr import config as config
+    from grr import data as data
+    from grr import evaluation as evaluation
+    from grr import experiments as experiments
+    from grr import export as export
+    from grr import files as files
+    from grr import generation as generation
+    from grr import inference as inference
+    from grr import models as models
+    from grr import parallel as parallel
+    from grr import reports as reports
+    from grr import tokenizers as tokenizers
+    from grr import training as training
     from grr.data import Batch, Pairs, training_steps
     from grr.data.collate import collate_captions
     from grr.data.images import load_image
@@ -129,12 +145,18 @@ _SECTIONS = {
     },
 }
 _MODULES = {name: module for names in _SECTIONS.values() for name, module in names.items()}
+_PACKAGES = (
+    *("builders", "checkpoint", "components", "config", "data", "evaluation", "experiments", "export", "files"),
+    *("generation", "inference", "models", "parallel", "reports", "tokenizers", "training"),
+)
 
 
 if not TYPE_CHECKING:  # type checkers would take any name of a module with __getattr__
 
     def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used (PEP 562)."""
+        """Import a public name or a package when it is first used (PEP 562)."""
+        if name in _PACKAGES:
+            return import_module(f"grr.{name}")
         if name not in _MODULES:
             raise AttributeError(f"module 'grr' has no attribute {name!r}; dir(grr) lists the public names")
         value = globals()[name] = getattr(import_module(_MODULES[name]), name)
@@ -142,4 +164,4 @@ if not TYPE_CHECKING:  # type checkers would take any name of a module with __ge
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_PACKAGES})

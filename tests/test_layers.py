@@ -50,7 +50,7 @@ def wrong_imports(file: str, source: str) -> Iterator[str]:
             rule, fine = "a recipe imports installed packages, and no other recipe", recipe_may_import(name)
         else:
             room = rest.partition("/")[0].removesuffix(".py")
-            below = LAYERS[: LAYERS.index(room) + 1] if room in LAYERS else LAYERS
+            below = LAYERS[: LAYERS.index(room) + 1] if room in LAYERS else (*LAYERS, "builders")
             rule, fine = f"{room} imports {', '.join(below)}", library_may_import(absolute(name, package), below)
         if not fine:
             yield f"{file} imports {name}; {rule}"

@@ -31,8 +31,10 @@ def collate_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor,
 
     t is the number of tokens of the longest caption, so columns that are padding in all rows are not computed; labels
     end two columns earlier, because after EOS and CLS there is nothing to predict. A label is the next token of the
-    caption, and IGNORE where that is BOS, PAD or CLS (SPEC: equation 2).
+    caption, and IGNORE where that is BOS, PAD or CLS (SPEC: equation 2). Raises ValueError if there is no row.
     """
+    if len(rows) == 0:
+        raise ValueError("collate_captions: rows must have at least one caption, got none; leave out an empty batch")
     whole = torch.tensor(rows)  # [b, s + 1]
     inputs, following = whole[:, :-1], whole[:, 1:]
     bos, cls = inputs[:, :1], inputs[:, -1:]  # [b, 1] each

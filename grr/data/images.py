@@ -9,8 +9,9 @@ import io
 import warnings
 from collections.abc import Callable
 from functools import cache
+from numbers import Integral
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -45,8 +46,10 @@ def load_image(source: str | Path | bytes | BinaryIO, *, size: int = 288, crop: 
     to 8. A large JPEG is decoded at a reduced scale, at least twice the requested size, which changes pixels by two
     levels of 255 on average. Decoding takes at most 16 bytes of memory per pixel beside the file, and 20 for WebP and
     JPEG 2000 with transparency. Raises BadImage, with the reason, if the file cannot be decoded; OSError if it does not
-    exist.
+    exist; ValueError for another size or crop.
     """
+    check_size("load_image", size=size)
+    check_crop("load_image", crop)
     return _decode(source, size, lambda image: to_tensor(image, size=size, crop=crop))
 
 
@@ -55,6 +58,7 @@ def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int = THUMBNAIL) -
 
     Raises as `load_image` does.
     """
+    check_size("thumbnail", side=side)
     return _decode(source, side, lambda image: to_thumbnail(image, side=side))
 
 
@@ -109,8 +113,11 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
 
     Images are resized bilinearly with antialiasing. "squash" fits both sides, as in the paper; "center" keeps the
     aspect ratio and crops the longer side; "clip" is the bicubic preprocessing of CLIP, equal to it in every pixel.
-    Raises BadImage if the image has no pixels, or if "clip" would resize it to more than MAX_CLIP_PIXELS.
+    Raises BadImage if the image has no pixels, or if "clip" would resize it to more than MAX_CLIP_PIXELS; ValueError
+    for another size or crop.
     """
+    check_size("to_tensor", size=size)
+    check_crop("to_tensor", crop)
     _check_not_empty(image)
     rgb = to_rgb(_apply_orientation(image))
     if crop == "center":
@@ -131,8 +138,9 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
 def to_thumbnail(image: Image.Image, *, side: int = THUMBNAIL) -> Tensor:
     """A Pillow image of any mode, in RGB and its own shape, at most `side` pixels a side: uint8 [3, h, w].
 
-    A smaller image keeps its size. Raises BadImage if the image has no pixels.
+    A smaller image keeps its size. Raises BadImage if the image has no pixels, ValueError for another side.
     """
+    check_size("to_thumbnail", side=side)
     _check_not_empty(image)
     rgb = to_rgb(_apply_orientation(image))
     rgb.thumbnail((side, side))
@@ -149,6 +157,19 @@ def normalize(images: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
+
+
+def check_size(who: str, **size: int) -> None:
+    """Raise ValueError, not BadImage, if a size is not a positive int: the caller is wrong, and not the image."""
+    for name, value in size.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{who}: {name} must be a positive int, got {name}={value!r}; give a number of pixels")
+
+
+def check_crop(who: str, crop: str) -> None:
+    """Raise ValueError, not BadImage, if a crop is not known."""
+    if crop not in get_args(Crop):
+        raise ValueError(f"{who}: crop must be one of {', '.join(get_args(Crop))}, got {crop=}; choose one of these")
 
 
 def _check_not_empty(image: Image.Image) -> None:

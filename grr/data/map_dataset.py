@@ -4,6 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
+from torch import Tensor
+
+from grr.data.image_inputs import named_error
 from grr.data.images import BadImage
 from grr.data.records import Records, record_captions
 
@@ -45,10 +48,19 @@ def read_captions(
             yield number, _path(sample, image), list(filter(None, texts))
 
 
-def sample_image(dataset: MapDataset, image: Field, number: int) -> tuple[Any, str]:
-    """Returns the image of a sample, as the data set has it, and its name in messages."""
+def read_sample(dataset: MapDataset, image: Field, number: int, read: Callable[..., Tensor]) -> Tensor:
+    """Returns read(image, where=...) of the image of a sample, where is its name in messages.
+
+    BadImage and OSError, of the data set or of `read`, are raised again with the name of the sample and the image.
+    """
     where = f"from_dataset: the image of dataset[{number}]"
-    return _value(dataset[number], "image", image, number), where
+    value: Any = None
+    try:
+        value = _value(dataset[number], "image", image, number)
+        return read(value, where=where)
+    except (BadImage, OSError) as error:
+        named = error.filename if value is None and isinstance(error, OSError) else value
+        raise named_error(error, where, named) from error
 
 
 def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> Iterator[tuple[int, Any]]:
@@ -65,6 +77,13 @@ def _samples(dataset: Any, image: Field, caption: Field, records: Records) -> It
             yield number, dataset[number]
         except (BadImage, OSError) as error:  # the data set decodes images itself
             records.skip(f"dataset[{number}]", f"cannot be read: {type(error).__name__}")
+        except KeyError as error:
+            raise ValueError(
+                f"from_dataset: the samples of a data set must be dataset[0] to dataset[{len(dataset) - 1}], got "
+                f"KeyError: {error} from dataset[{number}] of a {type(dataset).__name__}; give a list of dicts, which "
+                "[dict(zip(d, row)) for row in zip(*d.values())] makes of a dict d of lists, and "
+                'df.to_dict("records") of a DataFrame df, or one split of the data set'
+            ) from error
 
 
 def _value(sample: Any, which: str, field: Field, number: int) -> Any:

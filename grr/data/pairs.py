@@ -7,7 +7,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grr.data.image_inputs import read_image, read_thumbnail
 from grr.data.images import THUMBNAIL, BadImage, Crop, load_image, thumbnail
-from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, sample_image
+from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, read_sample
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
@@ -181,12 +181,13 @@ class DatasetPairs(Pairs):
             self.load(0, size=1, crop="squash")  # raises ValueError here, not during the run
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        value, where = sample_image(self.dataset, self.image, int(self.samples[self.image_of[i]]))
-        return read_image(value, size=size, crop=crop, where=where)
+        return self._read(i, partial(read_image, size=size, crop=crop))
 
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
-        value, where = sample_image(self.dataset, self.image, int(self.samples[self.image_of[i]]))
-        return read_thumbnail(value, side=side, where=where)
+        return self._read(i, partial(read_thumbnail, side=side))
+
+    def _read(self, i: int, read: Callable[..., Tensor]) -> Tensor:
+        return read_sample(self.dataset, self.image, int(self.samples[self.image_of[i]]), read)
 
 
 def pair_counts(training: Pairs, validation: Pairs) -> dict[str, Any]:

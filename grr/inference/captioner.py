@@ -1,7 +1,6 @@
 """A trained model as a program uses it: images in any form go in, captions, embeddings and classes come out."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grr.checkpoint.finite import check_finite_outputs
-from grr.data.image_inputs import ImageInput, ImageInputs, each_image, read_image
+from grr.data.image_inputs import ImageInput, ImageInputs, each_image, named_error, read_image
 from grr.data.images import BadImage, Crop
 from grr.data.threads import in_thread
 from grr.evaluation.zero_shot import TEMPLATES, class_embeddings, class_probabilities, embed_texts
@@ -29,9 +28,10 @@ class Captioner(NamedTuple):
         captioner.caption("photo.jpg")                            # ["a fox and a key"]
         captioner.classify(["a.jpg", "b.jpg"], ["fox", "owl"])    # [{"fox": 0.9, "owl": 0.1}, ...]
 
-    `images` is a path, the bytes of a file, a Pillow image, an array uint8 [h, w, 3], a tensor uint8 [3, h, w], a list
-    of these, or a batch, an array uint8 [b, h, w, 3] or a tensor uint8 [b, 3, h, w]. EXIF orientation is applied,
-    transparency is laid on white. Images are read and computed 50 at a time, so memory does not grow with their number.
+    `images` is a path, the bytes of a file, a file opened in binary mode, a Pillow image, an array uint8 [h, w, 3], a
+    tensor uint8 [3, h, w], a list of these, or a batch, an array uint8 [b, h, w, 3] or a tensor uint8 [b, 3, h, w].
+    EXIF orientation is applied, transparency is laid on white. Images are read and computed 50 at a time, so memory
+    does not grow with their number.
     What is returned lies on the CPU. An image that cannot be used raises an error that names it: ValueError, BadImage,
     which is a ValueError, for a damaged file, and OSError for one that cannot be read; the commands `grr caption`,
     `classify` and `embed` report such files and continue.
@@ -43,6 +43,15 @@ class Captioner(NamedTuple):
     tokenizer: Tokenizer
     image_size: int
     crop: Crop
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return (
+            f"Captioner({type(self.model).__name__} of {parameters:,} parameters in {dtype} on {self.device}, "
+            f"{type(self.tokenizer).__name__} of {self.tokenizer.vocab_size:,} ids, image_size={self.image_size}, "
+            f"crop={self.crop!r})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -80,12 +89,7 @@ class Captioner(NamedTuple):
 
         Raises ValueError if one is not a string, or if the model computes NaN or infinity.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"embed_texts: texts[{i}] must be a string, got {type(text).__name__}; write it as text"
-                )
+        texts = _strings("embed_texts", "texts", [texts] if isinstance(texts, str) else texts)
         return embed_texts(self.model, self.tokenizer, texts or [""], self.device).cpu()[: len(texts)]
 
     def classify(
@@ -99,7 +103,9 @@ class Captioner(NamedTuple):
         Raises ValueError if there is no name, one occurs twice, a template does not hold {} once, or the model computes
         NaN or infinity.
         """
-        classes = class_embeddings(self.model, self.tokenizer, names, self.device, templates=tuple(templates))  # [c, e]
+        names = _strings("classify", "names", names)
+        templates = tuple(_strings("classify", "templates", templates))
+        classes = class_embeddings(self.model, self.tokenizer, names, self.device, templates=templates)  # [c, e]
         rows: list[dict[str, float]] = []
         for pixels, of in self._batches("classify", images):
             with evaluating(self.model):
@@ -125,16 +131,22 @@ def _read(named: tuple[ImageInput, str], *, size: int, crop: Crop) -> Tensor:
     image, where = named
     try:
         return read_image(image, size=size, crop=crop, where=where)
-    except BadImage as error:
-        raise BadImage(
-            f"{where}{_path(image)} must be an image, got {error}; leave it out, or copy it again"
-        ) from error
-    except OSError as error:
-        why = error.strerror or str(error) or type(error).__name__
-        raise type(error)(
-            f"{where}{_path(image)} cannot be read: {why}; give the path of an image file on this machine"
-        ) from error
+    except (BadImage, OSError) as error:
+        raise named_error(error, where, image) from error
 
 
-def _path(image: ImageInput) -> str:
-    return f", {os.fspath(image)!r}," if isinstance(image, str | os.PathLike) else ""
+def _strings(who: str, argument: str, values: object) -> list[str]:
+    """Returns the values as a list. Raises ValueError, naming the argument, if they are not several strings."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(
+            f"{who}: {argument} must be a list of strings, got {type(values).__name__} {str(values)[:60]!r}; write "
+            "each as text, in a list"
+        )
+    strings = list(values)
+    for i, value in enumerate(strings):
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{who}: {argument}[{i}] must be a string, got {type(value).__name__} {str(value)[:60]!r}; write it as "
+                "text"
+            )
+    return strings

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -93,9 +94,16 @@ def load_pretrained(
         model, tokenizer, image_size, crop = load_pretrained("runs/openmoji")
 
     The model is in evaluation mode. Raises as `find_pretrained` and `load_weights` do, for a quantised model as
-    `load_quantized` does, and ValueError if weights are too large for `dtype`.
+    `load_quantized` does, and ValueError if weights are too large for `dtype`, dtype is not one of floats, or there is
+    no such device.
     """
     source = find_pretrained(path)
+    device = _checked_device(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"load_pretrained: dtype must be a torch dtype of floats, such as torch.bfloat16, got {dtype=}; give "
+            "torch.float32, torch.bfloat16 or torch.float16"
+        )
     with torch.device("meta"):
         model = build_pretrained(source)
     if source.quantization is not None:
@@ -108,6 +116,24 @@ def load_pretrained(
             check_finite_weights("load_pretrained", model.state_dict(), f"{source.path} in {dtype}")
     tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     return Captioner(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    """Returns the device. Raises ValueError for another value, and for a GPU that this machine does not have."""
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"load_pretrained: device must be a torch device, such as 'cuda' or 'cpu', got {device!r} ({why}); leave "
+            "device out for the default"
+        ) from error
+    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"load_pretrained: device must be one of this machine, got {device!r} and {torch.cuda.device_count()} CUDA "
+            "GPUs are available; leave device out for the default"
+        )
+    return checked
 
 
 def fingerprint(trained: Captioner) -> str:
@@ -141,11 +167,21 @@ def find_pretrained(path: str | Path) -> Pretrained:
 
     Of a run's folder, it is the finished model, or else the newest whole checkpoint.
 
-    Raises FileNotFoundError if there is no model, ValueError if the description is damaged, of a newer version, of
-    another rotary pairing, names an unknown builder or has arguments that no model has, or if its model has more
-    parameters than the weights beside it can hold. Nothing of that size is allocated before.
+    Raises FileNotFoundError if there is no model, ValueError if path is not a folder's, or if the description is
+    damaged, of a newer version, of another rotary pairing, names an unknown builder or has arguments that no model has,
+    or if its model has more parameters than the weights beside it can hold. Nothing of that size is allocated before.
     """
+    if not isinstance(path, str | os.PathLike) or os.fspath(path) == "":
+        raise ValueError(
+            f"find_pretrained: path must be a folder's, got {path!r}; give the folder of a run, its model/, or one of "
+            "its checkpoints/step_N"
+        )
     path = Path(path)
+    if path.is_file():
+        raise ValueError(
+            f"find_pretrained: path must be a folder's, got the file {path}; give the folder that holds it, "
+            f"{path.parent}"
+        )
     if (path / "config.json").is_file():
         return _described(path, path / "config.json", _json(path / "config.json"), path / "tokenizer.model")
     if (path / "progress.json").is_file():

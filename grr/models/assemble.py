@@ -25,6 +25,7 @@ from grr.components import (
     SinusoidalPositions,
 )
 from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+from grr.models.sizes import check_sizes
 
 Norm = Literal["rmsnorm", "layernorm"]
 FeedForwardKind = Literal["geglu", "mlp"]
@@ -66,8 +67,17 @@ def vision_transformer(
     """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
 
     `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
-    Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, or a name is not known.
+    Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, a size is not a positive int, or
+    a name is not known.
     """
+    check_sizes(
+        "vision_transformer",
+        image_size=image_size,
+        patch_size=patch_size,
+        dim=dim,
+        num_heads=num_heads,
+        num_layers=num_layers,
+    )
     if image_size % patch_size:
         raise ValueError(
             f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
@@ -146,8 +156,16 @@ def text_decoder(
     """Build a unimodal text decoder: token embeddings and causal blocks. 138,038,784 parameters at the defaults.
 
     `context_length` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
-    not a multiple of num_heads, or a name is not known.
+    not a multiple of num_heads, a size is not a positive int, or a name is not known.
     """
+    check_sizes(
+        "text_decoder",
+        vocab_size=vocab_size,
+        context_length=context_length,
+        dim=dim,
+        num_heads=num_heads,
+        num_layers=num_layers,
+    )
     _check_heads("text_decoder", dim, num_heads)
     _check_names(
         "text_decoder",
@@ -207,8 +225,21 @@ def coca(
     The first six choose norm, feed-forward network and positions of the vision encoder and of the text decoders.
     `context_length` is the longest caption in tokens, `num_queries` the number of queries of the generative pooler. The
     arguments from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the
-    towers do.
+    towers do, or if the temperature is not positive and finite.
     """
+    check_sizes(
+        "coca",
+        vocab_size=vocab_size,
+        context_length=context_length,
+        num_queries=num_queries,
+        image_size=image_size,
+        patch_size=patch_size,
+        dim=dim,
+        num_heads=num_heads,
+        vision_layers=vision_layers,
+        text_layers=text_layers,
+        multimodal_layers=multimodal_layers,
+    )
     vision_encoder = vision_transformer(
         norm=vision_norm,
         feed_forward=vision_feed_forward,

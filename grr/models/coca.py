@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -179,8 +179,10 @@ class LogitScale(nn.Module):
 
     def __init__(self, *, temperature: float = 0.07, bias: float = 0.0, learned: bool = False) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"LogitScale: temperature must be positive, got {temperature=}")
+        if not isinstance(temperature, SupportsFloat) or not 0 < temperature < math.inf:
+            raise ValueError(
+                f"LogitScale: temperature must be positive and finite, got {temperature=}; the paper has 0.07"
+            )
         self.temperature, self.initial_bias, self.learned = temperature, bias, learned
         if learned:
             self.log_scale = nn.Parameter(torch.empty(1))

@@ -25,6 +25,7 @@ from grr.components import (
     SelfAttention,
 )
 from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
+from grr.models.sizes import check_sizes
 
 
 def open_clip_coca(
@@ -53,8 +54,25 @@ def open_clip_coca(
     `correct_cls_mask`, CLS attends to the caption and not to padding. That is correct and faster on short captions, but
     the released weights were trained otherwise (see `PaddedTextDecoder`). Images are normalised with the constants of
     this library; the converter adds the difference from CLIP's constants to the patch embedding, which does not have a
-    bias in open_clip. Raises ValueError if image_size is not a multiple of patch_size, or a width of its heads.
+    bias in open_clip. Raises ValueError if image_size is not a multiple of patch_size, a width of its
+    heads, or a size is not a positive int.
     """
+    check_sizes(
+        "open_clip_coca",
+        vocab_size=vocab_size,
+        context_length=context_length,
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_dim=vision_dim,
+        vision_heads=vision_heads,
+        vision_layers=vision_layers,
+        num_queries=num_queries,
+        pooler_heads=pooler_heads,
+        dim=dim,
+        num_heads=num_heads,
+        text_layers=text_layers,
+        multimodal_layers=multimodal_layers,
+    )
     if image_size % patch_size:
         raise ValueError(
             f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"

@@ -104,8 +104,13 @@ def train_tokenizer(
 
     The pieces are byte-pair merges (Sennrich et al. 2016), which become whole words even with a few sentences; the
     special ids are T5's. Equal captions lead to equal vocabularies. Of more than two million captions, two million are
-    sampled. Raises ValueError if the captions have no text, or more characters than ids.
+    sampled. Raises ValueError if the captions are not strings, have no text, or have more characters than ids.
     """
+    if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
+        raise ValueError(
+            f"train_tokenizer: captions must be a list of strings, got {type(captions).__name__} "
+            f"{str(captions)[:60]!r}; give [caption, ...], or pairs.captions"
+        )
     lines = (" ".join(c.encode("utf-8", "replace").decode().replace("\0", " ").split()) for c in captions)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)

@@ -48,9 +48,16 @@ def test_the_list_of_names_the_modules_and_the_imports_for_type_checkers_agree()
     tree = ast.parse((ROOT / "grr/__init__.py").read_text())
     (typed,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imported = [alias.name for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert sorted(imported) == sorted(grr._MODULES)
+    assert sorted(imported) == sorted([*grr._MODULES, *grr._PACKAGES])
     assert sorted(grr.__all__) == sorted([*grr._MODULES, "__version__"])
-    assert set(grr.__all__) <= set(dir(grr))
+    assert dir(grr) == sorted([*grr.__all__, *grr._PACKAGES])
+
+
+def test_every_package_is_an_attribute_without_an_import_of_its_own():
+    folders = {file.parent.name for file in (ROOT / "grr").glob("*/__init__.py")} - {"cli"}
+    assert set(grr._PACKAGES) == {"builders", *folders}
+    code = "import sys, grr\nfor name in grr._PACKAGES: assert getattr(grr, name) is sys.modules[f'grr.{name}'], name"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
 
 
 @pytest.mark.parametrize("name", sorted(grr._MODULES))

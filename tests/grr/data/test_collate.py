@@ -103,3 +103,8 @@ def test_no_token_depends_on_padding_and_only_cls_on_cls(table, captions):
         other = torch.where(changed.unsqueeze(-1), x + 1, x)
         after = attention(other, positions=positions)
         torch.testing.assert_close(after[unchanged], before[unchanged], atol=1e-12, rtol=0)
+
+
+def test_a_batch_without_captions_is_refused():
+    with pytest.raises(ValueError, match="collate_captions: rows must have at least one caption, got none; leave out"):
+        collate_captions([])

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -195,6 +196,79 @@ def test_a_damaged_image_is_a_bad_sample_and_one_of_another_kind_stops_the_run()
     with pytest.raises(ValueError, match=r"from_dataset: the image of dataset\[1\] must be a path") as error:
         pairs.load(1, size=8, crop="squash")
     assert not isinstance(error.value, BadImage)
+
+
+class Columns:
+    """A data set that is indexed by the name of a column, as pandas' DataFrame is."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, name: str) -> list[str]:
+        return {"image": ["a.png", "b.png"], "text": ["a", "b"]}[name]
+
+
+@pytest.mark.parametrize("dataset", [{"image": ["a.png"], "text": ["a"]}, {"train": a_list(2)}, Columns()])
+def test_a_data_set_indexed_by_names_is_refused_with_a_remedy(dataset):
+    with pytest.raises(
+        ValueError, match=r"from_dataset: .* got KeyError: 0 from dataset\[0\] of a .*; give a list of dic"
+    ):
+        Pairs.from_dataset(dataset, image="image", caption="text")
+
+
+def test_the_remedy_for_a_dict_of_lists_makes_pairs(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    d = {"image": [str(tmp_path / "a.png")], "text": ["a"]}
+    samples = [dict(zip(d, row, strict=True)) for row in zip(*d.values(), strict=True)]
+    assert list(Pairs.from_dataset(samples, image="image", caption="text").captions) == ["a"]
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_sample_and_file(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "a.png").write_bytes(png(1))
+    files = [tmp_path / name for name in ("a.png", "none.png", "bad.png")]
+    forms = [*map(str, files), *({"bytes": None, "path": str(file)} for file in files)]
+    pairs = Pairs.from_dataset(
+        [{"image": x, "text": f"{i}"} for i, x in enumerate(forms)], image="image", caption="text"
+    )
+    for i, name, kind in ((1, "none", FileNotFoundError), (2, "bad", BadImage)):
+        for j in (i, i + 3):
+            for read in (partial(pairs.load, size=8, crop="squash"), partial(pairs.thumbnail, side=8)):
+                with pytest.raises(
+                    kind, match=rf"from_dataset: the image of dataset\[{j}\], '.*{name}.png', "
+                ) as error:
+                    read(j)
+                assert type(error.value) is kind
+
+
+def test_an_error_of_the_data_set_itself_is_named_with_its_sample():
+    class Decoding:
+        def __init__(self, error: OSError) -> None:
+            self.error, self.read = error, 0
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, i: int) -> dict[str, object]:
+            self.read += 1
+            if self.read > 1:  # the caption was read
+                raise self.error
+            return {"image": picture(0), "text": "a"}
+
+    class Other(OSError):
+        def __init__(self, code: int, *, reason: str) -> None:
+            super().__init__(reason)
+
+    for error, message in (
+        (
+            FileNotFoundError(2, "No such file", "gone.png"),
+            r"dataset\[0\], 'gone.png', cannot be read: No such file; give",
+        ),
+        (Other(5, reason="timed out"), r"dataset\[0\] cannot be read: timed out; give"),
+    ):
+        pairs = Pairs.from_dataset(Decoding(error), image="image", caption="text")
+        with pytest.raises(OSError, match=message):
+            pairs.load(0, size=8, crop="squash")
 
 
 def test_only_the_text_of_a_hugging_face_data_set_is_read_for_captions(tmp_path):

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, load_image, normalize, to_tensor
+from grr.data import Pairs
+from grr.data.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BadImage,
+    load_image,
+    normalize,
+    thumbnail,
+    to_tensor,
+    to_thumbnail,
+)
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F",
          "I;16", "I;16L", "I;16B"]  # fmt: skip
@@ -207,6 +217,37 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
 def test_a_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_image(tmp_path / "nowhere.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("crop", "centre"), ("crop", None), ("size", 0), ("size", -3), ("size", 8.0), ("size", "8"), ("size", True)],
+)
+def test_a_wrong_size_or_crop_is_an_error_of_the_caller_and_not_of_the_image(tmp_path, name, value):
+    image = Image.new("RGB", (9, 9))
+    image.save(tmp_path / "a.png")
+    pairs = Pairs.from_dataset([{"image": image, "text": "a"}], image="image", caption="text")
+    given = {"size": 8, "crop": "squash", name: value}
+    for read in (
+        lambda: load_image(tmp_path / "a.png", **given),
+        lambda: to_tensor(image, **given),
+        lambda: pairs.load(0, **given),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {name}={value!r}; ") as error:
+            read()
+        assert not isinstance(error.value, BadImage)
+
+
+@pytest.mark.parametrize("side", [0, 8.0])
+def test_a_wrong_side_of_a_thumbnail_is_an_error_of_the_caller(tmp_path, side):
+    image = Image.new("RGB", (9, 9))
+    image.save(tmp_path / "a.png")
+    pairs = Pairs.from_dataset([{"image": image, "text": "a"}], image="image", caption="text")
+    reads = [lambda: thumbnail(tmp_path / "a.png", side=side), lambda: to_thumbnail(image, side=side)]
+    for read in (*reads, lambda: pairs.thumbnail(0, side=side)):
+        with pytest.raises(ValueError, match=f"side must be a positive int, got side={side}") as error:
+            read()
+        assert not isinstance(error.value, BadImage)
 
 
 def test_normalize_is_the_formula_for_uint8_and_the_identity_for_floats():

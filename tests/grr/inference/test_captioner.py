@@ -171,8 +171,13 @@ WRONG = [
     (torch.zeros(3, 4, 4), r"images\[1\] must be a tensor uint8 .*, got float32 \[3, 4, 4\]; scale .* model.encode"),
     (torch.zeros(4, 4, 3, dtype=torch.uint8), r"got uint8 \[4, 4, 3\]; permute"),
     (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"images\[1\] must be a tensor .* got uint8 \[1, 3, 4, 4\]"),
-    (3, r"images\[1\] must be a path, a Pillow image, .* got int '3'; PIL"),
+    (3, r"images\[1\] must be a path, a Pillow image, .* got int '3'; give the path"),
     (None, r"images\[1\] must be a path, .* got NoneType 'None'"),
+    (np.zeros((4, 4, 4), dtype=np.uint8), r"got uint8 \[4, 4, 4\]; PIL.Image.fromarray .* alpha"),
+    (np.zeros((4, 4, 1), dtype=np.uint8), r"got uint8 \[4, 4, 1\]; repeat its channel"),
+    (np.zeros((4, 5, 7), dtype=np.uint8), r"got uint8 \[4, 5, 7\]; give an image with the channels red"),
+    ({"a": 1}, r"images\[1\] must hold \"bytes\" or \"path\" if it is a dict, got a dict of \['a'\]; give the image"),
+    (io.StringIO("a"), r"images\[1\] must be a file opened in binary mode, got one of text; open it with mode 'rb'"),
     (b"no image", r"images\[1\] must be an image, got not a readable image: .*; leave it out"),
 ]  # fmt: skip
 
@@ -194,7 +199,7 @@ def test_a_file_that_cannot_be_read_is_named(trained, files, tmp_path):
         BadImage, match=r"caption: images\[1\], '.*empty.png', must be an image, got .* the file is empty"
     ):
         trained.caption([files[0], tmp_path / "empty.png"])
-    with pytest.raises(BadImage, match=r"images\[0\], '.*', must be an image, got not a readable image"):
+    with pytest.raises(BadImage, match=r"images\[0\], '.*', .* is a folder; give the paths of the image files in it$"):
         trained.caption(tmp_path)
 
 
@@ -203,6 +208,35 @@ def test_a_text_or_class_of_a_wrong_kind_is_named(trained):
         trained.embed_texts(["a", 3])
     with pytest.raises(ValueError, match="each class must have a unique name, got 'red' more than once"):
         trained.classify(a_picture(4, 4, 0), ["red", "red"])
+
+
+@pytest.mark.parametrize("value", [None, b"a", 3, [1, 2], ["a", None]])
+@pytest.mark.parametrize(
+    ("method", "argument"), [("embed_texts", "texts"), ("classify", "names"), ("classify", "templates")]
+)
+def test_texts_that_are_not_a_list_of_strings_are_named(trained, method, argument, value):
+    image = [a_picture(4, 4, 0)] if method == "classify" else []
+    given = {"names": COLOURS, argument: value} if method == "classify" else {argument: value}
+    with pytest.raises(ValueError, match=rf"{method}: {argument}(\[\d\])? must be a (list of )?string"):
+        getattr(trained, method)(*image, **given)
+
+
+def test_an_opened_file_is_one_image(trained, pictures, tmp_path):
+    expected = trained.preprocess(pictures[0])
+    with open(pictures[0], "rb") as file:
+        assert torch.equal(trained.preprocess(file), expected)
+    assert torch.equal(trained.preprocess([io.BytesIO(Path(pictures[0]).read_bytes())]), expected)
+    with pytest.raises(ValueError, match=r"images\[0\] must be an open file, got .*closed.*; give its path"):
+        trained.caption(file)
+
+
+def test_a_captioner_is_shown_in_one_line(trained):
+    parameters = sum(p.numel() for p in trained.model.parameters())
+    ids = trained.tokenizer.vocab_size
+    assert repr(trained) == (
+        f"Captioner(CoCa of {parameters:,} parameters in float32 on cpu, Tokenizer of {ids} ids, image_size=32, "
+        "crop='squash')"
+    )
 
 
 def test_an_undecoded_image_of_a_hugging_face_data_set_is_read(tmp_path):

@@ -95,6 +95,38 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         find_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("path", ["", None, b"runs", 3])
+def test_a_path_that_is_none_is_named(path):
+    with pytest.raises(
+        ValueError, match=f"find_pretrained: path must be a folder's, got {path!r}; give the folder of a"
+    ):
+        find_pretrained(path)
+
+
+def test_a_file_of_a_model_is_refused_with_its_folder(finished):
+    folder = finished[0] / "model"
+    with pytest.raises(ValueError, match=f"got the file .*model.safetensors; give the folder that holds it, {folder}"):
+        find_pretrained(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", None, torch.int8, float])
+def test_a_dtype_that_is_not_torchs_is_named(finished, dtype):
+    with pytest.raises(ValueError, match=r"dtype must be a torch dtype of floats, such as torch\.bfloat16, got dtype="):
+        load_pretrained(finished[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", 2.5])
+def test_a_device_that_is_not_there_is_named(finished, device):
+    with pytest.raises(ValueError, match=f"load_pretrained: device must be .*, got {device!r} .*; leave device out"):
+        load_pretrained(finished[0], device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_a_gpu_on_a_machine_without_one_is_refused(finished):
+    with pytest.raises(ValueError, match="got 'cuda' and 0 CUDA GPUs are available; leave device out"):
+        load_pretrained(finished[0], device="cuda")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import pydoc
 
 import pytest
@@ -338,6 +339,33 @@ def test_compiled_and_bfloat16_models_are_the_same_function():
 def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         grr_coca_tiny(**arguments)
+
+
+BUILDERS = (vision_transformer, text_decoder, grr_coca_tiny, open_clip_coca)
+SIZES = [
+    (builder, name)
+    for builder in BUILDERS
+    for name, parameter in inspect.signature(builder).parameters.items()
+    if type(parameter.default) is int
+]
+
+
+@pytest.mark.parametrize(("builder", "name"), SIZES)
+def test_a_size_that_is_not_a_positive_int_is_named(builder, name):
+    too_low = {"vocab_size": 1, "context_length": 3}.get(name, -1 if name.endswith("layers") else 0)
+    for value in ("64", 64.0, None, True, -64, too_low):
+        with pytest.raises(ValueError, match=rf": {name} must be an int of at least \d, got {name}={value!r}; give"):
+            builder(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf, 0, -1.0, "0.07", None])
+def test_a_temperature_that_is_not_positive_and_finite_is_named(temperature):
+    for builder in (grr_coca_tiny, OPEN_CLIP_MODELS["open_clip_coca_vit_b_32"]):
+        with (
+            torch.device("meta"),
+            pytest.raises(ValueError, match="LogitScale: temperature must be positive and finite, got"),
+        ):
+            builder(temperature=temperature)
 
 
 def test_the_eight_variants_of_the_paper_differ_by_less_than_one_percent():

@@ -154,3 +154,10 @@ def test_a_context_without_room_is_refused(own, tmp_path):
     own.save(tmp_path / "x.model")
     with pytest.raises(ValueError, match="got context_length=3"):
         Tokenizer(tmp_path / "x.model", context_length=3)
+
+
+@pytest.mark.parametrize("captions", ["a red fox", b"a red fox", None, 3])
+def test_captions_that_are_not_a_list_of_strings_are_refused(tmp_path, captions):
+    with pytest.raises(ValueError, match=r"train_tokenizer: captions must be a list of strings, got .*; give"):
+        train_tokenizer(captions, tmp_path / "t.model")
+    assert not (tmp_path / "t.model").exists()

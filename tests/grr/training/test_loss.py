@@ -70,3 +70,19 @@ def test_captioning_loss_is_the_mean_over_labels_that_are_not_ignored():
 def test_embeddings_of_different_shapes_are_refused(loss):
     with pytest.raises(ValueError, match=r"must both be \[b, e\], got \[3, 4\] and \[2, 4\]"):
         loss(torch.ones(3, 4), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
+@pytest.mark.parametrize("temperature", [0, -0.1, math.nan])
+def test_a_number_that_is_no_temperature_is_refused(loss, temperature):
+    with pytest.raises(
+        ValueError, match=f"{loss.__name__}: temperature must be positive, got temperature={temperature}"
+    ):
+        loss(torch.ones(3, 4), torch.ones(3, 4), temperature)
+
+
+@pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
+def test_the_value_of_a_temperature_that_is_a_tensor_is_not_read(loss):
+    """Reading it would wait for the GPU; a meta tensor has no value, and an error is raised where one is read."""
+    embeddings = torch.ones(3, 4, device="meta")
+    assert loss(embeddings, embeddings, torch.ones(1, device="meta")).device.type == "meta"
