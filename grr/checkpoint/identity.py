@@ -45,6 +45,7 @@ MAY_CHANGE = HOW_COMPUTED | {
 }
 CONTENT = " (names or captions have changed)"
 OF_TRAINED_VOCABULARY = ("tokenizer.vocab_size", "tokenizer.context_length")  # checkpoints of 0.1 do not record them
+SHOWN = 10  # keys in a message
 BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
 
 
@@ -94,6 +95,8 @@ def check_identity(
             f"{key} is {old} in the checkpoint and {new} in the config" + (CONTENT if key in BY_FINGERPRINT else "")
             for key, (old, new) in refused.items()
         ]
+        if len(lines) > SHOWN:  # the folder of another recipe differs in nearly all keys
+            lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} other keys differ"]
         remedy = "Set run.folder to a new folder, or go back to the config.yaml in that folder"
         if all(map(_acceptable, refused)):
             names = ", ".join(refused)
