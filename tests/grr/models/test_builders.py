@@ -357,9 +357,7 @@ def test_a_builder_without_the_arguments_that_recipes_set_is_refused(monkeypatch
     monkeypatch.setitem(MODELS, "lacking", lacking)
     for name in ("grr_coca", "original_coca_2b"):
         check_builder(name)
-    with pytest.raises(
-        ValueError, match=r"positional lacks vocab_size, context_length, image_size; add them"
-    ):
+    with pytest.raises(ValueError, match=r"positional lacks vocab_size, context_length, image_size; add them"):
         check_builder("positional")
     with pytest.raises(ValueError, match=r"keyword-only arguments .* lacking lacks image_size;"):
         check_builder("lacking")
