@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # of grr/, the lowest first: each imports itself and those before it, wherever in a file the import stands
     "components",
-    "files",
     "config",
+    "files",
     "seeds",
     "tokenizers",
     "data",
