@@ -96,7 +96,7 @@ def main() -> None:
     folder = Path(run.folder)
     with process_group() as device:
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(cfg, folder / "config.yaml")
+        write_atomic(folder / "config.yaml", config.to_yaml(cfg))
 
         # the machine: the rates that it reaches at best
         rates = Rates(

@@ -22,6 +22,7 @@ from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
 from grr.checkpoint.saver import Saver
+from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import (
@@ -36,7 +37,7 @@ from grr.evaluation.classification import answers, classification_scores, classi
 from grr.evaluation.examples import Examples
 from grr.inference.classifiers import describe_classifier, load_parts
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
-from grr.models.builders import MODELS
+from grr.models.builders import MODELS, check_builder
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS
 from grr.parallel.initialize import initialize
@@ -96,6 +97,8 @@ def main() -> int:
     run = cfg.get(Run)
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
+    if source is None:
+        check_builder(cfg.model["name"])
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")
@@ -103,7 +106,8 @@ def main() -> int:
         if source is not None:
             cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
             tell_of_other_crop(source, cfg.loader["crop"])
-        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer))
+        file, resuming = folder / "tokenizer.model", has_checkpoints(folder / "checkpoints")
+        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, file, resuming, **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
         text_only = text_only_accuracy(pairs, held_out)
 

@@ -21,12 +21,13 @@ from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
 from grr.checkpoint.saver import Saver
+from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import describe
-from grr.models.builders import MODELS
+from grr.models.builders import MODELS, check_builder
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import on_rank_0, process_group
@@ -76,13 +77,15 @@ SECTIONS: config.Sections = {
 
 def main() -> int:
     cfg = config.load(SECTIONS)
+    check_builder(cfg.model["name"])
     run = cfg.get(Run)
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step
         pairs, held_out = read_data(cfg, run)
-        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, folder / "tokenizer.model", **cfg.tokenizer))
+        file, resuming = folder / "tokenizer.model", has_checkpoints(folder / "checkpoints")
+        tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, file, resuming, **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
         loader = loader_arguments(cfg, run, device)
 

@@ -44,6 +44,8 @@ MAY_CHANGE = HOW_COMPUTED | {
     "model.path",
 }
 CONTENT = " (names or captions have changed)"
+OF_TRAINED_VOCABULARY = ("tokenizer.vocab_size", "tokenizer.context_length")  # checkpoints of 0.1 do not record them
+SHOWN = 10  # keys in a message
 BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
 
 
@@ -62,6 +64,8 @@ def run_identity(cfg: Config, **fingerprints: str | None) -> dict[str, Any]:
         for key, value in arguments.items()
         if f"{section}.{key}" not in free
     }
+    if vars(cfg).get("tokenizer", {"path": ""})["path"] is None:  # the vocabulary was trained for this run
+        values |= {key: cfg.tokenizer[key.partition(".")[2]] for key in OF_TRAINED_VOCABULARY}
     plain: dict[str, Any] = json.loads(json.dumps(values | fingerprints, default=str))
     return plain
 
@@ -75,7 +79,7 @@ def check_identity(
     Raises ValueError naming every other change with both values, and for a name in `accepted` that the identity does
     not have or that makes another model, whose weights no checkpoint holds.
     """
-    saved = current_keys(saved, wanted)
+    saved = {key: wanted[key] for key in OF_TRAINED_VOCABULARY if key in wanted} | current_keys(saved, wanted)
     known = saved.keys() | wanted.keys()
     wrong = [key for key in accepted if key not in known or not _acceptable(key)]
     if wrong:
@@ -91,6 +95,8 @@ def check_identity(
             f"{key} is {old} in the checkpoint and {new} in the config" + (CONTENT if key in BY_FINGERPRINT else "")
             for key, (old, new) in refused.items()
         ]
+        if len(lines) > SHOWN:  # the folder of another recipe differs in nearly all keys
+            lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} other keys differ"]
         remedy = "Set run.folder to a new folder, or go back to the config.yaml in that folder"
         if all(map(_acceptable, refused)):
             names = ", ".join(refused)
@@ -103,4 +109,4 @@ def check_identity(
 
 def _acceptable(key: str) -> bool:
     """Whether a run can go on with another value: not with another model."""
-    return not key.startswith(("model.", "head.")) or key in ("model.dropout", "model.temperature")
+    return not key.startswith(("model.", "head.", "tokenizer.")) or key in ("model.dropout", "model.temperature")

@@ -12,6 +12,11 @@ from grr.parallel.process_group import on_rank_0
 logger = logging.getLogger(__name__)
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Returns whether a folder has checkpoints, whole or damaged, so that a run that writes there resumes."""
+    return any(_checkpoints(folder))
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """Returns the whole checkpoint of the highest step in folder; None if none was ever whole. Changes nothing on disk.
 

@@ -17,7 +17,6 @@ environment.
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar
 
@@ -27,9 +26,8 @@ from grr.config.check import check_section
 from grr.config.help import plain, reference
 from grr.config.read import COMMAND_LINE, OVERRIDE, ConfigError, Given, Mistakes, collect
 from grr.config.signature import Section, Sections
-from grr.files.atomic import write_atomic
 
-__all__ = ["NONE", "OVERRIDE", "Config", "ConfigError", "Section", "Sections", "load", "nothing", "save"]
+__all__ = ["NONE", "OVERRIDE", "Config", "ConfigError", "Section", "Sections", "load", "nothing", "to_yaml"]
 
 T = TypeVar("T")
 
@@ -44,7 +42,7 @@ NONE: dict[str, Callable[..., Any]] = {"none": nothing}
 class Config(SimpleNamespace):
     """The keyword arguments of every section, defaults filled in: plain dicts, `cfg.optimizer["lr"]`.
 
-    Code may change them, `cfg.model |= {"vocab_size": 512}`; `build` and `save` use the changed values.
+    Code may change them, `cfg.model |= {"vocab_size": 512}`; `build` and `to_yaml` use the changed values.
     """
 
     def __init__(self, functions: Sections, sections: Mapping[str, dict[str, Any]]) -> None:
@@ -94,10 +92,10 @@ def load(sections: Sections, argv: list[str] | None = None) -> Config:
     return Config(sections, checked)
 
 
-def save(cfg: Config, path: Path) -> None:
-    """Write the config as YAML that loads as the same config, whole or not at all."""
+def to_yaml(cfg: Config) -> str:
+    """Returns the config as YAML that loads as the same config."""
     sections = {name: {key: plain(value) for key, value in vars(cfg)[name].items()} for name in cfg._functions}
-    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(sections)))
+    return OmegaConf.to_yaml(OmegaConf.create(sections))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -415,6 +415,17 @@ def create_model(name: str, **changes: Any) -> CoCa:
     return models[name](**changes)
 
 
+def check_builder(name: str) -> None:
+    """Raise ValueError if a builder of `MODELS` lacks a keyword-only argument that the recipes set or read."""
+    kinds = {key: parameter.kind for key, parameter in inspect.signature(MODELS[name]).parameters.items()}
+    required = ("vocab_size", "context_length", "image_size")
+    if lacking := [key for key in required if kinds.get(key) is not inspect.Parameter.KEYWORD_ONLY]:
+        raise ValueError(
+            f"check_builder: a builder must have the keyword-only arguments {', '.join(required)}, {name} lacks "
+            f"{', '.join(lacking)}; add them after a * in its signature, as in {name}(*, {lacking[0]}: int, ...)"
+        )
+
+
 P = ParamSpec("P")
 Model = TypeVar("Model", bound=nn.Module)
 

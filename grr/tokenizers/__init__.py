@@ -19,15 +19,22 @@ def load_tokenizer(path: str | Path, *, context_length: int = 64) -> Tokenizer:
 
 
 def open_tokenizer(
-    captions: Iterable[str], file: Path, *, path: str | None = None, vocab_size: int = 512, context_length: int = 64
+    captions: Iterable[str],
+    file: Path,
+    resuming: bool = False,
+    *,
+    path: str | None = None,
+    vocab_size: int = 512,
+    context_length: int = 64,
 ) -> Tokenizer:
-    """Returns the tokenizer of a run, whose vocabulary is kept in `file`.
+    """Returns the tokenizer of a run, whose vocabulary is stored in `file`.
 
-    The vocabulary is copied from `path` (T5's spiece.model, for example). Without a path it is the one already in
-    `file`, or else one of vocab_size ids trained on the captions. One of many processes calls it, by `on_rank_0`.
+    The vocabulary is copied from `path` (T5's spiece.model, for example). Without a path, a run that resumes uses the
+    one in `file`, and a new run trains one of vocab_size ids on the captions: a file that a failed start left is
+    replaced. One of many processes calls it, by `on_rank_0`.
     """
     if path is not None:
         load_tokenizer(path, context_length=context_length).save(file)
-    elif not file.is_file():
+    elif not (resuming and file.is_file()):
         return train_tokenizer(captions, file, vocab_size=vocab_size, context_length=context_length)
     return load_tokenizer(file, context_length=context_length)

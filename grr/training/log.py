@@ -89,7 +89,7 @@ def open_log(
             logger.warning(
                 "%s has no checkpoint: the run starts at step 0 and replaces its log of %d lines", folder, lines
             )
-        config.save(cfg, folder / "config.yaml")
+        write_atomic(folder / "config.yaml", config.to_yaml(cfg))
         write_manifest(folder, step=step, world_size=dist.get_world_size(), batch_size=cfg.run["batch_size"], **facts)
 
     on_rank_0(write_start)

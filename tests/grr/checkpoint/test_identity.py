@@ -109,3 +109,15 @@ def test_a_run_that_an_older_version_began_is_compared_by_todays_keys():
 
 def test_a_builder_that_still_takes_an_old_name_keeps_it():
     assert check_identity(Path("run"), {"model.context": 64}, {"model.context": 64}) == {}
+
+
+def test_another_size_of_a_trained_vocabulary_is_another_run_and_old_checkpoints_do_not_record_it():
+    def identity(**tokenizer) -> dict:
+        return run_identity(config.Config({}, {"run": {"seed": 0}, "tokenizer": tokenizer}), tokenizer="f")
+
+    saved = identity(path=None, vocab_size=300, context_length=32)
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size is 300 in the checkpoint and 512 in the config"):
+        check_identity(Path("run"), saved, identity(path=None, vocab_size=512, context_length=32))
+    old = {key: value for key, value in saved.items() if not key.startswith("tokenizer.")}
+    assert check_identity(Path("run"), old, saved) == {}
+    assert identity(path="spiece.model", vocab_size=300, context_length=32) == old

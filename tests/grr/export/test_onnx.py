@@ -269,7 +269,7 @@ def test_a_quantised_model_is_refused():
 def test_the_example_does_not_read_clips_vocabulary(exported, tmp_path):
     config = json.loads((exported[3] / "config.json").read_text()) | {"vocabulary": "clip"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"Captioner: .* has the vocabulary of CLIP"):
+    with pytest.raises(ValueError, match="Captioner: this example needs a SentencePiece vocabulary, got CLIP's"):
         Captioner(tmp_path)
 
 

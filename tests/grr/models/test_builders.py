@@ -14,6 +14,7 @@ from grr.models.builders import (
     MODELS,
     baseline_coca,
     baseline_vit,
+    check_builder,
     coca,
     create_model,
     grr_coca,
@@ -373,3 +374,18 @@ def test_the_eight_variants_of_the_paper_differ_by_less_than_one_percent():
     counts = [parameters(on_meta(vision_transformer, norm=n, feed_forward=f, position=p)) for n, f, p in choices]
     assert len(set(counts)) == 4  # positions cost nothing
     assert max(counts) / min(counts) < 1.01
+
+
+def test_a_builder_without_the_arguments_that_recipes_set_is_refused(monkeypatch):
+    def positional(vocab_size: int = 64, context_length: int = 8, image_size: int = 32) -> CoCa: ...
+
+    def lacking(*, vocab_size: int = 64, context_length: int = 8) -> CoCa: ...
+
+    monkeypatch.setitem(MODELS, "positional", positional)
+    monkeypatch.setitem(MODELS, "lacking", lacking)
+    for name in ("grr_coca", "original_coca_2b"):
+        check_builder(name)
+    with pytest.raises(ValueError, match=r"positional lacks vocab_size, context_length, image_size; add them"):
+        check_builder("positional")
+    with pytest.raises(ValueError, match=r"keyword-only arguments .* lacking lacks image_size;"):
+        check_builder("lacking")

@@ -211,8 +211,8 @@ def test_a_sentencepiece_model_is_not_taken_for_a_list_of_merges(tmp_path):
 
 
 def test_a_run_may_be_trained_with_it(merges, tok, tmp_path):
-    for path in (str(merges), None):  # with None, the copy in the run's folder is opened
-        opened = open_tokenizer([], tmp_path / "tokenizer.model", path=path, context_length=64)
+    for path in (str(merges), None):  # with None, a run that resumes opens the copy in its folder
+        opened = open_tokenizer([], tmp_path / "tokenizer.model", True, path=path, context_length=64)
         assert isinstance(opened, ClipTokenizer)
         assert opened.fingerprint == tok.fingerprint
 

@@ -126,13 +126,20 @@ def test_pickling_and_saving_preserve_a_tokenizer(own, tmp_path):
 def test_a_run_trains_its_tokenizer_once_or_copies_the_one_of_the_config(own, tmp_path):
     assert not dist.is_initialized()
     first = open_tokenizer(CAPTIONS, tmp_path / "run.model", vocab_size=80, context_length=32)
-    again = open_tokenizer(["other captions"], tmp_path / "run.model", vocab_size=80, context_length=32)
+    again = open_tokenizer(["other captions"], tmp_path / "run.model", True, vocab_size=80, context_length=32)
     assert first.fingerprint == again.fingerprint
     assert len(again.encode("a")) == 33
     own.save(tmp_path / "given.model")
     given_one = open_tokenizer([], tmp_path / "run2.model", path=str(tmp_path / "given.model"))
     assert given_one.fingerprint == own.fingerprint
     assert Tokenizer(tmp_path / "run2.model").fingerprint == own.fingerprint
+
+
+def test_a_new_run_replaces_the_tokenizer_that_a_failed_start_left(tmp_path):
+    stale = open_tokenizer(CAPTIONS[:3], tmp_path / "run.model", vocab_size=40)
+    new = open_tokenizer(CAPTIONS, tmp_path / "run.model", vocab_size=80)
+    assert new.fingerprint == open_tokenizer(CAPTIONS, tmp_path / "clean.model", vocab_size=80).fingerprint
+    assert new.fingerprint != stale.fingerprint
 
 
 def test_a_file_that_is_not_a_tokenizer_is_refused_with_a_remedy(tmp_path):
