@@ -5,7 +5,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from grr.cli.parser import add_command
+from grr.cli.parser import add_command, count
 from grr.experiments import catalog
 
 Arguments = dict[str, Any]  # of a model's builder, and its name
@@ -30,7 +30,7 @@ def add_sizes(subparsers: Any) -> None:
     parser.add_argument("models", nargs="*", metavar='"NAME key=value ..."', help="default: all names")
     parser.add_argument("--sweep", metavar="CONFIG", help="a config of the recipe sweep: a file, or an installed name")
     parser.add_argument(
-        "--text-length", type=int, metavar="TOKENS", help="tokens per caption; default: the model's context length"
+        "--text-length", type=count, metavar="TOKENS", help="tokens per caption; default: the model's context length"
     )
 
 
