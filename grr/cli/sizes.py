@@ -39,7 +39,8 @@ def sizes(options: argparse.Namespace) -> int:
     import torch
 
     from grr.evaluation.flops import Towers, flops_are_known, forward_flops, parameters, training_flops
-    from grr.models.builders import MODELS, OPEN_CLIP_MODELS
+    from grr.models.builders import MODELS
+    from grr.models.open_clip import OPEN_CLIP_MODELS
     from grr.reports.charts import number
     from grr.reports.table import aligned
 
