@@ -14,7 +14,7 @@ class RunLock:
     """Hold folder/.lock for this run until release, the end of a with statement, or the end of rank 0.
 
     patience: seconds to wait for a run that is about to end. To be made after the process group.
-    Raises BlockingIOError, an OSError, on every rank if another run holds the folder.
+    Raises, on every rank, BlockingIOError if another run holds the folder, NotADirectoryError if it is a file.
     """
 
     def __init__(self, folder: Path, *, patience: float = 10.0) -> None:
@@ -33,7 +33,14 @@ class RunLock:
         self.release()
 
     def _take(self, path: Path, patience: float) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            obstacle = next(part for part in (path.parent, *path.parents) if part.exists())
+            raise NotADirectoryError(
+                f"RunLock: run.folder, or the folder of an index or of results, must be a folder, and {obstacle} "
+                "is a file; set another folder to write to"
+            ) from None
         file = path.open("a+")
         deadline = time.monotonic() + patience
         while True:

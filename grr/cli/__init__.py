@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from grr import __version__
 from grr.cli import models, recipes, sizes, tokenizer
-from grr.cli.imports import import_modules
 from grr.cli.parser import Act, Parser
 from grr.cli.program import attempt
 
@@ -47,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     act: Act = options.command
 
-    def run() -> int:
-        import_modules(options.modules)
-        return act(options)
+    def import_first() -> None:
+        # not at the top: python -m grr.cli.imports, which runs that module, warns if this package has imported it
+        from grr.cli.imports import import_modules
 
-    return attempt(run, options.prog)
+        import_modules(options.modules)
+
+    return attempt(import_first, "grr") or attempt(lambda: act(options), options.prog)
 
 
 def build_parser() -> Parser:

@@ -7,10 +7,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from grr.cli.parser import Parser, add_command
+from grr.cli.parser import Parser, add_command, count
 from grr.files.printable import printable
 
 BATCH = 50  # images at a time
+UNREADABLE = "Files that cannot be read are named. The exit status is 0 if at least one file could be read, else 1."
 Row = dict[str, Any]  # of an image file, as in grr.inference.results
 
 
@@ -70,7 +71,7 @@ def add_classify(subparsers: Any) -> None:
         required=True,
         help="names, in double quotes if they have a comma, or a text file with one name per line",
     )
-    parser.add_argument("--top", type=int, metavar="N", default=5, help="classes per image; default: 5")
+    parser.add_argument("--top", type=count, metavar="N", default=5, help="classes per image; default: 5")
     parser.add_argument(
         "--template",
         metavar="TEXT",
@@ -141,7 +142,8 @@ def add_search(subparsers: Any) -> None:
         "search",
         "Find images in an index by sentences, or by similar images.",
         """
-        Reads an index that grr embed wrote. A query that names a file is an image. Every image is compared.
+        Reads an index that grr embed wrote. A query that names a file is an image. Every image is compared. The exit
+        status is 0 if at least one query could be read, else 1.
 
           grr search index "a fox and a key"
           grr search index "a fox" "an owl" photo.png --top 3
@@ -151,7 +153,7 @@ def add_search(subparsers: Any) -> None:
     parser.add_argument("index", metavar="INDEX", help="the folder of an index")
     parser.add_argument("queries", metavar="QUERY", nargs="+", help="a sentence, or an image file")
     parser.add_argument("--model", metavar="MODEL", help="default: the path of the model that made the index")
-    parser.add_argument("--top", type=int, metavar="N", default=10, help="images per query; default: 10")
+    parser.add_argument("--top", type=count, metavar="N", default=10, help="images per query; default: 10")
     parser.add_argument("--page", metavar="FILE", help="write the images found to an HTML page as well")
 
 
@@ -183,10 +185,11 @@ def search(options: argparse.Namespace) -> int:
 
 
 def _add_inputs(parser: Parser) -> None:
+    parser.epilog = UNREADABLE
     parser.add_argument("model", metavar="MODEL", help="a run's folder, its model/, or one of its checkpoints/step_N")
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders with their subfolders, or globs")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", default=BATCH, help=f"images at a time; default: {BATCH}"
+        "--batch-size", type=count, metavar="N", default=BATCH, help=f"images at a time; default: {BATCH}"
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
 

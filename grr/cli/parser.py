@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -41,7 +42,15 @@ class Parser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--[\w-]+): must ", r"\1 must ", message)  # of `count`
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def count(word: str) -> int:
+    """Read a number from 1 on, as the type of an argument."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {word}")
+    return int(word)
 
 
 def add_command(subparsers: Any, act: Act, name: str, summary: str, details: str) -> Parser:

@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from grr.cli.parser import add_command
+from grr.cli.parser import add_command, count
 from grr.experiments import catalog
 from grr.files.printable import printable, printable_lines
 
@@ -106,7 +106,7 @@ def add_run(subparsers: Any) -> None:
         Next: grr caption runs/openmoji photo.png
         """,
     )
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine, one per GPU, by torchrun")
+    parser.add_argument("--nproc", type=count, metavar="N", help="processes on this machine, one per GPU, by torchrun")
     parser.add_argument(
         "name",
         metavar="NAME",
@@ -154,7 +154,7 @@ def add_check(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--nproc",
-        type=int,
+        type=count,
         metavar="N",
         default=1,
         help="processes of the run, on all machines, among which batches are divided; default: 1",

@@ -1,11 +1,11 @@
-"""The command sizes: parameters and floating-point operations of models, by tower."""
+"""The command sizes: parameters and floating-point operations (FLOPs) of models, by tower."""
 
 import argparse
 import inspect
 from pathlib import Path
 from typing import Any
 
-from grr.cli.parser import add_command
+from grr.cli.parser import add_command, count
 from grr.experiments import catalog
 
 Arguments = dict[str, Any]  # of a model's builder, and its name
@@ -30,7 +30,7 @@ def add_sizes(subparsers: Any) -> None:
     parser.add_argument("models", nargs="*", metavar='"NAME key=value ..."', help="default: all names")
     parser.add_argument("--sweep", metavar="CONFIG", help="a config of the recipe sweep: a file, or an installed name")
     parser.add_argument(
-        "--text-length", type=int, metavar="TOKENS", help="tokens per caption; default: the model's context length"
+        "--text-length", type=count, metavar="TOKENS", help="tokens per caption; default: the model's context length"
     )
 
 
@@ -38,31 +38,44 @@ def sizes(options: argparse.Namespace) -> int:
     """Print a table of parameters and a table of operations."""
     import torch
 
-    from grr.evaluation.flops import Towers, forward_flops, parameters, training_flops
+    from grr.evaluation.flops import Towers, flops_are_known, forward_flops, parameters, training_flops
     from grr.models.builders import MODELS
+    from grr.models.open_clip import OPEN_CLIP_MODELS
     from grr.reports.charts import number
     from grr.reports.table import aligned
 
+    builders = MODELS | OPEN_CLIP_MODELS
     if options.sweep:
         models = _variants(catalog.config_file(options.sweep))
     else:
-        models = {words: _parse_model(words) for words in options.models or MODELS}
-    if unknown := sorted({str(arguments["name"]) for arguments in models.values()} - set(MODELS)):
-        raise ValueError(f"a model must be one of {', '.join(MODELS)}, got {', '.join(unknown)}")
+        models = {words: _parse_model(words) for words in options.models or builders}
+    if unknown := sorted({str(arguments["name"]) for arguments in models.values()} - set(builders)):
+        raise ValueError(
+            f"a model must be one of {', '.join(builders)}, got {', '.join(unknown)}; grr --import MODULE adds those "
+            "of your own module"
+        )
 
     counts: list[list[str]] = [["parameters, M", "total", *Towers._fields]]
     costs: list[list[str]] = [["GFLOPs a pair", "training", "forward", *Towers._fields]]
+    unknown_flops = False
     for label, arguments in models.items():
-        builder = MODELS[arguments.pop("name")]
+        builder = builders[arguments.pop("name")]
         try:
             with torch.device("meta"):
                 towers = parameters(builder(**arguments))
-            flops = forward_flops(builder, text_length=options.text_length, **arguments)
+            known = flops_are_known(builder)
+            flops = forward_flops(builder, text_length=options.text_length, **arguments) if known else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label}: {error}") from error
         counts.append([label, *(number(n / 1e6) for n in (towers.total, *towers))])
-        costs.append([label, *(number(n / 1e9) for n in (training_flops(flops), flops.total, *flops))])
+        if flops is None:
+            unknown_flops = True
+            costs.append([label, *"-" * (len(costs[0]) - 1)])
+        else:
+            costs.append([label, *(number(n / 1e9) for n in (training_flops(flops), flops.total, *flops))])
     print(f"{aligned(counts)}\n\n{aligned(costs)}")
+    if unknown_flops:
+        print("\n-: FLOPs are known for the presets of coca only.")
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from grr.cli.parser import Parser, add_command
+from grr.cli.parser import Parser, add_command, count
 from grr.experiments import catalog
 
 
@@ -61,7 +61,7 @@ def add_train(subparsers: Any) -> None:
         """,
     )
     parser.add_argument("captions", metavar="CAPTIONS", nargs="+", help="text files, configs, section.key=value")
-    parser.add_argument("--vocab-size", type=int, metavar="N", required=True, help="the largest number of ids")
+    parser.add_argument("--vocab-size", type=count, metavar="N", required=True, help="the largest number of ids")
     parser.add_argument("--output", metavar="FILE", required=True)
 
 

@@ -52,7 +52,11 @@ def collect(file: str, words: list[str], sections: Mapping[str, Section], mistak
 def _read(file: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except FileNotFoundError:
+        raise ConfigError(f"{file}:\n  there is no file {file}; grr ls lists the installed configs") from None
+    except OSError as error:
+        raise ConfigError(f"{file}:\n  cannot be read: {error.strerror}; name a YAML file") from None
+    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{file}:\n  cannot be read as YAML: {_one_line(error)}") from None
 
 

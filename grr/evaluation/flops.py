@@ -18,6 +18,12 @@ from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
 from grr.parallel.shard import blocks
 
+SIZES = {
+    *("vocab_size", "context_length", "image_size", "patch_size", "dim", "num_queries"),
+    *("vision_layers", "vision_feed_forward", "vision_ffn_multiplier"),
+    *("text_layers", "text_feed_forward", "text_ffn_multiplier", "multimodal_layers"),
+}  # arguments of `coca` from which its FLOPs follow
+
 
 class Towers(NamedTuple):
     """Count per part of a CoCa."""
@@ -57,8 +63,15 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
     """Compute the FLOPs of a forward pass of the model that `builder(**arguments)` builds, without building it.
 
     text_length: tokens that are read and scored; by default context_length, as for an untrimmed caption. Raises
-    TypeError for an argument that the builder does not take, ValueError if text_length is below 1.
+    TypeError for an argument that the builder does not take, ValueError if text_length is below 1 or if the builder is
+    not a preset of `coca` (`flops_are_known`).
     """
+    if not flops_are_known(builder):
+        name = getattr(builder, "__name__", builder)
+        raise ValueError(
+            f"forward_flops: FLOPs are known for the presets of coca only, got {name}; "
+            "count those of another model with torch.utils.flop_counter.FlopCounterMode"
+        )
     bound = inspect.signature(builder).bind(**arguments)
     bound.apply_defaults()
     a = SimpleNamespace(**bound.arguments)
@@ -79,6 +92,11 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
         multimodal=a.multimodal_layers * (text_block + _attention(s, n, d)),
         head=_linear(s, d, a.vocab_size),
     )
+
+
+def flops_are_known(builder: Callable[..., CoCa]) -> bool:
+    """Returns whether `forward_flops` can compute the FLOPs: whether the builder takes the sizes that `coca` takes."""
+    return inspect.signature(builder).parameters.keys() >= SIZES
 
 
 def batch_flops(builder: Callable[..., CoCa], batches: Iterable[Batch], **arguments: Any) -> Towers:

@@ -103,10 +103,12 @@ def command(words: Sequence[str]) -> list[str]:
 
     words: RECIPE, RECIPE/CONFIG or a file, followed by the arguments of the recipe, and preceded by --nproc N for N
     processes. Where GRR_IMPORT lists modules, they are imported first (`grr --import`). Raises ValueError if a recipe,
-    config or file does not exist.
+    config or file does not exist, or if N is not a number from 1 on.
     """
     launcher: list[str] = []
     if words[:1] == ["--nproc"] and len(words) > 2:
+        if not words[1].isdecimal() or int(words[1]) < 1:
+            raise ValueError(f"--nproc must be at least 1, got {words[1]}")
         launcher, words = ["-m", "grr.cli.launch", f"--nproc_per_node={words[1]}"], words[2:]
     if os.environ.get(IMPORTS):
         launcher += ["-m", "grr.cli.imports"]

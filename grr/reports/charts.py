@@ -90,14 +90,17 @@ def chart(
 
     axes = f"<text class=unit x={LEFT} y={TOP - 16}>{escape(unit)}</text>"
     axes += f"<text class=unit-of-steps x={RIGHT} y={BOTTOM + 31}>optimizer step</text>"
-    for tick in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high):
-        text = f'<text x={LEFT - 7} y={y(tick):.2f} dy=".35em">{_tick(tick)}</text>'
+    ticks = _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high)
+    scientific = any(0 < abs(tick) < 1e-3 for tick in ticks)
+    for tick in ticks:
+        text = f'<text x={LEFT - 7} y={y(tick):.2f} dy=".35em">{_tick(tick, scientific=scientific)}</text>'
         axes += f'<g class=tick><path d="M{LEFT} {y(tick):.2f}H{RIGHT}"/>{text}</g>'
     for tick in _ticks(0, x_high):
         if tick == int(tick):
             axes += f"<text class=step x={x(tick):.2f} y={BOTTOM + 17}>{_tick(tick)}</text>"
-    axes += _levels(levels, y)
-    if best_step is not None and best_step <= x_high:
+    kept = best_step is not None and best_step <= x_high
+    axes += _levels(levels, y, "right" if kept and x(best_step or 0) < (LEFT + RIGHT) / 2 else "left")
+    if best_step is not None and kept:
         axes += _best(best_step, x)
     lines = "".join(_curve(s, x, y) for s in curves)
     named = [(escape(s.label), s) for s in curves if s.style != "thin"]
@@ -121,7 +124,8 @@ def number(value: float) -> str:
     """A number with four significant digits."""
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace("-", "−")
-    return (_scientific(value, 2) if 0 < abs(value) < 1e-3 else f"{value:#.4g}").replace("-", "−")
+    text = f"{value:.2e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:#.4g}"
+    return text.replace("-", "−")
 
 
 def _best(step: int, x: Callable[[float], float]) -> str:
@@ -131,15 +135,19 @@ def _best(step: int, x: Callable[[float], float]) -> str:
     return f'<g class=best><path d="M{x(step):.2f} {TOP - 24}V{BOTTOM}"/>{text}</g>'
 
 
-def _levels(levels: Sequence[Level], y: Callable[[float], float]) -> str:
-    """The lines of some levels; of two that are close the label of the lower one is below its line."""
+def _levels(levels: Sequence[Level], y: Callable[[float], float], side: Literal["left", "right"]) -> str:
+    """The lines of some levels, with their labels at one side, away from the line of the step that is kept.
+
+    Of two that are close the label of the lower one is below its line.
+    """
     parts = ""
+    x = LEFT + 3 if side == "left" else RIGHT
     above = -math.inf
     for level in sorted(levels, key=lambda level: -level.value):
         height = y(level.value)
         dy = "1.1em" if height - above < 16 and height + 12 < BOTTOM else "-.4em"
         parts += f'<g class="level {level.color}"><path d="M{LEFT} {height:.2f}H{RIGHT}"/>'
-        parts += f'<text x={RIGHT} y={height:.2f} dy="{dy}">{escape(level.label)}</text></g>'
+        parts += f'<text class={side} x={x} y={height:.2f} dy="{dy}">{escape(level.label)}</text></g>'
         above = height
     return parts
 
@@ -209,13 +217,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / 6)] if len(ticks) > 6 else _ticks(low, high)
 
 
-def _tick(value: float) -> str:
+def _tick(value: float, *, scientific: bool = False) -> str:
+    """The label of a tick; scientific: in the notation 5e−4, which all ticks of an axis have or none has."""
+    if scientific and value:
+        mantissa, exponent = f"{value:.10e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     if abs(value) >= 1e4:
         return f"{value / 1e3:g}k"
-    return (_scientific(value, 0) if 0 < abs(value) < 1e-3 else f"{value:,.10g}").replace("-", "−")
-
-
-def _scientific(value: float, digits: int) -> str:
-    return f"{value:.{digits}e}".replace("e-0", "e-")
+    return f"{value:,.10g}".replace("-", "−")

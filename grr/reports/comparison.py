@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grr.evaluation.flops import forward_flops
+from grr.evaluation.flops import flops_are_known, forward_flops
 from grr.experiments.compare import PUBLISHED, Comparison, Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
@@ -125,9 +125,9 @@ def _size_rows(models: Mapping[str, Sequence[RunRecord]]) -> list[list[str]]:
 def _gigaflops(run: RunRecord) -> float | None:
     arguments = dict(run.model)
     name = arguments.pop("name", None)
-    return (
-        forward_flops(MODELS[name], **arguments).total / 1e9 if name in MODELS and "vocab_size" in arguments else None
-    )
+    if name not in MODELS or "vocab_size" not in arguments or not flops_are_known(MODELS[name]):
+        return None
+    return forward_flops(MODELS[name], **arguments).total / 1e9
 
 
 def _count(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from grr.evaluation.examples import Caption, Examples
 from grr.files.atomic import write_atomic
-from grr.reports.page import section
+from grr.reports.page import scrolling, section
 from grr.reports.samples import SMALL, picture
 from grr.training.log import LogLine, kept_step
 
@@ -62,7 +62,7 @@ def show_history(folder: Path, rows: Sequence[LogLine], captions: Sequence[Capti
     return section(
         "The same images at each validation",
         "What the model wrote, from the first validation to the last.",
-        f"<div class=scroll><table class=history>{table}</table></div>",
+        scrolling(f"<table class=history>{table}</table>"),
     )
 
 

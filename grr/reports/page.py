@@ -53,6 +53,11 @@ def header(title: str, *facts: str, below: str = "") -> str:
     return f"<header><h1>{escape(title)}</h1><p class=facts>{shown}</p>{below}</header>"
 
 
+def scrolling(table: str) -> str:
+    """A table, as HTML, in a box that scrolls, with a note where the page is as narrow as a phone."""
+    return f"<p class=sideways>Scroll the table sideways.</p><div class=scroll>{table}</div>"
+
+
 def section(heading: str, note: str, content: str) -> str:
     """A section: its heading and a note, HTML each, above its content; nothing without content."""
     return f"<section><h2>{heading}</h2>{f'<p>{note}</p>' if note else ''}{content}</section>" if content else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grr.data.images import THUMBNAIL
 from grr.evaluation.examples import Answer, AttentionMaps, Caption, Examples, Match, Retrieval
-from grr.reports.page import section
+from grr.reports.page import scrolling, section
 
 SMALL = 144  # pixels of an image that is shown beside others in a row
 DIM = 165  # of 255: how dark a patch without attention is
@@ -67,7 +67,7 @@ def show_similarities(retrievals: Sequence[Retrieval], similarities: Tensor | No
         rows += f"<tr><th scope=row>{escape(one.caption)}</th>{cells}</tr>"
     table = f"<table class=matrix><thead><tr><td></td>{images}</tr></thead><tbody>{rows}</tbody></table>"
     note = "The cosine similarity of each caption above with each of the images; the pairs are on the diagonal."
-    return section("Similarity of the pairs shown", note, f"<div class=scroll>{table}</div>")
+    return section("Similarity of the pairs shown", note, scrolling(table))
 
 
 def show_captions(captions: Sequence[Caption], distinct: str = "") -> str:

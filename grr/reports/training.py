@@ -1,6 +1,7 @@
 """The report of a run: one self-contained page of its numbers, its curves and its examples."""
 
 import math
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -74,12 +75,16 @@ def _options(folder: Path, section: str) -> dict[str, Any]:
 def _key_numbers(validations: list[LogLine]) -> str:
     """The numbers of the last validation, each with its chance level or the number of the validation before.
 
-    The line "final", of the model that the run saves, is compared with the first validation.
+    The line "final", of the model that the run saves, is compared with the first validation, unless that is of the
+    same step.
     """
     if not validations:
         return ""
     now, final = validations[-1], validations[-1].get("split") == "final"
     before = validations[0 if final else -2] if len(validations) > 1 else None
+    if before is not None and before["step"] == (kept_step(now) if final else now["step"]):
+        before = None
+    was = partial(_was, before, "first validation" if before is validations[0] else "validation before")
     num_eval_images = now.get("num_eval_images")
     chance = f"chance {percent(1 / num_eval_images)}" if num_eval_images else ""
     tiles = []
@@ -96,12 +101,12 @@ def _key_numbers(validations: list[LogLine]) -> str:
             if is_number(now.get("text_only_accuracy"))
             else ""
         )
-        tiles.append(("Accuracy", percent(now["accuracy"]), [guessed, *_was(before, "accuracy")]))
+        tiles.append(("Accuracy", percent(now["accuracy"]), [guessed, *was("accuracy")]))
     if is_number(now.get("caption_exact")):
-        tiles.append(("Captions equal to a reference", percent(now["caption_exact"]), _was(before, "caption_exact")))
+        tiles.append(("Captions equal to a reference", percent(now["caption_exact"]), was("caption_exact")))
     for key, label in (("perplexity", "Perplexity"), ("contrastive_loss", "Contrastive loss"), ("loss", "Loss")):
         if is_number(now.get(key)):
-            tiles.append((label, number(now[key]), _was(before, key)))
+            tiles.append((label, number(now[key]), was(key)))
     if not tiles:
         return ""
     items = "".join(
@@ -130,11 +135,12 @@ def _overfitting(validations: list[LogLine]) -> str:
     )
 
 
-def _was(before: LogLine | None, key: str) -> list[str]:
+def _was(before: LogLine | None, which: str, key: str) -> list[str]:
+    """A note with the number of an earlier validation, which has a name."""
     if before is None or not is_number(before.get(key)):
         return []
     value = percent(before[key]) if key in ("accuracy", "caption_exact") else number(before[key])
-    return [f"{value} at step {before['step']:,}"]
+    return [f"{which}, step {before['step']:,}: {value}"]
 
 
 def _loss_title(row: LogLine) -> str:

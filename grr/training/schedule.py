@@ -38,14 +38,15 @@ def warmup_cosine(
 
 
 def describe_end(last: int, steps_per_epoch: int, peak: float, *, cycle_epochs: float = 1.0, **schedule: Any) -> str:
-    """Returns a clause about the end of a run of `last` steps: its epoch, and whether a cosine ends with it."""
+    """Returns a clause about the end of a run of `last` steps: its epoch, and whether a cosine ends there."""
     cycle = max(1, round(cycle_epochs * steps_per_epoch))
     rate = warmup_cosine(last - 1, steps_per_epoch, peak, cycle_epochs=cycle_epochs, **schedule)
-    end = f"the last step is {last:,}, after {last / steps_per_epoch:g} epochs of {steps_per_epoch:,} steps"
+    epochs = f"{last / steps_per_epoch:.2f}".rstrip("0").rstrip(".")
+    end = f"the last step is {last:,}, after {epochs} epochs of {steps_per_epoch:,} steps"
     if last % cycle == 0:
-        return f"{end}, where a cosine of the learning rate ends, at {rate:.1e}"
+        return f"{end}; the learning rate has then fallen to {rate:.1e}, the end of its cosine"
     full = (last // cycle + 1) * cycle
-    return f"{end}, within a cosine of the learning rate, at {rate:.1e}; the cosine ends at step {full:,}"
+    return f"{end}; the learning rate is then {rate:.1e}, and its cosine would end at step {full:,}"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

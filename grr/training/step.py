@@ -172,8 +172,10 @@ def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[B
             f"the first step after a resume, delete the newest folder in {folder / 'checkpoints'} to continue from the "
             "one before"
         )
+    numbers = {key.replace("_", " "): x for key, x in losses._asdict().items() if key.endswith("loss")}
+    got = ", ".join(f"{name} {x:.4g}" for name, x in {**numbers, "gradient norm": norm}.items())
     raise FloatingPointError(
-        f"check_finite: the loss and its gradient must be finite, got {losses} and a norm of {norm} at step {step}, in "
+        f"check_finite: the loss and its gradient must be finite, got {got} at step {step}, in "
         f"the batch of {names[0][0][0]} (all its names are in {file}); the weights were neither updated nor saved. "
         + advice
     )

@@ -538,6 +538,16 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path: Pa
     RunLock(tmp_path / "run", patience=0.0).release()
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_run_cannot_write_to_a_file_or_below_one(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "photo.png"
+    file.touch()
+    with pytest.raises(
+        NotADirectoryError, match=rf"run.folder, .* must be a folder, and {file} is a file; set another"
+    ):
+        RunLock(file / below)
+
+
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from grr.checkpoint.run_lock import RunLock\n"
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"

@@ -109,6 +109,13 @@ def test_without_arguments_grr_prints_its_help(capsys):
         ("classify m i --clases=a", "--classes"),
         ("ls --nothing", "grr ls: it takes no '--nothing'"),
         ("sizes --sweeep=a", "grr sizes: it takes no '--sweeep=a' (did you mean --sweep?)"),
+        ("run --nproc 0 pretrain/openmoji", "grr run: --nproc must be at least 1, got 0; see grr run --help"),
+        ("run --nproc -1 pretrain/openmoji", "grr run: --nproc must be at least 1, got -1; see"),
+        ("run --nproc two pretrain/openmoji", "grr run: --nproc must be at least 1, got two; see"),
+        ("check --nproc 0 pretrain/openmoji", "grr check: --nproc must be at least 1, got 0; see"),
+        ("caption model photo.png --batch-size 0", "grr caption: --batch-size must be at least 1, got 0; see"),
+        ("search index fox --top 0", "grr search: --top must be at least 1, got 0; see"),
+        ("sizes --text-length=-3", "grr sizes: --text-length must be at least 1, got -3; see"),
         ("caption model", "grr caption: the following arguments are required: IMAGES; see grr caption --help"),
     ],
 )

@@ -116,7 +116,7 @@ def test_without_modules_nothing_is_changed(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ("no_models", "grr ls: --import: there is no module 'no_models', installed or in "),
+        ("no_models", "grr: --import: there is no module 'no_models', installed or in "),
         ("no_models.py", "no_models.py; give the path of a Python file, or the name of a module"),
         ("json.py", "json.py has the name of another module, json; rename the file"),
     ],
@@ -132,8 +132,52 @@ def test_a_module_that_cannot_be_imported_is_named(module, message, tmp_path, mo
     assert not captured.out
 
 
-def test_a_mistake_inside_a_module_keeps_its_traceback(tmp_path):
+MISTAKES = {
+    "boom": ('raise RuntimeError("boom")', "boom.py line 1: RuntimeError: boom;"),
+    "unclosed": ("\nx = (", "unclosed.py line 2: SyntaxError: '(' was never closed;"),
+    "missing": ("import no_such_package", "missing.py line 1: ModuleNotFoundError: No module named 'no_such_package';"),
+    "in_grr": (
+        'from grr.builders import create_model\n\ncreate_model("none")',
+        "in_grr.py line 3: ValueError: create_",
+    ),
+    "chain": ("import json\nimport helper", "helper.py line 2: ZeroDivisionError: division by zero;"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".py"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_inside_a_module_is_one_line(name, suffix, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("GRR_IMPORT", raising=False)
+    source, message = MISTAKES[name]
+    (tmp_path / f"{name}.py").write_text(source)
+    (tmp_path / "helper.py").write_text("\n1 / 0")
+    for _ in range(2):  # a module that failed is not one that was imported
+        assert main(["--import", f"{name}{suffix}", "ls"]) == 1
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"grr: --import: {message}")
+        assert printed.err.endswith("; GRR_DEBUG=1 prints the traceback\n")
+        assert printed.err.count("\n") == 1
+        assert not printed.out
+
+
+def test_a_mistake_inside_a_module_has_its_traceback_with_grr_debug(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_package")
-    done = grr(tmp_path, "--import", "broken", "ls")
+    done = grr(tmp_path, "--import", "broken", "ls", GRR_DEBUG="1")
     assert "ModuleNotFoundError: No module named 'no_such_package'" in done.stderr
     assert 'broken.py", line 1' in done.stderr
+
+
+def test_a_recipe_that_imports_modules_starts_without_a_warning(tmp_path):
+    (tmp_path / "my_module.py").write_text("print('imported')")
+    (tmp_path / "recipe.py").write_text("print('ran')")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "grr.cli.imports", "recipe.py"],
+        cwd=tmp_path,
+        env={**os.environ, "GRR_IMPORT": "my_module"},
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\nran\n", "")

@@ -40,6 +40,16 @@ def test_classify_prints_the_class_of_each_image(here, colour_run, capsys, class
         assert re.fullmatch(rf"{image}: {colour} [\d.]+%, \w+ [\d.]+%", line)
 
 
+@pytest.mark.parametrize("command", ["caption", "classify", "embed"])
+def test_the_help_states_the_exit_status_of_unreadable_files(command, here, colour_run, capsys):
+    more = {"caption": [], "classify": ["--classes", "red,blue"], "embed": ["--index", "index"]}[command]
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "The exit status is 0 if at least one file could be read, else 1." in capsys.readouterr().out
+    assert main([command, str(colour_run), "mine/torn.png", *more]) == 1
+    assert main([command, str(colour_run), "mine/torn.png", "mine/red 0.png", *more]) == 0
+
+
 def test_classify_writes_rows_and_a_page_and_continues(here, colour_run, capsys):
     words = ["--classes", "colours.txt", "--template", "a {} picture", "--top", "2", "--output", "classes"]
     assert main(["classify", str(colour_run), "mine/*0.png", "mine/torn.png", *words]) == 0

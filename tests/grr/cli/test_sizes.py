@@ -2,11 +2,13 @@
 
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from grr.cli import main
+from grr.models.builders import MODELS, list_models
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,6 +40,43 @@ def test_a_shorter_caption_costs_fewer_operations_and_the_same_parameters(capsys
     same_counts, lower_costs = capsys.readouterr().out.split("\n\n")
     assert same_counts == counts
     assert float(lower_costs.splitlines()[2].split()[1]) < float(costs.splitlines()[2].split()[1])
+
+
+OWN = """
+from grr.builders import MODELS, coca
+
+def own(*, vocab_size=512, context_length=32, image_size=32, layers=1):
+    sizes = dict(vision_layers=layers, text_layers=1, multimodal_layers=1, dim=64, num_heads=2, patch_size=8)
+    return coca(vocab_size=vocab_size, context_length=context_length, image_size=image_size, **sizes)
+
+MODELS["own"] = own
+"""
+
+
+def test_a_builder_that_is_not_a_preset_of_coca_has_parameters_and_no_flops(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("GRR_IMPORT", "")
+    try:
+        assert main(["--import", str(tmp_path / "own_models.py"), "sizes", "own layers=2", "grr_coca_tiny"]) == 0
+    finally:
+        sys.modules.pop("own_models", None)
+        own = MODELS.pop("own", None)
+    counts, costs, note = capsys.readouterr().out.split("\n\n")
+    total = sum(p.numel() for p in own(layers=2).parameters()) / 1e6
+    assert float(counts.splitlines()[2].split()[2]) == pytest.approx(total, rel=1e-3)
+    assert costs.splitlines()[2].split() == ["own", "layers=2", *"-------"]
+    assert "-" not in costs.splitlines()[3]
+    assert note == "-: FLOPs are known for the presets of coca only.\n"
+
+
+def test_every_model_that_has_a_name_has_a_size(capsys):
+    assert main(["sizes"]) == 0
+    counts, costs, _ = capsys.readouterr().out.split("\n\n")
+    for table in (counts, costs):
+        assert [line.split()[0] for line in table.splitlines()[2:]] == list_models()
+    sizes = {line.split()[0]: line.split()[1] for line in counts.splitlines()[2:]}
+    assert sizes["open_clip_coca_vit_b_32"] == "253.6"  # as its builder's docstring says
 
 
 @pytest.mark.parametrize(

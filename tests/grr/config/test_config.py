@@ -202,8 +202,10 @@ def test_a_file_that_is_not_a_config_is_refused(tmp_path, yaml, message):
 def test_a_file_must_be_named_and_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"command line:\n  the following arguments are required: --config"):
         config.load(SECTIONS, [])
-    with pytest.raises(ConfigError, match=r"none\.yaml:\n  cannot be read as YAML: .*No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml:\n  there is no file .*none\.yaml; grr ls lists the installed"):
         config.load(SECTIONS, ["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ConfigError, match=r":\n  cannot be read: Is a directory; name a YAML file"):
+        config.load(SECTIONS, ["--config", str(tmp_path)])
 
 
 def test_values_are_converted_to_the_annotated_type(tmp_path):

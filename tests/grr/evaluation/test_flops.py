@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grr.evaluation.flops import Towers, batch_flops, decoding_bytes, forward_flops, parameters, training_flops
 from grr.models.builders import MODELS, baseline_coca, grr_coca, grr_coca_tiny
+from grr.models.open_clip import open_clip_coca
 from grr.training.random_batches import random_batches
 
 
@@ -123,6 +124,11 @@ def test_the_parameters_of_each_tower_are_those_of_the_specification():
 def test_an_argument_that_the_builder_does_not_take_is_named():
     with pytest.raises(TypeError, match="'dimm'"):
         forward_flops(grr_coca, dimm=64)
+
+
+def test_a_builder_that_is_not_a_preset_of_coca_is_refused_by_name():
+    with pytest.raises(ValueError, match="FLOPs are known for the presets of coca only, got open_clip_coca; count"):
+        forward_flops(open_clip_coca)
 
 
 def test_a_text_length_of_0_is_refused():

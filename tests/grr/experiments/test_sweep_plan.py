@@ -129,6 +129,8 @@ def test_a_stage_starts_an_installed_recipe_or_a_file_below_the_current_folder(t
         "--nproc_per_node=2",
         *started("pretrain/photos"),
     ]
+    with pytest.raises(ValueError, match="--nproc must be at least 1, got 0"):
+        started("--nproc", "0", "pretrain/photos")
     Path("deep").mkdir()
     Path("deep/mine.py").touch()
     assert started("deep/mine.py", "x=1") == ["deep/mine.py", "x=1", *own]

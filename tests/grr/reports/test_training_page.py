@@ -224,10 +224,10 @@ def test_a_validation_and_the_way_to_go_are_told_in_figures(tmp_path):
     assert page.text("dd") == [
         "93.4\u202f%chance 0.2\u202f%R@5 25.0\u202f%R@10 50.0\u202f%",
         "5.0\u202f%chance 0.2\u202f%R@5 25.0\u202f%R@10 50.0\u202f%",
-        "25.0\u202f%25.0\u202f% at step 150",
-        "3.0003.000 at step 150",
-        "1.2001.200 at step 150",
-        "3.5004.000 at step 150",
+        "25.0\u202f%first validation, step 150: 25.0\u202f%",
+        "3.000first validation, step 150: 3.000",
+        "1.200first validation, step 150: 1.200",
+        "3.500first validation, step 150: 4.000",
     ]
     assert "of 250" in report_header(tmp_path, "run:\n  epochs: 6\n  max_steps: 250\n", rows)
 
@@ -238,7 +238,45 @@ def test_a_model_that_was_kept_stands_beside_the_start(tmp_path):
     assert "The model in model/, of step 200, retrieval among 500 images." in page
     assert "The lowest validation loss, 1.500, was at step 200; it was 2.500 at step 300" in page
     assert "the run overfits after step 200" in page
-    assert "<dt>Loss</dt><dd><b>1.500</b><small>9.500 at step 0</small></dd>" in page
+    assert "<dt>Loss</dt><dd><b>1.500</b><small>first validation, step 0: 9.500</small></dd>" in page
+
+
+@pytest.mark.parametrize("steps", [[10], [10, 10], [10, 20]], ids=str)
+def test_a_number_has_a_note_only_of_another_validation(tmp_path, steps):
+    kept = validation(steps[-1], loss=1.5, best_step=10) | {"split": "final"}
+    page = report(tmp_path, [*[validation(step, loss=1.5) for step in steps], kept])
+    assert "<dt>Loss</dt><dd><b>1.500</b></dd>" in page
+
+
+def test_a_later_validation_is_compared_with_the_one_before(tmp_path):
+    page = report(tmp_path, [validation(step, loss=5 - step / 100) for step in (100, 200, 300)])
+    assert "<dt>Loss</dt><dd><b>2.000</b><small>validation before, step 200: 3.000</small></dd>" in page
+
+
+@given(peak=st.floats(1e-6, 2e-2))
+def test_the_labels_of_an_axis_have_one_notation_and_are_exact(peak):
+    curve = Series("train", "a", np.array([1.0, 9.0]), np.array([peak / 3, peak]))
+    figure = draw("Learning rate", [curve], unit="", low=0)
+    ticks = re.findall(r'<text x=\d+ y=([\d.]+) dy=".35em">([^<]+)<', figure)
+    assert len({"e" in label for _, label in ticks if label != "0"}) == 1
+    assert len({label for _, label in ticks}) == len(ticks)
+    values = [float(label.replace("−", "-")) for _, label in ticks]
+    np.testing.assert_allclose(np.diff(values), values[-1] / (len(values) - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kept", "side", "place"), [(9, "left", 43), (2, "right", 384), (None, "left", 43)])
+def test_the_label_of_a_level_is_away_from_the_line_of_the_kept_step(kept, side, place):
+    curve = Series("train", "a", np.array([1.0, 9.0]), np.array([1.0, 2.0]))
+    figure = draw("Loss", [curve], unit="nats", levels=[Level("chance", 1.5)], best_step=kept)
+    assert f"<text class={side} x={place} " in figure.split("level soft")[1]
+
+
+def test_tables_that_a_phone_cuts_off_have_a_note(tmp_path):
+    page = Page(report(tmp_path, [], examples=examples_saying("a fox")))
+    assert page.text("p", "sideways") == ["Scroll the table sideways."]
+    style = page.text("style")[0]
+    assert "section > .sideways { display: none" in style
+    assert "section > .sideways { display: block" in style.split("max-width: 760px")[1]
 
 
 def test_a_run_whose_last_validation_is_the_lowest_does_not_overfit(tmp_path):
@@ -355,7 +393,9 @@ def test_right_answers_are_told_in_figures_and_only_they_get_their_mark(tmp_path
     assert page.text("p", "written") == ["fox ✓", HOSTILE, "bee"]
     assert page.text("p", "true") == [HOSTILE, "why", "owl", "", "none of the classes"]
     tile = page.text("dl")[0]
-    assert all(told in tile for told in ("50.0", "12.5\u202f% from the texts alone", "25.0\u202f% at step 10"))
+    assert all(
+        told in tile for told in ("50.0", "12.5\u202f% from the texts alone", "first validation, step 10: 25.0\u202f%")
+    )
     assert "Accuracy: train from 25.00 to 50.00; validation from 25.00 to 50.00" in source
 
 

@@ -36,9 +36,15 @@ def test_the_papers_schedule_ends_every_epoch_at_the_minimum_rate():
     for epoch in range(1, 22):
         assert warmup_cosine(epoch * per_epoch - 1, per_epoch, 1e-4, **schedule) == pytest.approx(1e-6, rel=1e-4)
     full = describe_end(21 * per_epoch, per_epoch, 1e-4, **schedule)
-    assert "where a cosine of the learning rate ends, at 1.0e-06" in full
+    assert full == (
+        f"the last step is {21 * per_epoch:,}, after 21 epochs of 13,600 steps; the learning rate has then fallen to "
+        "1.0e-06, the end of its cosine"
+    )
     cut = describe_end(300_000, per_epoch, 1e-4, **schedule)
-    assert f"within a cosine of the learning rate, at 9.9e-05; the cosine ends at step {23 * per_epoch:,}" in cut
+    assert cut == (
+        "the last step is 300,000, after 22.06 epochs of 13,600 steps; the learning rate is then 9.9e-05, and its "
+        f"cosine would end at step {23 * per_epoch:,}"
+    )
 
 
 @given(warmup=st.integers(1, 100))

@@ -16,7 +16,7 @@ from grr.data import Batch
 from grr.data.collate import IGNORE, collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.training.loss import captioning_loss, contrastive_loss, sigmoid_loss
-from grr.training.step import evaluation_losses, global_batch_step
+from grr.training.step import Losses, check_finite, evaluation_losses, global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -192,3 +192,14 @@ def test_an_encoder_without_keys_draws_the_same_dropout_in_both_passes():
     for once, again in zip(drawn[:2], drawn[2:4], strict=True):
         assert torch.equal(once, again)
     assert not torch.equal(drawn[0][0] == 0, drawn[1][0] == 0)
+
+
+def test_losses_that_are_not_finite_are_named_in_words(tmp_path):
+    batch = Batch(*[torch.zeros(1)] * 4, names=["a fox.png"], replaced=0)
+    check_finite(Losses(1.0, 0.5, 0.0, 8, 2.0, 1.0), 3.0, 7, [batch], tmp_path)
+    with pytest.raises(FloatingPointError) as refused:
+        check_finite(Losses(torch.nan, torch.nan, 2.125, 8, 2.0, 1.0), torch.inf, 7, [batch], tmp_path)
+    assert str(refused.value).startswith(
+        "check_finite: the loss and its gradient must be finite, got loss nan, contrastive loss nan, captioning loss "
+        "2.125, gradient norm inf at step 7, in the batch of a fox.png (all its names are in "
+    )
