@@ -98,7 +98,7 @@ def main() -> int:
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     if source is None:
-        check_builder(cfg.model["name"])
+        check_builder(MODELS[cfg.model["name"]])
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")

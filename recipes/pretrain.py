@@ -77,7 +77,7 @@ SECTIONS: config.Sections = {
 
 def main() -> int:
     cfg = config.load(SECTIONS)
-    check_builder(cfg.model["name"])
+    check_builder(MODELS[cfg.model["name"]])
     run = cfg.get(Run)
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")

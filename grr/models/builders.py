@@ -415,9 +415,10 @@ def create_model(name: str, **changes: Any) -> CoCa:
     return models[name](**changes)
 
 
-def check_builder(name: str) -> None:
-    """Raise ValueError if a builder of `MODELS` lacks a keyword-only argument that the recipes set or read."""
-    kinds = {key: parameter.kind for key, parameter in inspect.signature(MODELS[name]).parameters.items()}
+def check_builder(builder: Callable[..., CoCa]) -> None:
+    """Raise ValueError if a builder lacks a keyword-only argument that the recipes set or read."""
+    name = getattr(builder, "__name__", "it")
+    kinds = {key: parameter.kind for key, parameter in inspect.signature(builder).parameters.items()}
     required = ("vocab_size", "context_length", "image_size")
     if lacking := [key for key in required if kinds.get(key) is not inspect.Parameter.KEYWORD_ONLY]:
         raise ValueError(

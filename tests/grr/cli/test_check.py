@@ -200,9 +200,9 @@ def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypat
     recipe = tmp_path / "mine.py"
     installed.copy("pretrain", recipe)
     text = recipe.read_text()
-    recipe.write_text(text.replace("from grr.models.builders import MODELS", "from models_beside import MODELS"))
+    recipe.write_text(text.replace("from grr.models.builders import", "from models_beside import"))
     (tmp_path / "models_beside.py").write_text(
-        "from grr.models.builders import MODELS, grr_coca_tiny\nMODELS = MODELS | {'beside': grr_coca_tiny}\n"
+        "from grr.models.builders import MODELS, check_builder, grr_coca_tiny\nMODELS = MODELS | {'beside': grr_coca_tiny}\n"
     )
     monkeypatch.chdir("/")
     before = list(sys.path)
