@@ -202,7 +202,8 @@ def test_a_copied_recipe_finds_the_models_that_lie_beside_it(tmp_path, monkeypat
     text = recipe.read_text()
     recipe.write_text(text.replace("from grr.models.builders import", "from models_beside import"))
     (tmp_path / "models_beside.py").write_text(
-        "from grr.models.builders import MODELS, check_builder, grr_coca_tiny\nMODELS = MODELS | {'beside': grr_coca_tiny}\n"
+        "from grr.models.builders import MODELS, check_builder, grr_coca_tiny\n"
+        "MODELS = MODELS | {'beside': grr_coca_tiny}\n"
     )
     monkeypatch.chdir("/")
     before = list(sys.path)
