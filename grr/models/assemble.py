@@ -70,14 +70,7 @@ def vision_transformer(
     Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, a size is not a positive int, or
     a name is not known.
     """
-    check_sizes(
-        "vision_transformer",
-        image_size=image_size,
-        patch_size=patch_size,
-        dim=dim,
-        num_heads=num_heads,
-        num_layers=num_layers,
-    )
+    check_sizes("vision_transformer", locals())
     if image_size % patch_size:
         raise ValueError(
             f"vision_transformer: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
@@ -158,14 +151,7 @@ def text_decoder(
     `context_length` is the number of tokens that learned absolute positions have room for. Raises ValueError if dim is
     not a multiple of num_heads, a size is not a positive int, or a name is not known.
     """
-    check_sizes(
-        "text_decoder",
-        vocab_size=vocab_size,
-        context_length=context_length,
-        dim=dim,
-        num_heads=num_heads,
-        num_layers=num_layers,
-    )
+    check_sizes("text_decoder", locals())
     _check_heads("text_decoder", dim, num_heads)
     _check_names(
         "text_decoder",
@@ -227,19 +213,7 @@ def coca(
     arguments from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the
     towers do, or if the temperature is not positive and finite.
     """
-    check_sizes(
-        "coca",
-        vocab_size=vocab_size,
-        context_length=context_length,
-        num_queries=num_queries,
-        image_size=image_size,
-        patch_size=patch_size,
-        dim=dim,
-        num_heads=num_heads,
-        vision_layers=vision_layers,
-        text_layers=text_layers,
-        multimodal_layers=multimodal_layers,
-    )
+    check_sizes("coca", locals())
     vision_encoder = vision_transformer(
         norm=vision_norm,
         feed_forward=vision_feed_forward,

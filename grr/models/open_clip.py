@@ -57,22 +57,7 @@ def open_clip_coca(
     bias in open_clip. Raises ValueError if image_size is not a multiple of patch_size, a width of its
     heads, or a size is not a positive int.
     """
-    check_sizes(
-        "open_clip_coca",
-        vocab_size=vocab_size,
-        context_length=context_length,
-        image_size=image_size,
-        patch_size=patch_size,
-        vision_dim=vision_dim,
-        vision_heads=vision_heads,
-        vision_layers=vision_layers,
-        num_queries=num_queries,
-        pooler_heads=pooler_heads,
-        dim=dim,
-        num_heads=num_heads,
-        text_layers=text_layers,
-        multimodal_layers=multimodal_layers,
-    )
+    check_sizes("open_clip_coca", locals())
     if image_size % patch_size:
         raise ValueError(
             f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
