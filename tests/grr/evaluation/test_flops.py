@@ -52,7 +52,7 @@ small = st.fixed_dictionaries(
         "text_norm": st.sampled_from(["rmsnorm", "layernorm"]),
         "text_feed_forward": st.sampled_from(["geglu", "mlp"]),
         "text_position": st.sampled_from(["rope", "sinusoidal"]),
-        "vocab_size": st.integers(4, 99),
+        "vocab_size": st.integers(5, 99),
         "context_length": st.integers(4, 12),
         "vision_layers": st.integers(1, 2),
         "text_layers": st.integers(1, 2),
