@@ -4,11 +4,14 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+DEADLINE = timedelta(minutes=30)  # for the other processes to arrive; that of torch's collectives with gloo
 
 T = TypeVar("T")
 
@@ -82,6 +85,19 @@ def gather(x: Tensor) -> Tensor:
     return x if dist.get_world_size() == 1 else _Gather.apply(x)  # type: ignore[no-untyped-call]
 
 
+def all_rows(x: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, in their order: [b, ...] -> [world b, ...]. Equal b everywhere.
+
+    The result does not carry a gradient.
+    """
+    x, world = x.detach().contiguous(), dist.get_world_size()
+    if world == 1:
+        return x
+    rows = x.new_empty(world * len(x), *x.shape[1:])
+    dist.all_gather(list(rows.chunk(world)), x)
+    return rows
+
+
 def all_sum(*numbers: float) -> list[float]:
     """Returns the sum of each number over all processes."""
     if dist.get_world_size() == 1:
@@ -98,6 +114,30 @@ def all_max(*numbers: int) -> int:
     largest = torch.tensor(max(numbers), device=default_device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest.item())
+
+
+class DelayedMax:
+    """Largest of an integer over all processes, which the next call returns, so that no process waits for another.
+
+        largest = DelayedMax()
+        for ...:                     # the steps of a run
+            status = largest(mine)   # that of the step before; 0 in the first
+
+    The integers travel over gloo, on the host, so a GPU is not involved. Made, and called, by all processes alike.
+    """
+
+    def __init__(self) -> None:
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if many else None
+        self._number, self._work = torch.zeros((), dtype=torch.int64), None
+
+    def __call__(self, number: int) -> int:
+        if self._work is not None:
+            self._work.wait(timeout=DEADLINE)  # it began a step ago
+        previous, self._number = int(self._number), torch.tensor(number)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return previous
 
 
 def on_rank_0(act: Callable[[], T]) -> T:
