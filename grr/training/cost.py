@@ -1,7 +1,6 @@
 """Estimate the minutes, memory and disk of a training run from a step that is timed on this machine."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
+from grr.parallel.memory import free_memory
 from grr.parallel.process_group import default_device, process_group
 from grr.tokenizers import Tokenizer
 from grr.training.optim import adamw, clip_gradients
@@ -103,21 +103,6 @@ def run_cost(
         return
     yield _time(run, measured)
     yield _memory(run, state, measured, free)
-
-
-def free_memory() -> int:
-    """Returns the free memory in bytes: of the GPU if there is one, else the lesser of machine and container."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        free = min(free, int(limit) - int(used))
-    except (OSError, ValueError, StopIteration):  # not Linux, not a container, or a container without a limit
-        pass
-    return max(free, 0)
 
 
 def _measure(
