@@ -49,9 +49,7 @@ class Run:
     seed: int = 0  # of the initial weights, the order of the data, and dropout
     epochs: int = 21
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
-    patch_dropout_epochs: int | None = (
-        None  # epochs with model.patch_dropout, then all patches are read; null: all epochs
-    )
+    patch_dropout_epochs: int | None = None  # the first with model.patch_dropout, the rest without; null: all with it
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 48  # pairs that one process holds at a time
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it

@@ -92,7 +92,7 @@ def test_a_run_is_resumed_with_what_defines_it_and_with_nothing_else(begun, tmp_
 
 
 def test_patch_dropout_ends_with_its_epochs_also_in_a_resumed_run(tmp_path):
-    """Five steps an epoch: the sixth reads all patches, in a run that was stopped in between and in one that was not."""
+    """Five steps an epoch: the sixth reads all patches, in a run that was stopped before as in one that was not."""
     half = ("model.patch_dropout=0.5", "run.epochs=2")
     always, once, stopped = (tmp_path / name for name in ("always", "once", "stopped"))
     ends = several(
