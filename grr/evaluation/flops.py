@@ -14,7 +14,6 @@ from torch import nn
 
 from grr.components import num_kept
 from grr.data import Batch
-from grr.data.collate import IGNORE
 from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
 from grr.parallel.shard import blocks
@@ -104,14 +103,13 @@ def flops_are_known(builder: Callable[..., CoCa]) -> bool:
 
 
 def batch_flops(builder: Callable[..., CoCa], batches: Iterable[Batch], **arguments: Any) -> Towers:
-    """Returns the cost of a forward pass in training: of columns that carry a label, and of labelled tokens only."""
+    """Returns the cost of a forward pass in training on batches; the vocabulary head computes labelled tokens only."""
     cost = partial(forward_flops, builder, training=True, **arguments)
     totals = []
     for batch in batches:
-        read, scored = cost(text_length=batch.ids.shape[1]), cost(text_length=batch.labels.shape[1])
-        b, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
-        head = labelled * cost(text_length=1).head
-        totals.append(Towers(b * read.vision, b * read.poolers, b * read.text, b * scored.multimodal, head))
+        read, b = cost(text_length=batch.ids.shape[1]), len(batch.ids)
+        head = batch.num_labels * cost(text_length=1).head
+        totals.append(Towers(b * read.vision, b * read.poolers, b * read.text, b * read.multimodal, head))
     return Towers(*map(sum, zip(*totals, strict=True)))
 
 

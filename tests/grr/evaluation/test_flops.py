@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_rows import label_rows
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -150,7 +151,7 @@ def test_the_cost_of_batches_is_torchs_count(builder, tokens):
     batches = random_batches(2, batch_size=3, caption_tokens=tokens, **sizes)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
-            model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+            model(batch.images, batch.ids, positions=batch.positions, labels=label_rows(batch))
     assert batch_flops(builder, batches, **sizes, **layers).total == counter.get_total_flops()
 
 

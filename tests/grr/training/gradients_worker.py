@@ -111,7 +111,7 @@ def measured() -> list[dict[str, Any]]:
                 continue  # a pair alone has nothing to be contrasted with
             losses, exact = formula(plain, size=size, **loss)
             ours.zero_grad(set_to_none=True)
-            found = global_batch_step(ours, micro_batches(size), SEED, **loss)
+            found = global_batch_step(ours, micro_batches(size), SEED, **loss).read()
             mine = gradients(ours)
             assert mine.keys() == exact.keys()
             largest = max(g.abs().max() for g in exact.values())
