@@ -37,7 +37,7 @@ from grr.tokenizers import open_tokenizer
 from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients
-from grr.training.schedule import describe_end, set_lr, warmup_cosine
+from grr.training.schedule import describe_end, set_lr, set_patch_dropout, warmup_cosine
 from grr.training.step import global_batch_step
 from grr.training.throughput import Throughput
 
@@ -50,6 +50,7 @@ class Run:
     seed: int = 0  # of the initial weights, the order of the data, and dropout
     epochs: int = 21
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
+    patch_dropout_epochs: int | None = None  # the first with model.patch_dropout, the rest without; null: all with it
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 48  # pairs that one process holds at a time
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
@@ -125,6 +126,7 @@ def main() -> int:
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
             set_lr(optimizer, lr)
+            set_patch_dropout(model, patch_dropout_at(step // per_epoch, cfg, run))
             step_losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
             norm = clip_gradients(model, run.max_grad_norm)
             finite.record(step, step_losses, norm, micro_batches)
@@ -184,6 +186,12 @@ def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
     """Returns the training pairs and the validation pairs."""
     pairs, held_out = cfg.build("data"), cfg.build("validation")
     return (InMemory(pairs), InMemory(held_out)) if run.in_memory else (pairs, held_out)
+
+
+def patch_dropout_at(epoch: int, cfg: config.Config, run: Run) -> float:
+    """Returns the fraction of the patches that the steps of an epoch, counted from 0, leave out."""
+    ended = run.patch_dropout_epochs is not None and epoch >= run.patch_dropout_epochs
+    return 0.0 if ended else cfg.model.get("patch_dropout", 0.0)
 
 
 def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from grr.components import (
     DropoutKeys,
     KeyValueCache,
     LearnedPositions,
+    PatchDropout,
     PatchEmbedding,
     dropout_keys,
     fold_in,
@@ -37,7 +38,8 @@ class VisionTransformer(nn.Module):
 
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
     (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector per raster index before the blocks. A
-    class token precedes the patches: p counts it, and its index is 0. `norm` is applied before the first block.
+    class token precedes the patches: p counts it, and its index is 0. `norm` is applied before the first block. In
+    training, patch_dropout leaves out that fraction of the patches (`PatchDropout`), and p counts those that are kept.
     sample_keys: int64 [b], dropout keys of the images; without them, dropout is drawn from torch's generator.
     Raises ValueError for a class token with axes=2, for images that are not floats (bytes that were not normalised),
     and for images with more patches than learned positions.
@@ -53,6 +55,7 @@ class VisionTransformer(nn.Module):
         norm: nn.Module | None = None,
         axes: int = 1,
         dropout: float = 0.0,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if class_token is not None and axes == 2:
@@ -65,6 +68,7 @@ class VisionTransformer(nn.Module):
         self.class_token = class_token or nn.Identity()
         self.positions = positions
         self.norm = norm or nn.Identity()
+        self.patch_dropout = PatchDropout(patch_dropout, num_fixed=0 if class_token is None else 1)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
 
@@ -84,10 +88,11 @@ class VisionTransformer(nn.Module):
             )
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
+        x, raster = self.patch_dropout(x, raster, keys=sample_keys)  # in training, perhaps [b, k, d] and [b, k]
         entry_keys, block_keys = split_keys(sample_keys, raster, self.blocks, x)
         x = self.dropout(self.norm(x), entry_keys)
         columns = images.shape[-1] // self.patches.patch_size
-        rotary = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
+        rotary = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [..., 2]
         for block, keys in zip(self.blocks, block_keys, strict=True):
             x = block(x, positions=rotary, **keys)
         return x

@@ -60,6 +60,7 @@ small = st.fixed_dictionaries(
         "multimodal_layers": st.integers(1, 2),
         "vision_ffn_multiplier": st.none() | st.floats(0.5, 5),
         "text_ffn_multiplier": st.floats(0.5, 5),
+        "patch_dropout": st.sampled_from([0.0, 0.3, 0.5]),
         "qk_norm": st.booleans(),
         "pooler_norm": st.booleans(),
         "tied_embeddings": st.booleans(),
@@ -87,8 +88,12 @@ def test_the_formula_equals_torchs_count_for_any_options(arguments, num_heads, h
     }
     model = built(grr_coca, **arguments)
     towers, total = counted(model, image_size, text_length)
-    assert forward_flops(grr_coca, text_length=text_length, **arguments) == towers
+    assert forward_flops(grr_coca, text_length=text_length, training=True, **arguments) == towers
     assert towers.total == total
+    assert (
+        forward_flops(grr_coca, text_length=text_length, **arguments)
+        == counted(model.eval(), image_size, text_length)[0]
+    )
     assert parameters(model).total == sum(p.numel() for p in model.parameters())
 
 

@@ -61,6 +61,7 @@ def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
             logit_bias=-1.0,
             temperature=0.1,
             dropout=dropout,
+            patch_dropout=0.5 if dropout else 0.0,
         )
         model = model.double()
     if prepare:
