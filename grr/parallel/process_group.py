@@ -76,15 +76,6 @@ def is_rank_0() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def gather(x: Tensor) -> Tensor:
-    """Concatenate the rows of all processes, in their order: [b, ...] -> [world b, ...]. Equal b everywhere.
-
-    The gradient of a process's rows is the sum of what all processes computed for them. So a loss that every process
-    computes on gathered rows has, after FSDP's mean over processes, the gradient of that loss in a single process.
-    """
-    return x if dist.get_world_size() == 1 else _Gather.apply(x)  # type: ignore[no-untyped-call]
-
-
 def all_rows(x: Tensor) -> Tensor:
     """Concatenate the rows of all processes, in their order: [b, ...] -> [world b, ...]. Equal b everywhere.
 
@@ -164,17 +155,3 @@ def on_rank_0(act: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
