@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grr import config
 from grr.checkpoint.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
+from grr.config.renamed import ADDED
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 KEYS = ["model.dim", "model.dropout", "optimizer.lr", "run.seed", "loss.negatives"]
@@ -121,3 +122,11 @@ def test_another_size_of_a_trained_vocabulary_is_another_run_and_old_checkpoints
     old = {key: value for key, value in saved.items() if not key.startswith("tokenizer.")}
     assert check_identity(Path("run"), old, saved) == {}
     assert identity(path="spiece.model", vocab_size=300, context_length=32) == old
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_a_run_that_began_before_an_option_existed_continues_where_the_option_changes_nothing(key):
+    saved = {"optimizer.lr": 0.1}
+    assert check_identity(Path("run"), saved, {"optimizer.lr": 0.1, key: ADDED[key]}) == {}
+    with pytest.raises(ValueError, match=f"{key} is {ADDED[key]} in the checkpoint and 3 in the config"):
+        check_identity(Path("run"), saved, {"optimizer.lr": 0.1, key: 3})

@@ -68,7 +68,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
 )
 def test_losses_and_gradients_are_those_of_fsdp_bit_for_bit(options):
     ours, theirs = built(alone, **options), built(in_fsdp, **options)
-    assert global_batch_step(ours, batches(2), 3) == global_batch_step(theirs, batches(2), 3)
+    assert global_batch_step(ours, batches(2), 3).read() == global_batch_step(theirs, batches(2), 3).read()
     for (name, gradient), expected in zip(gradients(ours).items(), gradients(theirs).values(), strict=True):
         if gradient is not None:
             assert gradient.dtype == torch.float32, name
@@ -96,7 +96,7 @@ def test_activations_computed_again_give_the_same_gradients():
         parallelize(model, CPU, bf16=True, activation_checkpointing=True)
 
     kept, again = built(alone, dropout=0.2), built(checkpointed, dropout=0.2)
-    assert global_batch_step(kept, batches(1), 3) == global_batch_step(again, batches(1), 3)
+    assert global_batch_step(kept, batches(1), 3).read() == global_batch_step(again, batches(1), 3).read()
     for (name, gradient), expected in zip(gradients(again).items(), gradients(kept).values(), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=0, msg=name)
 
@@ -129,7 +129,7 @@ def test_an_encoder_that_computes_its_activations_again_reads_bfloat16_there(ree
         alone(model)
         models.append(model)
     kept, again = models
-    assert global_batch_step(kept, batches(count), 3) == global_batch_step(again, batches(count), 3)
+    assert global_batch_step(kept, batches(count), 3).read() == global_batch_step(again, batches(count), 3).read()
     for (name, gradient), expected in zip(gradients(again).items(), gradients(kept).values(), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-4, msg=name)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
@@ -143,7 +143,9 @@ def test_compiled_blocks_compute_nearly_the_same(checkpointed):
 
     torch.compiler.reset()
     ours, eager = built(compiled), built(alone)
-    assert global_batch_step(ours, batches(2), 3) == pytest.approx(global_batch_step(eager, batches(2), 3), rel=2e-3)
+    assert global_batch_step(ours, batches(2), 3).read() == pytest.approx(
+        global_batch_step(eager, batches(2), 3).read(), rel=2e-3
+    )
     for (name, gradient), expected in zip(gradients(ours).items(), gradients(eager).values(), strict=True):
         if gradient is not None:
             torch.testing.assert_close(gradient.norm(), expected.norm(), rtol=0.05, atol=1e-3, msg=name)
@@ -152,7 +154,7 @@ def test_compiled_blocks_compute_nearly_the_same(checkpointed):
 def test_parameters_are_the_same_objects_afterwards_even_after_an_error():
     model = built(alone)
     before = dict(model.named_parameters())
-    global_batch_step(model, batches(1), 0)
+    global_batch_step(model, batches(1), 0).read()
     with pytest.raises(RuntimeError):
         model.encode_image(torch.rand(2, 5, 32, 32))
     with unsharded(model):
