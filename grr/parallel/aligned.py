@@ -33,13 +33,13 @@ class Layout(NamedTuple):
             )
 
 
-def layouts(model: nn.Module) -> dict[nn.Parameter, Layout]:
+def layouts(model: nn.Module) -> dict[Tensor, Layout]:
     """Returns the parameters of a model whose copies are padded: those of GEGLUs of an odd inner width.
 
     Zeros pass through a GEGLU as zeros (GELU(0) * 0) and meet columns of zeros, so results and gradients do not change.
     A width of 2,073, that of the paper's encoder, becomes 2,112.
     """
-    found: dict[nn.Parameter, Layout] = {}
+    found: dict[Tensor, Layout] = {}
     for module in model.modules():
         if isinstance(module, GEGLU) and type(module.up) is type(module.down) is nn.Linear:
             width = module.down.in_features
