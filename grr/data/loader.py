@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
-from grr.data.collate import IGNORE, collate_captions
+from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.data.labelled import Labelled
 from grr.data.order import epoch_order, num_batches
@@ -84,6 +84,7 @@ def training_steps(
     micro_batch_size: int,
     image_size: int,
     pin_memory: bool,
+    longest_first: bool = False,
     *,
     workers: int = 2,
     prefetch: int = 4,
@@ -96,6 +97,11 @@ def training_steps(
     (m * world + r) * micro_batch_size on. `workers` threads read samples, and up to `prefetch` micro-batches are read
     ahead; with workers=0 the caller's thread reads each micro-batch when it is needed.
 
+    longest_first: order the row by the length of its captions in tokens before it is cut, so that micro-batch m of all
+    processes has captions of similar length, and little padding. The pairs of a global batch stay the same, and with
+    global negatives its loss; each draws its dropout by its place in the new order. With local negatives the
+    micro-batches would be other tasks.
+
     A bad sample (an unreadable image, an empty caption) is logged as a warning and replaced by a substitute from an
     image that the global batch does not hold. Substitutes are deterministic, and distinct while there are enough
     images. Raises ValueError, with some names, if more than max_bad_fraction of at least 100 samples of this process
@@ -107,6 +113,9 @@ def training_steps(
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
     columns = [column for start in starts for column in range(start, start + micro_batch_size)]
     rows = _training_rows(pairs.image_of, seed, start_step, per_epoch, batch_size, columns)
+    if longest_first:
+        arranged = LongestFirst(pairs.captions, tokenizer.encode, pad_id=tokenizer.pad_id)
+        rows = (row._replace(samples=arranged(row.samples)) for row in rows)
     return _steps(
         rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
     )
