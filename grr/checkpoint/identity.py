@@ -52,6 +52,7 @@ REASONS = {
 }
 FIRST_ORDER = 1  # of checkpoints that do not record one
 OF_TRAINED_VOCABULARY = ("tokenizer.vocab_size", "tokenizer.context_length")  # checkpoints of 0.1 do not record them
+OF_TRAINING = ("model.dropout", "model.patch_dropout", "model.temperature")  # of a model whose weights stay as they are
 SHOWN = 10  # keys in a message
 
 
@@ -119,4 +120,4 @@ def check_identity(
 
 def _acceptable(key: str) -> bool:
     """Whether a run can go on with another value: not with another model."""
-    return not key.startswith(("model.", "head.", "tokenizer.")) or key in ("model.dropout", "model.temperature")
+    return not key.startswith(("model.", "head.", "tokenizer.")) or key in OF_TRAINING

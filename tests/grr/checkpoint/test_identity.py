@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grr import config
 from grr.checkpoint.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
+from grr.config.renamed import ADDED
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 KEYS = ["model.dim", "model.dropout", "optimizer.lr", "run.seed", "loss.negatives"]
@@ -134,3 +135,11 @@ def test_a_checkpoint_of_another_order_of_samples_is_refused_and_the_change_can_
     assert "saving.accept_changes=[order]" in str(e.value)
     assert check_identity(Path("run"), old, wanted, accepted=["order"]) == {"order": [1, 2]}
     assert check_identity(Path("run"), wanted, wanted) == {}
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_a_run_that_began_before_an_option_existed_continues_where_the_option_changes_nothing(key):
+    saved = {"optimizer.lr": 0.1}
+    assert check_identity(Path("run"), saved, {"optimizer.lr": 0.1, key: ADDED[key]}) == {}
+    with pytest.raises(ValueError, match=f"{key} is {ADDED[key]} in the checkpoint and 3 in the config"):
+        check_identity(Path("run"), saved, {"optimizer.lr": 0.1, key: 3})
