@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norms import RMSNorm
+from .recompute import call_without_keeping
 from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 Rotary = RotaryEmbedding | AxialRotaryEmbedding | MixedRotaryEmbedding
@@ -84,7 +85,8 @@ class SelfAttention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         b, s, d = x.shape
-        qk, v = self.qkv(x).view(b, s, 3, self.num_heads, -1).split((2, 1), dim=2)  # [b, s, 2, h, k], [b, s, 1, h, k]
+        qkv = call_without_keeping(self.qkv, x).view(b, s, 3, self.num_heads, -1)
+        qk, v = qkv.split((2, 1), dim=2)  # [b, s, 2, h, k], [b, s, 1, h, k]
         qk, v = qk.permute(2, 0, 3, 1, 4), v.squeeze(2).transpose(1, 2)  # [2, b, h, s, k], [b, h, s, k]
         if not isinstance(self.q_norm, nn.Identity):
             q, k = qk.unbind()
@@ -141,7 +143,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
         b, n, s = len(context), len(x) // len(context), x.shape[1]
-        q = self.q_norm(self.q(x).view(b, n * s, self.num_heads, -1).transpose(1, 2))  # [b, h, n s, k]
+        q = call_without_keeping(self.q, x).view(b, n * s, self.num_heads, -1)
+        q = self.q_norm(q.transpose(1, 2))  # [b, h, n s, k]
         if cache is not None and cache.length:
             k, v = cache.filled()
         else:

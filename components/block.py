@@ -74,12 +74,12 @@ class Block(nn.Module):
             inputs = {"positions": positions, "cache": cache.tokens if cache else None}
             if mask is not None:
                 inputs["mask"] = mask
-            x = x + self.dropout(self.attention(self.attention_norm(x), **inputs), keys[0])
+            x = self.dropout(self.attention(self.attention_norm(x), **inputs), keys[0], residual=x)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             context_cache = cache.context if cache else None
             y = self.cross_attention(self.cross_attention_norm(x), context, cache=context_cache)
-            x = x + self.dropout(y, keys[1])
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), keys[2])
+            x = self.dropout(y, keys[1], residual=x)
+        return self.dropout(self.feed_forward(self.feed_forward_norm(x)), keys[2], residual=x)
 
 
 def shared_rotations(blocks: Iterable[nn.Module], positions: Tensor) -> list[Tensor | Rotation]:
