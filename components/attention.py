@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norms import RMSNorm
-from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
+from .recompute import call_without_keeping
+from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 Rotary = RotaryEmbedding | AxialRotaryEmbedding | MixedRotaryEmbedding
 
@@ -54,12 +55,13 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Multi-head self-attention: a token attends to all tokens, or with `causal` to itself and earlier ones.
 
-    x: [b, s, d], positions: as the rotary embedding takes them -> [b, s, d]. "Earlier" is defined by the order in the
-    tensor; positions only rotate queries and keys. Query, key and value projections are one matrix, in that order; all
-    four projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries and keys of each head before the
-    rotation (Dehghani et al. 2023), which limits the growth of attention logits. With a cache, x holds the tokens that
-    follow those in the cache. mask: booleans that broadcast to [b, h, s, t], true where a query may attend to a key;
-    causal attention hides later tokens as well. Raises ValueError if dim is not a multiple of num_heads.
+    x: [b, s, d], positions: as the rotary embedding takes them, or the `Rotation` of its angles -> [b, s, d]. "Earlier"
+    is defined by the order in the tensor; positions only rotate queries and keys. Query, key and value projections are
+    one matrix, in that order; all four projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries
+    and keys of each head before the rotation (Dehghani et al. 2023), which limits the growth of attention logits. With
+    a cache, x holds the tokens that follow those in the cache. mask: booleans that broadcast to [b, h, s, t], true
+    where a query may attend to a key; causal attention hides later tokens as well. Raises ValueError if dim is not a
+    multiple of num_heads.
     """
 
     def __init__(
@@ -78,17 +80,24 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | None = None,
+        positions: Tensor | Rotation | None = None,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         b, s, d = x.shape
-        q, k, v = self.qkv(x).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, s, k] each
-        q, k = self.q_norm(q), self.k_norm(k)
+        qkv = call_without_keeping(self.qkv, x).view(b, s, 3, self.num_heads, -1)
+        qk, v = qkv.split((2, 1), dim=2)  # [b, s, 2, h, k], [b, s, 1, h, k]
+        qk, v = qk.permute(2, 0, 3, 1, 4), v.squeeze(2).transpose(1, 2)  # [2, b, h, s, k], [b, h, s, k]
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = qk.unbind()
+            qk = torch.stack((self.q_norm(q), self.k_norm(k)))
         if self.rotary is not None:
             if positions is None:
                 raise ValueError("SelfAttention: a rotary embedding needs positions, got positions=None")
-            q, k = rotate(torch.stack((q, k)), self.rotary.angles(positions))  # one call for both: half the kernels
+            qk = rotate(qk, positions if isinstance(positions, Rotation) else self.rotary.angles(positions))
+            if v.requires_grad:  # with a copy of the values, the backward pass needs nothing of the projection
+                v = v.clone()
+        q, k = qk.unbind()
         if cache is not None:
             k, v = cache.append(k, v)
         t = k.shape[2]
@@ -134,7 +143,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
         b, n, s = len(context), len(x) // len(context), x.shape[1]
-        q = self.q_norm(self.q(x).view(b, n * s, self.num_heads, -1).transpose(1, 2))  # [b, h, n s, k]
+        q = call_without_keeping(self.q, x).view(b, n * s, self.num_heads, -1)
+        q = self.q_norm(q.transpose(1, 2))  # [b, h, n s, k]
         if cache is not None and cache.length:
             k, v = cache.filled()
         else:
