@@ -51,7 +51,7 @@ class KeyValueCache:
         places up to that one and minus infinity for the rest.
         """
         for x in (self.keys, self.values):
-            x[:, :, self.length :] = 0  # masked, but uninitialised memory may hold NaN, and 0 * NaN is NaN
+            x[:, :, self.length :].zero_()  # masked, but uninitialised memory may hold NaN, and 0 * NaN is NaN
         self.place, self.mask, self.length = place, mask, self.max_length
 
     def filled(self) -> tuple[Tensor, Tensor]:

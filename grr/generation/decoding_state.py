@@ -138,7 +138,7 @@ class DecodingState:
         """Fix the shapes of the caches, which have the rows and the dtype of all further steps."""
         caches = self._token_caches()
         self._mask = caches[0].keys.new_full((1, 1, 1, caches[0].max_length), -torch.inf)
-        self._mask[..., : caches[0].length] = 0
+        self._mask[..., : caches[0].length].zero_()
         for cache in caches:
             cache.fix(self._place, self._mask)
 

@@ -70,14 +70,35 @@ def generate(
             repetition_penalty=repetition_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
-        if num_beams > 1:
-            captions, _ = beam_search(state, num_beams=num_beams, length_penalty=length_penalty)
-        elif temperature > 0:
-            generator = torch.Generator(images.device).manual_seed(seed)
-            captions = decode(state, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
-        else:
-            captions = decode(state, lambda log_p: log_p.argmax(-1))
+        captions = search(
+            state,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
     return [tokenizer.decode(row) for row in captions.tolist()]
+
+
+def search(
+    state: DecodingState,
+    *,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Generate the captions of a state: ids [b, max_new_tokens], PAD after EOS. Arguments are those of `generate`."""
+    if num_beams > 1:
+        return beam_search(state, num_beams=num_beams, length_penalty=length_penalty)[0]
+    if temperature == 0:
+        return _until_all_end(state, lambda log_p: log_p.argmax(-1))
+    generator = torch.Generator(state.ids.device).manual_seed(seed)
+    return _until_all_end(state, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
 
 
 def sample(
@@ -94,12 +115,7 @@ def sample(
     return ids.gather(1, _draw(p, generator).unsqueeze(1)).squeeze(1)
 
 
-def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an index per row of weights [b, k] -> [b], the same as torch.multinomial, which waits for the device."""
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-
-
-def decode(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
+def _until_all_end(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
     """Append the token that `choose` returns until all rows end: ids [b, max_new_tokens], PAD after EOS.
 
     choose: log-probabilities [b, v] -> ids [b].
@@ -121,6 +137,11 @@ def decode(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
             state.select(kept, kept)
     captions[images] = state.ids[:, 1:]
     return captions
+
+
+def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an index per row of weights [b, k] -> [b], the same as torch.multinomial, which waits for the device."""
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def _check(
