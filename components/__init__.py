@@ -9,6 +9,7 @@ from .class_token import ClassToken
 from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
 from .feed_forward import GEGLU, FeedForward
 from .norms import LayerNorm, RMSNorm
+from .patch_dropout import PatchDropout, num_kept
 from .patches import PatchEmbedding
 from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
@@ -31,6 +32,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "MixedRotaryEmbedding",
+    "PatchDropout",
     "PatchEmbedding",
     "RMSNorm",
     "RotaryEmbedding",
@@ -38,5 +40,6 @@ __all__ = [
     "SinusoidalPositions",
     "dropout_keys",
     "fold_in",
+    "num_kept",
     "rotate",
 ]

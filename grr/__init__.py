@@ -24,7 +24,7 @@ Build a model, each of whose parts is an argument, and train it on any map-style
             losses = grr.global_batch_step(model, [batch.to(device) for batch in batches], seed=step)
             optimizer.step()
             optimizer.zero_grad()
-            print(step, losses.contrastive_loss, losses.captioning_loss)
+            print(step, losses.read().loss)  # waits for the device
 
 The recipes are training loops of that kind with validation, checkpoints and a report: `grr ls` lists them. Further
 names are in the packages `grr.components`, `grr.builders`, `grr.data`, `grr.models`, `grr.training`, `grr.evaluation`

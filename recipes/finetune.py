@@ -44,11 +44,12 @@ from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
+from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
-from grr.training.step import check_finite, global_batch_step
+from grr.training.step import global_batch_step
 from grr.training.throughput import Throughput
 
 
@@ -167,17 +168,19 @@ def main() -> int:
         else:
             control = judge(control)
             saver.poll(step, due=True)
-        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
-        throughput = Throughput(run.batch_size)
+        whole = cfg.loss["negatives"] == "global"  # a loss of the global batch, however it is cut
+        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, longest_first=whole, **loader)
+        throughput, finite = Throughput(run.batch_size), FiniteCheck(folder)
         while control.decision != "stop" and control.step < last:
             with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule) / control.divisor
             set_lr(optimizer, lr)
-            losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+            step_losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
             norm = clip_gradients(model, run.max_grad_norm)
-            check_finite(losses, norm, step, micro_batches, folder)
-            if saver.due:  # finite gradients have shown that the weights of this step are finite
+            finite.record(step, step_losses, norm, micro_batches)
+            if saver.due:
+                finite.check()  # finite gradients show that the weights of this step are finite
                 saver.save(step, control=control._asdict())
             if saver.stopping:
                 bar.close()
@@ -189,12 +192,15 @@ def main() -> int:
             step += 1
             throughput.step(micro_batches)
             bar.update()
-            bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-            if step % run.log_every == 0:
-                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **throughput.metrics())
+            if step % run.log_every == 0:  # only here does the host wait for the device
+                finite.check()
+                losses = step_losses.read()
+                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm.item(), **throughput.metrics())
+                bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             if step % per_epoch == 0:
                 with throughput.paused():
+                    finite.check()
                     control = judge(control)
             saver.poll(step, due=step % per_epoch == 0)
         bar.close()

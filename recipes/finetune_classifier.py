@@ -46,10 +46,10 @@ from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
+from grr.training.finite import FiniteCheck
 from grr.training.log import open_log, parameter_counts
 from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
-from grr.training.step import check_finite
 from grr.training.throughput import Throughput
 
 
@@ -156,16 +156,17 @@ def main() -> int:
         reading = {"image_size": arguments["image_size"], "crop": cfg.loader["crop"]}
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
-        throughput = Throughput(run.batch_size)
+        throughput, finite = Throughput(run.batch_size), FiniteCheck(folder)
         while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):
             with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
             set_lr(optimizer, lr)
-            scores = classification_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+            step_scores = classification_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
             norm = clip_gradients(model, run.max_grad_norm)
-            check_finite(scores, norm, step, micro_batches, folder)
-            if saver.due:  # finite gradients have shown that the weights of this step are finite
+            finite.record(step, step_scores, norm, micro_batches)
+            if saver.due:
+                finite.check()  # finite gradients show that the weights of this step are finite
                 saver.save(step, **best)
             if saver.stopping:
                 bar.close()
@@ -176,13 +177,16 @@ def main() -> int:
             step += 1
             throughput.step(micro_batches)
             bar.update()
-            bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-            if step % run.log_every == 0 or step == last:
-                log.write("train", step, **scores._asdict(), lr=lr, grad_norm=norm, **throughput.metrics())
+            if step % run.log_every == 0 or step == last:  # only here does the host wait for the device
+                finite.check()
+                scores = step_scores.read()
+                log.write("train", step, **scores._asdict(), lr=lr, grad_norm=norm.item(), **throughput.metrics())
+                bar.set_postfix(loss=f"{scores.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
+                    finite.check()
                     scores = classification_scores(model, held_out, tokenizer, device, **reading)
                     if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
                         best = {"best": scores.accuracy, "best_step": step}

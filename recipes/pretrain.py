@@ -34,10 +34,11 @@ from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
+from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.optim import adamw, clip_gradients
-from grr.training.schedule import describe_end, set_lr, warmup_cosine
-from grr.training.step import check_finite, global_batch_step
+from grr.training.schedule import describe_end, set_lr, set_patch_dropout, warmup_cosine
+from grr.training.step import global_batch_step
 from grr.training.throughput import Throughput
 
 
@@ -49,6 +50,7 @@ class Run:
     seed: int = 0  # of the initial weights, the order of the data, and dropout
     epochs: int = 21
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
+    patch_dropout_epochs: int | None = None  # the first with model.patch_dropout, the rest without; null: all with it
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
     micro_batch_size: int = 48  # pairs that one process holds at a time
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
@@ -116,18 +118,21 @@ def main() -> int:
         # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
         validate_every = run.validate_every or per_epoch
-        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+        whole = cfg.loss["negatives"] == "global"  # a loss of the global batch, however it is cut
+        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, longest_first=whole, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
-        throughput, examples = Throughput(run.batch_size), None
+        throughput, finite, examples = Throughput(run.batch_size), FiniteCheck(folder), None
         while step < last:
             with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
             set_lr(optimizer, lr)
-            losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+            set_patch_dropout(model, patch_dropout_at(step // per_epoch, cfg, run))
+            step_losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
             norm = clip_gradients(model, run.max_grad_norm)
-            check_finite(losses, norm, step, micro_batches, folder)
-            if saver.due:  # finite gradients have shown that the weights of this step are finite
+            finite.record(step, step_losses, norm, micro_batches)
+            if saver.due:
+                finite.check()  # finite gradients show that the weights of this step are finite
                 saver.save(step, **best)
             if saver.stopping:
                 bar.close()
@@ -138,17 +143,20 @@ def main() -> int:
             step += 1
             throughput.step(micro_batches)
             bar.update()
-            bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-            if step % run.log_every == 0 or step == last:
-                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **throughput.metrics())
+            if step % run.log_every == 0 or step == last:  # only here does the host wait for the device
+                finite.check()
+                losses = step_losses.read()
+                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm.item(), **throughput.metrics())
+                bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             if step == run.log_every:  # the report is there before the first validation
                 on_rank_0(partial(report, examples=None))
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
+                    finite.check()
                     losses, metrics, examples = evaluate()
-                    check_finite(losses, norm, step, micro_batches, folder)
+                    finite.check_validation(step, losses)
                     if best["best_loss"] is None or losses.loss < best["best_loss"]:
                         best = {"best_loss": losses.loss, "best_step": step}
                         saver.save_best(step, **best)  # on disk before a checkpoint names it
@@ -179,6 +187,12 @@ def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
     """Returns the training pairs and the validation pairs."""
     pairs, held_out = cfg.build("data"), cfg.build("validation")
     return (InMemory(pairs), InMemory(held_out)) if run.in_memory else (pairs, held_out)
+
+
+def patch_dropout_at(epoch: int, cfg: config.Config, run: Run) -> float:
+    """Returns the fraction of the patches that the steps of an epoch, counted from 0, leave out."""
+    ended = run.patch_dropout_epochs is not None and epoch >= run.patch_dropout_epochs
+    return 0.0 if ended else cfg.model.get("patch_dropout", 0.0)
 
 
 def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict[str, Any]:

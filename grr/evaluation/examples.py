@@ -136,7 +136,7 @@ def _attention_maps(
     """The attention while the caption of image i was written; None for an empty caption or a model without a map."""
     device = next(model.parameters()).device
     pixels = outputs.pairs.load(outputs.images[i], size=outputs.image_size, crop=outputs.crop).to(device)
-    ids, positions, _ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
+    ids, positions, *_ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
     maps = word_attention(model, pixels[None], ids.to(device), positions=positions.to(device))
     words, word_of = words_of_tokens(tokenizer, ids[0].tolist())
     if maps is None or not words:

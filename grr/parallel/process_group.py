@@ -91,6 +91,15 @@ def all_sum(*numbers: float) -> list[float]:
     return total.tolist()
 
 
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Returns the sum of a tensor over all processes, on its device; does not wait for it."""
+    if dist.get_world_size() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
 def all_max(*numbers: int) -> int:
     """Returns the largest of the integers of all processes."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -68,10 +68,13 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         raise ValueError(f"freeze: no parameter remains to be trained when {', '.join(parts)} are frozen; remove one")
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to a norm of max_norm, over all parameters of all processes; returns the norm before."""
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to a norm of max_norm, over all parameters of all processes; returns the norm before.
+
+    The norm is a float32 scalar on the device, so nothing waits for it.
+    """
     norm = clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:

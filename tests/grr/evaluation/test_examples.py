@@ -88,7 +88,7 @@ def test_a_word_has_the_mean_of_the_maps_of_its_tokens(tokenizer):
     for one, i in zip(shown.attention, (0, 6), strict=True):
         assert torch.equal(one.image, outputs.thumbnail(i))
         torch.testing.assert_close(one.maps.sum((1, 2)), torch.ones(len(one.words)))
-        ids, positions, _ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
+        ids, positions, *_ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
         pixels = outputs.pairs.load(outputs.images[i], size=32, crop="squash")[None]
         rows = word_attention(model, pixels, ids, positions=positions)[0]  # row i is read to write token i + 1
         pieces = [tokenizer.decode([token]) for token in ids[0, 1:].tolist()]

@@ -26,7 +26,7 @@ class Clock:
 
 
 def batch(replaced: int) -> Batch:
-    return Batch(torch.empty(0), *[torch.empty(0, dtype=torch.long)] * 3, names=[], replaced=replaced)
+    return Batch(torch.empty(0), *[torch.empty(0, dtype=torch.long)] * 5, num_labels=0, names=[], replaced=replaced)
 
 
 @given(events=EVENTS, batch_size=st.integers(1, 999))
