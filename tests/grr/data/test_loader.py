@@ -24,7 +24,7 @@ from waiting import wait_until
 from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
-from grr.data.order import epoch_order
+from grr.data.order import Groups, epoch_order
 from grr.training.step import seed_dropout
 
 
@@ -40,6 +40,10 @@ class Painted:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.image_of)
 
     @property
     def ids(self) -> list[str]:
