@@ -170,7 +170,8 @@ def main() -> int:
         else:
             control = judge(control)
             saver.poll(step, due=True)
-        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+        whole = cfg.loss["negatives"] == "global"  # a loss of the global batch, however it is cut
+        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, longest_first=whole, **loader)
         throughput, finite = Throughput(run.batch_size), FiniteCheck(folder)
         while control.decision != "stop" and control.step < last:
             with throughput.waiting():

@@ -124,7 +124,8 @@ def main() -> int:
         # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
         validate_every = run.validate_every or per_epoch
-        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+        whole = cfg.loss["negatives"] == "global"  # a loss of the global batch, however it is cut
+        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, longest_first=whole, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
         throughput, finite, examples = Throughput(run.batch_size), FiniteCheck(folder), None
         while step < last:

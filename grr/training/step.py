@@ -158,10 +158,10 @@ def evaluation_losses(
 def seed_dropout(batch: Batch, seed: int, index: int) -> Tensor:
     """Seed the dropout of micro-batch `index` of this process, and return the keys of its samples, int64 [b].
 
-    A key depends on the seed and the sample's index in the global batch, which `grr.data.training_steps` cuts into
-    micro-batches, so the dropout is the same for any number of processes and micro-batches. Modules that draw from
-    torch's generator instead, such as nn.Dropout in a user's encoder, are seeded by the index of the micro-batch in the
-    global batch, so their dropout changes with the size of a micro-batch.
+    A key depends on the seed and the sample's index in the global batch, in the order in which
+    `grr.data.training_steps` cuts it into micro-batches, so the dropout is the same for any number of processes and
+    micro-batches. Modules that draw from torch's generator instead, such as nn.Dropout in a user's encoder, are seeded
+    by the index of the micro-batch in the global batch, so their dropout changes with the size of a micro-batch.
     """
     place, b = index * dist.get_world_size() + dist.get_rank(), len(batch.ids)
     torch.manual_seed(derive_seed(seed, place))
