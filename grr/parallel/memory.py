@@ -22,8 +22,7 @@ def has_room_for_whole(model: nn.Module, device: torch.device, *, bf16: bool) ->
     parameters = list(model.parameters())
     weights = sum(p.numel() * (2 if bf16 else p.element_size()) for p in parameters)
     gradients = sum(p.numel() * max(4, p.element_size()) for p in parameters if p.requires_grad)
-    processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share the memory
-    free = free_memory() // processes
+    free = free_memory_of_process(device)
     keeps = not all_max(PART * (weights + gradients) > free)
     if is_rank_0():
         logger.info(
@@ -34,6 +33,12 @@ def has_room_for_whole(model: nn.Module, device: torch.device, *, bf16: bool) ->
             free / 1e9,
         )
     return keeps
+
+
+def free_memory_of_process(device: torch.device) -> int:
+    """Returns the free memory in bytes that one process may use: that of its GPU, or its part of the machine's."""
+    processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_memory() // processes
 
 
 def free_memory() -> int:
