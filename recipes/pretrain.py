@@ -27,6 +27,7 @@ from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
+from grr.data.order import check_negatives
 from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import training_examples
 from grr.inference.pretrained import describe
@@ -39,6 +40,7 @@ from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
 from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
+from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, set_patch_dropout, warmup_cosine
 from grr.training.step import global_batch_step
@@ -55,7 +57,7 @@ class Run:
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
     patch_dropout_epochs: int | None = None  # the first with model.patch_dropout, the rest without; null: all with it
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 48  # pairs that one process holds at a time
+    micro_batch_size: int | None = None  # pairs that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     in_memory: bool = False  # keep decoded images, for data that fit
     log_every: int = 10  # optimizer steps
@@ -84,6 +86,7 @@ def main() -> int:
     cfg = config.load(SECTIONS)
     check_builder(MODELS[cfg.model["name"]])
     run = cfg.get(Run)
+    check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
@@ -92,7 +95,6 @@ def main() -> int:
         file, resuming = folder / "tokenizer.model", has_checkpoints(folder / "checkpoints")
         tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, file, resuming, **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
-        loader = loader_arguments(cfg, run, device)
 
         # model: built without memory, sharded, then initialised, so that no rank ever holds all of it
         cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
@@ -114,6 +116,12 @@ def main() -> int:
             logging.info(f"{folder} finished before, after step {last}; see {folder / 'report.html'}")
             return 0
         saver.resume_best(best["best_step"])
+        set_patch_dropout(model, patch_dropout_at(run.epochs, cfg, run))  # as at the end, where steps take most memory
+        gradients = partial(global_batch_step, model, seed=0, **cfg.loss)
+        cfg.run["micro_batch_size"] = choose_micro_batch_size(
+            cfg.run, gradients, model, optimizer, tokenizer, cfg.model["image_size"], resumed=folder if step else None
+        )
+        loader = loader_arguments(cfg, run, device)
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
         logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
@@ -209,7 +217,7 @@ def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict
         "rank": dist.get_rank(),
         "world": dist.get_world_size(),
         "batch_size": run.batch_size,
-        "micro_batch_size": run.micro_batch_size,
+        "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": cfg.model["image_size"],
         "pin_memory": device.type == "cuda",
         **cfg.loader,
