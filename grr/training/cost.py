@@ -19,6 +19,7 @@ from grr.data.images import Crop
 from grr.data.inspect import Finding
 from grr.parallel.process_group import default_device, process_group
 from grr.tokenizers import Tokenizer
+from grr.training.counters import saved_bytes
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
@@ -148,24 +149,15 @@ def _step(
     crop: Crop,
     device: torch.device,
 ) -> StepCost:
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
     begun = time.perf_counter()
     steps = training_steps(
         pairs, tokenizer, 0, 1, 0, 0, size, size, image_size, False, workers=0, crop=crop, max_bad_fraction=1.0
     )
     (batches,) = islice(steps, 1)
     read = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with saved_bytes(model) as kept:
         global_batch_step(model, [batch.to(device) for batch in batches], 0, **run.loss)
-    clip_gradients(model, 1.0)  # reads a number, so the device has finished
+    clip_gradients(model, 1.0).item()  # waits until the device has finished
     computed = time.perf_counter()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
