@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from grr.training.micro_batch import count_kept_bytes
+
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # of item(), nonzero(), unique() ...
 INDEXES = {"index", "index_put", "index_put_"}  # wait for the number of true elements of a boolean mask
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unsafe_view"}
@@ -36,7 +38,7 @@ class Counts(NamedTuple):
     collective_bytes: dict[str, int]  # name -> bytes of the largest tensor of each call, summed
     flops: int  # executed, of matrix products
     unaligned_flops: int  # of products that have a dimension that is not a multiple of 8; attention is not included
-    saved_bytes: int  # that are kept for the backward pass, without the parameters
+    kept_bytes: int  # for the backward pass, without the parameters
     host_calls: int  # of Python and C functions
 
 
@@ -75,13 +77,13 @@ class Counters:
 
 
 def count(act: Callable[[], object], model: nn.Module) -> Counts:
-    """Count what `act` does, which is called three times. The bytes of the model's parameters are not counted as saved.
+    """Count what `act` does, which is called three times. The bytes of the model's parameters do not count as kept.
 
-    saved_bytes is meant for one forward and backward pass: tensors of several are added where they do not share memory.
+    kept_bytes is meant for one forward and backward pass: tensors of several are added where they do not share memory.
     """
     with FlopCounterMode(display=False) as flops, Counters() as counters:
         act()
-    with saved_bytes(model) as saved:
+    with count_kept_bytes(model) as kept:
         act()
     with host_calls() as calls:
         act()
@@ -92,28 +94,9 @@ def count(act: Callable[[], object], model: nn.Module) -> Counts:
         dict(counters.collective_bytes),
         flops.get_total_flops(),
         counters.unaligned_flops,
-        sum(saved.values()),
+        sum(kept.values()),
         calls.total(),
     )
-
-
-@contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Yield a dictionary of the memory that the context keeps for a backward pass: address -> bytes.
-
-    Tensors that share memory count once, the parameters of the model not at all.
-    """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        yield kept
 
 
 @contextmanager

@@ -44,7 +44,7 @@ SIZES = {
     "vision_ffn_multiplier": 2.5,
     "dropout": 0.2,
 }
-PAIRS, MICRO_BATCHES, SEED = 144, 2, 7  # two micro-batches of each process
+PAIRS, MICRO_BATCHES, SEED = 288, 2, 7  # two micro-batches of each of up to two processes
 OPTIONS = {"bf16": True, "compile": True, "activation_checkpointing": True, "float8": True}
 SUBSETS = [dict(chosen) for n in range(5) for chosen in itertools.combinations(OPTIONS.items(), n)]
 
