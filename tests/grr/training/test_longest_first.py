@@ -59,7 +59,8 @@ def test_sorting_a_global_batch_changes_neither_its_loss_nor_its_gradients(pairs
     assert same_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
-    if micro < 12:
+    assert columns(ours) <= columns(plain)
+    if micro == 2:
         assert columns(ours) < columns(plain)
 
 
