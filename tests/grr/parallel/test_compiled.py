@@ -1,4 +1,4 @@
-"""Compilation: a version a size, without a graph break, of the passes of training steps alone; and where it is chosen."""
+"""Compilation: of passes of training steps alone, a version a size, without a graph break; and where it is chosen."""
 
 import functools
 
