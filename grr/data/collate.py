@@ -5,16 +5,21 @@ position 63, does not change the results: causal attention then hides PAD from a
 columns that are padding in all rows can be dropped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+from grr.data.pairs import Texts
 
 IGNORE = -100  # the label that cross-entropy skips
 TEXT_MULTIPLE = 8  # columns; also what matrix kernels of bfloat16 are aligned to
 LABEL_MULTIPLE = 64
+LONGEST = np.iinfo(np.uint16).max  # tokens; captions beyond count as equally long
 
 
 def right_pad(ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -72,6 +77,24 @@ def collate_captions(rows: list[list[int]], *, pad_id: int = 0, labelled: Sequen
         F.pad(labels, (0, filling), value=IGNORE),
         n,
     )
+
+
+class LongestFirst:
+    """Order of samples by the length of their captions in tokens, the longest first; equal ones stay as they were.
+
+    A global batch in this order, cut into micro-batches, has few columns that are only padding. A caption is encoded
+    once, and its length kept in 2 bytes.
+    """
+
+    def __init__(self, captions: Texts | Sequence[str], encode: Callable[[str], list[int]], *, pad_id: int = 0) -> None:
+        self.captions, self.encode, self.pad_id = captions, encode, pad_id
+        self.lengths = np.zeros(len(captions), dtype=np.uint16)  # by sample; 0: not encoded yet
+
+    def __call__(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        for i in samples[self.lengths[samples] == 0].tolist():
+            ids = self.encode(self.captions[i])
+            self.lengths[i] = min(len(ids) - ids.count(self.pad_id), LONGEST)
+        return samples[np.argsort(-self.lengths[samples].astype(np.int64), kind="stable")]
 
 
 def _round_up(count: int, multiple: int) -> int:

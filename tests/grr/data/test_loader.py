@@ -21,10 +21,10 @@ from label_rows import label_rows
 from torch import Tensor
 from waiting import wait_until
 
-from grr.data.collate import IGNORE, collate_captions
+from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
-from grr.data.order import epoch_order
+from grr.data.order import Groups, epoch_order
 from grr.training.step import seed_dropout
 
 
@@ -40,6 +40,10 @@ class Painted:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.image_of)
 
     @property
     def ids(self) -> list[str]:
@@ -81,6 +85,12 @@ def validation(pairs, rank=0, world=1, *, batch_size=8, micro_batch_size=2, imag
 
 def names(steps: Iterable[list[Batch]], n: int | None = None) -> list[list[list[str]]]:
     return [[batch.names for batch in step] for step in islice(steps, n)]
+
+
+def columns(steps: Iterable[list[Batch]], n: int) -> tuple[int, int]:
+    """Returns the columns that the text decoders compute in n steps, and the tokens in them."""
+    batches = [batch for step in islice(steps, n) for batch in step]
+    return sum(batch.ids.numel() for batch in batches), sum(int((batch.ids != 0).sum()) for batch in batches)
 
 
 def flat(steps: Iterable[list[Batch]], n: int) -> list[list[tuple]]:
@@ -429,3 +439,58 @@ def test_a_sample_has_the_dropout_keys_of_its_place_in_the_global_batch(monkeypa
     assert len(set(whole.values())) == 8
     parts = [keys(rank, world, micro_batch_size) for rank in range(world)]
     assert {name: key for part in parts for name, key in part.items()} == whole
+
+
+def worded(seed: int = 0, *, images: int = 96, mean: float = 15, **more) -> Painted:
+    """Pairs whose captions have random numbers of letters, which are tokens of `Letters`."""
+    lengths = np.random.default_rng(seed).poisson(mean, images).clip(1, 60)
+    return Painted(["x" * n for n in lengths], np.arange(images), **more)
+
+
+@given(seed=st.integers(0, 99), world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 6]))
+def test_the_longest_first_are_the_same_global_batches_in_one_order_for_any_split(seed, world, micro):
+    pairs = worded(seed)
+    plain = [sorted(row) for row in flat(training(pairs, batch_size=24, workers=0), 6)]
+    order = flat(training(pairs, batch_size=24, micro_batch_size=24, workers=0, longest_first=True), 6)
+    assert [sorted(row) for row in order] == plain
+    lengths = [[len(sample[2]) for sample in row] for row in order]
+    assert lengths == [sorted(row, reverse=True) for row in lengths]
+    sizes = {"batch_size": 24, "micro_batch_size": micro, "workers": 0, "longest_first": True, "start_step": 2}
+    split = [flat(training(pairs, rank, world, **sizes), 4) for rank in range(world)]
+    for k in range(4):
+        rows = [iter(rank[k]) for rank in split]
+        joined = [next(row) for _ in range(24 // micro // world) for row in rows for _ in range(micro)]
+        assert joined == order[2 + k]
+
+
+def test_a_substitute_takes_the_place_of_its_bad_sample_in_the_longest_first():
+    pairs = worded()
+    sizes = {"batch_size": 24, "micro_batch_size": 6, "workers": 0, "longest_first": True, "max_bad_fraction": 1.0}
+    (good,) = flat(training(pairs, **sizes), 1)
+    place = next(i for i, sample in enumerate(good) if sample[0] == good[7][0])
+    bad = pairs.ids.index(good[7][0])
+    (replaced,) = flat(training(worded(errors={bad: BadImage("cut off")}), **sizes), 1)
+    assert [i for i, (ours, theirs) in enumerate(zip(replaced, good, strict=True)) if ours != theirs] == [place]
+    assert replaced[place][0] not in {sample[0] for sample in good}
+
+
+def test_the_longest_first_read_few_columns_that_are_padding():
+    pairs, sizes = worded(images=3072), {"batch_size": 768, "micro_batch_size": 48, "workers": 0, "image_size": 1}
+    computed, tokens = columns(training(pairs, **sizes), 4)
+    assert computed > 1.6 * tokens
+    computed, same_tokens = columns(training(pairs, longest_first=True, **sizes), 4)
+    assert same_tokens == tokens
+    assert computed < 1.25 * tokens  # lengths are rounded up to a multiple of 8
+
+
+def test_a_caption_is_encoded_once_for_its_place():
+    encoded = []
+
+    def encode(caption: str) -> list[int]:
+        encoded.append(caption)
+        return Letters().encode(caption)
+
+    order = LongestFirst(["one", "three", "fourteen", "four"], encode)
+    assert order(np.array([0, 1, 3])).tolist() == [1, 3, 0]
+    assert order(np.array([3, 0, 2, 1])).tolist() == [2, 1, 3, 0]
+    assert sorted(encoded) == ["four", "fourteen", "one", "three"]
