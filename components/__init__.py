@@ -12,6 +12,7 @@ from .norms import LayerNorm, RMSNorm
 from .patches import PatchEmbedding
 from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
+from .recompute import call_without_keeping, recomputable
 from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "Rotation",
     "SelfAttention",
     "SinusoidalPositions",
+    "call_without_keeping",
     "dropout_keys",
     "fold_in",
+    "recomputable",
     "rotate",
     "shared_rotations",
 ]
