@@ -9,6 +9,7 @@ from .class_token import ClassToken
 from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
 from .feed_forward import GEGLU, FeedForward
 from .norms import LayerNorm, RMSNorm
+from .patch_dropout import PatchDropout, num_kept
 from .patches import PatchEmbedding
 from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
@@ -32,6 +33,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "MixedRotaryEmbedding",
+    "PatchDropout",
     "PatchEmbedding",
     "RMSNorm",
     "RotaryEmbedding",
@@ -41,6 +43,7 @@ __all__ = [
     "call_without_keeping",
     "dropout_keys",
     "fold_in",
+    "num_kept",
     "recomputable",
     "rotate",
     "shared_rotations",

@@ -15,19 +15,26 @@ class KeyValueCache:
     """Keys and values of the tokens read so far, so that generation computes those of each token once.
 
     keys, values: [b, h, t, k], memory for t tokens; the first `length` are filled. Tensors are written in place, so
-    no gradient passes through a cache.
+    no gradient passes through a cache. After `fix`, no shape depends on the number of tokens read, so that one compiled
+    or captured step reads every further token: attention covers all of the memory, under `mask`.
     """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self.length = 0
         self.keys = self.values = torch.empty(0)
+        self.place: Tensor | None = None
+        self.mask: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values [b, h, s, k] and return all that are stored, [b, h, length, k].
 
-        Raises ValueError if they exceed max_length.
+        Raises ValueError if they exceed max_length. After `fix`, s is 1 and length is max_length.
         """
+        if self.place is not None:
+            self.keys.index_copy_(2, self.place, keys)
+            self.values.index_copy_(2, self.place, values)
+            return self.filled()
         b, h, s, k = keys.shape
         if self.length + s > self.max_length:
             raise ValueError(f"KeyValueCache: {self.length} + {s} tokens do not fit into max_length={self.max_length}")
@@ -37,6 +44,16 @@ class KeyValueCache:
         self.values[:, :, self.length : self.length + s] = values
         self.length += s
         return self.filled()
+
+    def fix(self, place: Tensor, mask: Tensor) -> None:
+        """Write each further token at `place` and attend under `mask`, which the caller changes from token to token.
+
+        place: int64 [1], where the next token is written, mask: [1, 1, 1, t] in the dtype of the keys, 0 for the
+        places up to that one and minus infinity for the rest.
+        """
+        for x in (self.keys, self.values):
+            x[:, :, self.length :].zero_()  # masked, but uninitialised memory may hold NaN, and 0 * NaN is NaN
+        self.place, self.mask, self.length = place, mask, self.max_length
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Returns the stored keys and values, [b, h, length, k] each."""
@@ -100,6 +117,8 @@ class SelfAttention(nn.Module):
         q, k = qk.unbind()
         if cache is not None:
             k, v = cache.append(k, v)
+            if cache.mask is not None:
+                mask = cache.mask if mask is None else cache.mask.masked_fill(~mask, -torch.inf)
         t = k.shape[2]
         causal = self.causal if s > 1 else False  # a branch, because `s > 1` is symbolic when compiled for any length
         if causal and (mask is not None or t > s):  # is_causal excludes a mask, and aligns the first query and key

@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -25,7 +27,9 @@ from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
+from grr.data.order import check_negatives
 from grr.evaluation.evaluate import validate
+from grr.evaluation.examples import training_examples
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, check_builder
 from grr.parallel.initialize import initialize
@@ -34,10 +38,12 @@ from grr.parallel.process_group import on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
+from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
+from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients
-from grr.training.schedule import describe_end, set_lr, warmup_cosine
-from grr.training.step import check_finite, global_batch_step
+from grr.training.schedule import describe_end, set_lr, set_patch_dropout, warmup_cosine
+from grr.training.step import global_batch_step
 from grr.training.throughput import Throughput
 
 
@@ -49,8 +55,9 @@ class Run:
     seed: int = 0  # of the initial weights, the order of the data, and dropout
     epochs: int = 21
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
+    patch_dropout_epochs: int | None = None  # the first with model.patch_dropout, the rest without; null: all with it
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 48  # pairs that one process holds at a time
+    micro_batch_size: int | None = None  # pairs that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     in_memory: bool = False  # keep decoded images, for data that fit
     log_every: int = 10  # optimizer steps
@@ -79,6 +86,7 @@ def main() -> int:
     cfg = config.load(SECTIONS)
     check_builder(MODELS[cfg.model["name"]])
     run = cfg.get(Run)
+    check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
@@ -87,7 +95,6 @@ def main() -> int:
         file, resuming = folder / "tokenizer.model", has_checkpoints(folder / "checkpoints")
         tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, file, resuming, **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
-        loader = loader_arguments(cfg, run, device)
 
         # model: built without memory, sharded, then initialised, so that no rank ever holds all of it
         cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
@@ -109,25 +116,37 @@ def main() -> int:
             logging.info(f"{folder} finished before, after step {last}; see {folder / 'report.html'}")
             return 0
         saver.resume_best(best["best_step"])
+        set_patch_dropout(model, patch_dropout_at(run.epochs, cfg, run))  # as at the end, where steps take most memory
+        gradients = partial(global_batch_step, model, seed=0, **cfg.loss)
+        cfg.run["micro_batch_size"] = choose_micro_batch_size(
+            cfg.run, gradients, model, optimizer, tokenizer, cfg.model["image_size"], resumed=folder if step else None
+        )
+        loader = loader_arguments(cfg, run, device)
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
         logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
+        if step == 0:  # a page with pictures is there before the first step
+            on_rank_0(lambda: report(examples=training_examples(pairs)))
+        logging.info(f"{folder / 'report.html'} shows the progress")
 
         # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
         validate_every = run.validate_every or per_epoch
-        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+        whole = cfg.loss["negatives"] == "global"  # a loss of the global batch, however it is cut
+        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, longest_first=whole, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
-        throughput, examples = Throughput(run.batch_size), None
+        throughput, finite, examples = Throughput(run.batch_size), FiniteCheck(folder), None
         while step < last:
             with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]
             lr = warmup_cosine(step, per_epoch, cfg.optimizer["lr"], **cfg.schedule)
             set_lr(optimizer, lr)
-            losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
+            set_patch_dropout(model, patch_dropout_at(step // per_epoch, cfg, run))
+            step_losses = global_batch_step(model, micro_batches, derive_seed(run.seed, step), **cfg.loss)
             norm = clip_gradients(model, run.max_grad_norm)
-            check_finite(losses, norm, step, micro_batches, folder)
-            if saver.due:  # finite gradients have shown that the weights of this step are finite
+            finite.record(step, step_losses, norm, micro_batches)
+            if saver.due:
+                finite.check()  # finite gradients show that the weights of this step are finite
                 saver.save(step, **best)
             if saver.stopping:
                 bar.close()
@@ -138,17 +157,22 @@ def main() -> int:
             step += 1
             throughput.step(micro_batches)
             bar.update()
-            bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
-            if step % run.log_every == 0 or step == last:
-                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm, **throughput.metrics())
-            if step == run.log_every:  # the report is there before the first validation
-                on_rank_0(partial(report, examples=None))
+            if step % run.log_every == 0 or step == last:  # only here does the host wait for the device
+                finite.check()
+                losses = step_losses.read()
+                log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm.item(), **throughput.metrics())
+                bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                if not bar.disable and (estimate := throughput.time_left(last - step)):
+                    bar.write(estimate)
+            if step == run.log_every:  # the first point of the curves
+                on_rank_0(lambda: report(examples=training_examples(pairs)))
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
+                    finite.check()
                     losses, metrics, examples = evaluate()
-                    check_finite(losses, norm, step, micro_batches, folder)
+                    finite.check_validation(step, losses)
                     if best["best_loss"] is None or losses.loss < best["best_loss"]:
                         best = {"best_loss": losses.loss, "best_step": step}
                         saver.save_best(step, **best)  # on disk before a checkpoint names it
@@ -181,13 +205,19 @@ def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
     return (InMemory(pairs), InMemory(held_out)) if run.in_memory else (pairs, held_out)
 
 
+def patch_dropout_at(epoch: int, cfg: config.Config, run: Run) -> float:
+    """Returns the fraction of the patches that the steps of an epoch, counted from 0, leave out."""
+    ended = run.patch_dropout_epochs is not None and epoch >= run.patch_dropout_epochs
+    return 0.0 if ended else cfg.model.get("patch_dropout", 0.0)
+
+
 def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict[str, Any]:
     """Returns the arguments that training and validation batches share."""
     return {
         "rank": dist.get_rank(),
         "world": dist.get_world_size(),
         "batch_size": run.batch_size,
-        "micro_batch_size": run.micro_batch_size,
+        "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": cfg.model["image_size"],
         "pin_memory": device.type == "cuda",
         **cfg.loader,

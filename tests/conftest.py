@@ -72,15 +72,14 @@ def colour_run(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = grr_coca_tiny(**arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    ids, positions, labels = collate_captions(
-        [tokenizer.encode(caption) for caption in captions], pad_id=tokenizer.pad_id
-    )
+    texts = [tokenizer.encode(caption) for caption in captions]
+    ids, positions, _, label_places, labels, n = collate_captions(texts, pad_id=tokenizer.pad_id)
     plain = torch.tensor([ImageColor.getrgb(colour) for colour in COLOURS]).view(-1, 3, 1, 1)
     for _ in range(60):
         images = plain + torch.randint(-25, 26, (6, 3, 1, 1)) + torch.randint(-10, 11, (6, 3, 32, 32))
-        output = model(images.clamp(0, 255).byte(), ids, positions=positions, labels=labels)
+        output = model(images.clamp(0, 255).byte(), ids, positions=positions, labels=labels, label_places=label_places)
         contrast = contrastive_loss(output.image_embeddings, output.text_embeddings)
-        (contrast + output.token_losses.mean()).backward()
+        (contrast + output.token_losses.sum() / n).backward()
         optimizer.step()
         optimizer.zero_grad()
     save_model(folder / "model", model, describe("grr_coca_tiny", arguments, "squash"), folder / "tokenizer.model")

@@ -11,6 +11,7 @@ from typing import Any
 
 from grr.config import Config
 from grr.config.renamed import current_keys
+from grr.data.order import ORDER
 
 # How a run is computed: the numbers stay the same to rounding.
 HOW_COMPUTED = frozenset(
@@ -21,6 +22,7 @@ HOW_COMPUTED = frozenset(
         "parallel.activation_checkpointing",
         "run.in_memory",
         "parallel.dp_replicate",
+        "parallel.keep_gathered",
         "run.log_every",
         "saving.every",
         "saving.minutes",
@@ -43,17 +45,24 @@ MAY_CHANGE = HOW_COMPUTED | {
     "loader.max_bad_fraction",
     "model.path",
 }
-CONTENT = " (names or captions have changed)"
-OF_TRAINED_VOCABULARY = ("tokenizer.vocab_size", "tokenizer.context_length")  # checkpoints of 0.1 do not record them
-SHOWN = 10  # keys in a message
 BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
+CONTENT = " (names or captions have changed)"
+REASONS = {
+    **dict.fromkeys(BY_FINGERPRINT, CONTENT),
+    "order": " (version of the order of samples; the version of grr that began the run reads them in its order)",
+}
+FIRST_ORDER = 1  # of checkpoints that do not record one
+OF_TRAINED_VOCABULARY = ("tokenizer.vocab_size", "tokenizer.context_length")  # checkpoints of 0.1 do not record them
+OF_TRAINING = ("model.dropout", "model.patch_dropout", "model.temperature")  # of a model whose weights stay as they are
+SHOWN = 10  # keys in a message
 
 
 def run_identity(cfg: Config, **fingerprints: str | None) -> dict[str, Any]:
     """Returns what defines the numbers of a run, as JSON values by `section.key`.
 
     fingerprints: of the data, the validation data, the tokenizer and, of a fine-tuning, the weights it starts from.
-    The size of a micro-batch belongs to it only where micro-batches are contrasted each in itself.
+    The size of a micro-batch belongs to it only where micro-batches are contrasted each in itself. If the run reads
+    data, so does the version of their order, which a seed selects in another way in another version.
     """
     local = vars(cfg).get("loss", {}).get("negatives") == "local"
     free = MAY_CHANGE - {"run.micro_batch_size"} if local else MAY_CHANGE
@@ -66,6 +75,8 @@ def run_identity(cfg: Config, **fingerprints: str | None) -> dict[str, Any]:
     }
     if vars(cfg).get("tokenizer", {"path": ""})["path"] is None:  # the vocabulary was trained for this run
         values |= {key: cfg.tokenizer[key.partition(".")[2]] for key in OF_TRAINED_VOCABULARY}
+    if "loader" in vars(cfg):
+        values["order"] = ORDER
     plain: dict[str, Any] = json.loads(json.dumps(values | fingerprints, default=str))
     return plain
 
@@ -80,6 +91,7 @@ def check_identity(
     not have or that makes another model, whose weights no checkpoint holds.
     """
     saved = {key: wanted[key] for key in OF_TRAINED_VOCABULARY if key in wanted} | current_keys(saved, wanted)
+    saved = {"order": FIRST_ORDER} | saved if "order" in wanted else saved
     known = saved.keys() | wanted.keys()
     wrong = [key for key in accepted if key not in known or not _acceptable(key)]
     if wrong:
@@ -92,7 +104,7 @@ def check_identity(
     }
     if refused := {key: values for key, values in changes.items() if key not in accepted}:
         lines = [
-            f"{key} is {old} in the checkpoint and {new} in the config" + (CONTENT if key in BY_FINGERPRINT else "")
+            f"{key} is {old} in the checkpoint and {new} in the config{REASONS.get(key, '')}"
             for key, (old, new) in refused.items()
         ]
         if len(lines) > SHOWN:  # the folder of another recipe differs in nearly all keys
@@ -109,4 +121,4 @@ def check_identity(
 
 def _acceptable(key: str) -> bool:
     """Whether a run can go on with another value: not with another model."""
-    return not key.startswith(("model.", "head.", "tokenizer.")) or key in ("model.dropout", "model.temperature")
+    return not key.startswith(("model.", "head.", "tokenizer.")) or key in OF_TRAINING

@@ -30,8 +30,9 @@ class Saver:
         saver = Saver(folder, model, optimizer, identity=run_identity(...), description=describe(...), **cfg.saving)
         progress = saver.resume()
         while step < last:
-            ...                                  # losses, gradients, and the check that they are finite
-            if saver.due:                        # the gradients have shown that the weights of `step` are finite
+            ...                                  # losses and gradients
+            if saver.due:
+                finite.check()                   # finite gradients show that the weights of `step` are finite
                 saver.save(step)
             if saver.stopping:
                 break

@@ -64,15 +64,17 @@ def sizes(options: argparse.Namespace) -> int:
             with torch.device("meta"):
                 towers = parameters(builder(**arguments))
             known = flops_are_known(builder)
-            flops = forward_flops(builder, text_length=options.text_length, **arguments) if known else None
+            length = {"text_length": options.text_length}
+            flops = forward_flops(builder, **length, **arguments) if known else None
+            trained = forward_flops(builder, training=True, **length, **arguments) if known else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label}: {error}") from error
         counts.append([label, *(number(n / 1e6) for n in (towers.total, *towers))])
-        if flops is None:
+        if flops is None or trained is None:
             unknown_flops = True
             costs.append([label, *"-" * (len(costs[0]) - 1)])
         else:
-            costs.append([label, *(number(n / 1e9) for n in (training_flops(flops), flops.total, *flops))])
+            costs.append([label, *(number(n / 1e9) for n in (training_flops(trained), flops.total, *flops))])
     print(f"{aligned(counts)}\n\n{aligned(costs)}")
     if unknown_flops:
         print("\n-: FLOPs are known for the presets of coca only.")

@@ -24,6 +24,7 @@ MEANINGS = {
     "vision_ffn_multiplier": "hidden width / dim in the vision encoder; null: 2.7 for geglu, 4 for mlp",
     "text_ffn_multiplier": "hidden width / dim in the text decoders",
     "dropout": "probability of dropout on embeddings and on what a branch adds to the residual stream",
+    "patch_dropout": "fraction of the patches of an image that a training step leaves out (FLIP)",
     "qk_norm": "normalise queries and keys before attention",
     "pooler_norm": "normalise what the poolers read",
     "tied_embeddings": "one matrix for the token embedding and the vocabulary head",

@@ -5,6 +5,7 @@ import math
 AT_LEAST = {
     "run.epochs": 1,
     "run.max_steps": 1,
+    "run.patch_dropout_epochs": 0,
     "run.batch_size": 1,
     "run.micro_batch_size": 1,
     "run.log_every": 1,

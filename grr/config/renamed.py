@@ -1,4 +1,5 @@
-"""Keys of configs that were renamed or removed, so that the error for an old config says what to write instead."""
+"""Keys of configs that were renamed, removed or added, so that an old config is understood or its error says what to
+write instead."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +15,11 @@ class Removed(NamedTuple):
 
 REMOVED = {
     "optimizer.moments": Removed("fp32", "the optimizer state is float32 (docs/what_did_not_help.md)"),
+}
+
+ADDED = {  # options that older versions did not have, with the value that changes nothing
+    "model.patch_dropout": 0.0,
+    "run.patch_dropout_epochs": None,
 }
 
 RENAMED = {
@@ -50,9 +56,10 @@ def replacement(key: str) -> str:
 def current_keys(saved: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
     """Returns the values that an older version saved by its keys, by today's keys.
 
-    Keys in wanted are today's. A removed key is left out where its value is what the library now always does.
+    Keys in wanted are today's. A removed key is left out where its value is what the library now always does; an added
+    one has the value that changes nothing.
     """
-    current: dict[str, Any] = {}
+    current: dict[str, Any] = {key: value for key, value in ADDED.items() if key in wanted}
     for key, value in saved.items():
         if key in REMOVED and value == REMOVED[key].value:
             continue

@@ -5,10 +5,21 @@ position 63, does not change the results: causal attention then hides PAD from a
 columns that are padding in all rows can be dropped.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from grr.data.pairs import Texts
+
 IGNORE = -100  # the label that cross-entropy skips
+TEXT_MULTIPLE = 8  # columns; also what matrix kernels of bfloat16 are aligned to
+LABEL_MULTIPLE = 64
+LONGEST = np.iinfo(np.uint16).max  # tokens; captions beyond count as equally long
 
 
 def right_pad(ids: Tensor, *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -25,21 +36,66 @@ def undo_right_pad(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, torch.argsort(positions, dim=1).unsqueeze(-1).expand_as(x))
 
 
-def collate_captions(rows: list[list[int]], *, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Collate captions: b rows of s + 1 ids, as `Tokenizer.encode` returns them -> ids and positions [b, t],
-    labels [b, t - 2].
+class CaptionBatch(NamedTuple):
+    """Captions of a batch, of few different shapes, so that a compiled step is compiled a few times only."""
 
-    t is the number of tokens of the longest caption, so columns that are padding in all rows are not computed; labels
-    end two columns earlier, because after EOS and CLS there is nothing to predict. A label is the next token of the
-    caption, and IGNORE where that is BOS, PAD or CLS (SPEC: equation 2). Raises ValueError if there is no row.
+    ids: Tensor  # int64 [b, t]; t is a multiple of TEXT_MULTIPLE, or the context length
+    positions: Tensor  # int64 [b, t], of the tokens in the tokenizer's layout
+    cls_places: Tensor  # int64 [b], the column of CLS
+    label_places: Tensor  # int64 [n], row * t + column of each token with a label; n is a multiple of LABEL_MULTIPLE
+    labels: Tensor  # int64 [n], the next token; IGNORE, at place 0, in the rows that fill n
+    num_labels: int  # labels that are not IGNORE
+
+
+def collate_captions(rows: list[list[int]], *, pad_id: int = 0, labelled: Sequence[bool] | None = None) -> CaptionBatch:
+    """Collate captions: b rows of s + 1 ids, as `Tokenizer.encode` returns them.
+
+    t is the number of tokens of the longest caption, rounded up, so most columns that are padding in all rows are not
+    computed. A label is the next token of the caption; a token has none where that is BOS, PAD or CLS (SPEC: equation
+    2), or where `labelled` is false for its row. Raises ValueError if there is no row.
     """
     if len(rows) == 0:
         raise ValueError("collate_captions: rows must have at least one caption, got none; leave out an empty batch")
     whole = torch.tensor(rows)  # [b, s + 1]
     inputs, following = whole[:, :-1], whole[:, 1:]
     bos, cls = inputs[:, :1], inputs[:, -1:]  # [b, 1] each
-    ignored = (following == pad_id) | (following == bos) | (following == cls)
-    labels = following.masked_fill(ignored, IGNORE)  # [b, s]
+    has_label = (following != pad_id) & (following != bos) & (following != cls)  # [b, s]
+    if labelled is not None:
+        has_label &= torch.tensor(labelled).unsqueeze(1)
     ids, positions = right_pad(inputs, pad_id=pad_id)
-    longest = int((ids != pad_id).sum(1).max())
-    return ids[:, :longest], positions[:, :longest], labels.gather(1, positions)[:, : longest - 2]
+    lengths = (ids != pad_id).sum(1)  # [b]
+    t = min(_round_up(int(lengths.max()), TEXT_MULTIPLE), ids.shape[1])
+    places = has_label.gather(1, positions)[:, :t].flatten().nonzero().squeeze(1)  # [n]
+    labels = following.gather(1, positions)[:, :t].flatten()[places]
+    n = len(places)
+    filling = _round_up(max(n, 1), LABEL_MULTIPLE) - n
+    return CaptionBatch(
+        ids[:, :t].contiguous(),
+        positions[:, :t].contiguous(),
+        lengths - 1,
+        F.pad(places, (0, filling)),
+        F.pad(labels, (0, filling), value=IGNORE),
+        n,
+    )
+
+
+class LongestFirst:
+    """Order of samples by the length of their captions in tokens, the longest first; equal ones stay as they were.
+
+    A global batch in this order, cut into micro-batches, has few columns that are only padding. A caption is encoded
+    once, and its length kept in 2 bytes.
+    """
+
+    def __init__(self, captions: Texts | Sequence[str], encode: Callable[[str], list[int]], *, pad_id: int = 0) -> None:
+        self.captions, self.encode, self.pad_id = captions, encode, pad_id
+        self.lengths = np.zeros(len(captions), dtype=np.uint16)  # by sample; 0: not encoded yet
+
+    def __call__(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        for i in samples[self.lengths[samples] == 0].tolist():
+            ids = self.encode(self.captions[i])
+            self.lengths[i] = min(len(ids) - ids.count(self.pad_id), LONGEST)
+        return samples[np.argsort(-self.lengths[samples].astype(np.int64), kind="stable")]
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -7,7 +7,7 @@ process: no file starts a program, blocks the reader or fills the memory.
 import errno
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -154,9 +154,13 @@ def normalize(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         return images
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    mean, std = (_channels(numbers, images.device) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() / 255 - mean) / std
+
+
+def _channels(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Returns [c, 1, 1]; filled on the device, because a copy from the host would wait for it."""
+    return torch.cat([torch.full((1, 1, 1), number, device=device) for number in numbers])
 
 
 def check_size(who: str, **size: int) -> None:

@@ -18,7 +18,7 @@ from grr.data.formats.shards import TarShards
 from grr.data.image_files import batches, read_batches
 from grr.data.images import SUFFIXES, Crop
 from grr.data.labelled import Labelled
-from grr.data.order import epoch_order, num_batches
+from grr.data.order import Epochs
 from grr.data.pairs import ImageFiles, Ints, Pairs
 from grr.seeds import stable_hash
 from grr.tokenizers import Tokenizer
@@ -163,8 +163,8 @@ def check_tokens(data: Data, tokenizer: Tokenizer, context_length: int, *, every
 
 def check_epoch(data: Data, batch_size: int) -> Finding:
     """Report how many pairs an epoch uses, with full batches that hold each image at most once."""
-    n, sizes = len(data.pairs), np.bincount(np.unique(data.pairs.image_of, return_inverse=True)[1])
-    rows = num_batches(data.pairs.image_of, batch_size=batch_size)
+    n, groups = len(data.pairs), data.pairs.groups
+    rows, sizes = groups.num_batches(batch_size), groups.sizes(np.arange(groups.count))
     used = rows * batch_size
     message = f"uses {used:,} of {n:,} pairs ({used / n:.1%}), {n - used:,} are left out"
     many = np.flatnonzero(sizes > rows)
@@ -182,7 +182,7 @@ def check_epoch(data: Data, batch_size: int) -> Finding:
 
 def check_false_negatives(data: Data, batch_size: int, seed: int) -> Finding | None:
     """Report the fraction of pairs whose batch has another image with an equal caption, in the first epoch."""
-    order = epoch_order(data.pairs.image_of, seed=seed, epoch=0, batch_size=batch_size)[:BATCHES]
+    order = Epochs(data.pairs.groups, seed=seed, batch_size=batch_size).batches(0, 0, BATCHES)
     captions = np.sort(data.captions[order], axis=1)  # [batches, b]
     equal = captions[:, 1:] == captions[:, :-1]
     edge = np.zeros((len(equal), 1), dtype=bool)

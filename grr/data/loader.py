@@ -10,11 +10,11 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
-from grr.data.collate import IGNORE, collate_captions
+from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.data.labelled import Labelled
-from grr.data.order import epoch_order, num_batches
+from grr.data.order import Epochs
 from grr.data.pairs import Pairs
 from grr.data.threads import in_thread
 from grr.files.printable import printable
@@ -43,9 +43,12 @@ class Batch:
     """One micro-batch of one process."""
 
     images: Tensor  # uint8 [b, 3, h, w]
-    ids: Tensor  # int64 [b, t], as `collate_captions` returns them
+    ids: Tensor  # int64 [b, t]; this and the next five as `collate_captions` returns them
     positions: Tensor  # int64 [b, t]
-    labels: Tensor  # int64 [b, t - 2]
+    cls_places: Tensor  # int64 [b]
+    label_places: Tensor  # int64 [n]
+    labels: Tensor  # int64 [n]
+    num_labels: int
     names: list[str]  # ids of the samples
     replaced: int  # bad samples that were replaced, or that a validation leaves out
     classes: Tensor | None = None  # int64 [b], of labelled data
@@ -61,15 +64,13 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
-        classes = None if self.classes is None else f(self.classes)
-        tensors = (f(self.images), f(self.ids), f(self.positions), f(self.labels))
-        kept = None if self.kept is None else f(self.kept)
-        return Batch(*tensors, self.names, self.replaced, classes, self.contrast, kept)
+        tensors: dict[str, Any] = {name: f(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 def steps_per_epoch(pairs: Pairs, batch_size: int) -> int:
     """Returns the number of optimizer steps of an epoch; samples that do not fill a global batch are left out."""
-    return num_batches(pairs.image_of, batch_size=batch_size)
+    return pairs.groups.num_batches(batch_size)
 
 
 def training_steps(
@@ -83,6 +84,7 @@ def training_steps(
     micro_batch_size: int,
     image_size: int,
     pin_memory: bool,
+    longest_first: bool = False,
     *,
     workers: int = 2,
     prefetch: int = 4,
@@ -91,9 +93,14 @@ def training_steps(
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of this process for each optimizer step, from start_step (counted from 0) without end.
 
-    A step reads batch_size samples: a row of `epoch_order`, of which micro-batch m of process r holds the columns from
+    A step reads batch_size samples: a batch of `Epochs`, of which micro-batch m of process r holds the columns from
     (m * world + r) * micro_batch_size on. `workers` threads read samples, and up to `prefetch` micro-batches are read
     ahead; with workers=0 the caller's thread reads each micro-batch when it is needed.
+
+    longest_first: order the row by the length of its captions in tokens before it is cut, so that micro-batch m of all
+    processes has captions of similar length, and little padding. The pairs of a global batch stay the same, and with
+    global negatives its loss; each draws its dropout by its place in the new order. With local negatives the
+    micro-batches would be other tasks.
 
     A bad sample (an unreadable image, an empty caption) is logged as a warning and replaced by a substitute from an
     image that the global batch does not hold. Substitutes are deterministic, and distinct while there are enough
@@ -102,10 +109,13 @@ def training_steps(
     is not a multiple of world * micro_batch_size, or if it is larger than the number of images.
     """
     _check_batches(batch_size, micro_batch_size, world)
-    per_epoch = steps_per_epoch(pairs, batch_size)
+    epochs = Epochs(pairs.groups, seed=seed, batch_size=batch_size)
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
     columns = [column for start in starts for column in range(start, start + micro_batch_size)]
-    rows = _training_rows(pairs.image_of, seed, start_step, per_epoch, batch_size, columns)
+    rows = _training_rows(epochs, start_step, columns)
+    if longest_first:
+        arranged = LongestFirst(pairs.captions, tokenizer.encode, pad_id=tokenizer.pad_id)
+        rows = (row._replace(samples=arranged(row.samples)) for row in rows)
     return _steps(
         rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
     )
@@ -135,7 +145,7 @@ def validation_steps(
     does, and if there are fewer than two images.
     """
     _check_batches(batch_size, micro_batch_size, world)
-    images = len(np.unique(pairs.image_of))
+    images = pairs.groups.count
     if images < 2:
         raise ValueError(
             f"data: a validation needs at least two images for the contrastive loss, got {images}; "
@@ -144,7 +154,7 @@ def validation_steps(
     size = min(batch_size, images)
     micro_batches = math.ceil(size / (world * micro_batch_size))
     micro_batch_size = math.ceil(size / (world * micro_batches))
-    rows = _validation_rows(pairs.image_of, size, micro_batch_size, rank, world)
+    rows = _validation_rows(Epochs(pairs.groups, seed=0, batch_size=size), micro_batch_size, rank, world)
     return _steps(
         rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
     )
@@ -228,24 +238,17 @@ class _Sample(NamedTuple):
     label: int | None = None
 
 
-def _training_rows(
-    groups: NDArray[np.int64], seed: int, start_step: int, per_epoch: int, batch_size: int, columns: Sequence[int]
-) -> Iterator[_Row]:
+def _training_rows(epochs: Epochs, start_step: int, columns: Sequence[int]) -> Iterator[_Row]:
     """Yield the global batches from start_step on, without end."""
-    ordered_epoch = -1
     for step in count(start_step):
-        epoch, k = divmod(step, per_epoch)
-        if epoch != ordered_epoch:
-            order, ordered_epoch = epoch_order(groups, seed=seed, epoch=epoch, batch_size=batch_size), epoch
-        yield _Row(seed, epoch, k, order[k], columns)
+        epoch, k = divmod(step, epochs.num_batches)
+        yield _Row(epochs.seed, epoch, k, epochs.batch(epoch, k), columns)
 
 
-def _validation_rows(
-    groups: NDArray[np.int64], size: int, micro_batch_size: int, rank: int, world: int
-) -> Iterator[_Row]:
-    """Yield contrastive batches of `size` pairs, then the pairs that none of them holds."""
-    order = epoch_order(groups, seed=0, epoch=0, batch_size=size)
-    rest = np.setdiff1d(np.arange(len(groups)), order)
+def _validation_rows(epochs: Epochs, micro_batch_size: int, rank: int, world: int) -> Iterator[_Row]:
+    """Yield the contrastive batches of the first epoch, then the pairs that none of them holds."""
+    size, order = epochs.batch_size, epochs.batches(0)
+    rest = np.setdiff1d(np.arange(epochs.groups.samples), order)
     batches = [(samples, True) for samples in order]
     batches += [(rest[start : start + size], False) for start in range(0, len(rest), size)]
     stride = world * micro_batch_size  # columns that all processes read together
@@ -308,15 +311,13 @@ def _collate(samples: list[_Sample], pad_id: int) -> tuple[Batch | None, list[_B
     slot = samples[-1].slot
     if not all(sample.ids for sample in samples):
         return None, bad, slot.last
-    ids, positions, labels = collate_captions([sample.ids for sample in samples], pad_id=pad_id)
-    kept = None
-    if slot.row.validation:
-        kept = torch.tensor([sample.name != "" for sample in samples])
-        labels[~kept] = IGNORE
+    kept = [sample.name != "" for sample in samples] if slot.row.validation else None
+    captions = collate_captions([sample.ids for sample in samples], pad_id=pad_id, labelled=kept)
     images = torch.stack([sample.image for sample in samples])  # [b, 3, h, w]
     classes = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])  # [b]
     names = [sample.name for sample in samples if sample.name]
-    batch = Batch(images, ids, positions, labels, names, len(bad), classes, slot.row.contrast, kept)
+    rows = None if kept is None else torch.tensor(kept)
+    batch = Batch(images, *captions, names, len(bad), classes, slot.row.contrast, rows)
     return batch, bad, slot.last
 
 

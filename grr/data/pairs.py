@@ -18,6 +18,7 @@ from torch import Tensor
 from grr.data.image_inputs import read_image, read_thumbnail
 from grr.data.images import THUMBNAIL, BadImage, Crop, load_image, thumbnail
 from grr.data.map_dataset import Field, MapDataset, check_map_style, read_captions, read_sample
+from grr.data.order import Groups
 from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
@@ -105,6 +106,11 @@ class Pairs(ABC):
         type; also for a data set without a length or without captions.
         """
         return DatasetPairs(dataset, image, caption)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The pairs of each image, of which a batch holds one."""
+        return Groups(self.image_of)
 
     @cached_property
     def fingerprint(self) -> str:

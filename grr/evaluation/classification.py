@@ -19,8 +19,8 @@ from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
 from grr.models.head import at_least_float32
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, on_rank_0
-from grr.parallel.shard import unsharded
+from grr.parallel.process_group import on_rank_0, sum_over_processes
+from grr.parallel.shard import gathered, reduce_gradients, unsharded
 from grr.tokenizers import Tokenizer
 from grr.training.step import seed_dropout
 
@@ -36,28 +36,47 @@ class Scores(NamedTuple):
     accuracy: float  # fraction of all samples; a sample without a class counts as wrong
 
 
+class StepScores(NamedTuple):
+    """Scores of one optimizer step, on the device: the parts of this process, whose sums over processes are the scores.
+
+    A training loop that reads them only where it logs them never waits for the device in between.
+    """
+
+    loss: Tensor  # float32 []
+    accuracy: Tensor  # float32 []
+
+    def read(self) -> Scores:
+        """Returns the scores of the global batch. Waits for the device; all processes must call it."""
+        return Scores(*sum_over_processes(torch.stack([x.float() for x in self])).tolist())
+
+
 def classification_step(
     model: nn.Module, batches: Sequence[Batch], seed: int, *, label_smoothing: float = 0.0
-) -> Scores:
+) -> StepScores:
     """Compute the scores of one optimizer step, and add its gradients to the model.
 
     batches: the micro-batches of this process, equal in number and size in all processes; seed: of the dropout
     (`grr.training.step.seed_dropout`). The loss is the mean over the global batch; label_smoothing is the part of each
-    target that is spread evenly over all classes (Szegedy et al. 2016). Raises ValueError if the data have no classes.
+    target that is spread evenly over all classes (Szegedy et al. 2016). Nothing in a step waits for the device.
+    Raises ValueError if the data have no classes.
     """
     world = dist.get_world_size()
-    labelled = int(all_sum(sum(int((_classes(batch) != IGNORE).sum()) for batch in batches))[0])
-    loss, right = 0.0, 0
-    for i, batch in enumerate(batches):
-        keys = seed_dropout(batch, seed, i)
-        logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
-        total = _cross_entropy(logits, _classes(batch), label_smoothing)
-        with recomputing(model):
-            (total * world / max(1, labelled)).backward()  # FSDP averages gradients over processes
-        loss += total.item()
-        right += _count_right(logits, _classes(batch))
-    loss, all_right, samples = all_sum(loss, right, sum(len(batch.names) for batch in batches))
-    return Scores(loss / max(1, labelled), all_right / samples)
+    counts = torch.stack([(_classes(batch) != IGNORE).sum() for batch in batches]).sum().double()
+    share = 1 / sum_over_processes(counts).clamp(min=1)  # of a sample in the mean over the global batch
+    losses, right = list[Tensor](), list[Tensor]()
+    with gathered(model):
+        for i, batch in enumerate(batches):
+            keys = seed_dropout(batch, seed, i)
+            logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
+            loss = _cross_entropy(logits, _classes(batch), label_smoothing)
+            if i == len(batches) - 1:
+                reduce_gradients(model)
+            with recomputing(model):
+                (loss * world * share).backward()  # FSDP averages gradients over processes
+            losses.append(loss.detach())
+            right.append(_count_right(logits, _classes(batch)))
+    samples = world * sum(len(batch.names) for batch in batches)
+    return StepScores(torch.stack(losses).sum() * share, torch.stack(right).sum() / samples)
 
 
 @torch.no_grad()
@@ -72,11 +91,12 @@ def classification_scores(
 
     def work(pixels: Tensor, members: list[int]) -> tuple[float, int, int, int]:
         texts = [tokenizer.encode(pairs.captions[i]) for i in members]
-        ids, positions, _ = collate_captions(texts, pad_id=tokenizer.pad_id)
+        ids, positions, *_ = collate_captions(texts, pad_id=tokenizer.pad_id)
         logits = model(pixels, ids.to(device), positions=positions.to(device)).cpu()  # [b, c]
         classes = torch.from_numpy(pairs.labels[members])
         labelled = int((classes != IGNORE).sum())
-        return _cross_entropy(logits, classes, 0.0).item(), _count_right(logits, classes), labelled, len(members)
+        right = int(_count_right(logits, classes))
+        return _cross_entropy(logits, classes, 0.0).item(), right, labelled, len(members)
 
     with evaluating(model), unsharded(model):
         parts, left_out = over_images(pairs, list(range(len(pairs))), work, device, image_size=image_size, crop=crop)
@@ -111,7 +131,8 @@ def answers(
             images[i] = pairs.load(i, size=image_size, crop=crop)
     if not images:
         return []
-    ids, positions, _ = collate_captions([tokenizer.encode(pairs.captions[i]) for i in images], pad_id=tokenizer.pad_id)
+    texts = [tokenizer.encode(pairs.captions[i]) for i in images]
+    ids, positions, *_ = collate_captions(texts, pad_id=tokenizer.pad_id)
     with evaluating(model):
         logits = model(torch.stack(list(images.values())).to(device), ids.to(device), positions=positions.to(device))
     given = [pairs.classes[i] for i in logits.argmax(dim=-1).tolist()]
@@ -137,5 +158,5 @@ def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> T
     )
 
 
-def _count_right(logits: Tensor, classes: Tensor) -> int:
-    return int((logits.argmax(dim=-1) == classes).sum())
+def _count_right(logits: Tensor, classes: Tensor) -> Tensor:
+    return (logits.argmax(dim=-1) == classes).sum()

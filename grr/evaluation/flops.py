@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from grr.components import num_kept
 from grr.data import Batch
-from grr.data.collate import IGNORE
 from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
 from grr.parallel.shard import blocks
@@ -59,12 +59,14 @@ def parameters(model: CoCa) -> Towers:
     )
 
 
-def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> Towers:
+def forward_flops(
+    builder: Callable[..., CoCa], *, text_length: int | None = None, training: bool = False, **arguments: Any
+) -> Towers:
     """Compute the FLOPs of a forward pass of the model that `builder(**arguments)` builds, without building it.
 
-    text_length: tokens that are read and scored; by default context_length, as for an untrimmed caption. Raises
-    TypeError for an argument that the builder does not take, ValueError if text_length is below 1 or if the builder is
-    not a preset of `coca` (`flops_are_known`).
+    text_length: tokens that are read and scored; by default context_length, as for an untrimmed caption. training:
+    read only the patches that patch dropout keeps. Raises TypeError for an argument that the builder does not take,
+    ValueError if text_length is below 1 or if the builder is not a preset of `coca` (`flops_are_known`).
     """
     if not flops_are_known(builder):
         name = getattr(builder, "__name__", builder)
@@ -81,12 +83,13 @@ def forward_flops(builder: Callable[..., CoCa], *, text_length: int | None = Non
         raise ValueError(
             f"forward_flops: text_length must be at least 1, got {text_length=}; leave it out for context_length"
         )
-    p = (a.image_size // a.patch_size) ** 2
+    patches = (a.image_size // a.patch_size) ** 2
+    p = num_kept(patches, bound.arguments.get("patch_dropout", 0.0)) if training else patches
     vision_hidden = int((a.vision_ffn_multiplier or MULTIPLIERS[a.vision_feed_forward]) * d)
     vision_block = _attention(p, p, d) + _feed_forward(p, d, vision_hidden, a.vision_feed_forward)
     text_block = _attention(s, s, d) + _feed_forward(s, d, int(a.text_ffn_multiplier * d), a.text_feed_forward)
     return Towers(
-        vision=_linear(p, 3 * a.patch_size**2, d) + a.vision_layers * vision_block,
+        vision=_linear(patches, 3 * a.patch_size**2, d) + a.vision_layers * vision_block,
         poolers=_pooler(n, p, d) + _pooler(1, n, d),
         text=a.text_layers * text_block,
         multimodal=a.multimodal_layers * (text_block + _attention(s, n, d)),
@@ -100,14 +103,13 @@ def flops_are_known(builder: Callable[..., CoCa]) -> bool:
 
 
 def batch_flops(builder: Callable[..., CoCa], batches: Iterable[Batch], **arguments: Any) -> Towers:
-    """Returns the cost of a forward pass on batches: of the columns that carry a label, and of labelled tokens only."""
-    cost = partial(forward_flops, builder, **arguments)
+    """Returns the cost of a forward pass in training on batches; the vocabulary head computes labelled tokens only."""
+    cost = partial(forward_flops, builder, training=True, **arguments)
     totals = []
     for batch in batches:
-        read, scored = cost(text_length=batch.ids.shape[1]), cost(text_length=batch.labels.shape[1])
-        b, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
-        head = labelled * cost(text_length=1).head
-        totals.append(Towers(b * read.vision, b * read.poolers, b * read.text, b * scored.multimodal, head))
+        read, b = cost(text_length=batch.ids.shape[1]), len(batch.ids)
+        head = batch.num_labels * cost(text_length=1).head
+        totals.append(Towers(b * read.vision, b * read.poolers, b * read.text, b * read.multimodal, head))
     return Towers(*map(sum, zip(*totals, strict=True)))
 
 

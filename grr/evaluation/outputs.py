@@ -301,11 +301,13 @@ def _text_outputs(
     """Compute the outputs of captions with their images; some: (row of context, pair)."""
     rows, texts = [row for row, _ in some], [t for _, t in some]
     collated = collate_captions([tokenizer.encode(pairs.captions[t]) for t in texts], pad_id=tokenizer.pad_id)
-    ids, positions, labels = (x.to(context.device) for x in collated)
-    output = model.from_context(context[rows], ids, positions=positions, labels=labels)
+    given = {name: x.to(context.device) for name, x in collated._asdict().items() if isinstance(x, Tensor)}
+    output = model.from_context(context[rows], given.pop("ids"), **given)
     assert output.token_losses is not None
-    tokens = (collated[2] != IGNORE).sum(1)  # [m]
-    sums = [x.sum() for x in output.token_losses.cpu().double().split(tokens.tolist())]
+    rows_of_labels = collated.label_places[: collated.num_labels] // collated.ids.shape[1]
+    tokens = rows_of_labels.bincount(minlength=len(texts))  # [m]
+    losses = output.token_losses[: collated.num_labels].cpu().double()
+    sums = [x.sum() for x in losses.split(tokens.tolist())]
     return _TextOutputs(
         texts,
         output.image_embeddings.cpu(),

@@ -45,7 +45,7 @@ def embed_texts(model: CoCa, tokenizer: Tokenizer, texts: Sequence[str], device:
     with evaluating(model):
         for start in range(0, len(texts), BATCH):
             rows = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
-            ids, positions, _ = collate_captions(rows, pad_id=tokenizer.pad_id)
+            ids, positions, *_ = collate_captions(rows, pad_id=tokenizer.pad_id)
             embeddings.append(model.encode_text(ids.to(device), positions=positions.to(device)))
     joined = torch.cat(embeddings)
     check_finite_outputs("embed_texts", joined, texts)

@@ -237,11 +237,14 @@ def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
 
 
 def describe(builder: str, arguments: dict[str, Any], crop: Crop, quantization: Scheme | None = None) -> dict[str, Any]:
-    """Returns the description of a model as JSON values, to be saved beside the weights for `find_pretrained`."""
+    """Returns the description of a model as JSON values, to be saved beside the weights for `find_pretrained`.
+
+    Patch dropout is left out: it belongs to a pre-training, and a fine-tuning of its model reads all patches.
+    """
     description = {
         "format": FORMAT,
         "builder": builder,
-        "arguments": arguments,
+        "arguments": {key: value for key, value in arguments.items() if key != "patch_dropout"},
         "rotary_pairing": PAIRING,
         "crop": crop,
     }

@@ -64,12 +64,14 @@ def vision_transformer(
     ffn_multiplier: float | None = None,
     qk_norm: bool = False,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
 ) -> VisionTransformer:
     """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
 
     `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
-    Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, a size is not a positive int, or
-    a name is not known.
+    `patch_dropout` is the fraction of the patches that training leaves out (`PatchDropout`).
+    Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, a size is not a positive int,
+    patch_dropout is not from 0 to below 1, or a name is not known.
     """
     check_sizes("vision_transformer", locals())
     if image_size % patch_size:
@@ -105,6 +107,7 @@ def vision_transformer(
         blocks=(block() for _ in range(num_layers)),
         axes=2 if position in ("rope_2d", "rope_mixed") else 1,
         dropout=dropout,
+        patch_dropout=patch_dropout,
     )
 
 
@@ -205,6 +208,7 @@ def coca(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -216,8 +220,8 @@ def coca(
 
     The first six choose norm, feed-forward network and positions of the vision encoder and of the text decoders.
     `context_length` is the longest caption in tokens, `num_queries` the number of queries of the generative pooler. The
-    arguments from qk_norm on leave the paper; they are off in all presets. Raises ValueError as the builders of the
-    towers do, or if the temperature is not positive and finite.
+    arguments from patch_dropout on leave the paper; they are off in all presets. Raises ValueError as the builders of
+    the towers do, or if the temperature is not positive and finite.
     """
     check_sizes("coca", locals())
     vision_encoder = vision_transformer(
@@ -232,6 +236,7 @@ def coca(
         ffn_multiplier=vision_ffn_multiplier,
         qk_norm=qk_norm,
         dropout=dropout,
+        patch_dropout=patch_dropout,
     )
     unimodal = text_decoder(
         norm=text_norm,

@@ -68,6 +68,7 @@ def grr_vit(
     ffn_multiplier: float | None = None,
     qk_norm: bool = False,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
 ) -> VisionTransformer:
     """Build the GRR vision encoder: RMSNorm, GEGLU and rotary positions in every block.
 
@@ -90,6 +91,7 @@ def baseline_vit(
     ffn_multiplier: float | None = None,
     qk_norm: bool = False,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
 ) -> VisionTransformer:
     """Build the classic ViT: LayerNorm, GELU MLP and sinusoidal positions.
 
@@ -120,6 +122,7 @@ def grr_coca(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -155,6 +158,7 @@ def baseline_coca(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -190,6 +194,7 @@ def original_coca(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -228,6 +233,7 @@ def grr_coca_tiny(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -260,6 +266,7 @@ def grr_coca_small(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -292,6 +299,7 @@ def grr_coca_large(
     vision_ffn_multiplier: float | None = None,
     text_ffn_multiplier: float = 4.0,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -324,6 +332,7 @@ def grr_coca_2b(
     vision_ffn_multiplier: float | None = 2.7 / 4 * 6144 / 1408,
     text_ffn_multiplier: float = 2.7 / 4 * 6144 / 1408,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,
@@ -360,6 +369,7 @@ def original_coca_2b(
     vision_ffn_multiplier: float | None = 6144 / 1408,
     text_ffn_multiplier: float = 6144 / 1408,
     dropout: float = 0.0,
+    patch_dropout: float = 0.0,
     qk_norm: bool = False,
     pooler_norm: bool = False,
     tied_embeddings: bool = False,

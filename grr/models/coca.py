@@ -21,6 +21,7 @@ from grr.components import (
     DropoutKeys,
     KeyValueCache,
     LearnedPositions,
+    PatchDropout,
     PatchEmbedding,
     dropout_keys,
     fold_in,
@@ -38,7 +39,8 @@ class VisionTransformer(nn.Module):
 
     images: float [b, 3, height, width] -> [b, p, d]. Rotary positions of the blocks are the raster index of a patch
     (axes=1) or its row and column (axes=2); `positions`, if given, adds a vector per raster index before the blocks. A
-    class token precedes the patches: p counts it, and its index is 0. `norm` is applied before the first block.
+    class token precedes the patches: p counts it, and its index is 0. `norm` is applied before the first block. In
+    training, patch_dropout leaves out that fraction of the patches (`PatchDropout`), and p counts those that are kept.
     sample_keys: int64 [b], dropout keys of the images; without them, dropout is drawn from torch's generator.
     Raises ValueError for a class token with axes=2, for images that are not floats (bytes that were not normalised),
     and for images with more patches than learned positions.
@@ -54,6 +56,7 @@ class VisionTransformer(nn.Module):
         norm: nn.Module | None = None,
         axes: int = 1,
         dropout: float = 0.0,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if class_token is not None and axes == 2:
@@ -66,6 +69,7 @@ class VisionTransformer(nn.Module):
         self.class_token = class_token or nn.Identity()
         self.positions = positions
         self.norm = norm or nn.Identity()
+        self.patch_dropout = PatchDropout(patch_dropout, num_fixed=0 if class_token is None else 1)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
 
@@ -85,10 +89,11 @@ class VisionTransformer(nn.Module):
             )
         if self.positions is not None:
             x = x + self.positions(raster).to(x.dtype)
+        x, raster = self.patch_dropout(x, raster, keys=sample_keys)  # in training, perhaps [b, k, d] and [b, k]
         entry_keys, block_keys = split_keys(sample_keys, raster, self.blocks, x)
         x = self.dropout(self.norm(x), entry_keys)
         columns = images.shape[-1] // self.patches.patch_size
-        rotary = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [p, 2]
+        rotary = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [..., 2]
         for block, at, keys in zip(self.blocks, shared_rotations(self.blocks, rotary), block_keys, strict=True):
             x = block(x, positions=at, **keys)
         return x
@@ -217,18 +222,22 @@ class CoCaOutput(NamedTuple):
     scale: Tensor  # float32 [1], 1 / temperature
     bias: Tensor  # float32 [1]
     logits: Tensor | None = None  # [b, s, v]
-    token_losses: Tensor | None = None  # float32 [number of labelled tokens]
+    token_losses: Tensor | None = None  # float32 [number of labels]; 0 where a label is IGNORE
 
 
 class CoCa(nn.Module):
     """Image -> vision encoder -> generative pooler -> contrastive pooler -> image embedding;
     text -> unimodal decoder -> vector at CLS -> text embedding; both -> multimodal decoder -> next tokens.
 
-    images: uint8 [b, 3, h, w], or normalised float of that shape; ids: [b, s]; labels: [b, n] for the first n <= s
-    tokens -> CoCaOutput. The vision encoder may be any module that maps images to [b, p, d], the text decoder any that
-    maps ids to [b, s, d]; to train on trimmed batches (`collate_captions`), its forward must take `positions=`. The
-    contrastive pooler maps [b, n, d] to [b, 1, e]; if e is not d, `text_projection` maps the vector at CLS to it. With
-    labels, the vocabulary head runs on labelled positions only, in chunks, so that the logits are never all in memory.
+    images: uint8 [b, 3, h, w], or normalised float of that shape; ids: [b, s] -> CoCaOutput. The vision encoder may be
+    any module that maps images to [b, p, d], the text decoder any that maps ids to [b, s, d]; to train on trimmed
+    batches (`collate_captions`), its forward must take `positions=`. The contrastive pooler maps [b, n, d] to
+    [b, 1, e]; if e is not d, `text_projection` maps the vector at CLS to it.
+
+    labels: int64 [n] of the tokens at label_places [n], row * s + column, and cls_places [b], the column of CLS, as
+    `collate_captions` returns them: then no operation waits for the device. Without label_places, labels are [b, m], of
+    the first m <= s tokens. With labels, the vocabulary head runs on labelled positions only, in chunks, so that the
+    logits are never all in memory. Without cls_places, CLS is the last token that is not PAD.
     sample_keys: int64 [b], a key per sample that decides its dropout in any batch; a tower whose forward does not take
     sample_keys draws from torch's generator. Raises ValueError if the output of the vision encoder is not [b, p, d].
     """
@@ -275,28 +284,45 @@ class CoCa(nn.Module):
         *,
         positions: Tensor | None = None,
         labels: Tensor | None = None,
+        label_places: Tensor | None = None,
+        cls_places: Tensor | None = None,
         sample_keys: Tensor | None = None,
     ) -> CoCaOutput:
-        return self._decode(self._context(images, sample_keys), ids, positions, labels, sample_keys)
+        context = self._context(images, sample_keys)
+        return self._decode(context, ids, positions, labels, label_places, cls_places, sample_keys)
 
     def embed(
-        self, images: Tensor, ids: Tensor, *, positions: Tensor | None = None, sample_keys: Tensor | None = None
+        self,
+        images: Tensor,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cls_places: Tensor | None = None,
+        sample_keys: Tensor | None = None,
     ) -> CoCaOutput:
         """Compute the embeddings of `forward`, without logits and losses.
 
         Dropout is drawn as in `forward`, so that a later forward pass computes the same embeddings (for GradCache).
         """
-        return self._output(self._context(images, sample_keys), self._text(ids, positions, sample_keys), ids)
+        context = self._context(images, sample_keys)
+        return self._output(context, self._text(ids, positions, sample_keys), ids, cls_places)
 
     def image_context(self, images: Tensor) -> Tensor:
         """Compute the image vectors that the multimodal decoder attends to: images -> [b, n, d]."""
         return self._context(images)
 
     def from_context(
-        self, context: Tensor, ids: Tensor, *, positions: Tensor | None = None, labels: Tensor | None = None
+        self,
+        context: Tensor,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_places: Tensor | None = None,
+        cls_places: Tensor | None = None,
     ) -> CoCaOutput:
         """Compute `forward` from an `image_context`, which can be repeated for each caption of an image."""
-        return self._decode(context, ids, positions, labels)
+        return self._decode(context, ids, positions, labels, label_places, cls_places)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed images: uint8 or normalised float [b, 3, h, w] -> float32 [b, e], unit length."""
@@ -348,32 +374,38 @@ class CoCa(nn.Module):
         ids: Tensor,
         positions: Tensor | None,
         labels: Tensor | None,
+        label_places: Tensor | None,
+        cls_places: Tensor | None,
         sample_keys: Tensor | None = None,
     ) -> CoCaOutput:
         text = self._text(ids, positions, sample_keys)  # [b, s, d]
         keys = tower_keys(self.multimodal_decoder, sample_keys, MULTIMODAL)
-        output = self._output(context, text, ids)
+        output = self._output(context, text, ids, cls_places)
+        hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
         if labels is None:
-            hidden = self.multimodal_decoder(text, context, positions=positions, **keys)  # [b, s, d]
             return output._replace(logits=self.multimodal_decoder.head(hidden))  # [b, s, v]
-        s = labels.shape[1]  # hidden vectors beyond the labels are not needed
-        positions = None if positions is None else positions[..., :s]
-        hidden = self.multimodal_decoder(text[:, :s], context, positions=positions, **keys)  # [b, s, d]
-        labelled = labels != IGNORE
-        losses = token_losses(hidden[labelled], labels[labelled], self.multimodal_decoder.head)
-        return output._replace(token_losses=losses)
+        if label_places is None:
+            labelled = F.pad(labels, (0, ids.shape[1] - labels.shape[1]), value=IGNORE).flatten()  # [b s]
+            label_places = (labelled != IGNORE).nonzero().squeeze(1)  # [n]
+            labels = labelled[label_places]
+        tokens = hidden.flatten(0, 1).index_select(0, label_places)  # [n, d]
+        return output._replace(token_losses=token_losses(tokens, labels, self.multimodal_decoder.head))
 
-    def _output(self, context: Tensor, text: Tensor, ids: Tensor) -> CoCaOutput:
-        embeddings = self._image_embeddings(context), self._text_embeddings(text, ids)
+    def _output(self, context: Tensor, text: Tensor, ids: Tensor, cls_places: Tensor | None) -> CoCaOutput:
+        embeddings = self._image_embeddings(context), self._text_embeddings(text, ids, cls_places)
         return CoCaOutput(*embeddings, *self.logit_scale(ids.device))
 
     def _image_embeddings(self, context: Tensor) -> Tensor:
         return F.normalize(at_least_float32(self.contrastive_pooler(context)[:, 0]), dim=-1)
 
-    def _text_embeddings(self, text: Tensor, ids: Tensor) -> Tensor:
+    def _text_embeddings(self, text: Tensor, ids: Tensor, cls_places: Tensor | None = None) -> Tensor:
         """Embed the vector at CLS, the last token that is not PAD in the tokenizer's layout and right-padded."""
-        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
-        at_cls = text[torch.arange(len(ids), device=ids.device), index.argmax(dim=1)]  # [b, d]
+        b, s = ids.shape
+        if cls_places is None:
+            columns = torch.arange(s, device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
+            cls_places = columns.argmax(dim=1)
+        rows = torch.arange(0, b * s, s, device=ids.device)
+        at_cls = text.flatten(0, 1).index_select(0, rows + cls_places)  # [b, d]
         return F.normalize(at_least_float32(self.text_projection(at_cls)), dim=-1)
 
 

@@ -1,9 +1,12 @@
-"""Learning-rate schedule: the learning rate as a function of the optimizer step."""
+"""Schedules: what changes with the optimizer step, the learning rate and patch dropout, as functions of the step."""
 
 import math
 from typing import Any
 
 import torch
+from torch import nn
+
+from grr.components import PatchDropout
 
 
 def warmup_cosine(
@@ -53,3 +56,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group, times the scale of the group where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
+
+
+def set_patch_dropout(model: nn.Module, p: float) -> None:
+    """Set the fraction of the patches that training leaves out, of every `PatchDropout` of a model."""
+    for module in model.modules():
+        if isinstance(module, PatchDropout):
+            module.p = p

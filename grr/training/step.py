@@ -6,10 +6,8 @@ compute the gradient of the loss with respect to them, then run each micro-batch
 backpropagate that gradient to the weights.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 
 from grr.components import fold_in
 from grr.data import Batch
-from grr.data.collate import IGNORE
 from grr.data.order import check_negatives
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, gather
+from grr.parallel.process_group import all_sum, sum_over_processes
+from grr.parallel.shard import gathered, reduce_gradients
 from grr.seeds import derive_seed
-from grr.training.loss import contrastive_loss, sigmoid_loss
+from grr.training.contrast import Columns, contrast, gather_columns
 
 
 class Losses(NamedTuple):
@@ -47,6 +45,25 @@ class Losses(NamedTuple):
         return {**self._asdict(), "perplexity": self.perplexity}
 
 
+class StepLosses(NamedTuple):
+    """Losses of one optimizer step, on the device: the parts of this process, whose sum over processes are the losses.
+
+    A training loop that reads them only where it logs them never waits for the device in between.
+    """
+
+    contrastive_loss: Tensor  # float32 []
+    captioning_loss: Tensor  # float32 []
+    contrastive_batch: int
+    contrastive_weight: float
+    captioning_weight: float
+
+    def read(self) -> Losses:
+        """Returns the losses of the global batch. Waits for the device; all processes must call it."""
+        contrast, captioning = sum_over_processes(torch.stack(self[:2])).tolist()
+        loss = self.contrastive_weight * contrast + self.captioning_weight * captioning
+        return Losses(loss, contrast, captioning, *self[2:])
+
+
 def global_batch_step(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -56,42 +73,81 @@ def global_batch_step(
     captioning_weight: float = 1.0,
     contrastive: Literal["softmax", "sigmoid"] = "softmax",
     negatives: Literal["global", "local"] = "global",
-) -> Losses:
+) -> StepLosses:
     """Compute the losses of one optimizer step, and add their gradients to the model (GradCache, Gao et al. 2021).
 
     batches: the micro-batches of this process, equal in number and size in all processes; seed: of the dropout
     (`seed_dropout`). The captioning loss is the mean over all tokens of the global batch. With negatives="local", each
     micro-batch is contrasted within itself and the losses are averaged: a smaller, easier task, whose losses are not
-    comparable with those of global negatives.
+    comparable with those of global negatives. Nothing in a step waits for the device.
     """
     world, micro = dist.get_world_size(), len(batches[0].images)
     check_negatives(world * micro * len(batches), micro, negatives)
-    tokens = _count_tokens(batches)
-    token_weight = captioning_weight * world / tokens  # FSDP averages gradients over processes
-    captioning = []  # sum of token losses per micro-batch; read at the end, since .item() waits for the device
+    compute = _global_losses if negatives == "global" else _local_losses
+    with gathered(model):
+        contrast, captioning = compute(model, batches, seed, contrastive, contrastive_weight, captioning_weight)
+    size = micro if negatives == "local" else world * sum(len(batch.names) for batch in batches)
+    return StepLosses(contrast / world, captioning / world, size, contrastive_weight, captioning_weight)
 
-    if negatives == "local" or len(batches) == 1:
-        contrasts = []
-        for i, batch in enumerate(batches):
-            output = _forward(model, batch, seed, i)
-            contrasts.append(_contrast([output], contrastive, negatives) / len(batches))
-            with recomputing(model):
-                (contrastive_weight * contrasts[-1] + token_weight * _sum(output)).backward()
-            captioning.append(_sum(output).detach())
-        total = torch.stack([c.detach() for c in contrasts]).sum().item()
-        return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches)
 
-    leaves = _embed(model, batches, seed)
-    contrast = _contrast(leaves, contrastive, negatives)
-    (contrastive_weight * contrast).backward()
-    for i, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
+def _global_losses(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    seed: int,
+    kind: Literal["softmax", "sigmoid"],
+    contrastive_weight: float,
+    captioning_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of a step with global negatives; returns losses whose means over processes are the step's."""
+    one_pass = len(batches) == 1
+    outputs = [_forward(model, batches[0], seed, 0)] if one_pass else _embed(model, batches, seed)
+    columns, (labels,) = _gather(outputs, _counts(outputs, batches))
+    contrasted = _contrast(outputs, columns, kind)
+    token_weight = dist.get_world_size() / labels.sum(dtype=torch.float64).clamp(min=1)
+    if one_pass:
+        captioning = token_weight * _sum(outputs[0])
+        _backward(model, contrastive_weight * contrasted + captioning_weight * captioning, last=True)
+        return contrasted.detach(), captioning.detach()
+    (contrastive_weight * contrasted).backward()
+    captionings = []
+    for i, (batch, leaf) in enumerate(zip(batches, outputs, strict=True)):
         output = _forward(model, batch, seed, i)
-        carried = _carry_gradient(output, leaf)
-        with recomputing(model):
-            (token_weight * _sum(output) + carried).backward()
-        captioning.append(_sum(output).detach())
-    total = contrast.item()
-    return _losses(total, _total(captioning) / tokens, contrastive_weight, captioning_weight, negatives, batches)
+        captioning = token_weight * _sum(output)
+        loss = captioning_weight * captioning + _carry_gradient(output, leaf)
+        _backward(model, loss, last=i == len(batches) - 1)
+        captionings.append(captioning.detach())
+    return contrasted.detach(), torch.stack(captionings).sum()
+
+
+def _local_losses(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    seed: int,
+    kind: Literal["softmax", "sigmoid"],
+    contrastive_weight: float,
+    captioning_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """As `_global_losses`, where each micro-batch is contrasted within itself."""
+    labels = sum(batch.num_labels for batch in batches)
+    labels_of_all = sum_over_processes(torch.full((), labels, dtype=torch.float64, device=batches[0].ids.device))
+    token_weight = dist.get_world_size() / labels_of_all.clamp(min=1)
+    losses = []
+    for i, batch in enumerate(batches):
+        output = _forward(model, batch, seed, i)
+        contrasted, captioning = _contrast([output], None, kind) / len(batches), token_weight * _sum(output)
+        loss = contrastive_weight * contrasted + captioning_weight * captioning
+        _backward(model, loss, last=i == len(batches) - 1)
+        losses.append(torch.stack((contrasted, captioning)).detach())
+    contrast, captioning = torch.stack(losses).sum(dim=0)
+    return contrast, captioning
+
+
+def _backward(model: nn.Module, loss: Tensor, *, last: bool) -> None:
+    """Add the gradients of a micro-batch; FSDP averages them over processes, with `gathered` at the last one only."""
+    if last:
+        reduce_gradients(model)
+    with recomputing(model):
+        loss.backward()
 
 
 @torch.no_grad()
@@ -113,17 +169,18 @@ def evaluation_losses(
     contrasts, count, size, captioning, tokens = [0.0], 0, 0, 0.0, 0
     with evaluating(model):
         for batches in steps:
-            outputs = [model(b.images, b.ids, positions=b.positions, labels=b.labels) for b in batches]
-            captioning += sum(_sum(o).item() for o in outputs)
-            tokens += sum(int((b.labels != IGNORE).sum()) for b in batches)
+            outputs = [_run(model, batch) for batch in batches]
+            captioning += torch.stack([_sum(output) for output in outputs]).sum().item()
+            tokens += sum(batch.num_labels for batch in batches)
             if not batches[0].contrast:
                 continue
             if negatives == "local":
                 whole = [o for o, b in zip(outputs, batches, strict=True) if len(b.names) == len(b.images)]
-                contrasts += [_contrast([o], contrastive, negatives).item() for o in whole]
+                contrasts += [_contrast([o], None, contrastive).item() for o in whole]
                 count, size = count + len(whole), len(batches[0].images)
             elif (pairs := int(all_sum(sum(len(b.names) for b in batches))[0])) > 1:
-                contrasts.append(_contrast(outputs, contrastive, negatives, kept=_kept(batches)).item())
+                columns, (kept,) = _gather(outputs, _kept(batches))
+                contrasts.append(_contrast(outputs, columns._replace(kept=kept > 0), contrastive).item())
                 count, size = count + 1, max(size, pairs)
     contrast, counted, captioning, all_tokens = all_sum(sum(contrasts), count, captioning, tokens)
     if not counted or not all_tokens:
@@ -139,46 +196,14 @@ def evaluation_losses(
 def seed_dropout(batch: Batch, seed: int, index: int) -> Tensor:
     """Seed the dropout of micro-batch `index` of this process, and return the keys of its samples, int64 [b].
 
-    A key depends on the seed and the sample's index in the global batch, which `grr.data.training_steps` cuts into
-    micro-batches, so the dropout is the same for any number of processes and micro-batches. Modules that draw from
-    torch's generator instead, such as nn.Dropout in a user's encoder, are seeded by the index of the micro-batch in the
-    global batch, so their dropout changes with the size of a micro-batch.
+    A key depends on the seed and the sample's index in the global batch, in the order in which
+    `grr.data.training_steps` cuts it into micro-batches, so the dropout is the same for any number of processes and
+    micro-batches. Modules that draw from torch's generator instead, such as nn.Dropout in a user's encoder, are seeded
+    by the index of the micro-batch in the global batch, so their dropout changes with the size of a micro-batch.
     """
     place, b = index * dist.get_world_size() + dist.get_rank(), len(batch.ids)
     torch.manual_seed(derive_seed(seed, place))
     return fold_in(derive_seed(seed), torch.arange(place * b, (place + 1) * b, device=batch.ids.device))
-
-
-def check_finite(losses: NamedTuple, norm: float, step: int, batches: Sequence[Batch], folder: Path) -> None:
-    """Check that the loss and the gradient norm are finite before the optimizer updates the weights.
-
-    losses: with a field `loss`; norm: of the gradient. Raises FloatingPointError in all processes otherwise, and writes
-    the names of the pairs to folder/non_finite_step_N.json, in which a number that is not finite is null.
-    """
-    if math.isfinite(losses.loss) and math.isfinite(norm):  # type: ignore[attr-defined]
-        return
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, [batch.names for batch in batches])
-    file = folder / f"non_finite_step_{step}.json"
-    if dist.get_rank() == 0:
-        numbers = {key: x if math.isfinite(x) else None for key, x in (losses._asdict() | {"grad_norm": norm}).items()}
-        file.write_text(json.dumps({"step": step, **numbers, "names": names}, allow_nan=False))
-    advice = (
-        "Check those pairs, or lower optimizer.lr or raise schedule.warmup_steps, and submit the same command again"
-    )
-    if (folder / "checkpoints").is_dir():
-        advice += (
-            ": the run continues from the last checkpoint, and prints the option that accepts the change. If this is "
-            f"the first step after a resume, delete the newest folder in {folder / 'checkpoints'} to continue from the "
-            "one before"
-        )
-    numbers = {key.replace("_", " "): x for key, x in losses._asdict().items() if key.endswith("loss")}
-    got = ", ".join(f"{name} {x:.4g}" for name, x in {**numbers, "gradient norm": norm}.items())
-    raise FloatingPointError(
-        f"check_finite: the loss and its gradient must be finite, got {got} at step {step}, in "
-        f"the batch of {names[0][0][0]} (all its names are in {file}); the weights were neither updated nor saved. "
-        + advice
-    )
 
 
 def _embed(model: nn.Module, batches: Sequence[Batch], seed: int) -> list[CoCaOutput]:
@@ -188,7 +213,8 @@ def _embed(model: nn.Module, batches: Sequence[Batch], seed: int) -> list[CoCaOu
     with torch.no_grad():
         for i, batch in enumerate(batches):
             keys = seed_dropout(batch, seed, i)
-            leaves.append(embed(batch.images, batch.ids, positions=batch.positions, sample_keys=keys))
+            given = {"positions": batch.positions, "cls_places": batch.cls_places, "sample_keys": keys}
+            leaves.append(embed(batch.images, batch.ids, **given))
     return [CoCaOutput(*(x.detach().requires_grad_() for x in leaf[:4])) for leaf in leaves]
 
 
@@ -203,62 +229,51 @@ def _carry_gradient(output: CoCaOutput, leaf: CoCaOutput) -> Tensor | int:
 
 
 def _forward(model: nn.Module, batch: Batch, seed: int, index: int) -> CoCaOutput:
-    keys = seed_dropout(batch, seed, index)
+    return _run(model, batch, sample_keys=seed_dropout(batch, seed, index))
+
+
+def _run(model: nn.Module, batch: Batch, *, sample_keys: Tensor | None = None) -> CoCaOutput:
     output: CoCaOutput = model(
-        batch.images, batch.ids, positions=batch.positions, labels=batch.labels, sample_keys=keys
+        batch.images,
+        batch.ids,
+        positions=batch.positions,
+        labels=batch.labels,
+        label_places=batch.label_places,
+        cls_places=batch.cls_places,
+        sample_keys=sample_keys,
     )
     return output
 
 
-def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept: Tensor | None = None) -> Tensor:
-    """Compute the contrastive loss of some micro-batches together, over all processes if the negatives are global.
-
-    kept: bool [b], the rows to include; None: all.
-    """
-    image, text = (torch.cat([o[i] for o in outputs]) for i in (0, 1))  # type: ignore[misc]
-    if negatives == "global":
-        image, text = gather(image), gather(text)
-    if kept is not None:
-        kept = gather(kept.byte()).bool() if negatives == "global" else kept  # gloo cannot gather bool
-        image, text = image[kept], text[kept]
-    if kind == "sigmoid":
-        return sigmoid_loss(image, text, 1 / outputs[0].scale, outputs[0].bias)
-    return contrastive_loss(image, text, 1 / outputs[0].scale)
+def _contrast(outputs: Sequence[CoCaOutput], columns: Columns | None, kind: Literal["softmax", "sigmoid"]) -> Tensor:
+    """Compute this process's part of the contrastive loss of some micro-batches; None: of these alone."""
+    image, text = _embeddings(outputs)
+    if columns is None:
+        columns = Columns(image.detach(), text.detach())
+    return contrast(image, text, outputs[0].scale, outputs[0].bias, columns, kind=kind)
 
 
-def _kept(batches: Sequence[Batch]) -> Tensor | None:
-    """Returns which rows of some micro-batches are samples, bool [b]; None if all are."""
-    if batches[0].kept is None:
-        return None
-    return torch.cat([batch.kept for batch in batches if batch.kept is not None])
+def _gather(outputs: Sequence[CoCaOutput], *numbers: Tensor) -> tuple[Columns, tuple[Tensor, ...]]:
+    """Gather the embeddings of some micro-batches of all processes, and numbers [b] of their pairs beside them."""
+    return gather_columns(*_embeddings(outputs), *numbers)
+
+
+def _embeddings(outputs: Sequence[CoCaOutput]) -> tuple[Tensor, Tensor]:
+    return torch.cat([o.image_embeddings for o in outputs]), torch.cat([o.text_embeddings for o in outputs])
+
+
+def _counts(outputs: Sequence[CoCaOutput], batches: Sequence[Batch]) -> Tensor:
+    """Returns numbers of labels whose sum is that of this process, [b]; made without a wait for the device."""
+    counts = torch.cat([o.image_embeddings.new_zeros(len(o.image_embeddings)) for o in outputs])
+    counts[:1].fill_(sum(batch.num_labels for batch in batches))
+    return counts
+
+
+def _kept(batches: Sequence[Batch]) -> Tensor:
+    """Returns which rows of some micro-batches are samples, bool [b]."""
+    return torch.cat([torch.ones_like(b.ids[:, 0]).bool() if b.kept is None else b.kept for b in batches])
 
 
 def _sum(output: CoCaOutput) -> Tensor:
     assert output.token_losses is not None
     return output.token_losses.sum()
-
-
-def _total(sums: Sequence[Tensor]) -> float:
-    return torch.stack(list(sums)).double().sum().item()
-
-
-def _count_tokens(batches: Sequence[Batch]) -> int:
-    return int(all_sum(sum(int((b.labels != IGNORE).sum()) for b in batches))[0])
-
-
-def _losses(
-    contrast: float,
-    captioning: float,
-    contrastive_weight: float,
-    captioning_weight: float,
-    negatives: str,
-    batches: Sequence[Batch],
-) -> Losses:
-    """Combine the losses of all processes; captioning: the part of this process in the global mean."""
-    world = dist.get_world_size()
-    all_contrast, captioning = all_sum(contrast, captioning)
-    local = negatives == "local"
-    contrast = all_contrast / world if local else contrast
-    size = len(batches[0].names) if local else world * sum(len(b.names) for b in batches)
-    loss = contrastive_weight * contrast + captioning_weight * captioning
-    return Losses(loss, contrast, captioning, size, contrastive_weight, captioning_weight)

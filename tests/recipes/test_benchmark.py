@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from label_rows import label_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +49,7 @@ def test_the_cost_of_a_steps_batches_is_torchs_count(tokens):
     assert [len(batch.ids) for batch in batches] == [3, 3]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
-            model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+            model(batch.images, batch.ids, positions=batch.positions, labels=label_rows(batch))
     builder = MODELS[cfg.model["name"]]
     assert batch_flops(builder, batches, **cfg.arguments("model")).total == counter.get_total_flops()
 

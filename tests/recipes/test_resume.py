@@ -91,6 +91,26 @@ def test_a_run_is_resumed_with_what_defines_it_and_with_nothing_else(begun, tmp_
     assert len(training(allowed)) == 6
 
 
+def test_patch_dropout_ends_with_its_epochs_also_in_a_resumed_run(tmp_path):
+    """Five steps an epoch: the sixth reads all patches, in a run that was stopped before as in one that was not."""
+    half = ("model.patch_dropout=0.5", "run.epochs=2")
+    always, once, stopped = (tmp_path / name for name in ("always", "once", "stopped"))
+    ends = several(
+        command(always, *LONGER, *half),
+        command(once, *LONGER, *half, "run.patch_dropout_epochs=1"),
+        command(stopped, *SHORT, *half, "run.patch_dropout_epochs=1"),
+        command(stopped, *LONGER, *half, "run.patch_dropout_epochs=1"),
+        command(once, "run.max_steps=7", *half),
+    )
+    assert [end["status"] for end in ends] == [0, 0, 0, 0, 1], ends
+    assert training(once)[:5] == training(always)[:5]
+    assert training(once)[5] != training(always)[5]
+    assert training(stopped) == training(once)
+    assert "run.patch_dropout_epochs is 1 in the checkpoint and None in the config" in ends[-1]["stderr"]
+    described = json.loads((once / "model/config.json").read_text())
+    assert "patch_dropout" not in described["arguments"]
+
+
 def test_a_change_on_purpose_is_used_and_recorded(begun, tmp_path):
     kept, decayed = copies(begun, tmp_path, 2)
     accept = ("optimizer.weight_decay=0.9", "saving.accept_changes=[optimizer.weight_decay]")

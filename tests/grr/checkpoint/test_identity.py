@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grr import config
 from grr.checkpoint.identity import BY_FINGERPRINT, MAY_CHANGE, check_identity, run_identity
+from grr.config.renamed import ADDED
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 KEYS = ["model.dim", "model.dropout", "optimizer.lr", "run.seed", "loss.negatives"]
@@ -55,7 +56,8 @@ def sections(recipe: str) -> dict[str, set[str]]:
 def test_a_recipe_compares_every_key_that_is_not_listed_as_free(recipe):
     keys = {section: names for section, names in sections(recipe).items() if section not in BY_FINGERPRINT}
     cfg = config.Config({}, {section: dict.fromkeys(names, 1) for section, names in keys.items()})
-    compared = set(run_identity(cfg, data="a", validation="b", tokenizer="c")) - {"data", "validation", "tokenizer"}
+    compared = set(run_identity(cfg, data="a", validation="b", tokenizer="c"))
+    compared -= {"data", "validation", "tokenizer", "order"}
     assert compared == {f"{s}.{key}" for s, names in keys.items() for key in names} - MAY_CHANGE
     for key in (
         "run.seed",
@@ -121,3 +123,23 @@ def test_another_size_of_a_trained_vocabulary_is_another_run_and_old_checkpoints
     old = {key: value for key, value in saved.items() if not key.startswith("tokenizer.")}
     assert check_identity(Path("run"), old, saved) == {}
     assert identity(path="spiece.model", vocab_size=300, context_length=32) == old
+
+
+def test_a_checkpoint_of_another_order_of_samples_is_refused_and_the_change_can_be_accepted():
+    wanted = run_identity(config.Config({}, {"run": {"seed": 0}, "loader": {"crop": "squash"}}), data="f")
+    old = {key: value for key, value in wanted.items() if key != "order"}  # of 0.1, which records none
+    with pytest.raises(
+        ValueError, match=r"order is 1 in the checkpoint and 2 in the config \(version of the order"
+    ) as e:
+        check_identity(Path("run"), old, wanted)
+    assert "saving.accept_changes=[order]" in str(e.value)
+    assert check_identity(Path("run"), old, wanted, accepted=["order"]) == {"order": [1, 2]}
+    assert check_identity(Path("run"), wanted, wanted) == {}
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_a_run_that_began_before_an_option_existed_continues_where_the_option_changes_nothing(key):
+    saved = {"optimizer.lr": 0.1}
+    assert check_identity(Path("run"), saved, {"optimizer.lr": 0.1, key: ADDED[key]}) == {}
+    with pytest.raises(ValueError, match=f"{key} is {ADDED[key]} in the checkpoint and 3 in the config"):
+        check_identity(Path("run"), saved, {"optimizer.lr": 0.1, key: 3})

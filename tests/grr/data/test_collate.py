@@ -1,11 +1,13 @@
 """Batches of captions: moving padding is invertible, labels equal plain Python's, and attention needs no mask."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from label_rows import label_rows
 from torch import nn
 
 from grr.components import RotaryEmbedding, SelfAttention, rotate
@@ -36,22 +38,48 @@ def test_right_pad_moves_padding_to_the_end_and_undo_right_pad_moves_it_back(b, 
 @given(captions=captions)
 def test_each_label_is_the_next_token_of_the_caption(captions):
     """Compare with plain Python: pairs (input, next id) of the row, without those whose input is PAD."""
-    longest = max(map(len, captions))
-    _, _, labels = collate_captions([layout(c) for c in captions])
-    assert labels.shape == (len(captions), longest + 1)  # one for BOS and each token
-    for caption, row in zip(captions, labels.tolist(), strict=True):
+    batch = collate_captions([layout(c) for c in captions])
+    assert batch.num_labels == sum(len(caption) + 1 for caption in captions)  # one for BOS and each token
+    for caption, row in zip(captions, label_rows(batch).tolist(), strict=True):
         whole = layout(caption)
         pairs = [pair for pair in pairwise(whole) if pair[0] != PAD]
         expected = [IGNORE if following in (BOS, PAD, CLS) else following for _, following in pairs]
         assert expected[-2:] == [IGNORE, IGNORE]  # after EOS and CLS
         assert expected[:-2] == [*caption, EOS]
-        assert row == expected[:-2] + [IGNORE] * (longest - len(caption))
+        assert row == expected[:-2] + [IGNORE] * (len(row) - len(caption) - 1)
 
 
 @given(captions=captions)
-def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_follows_eos_at_position_63(captions):
-    ids, positions, _ = collate_captions([layout(c) for c in captions])
-    assert ids.shape == positions.shape == (len(captions), max(map(len, captions)) + 3)
+def test_the_sizes_of_a_batch_are_rounded_up_so_that_there_are_few_of_them(captions):
+    batch = collate_captions([layout(c) for c in captions])
+    (b, t), n = batch.ids.shape, len(batch.labels)
+    longest, tokens = max(map(len, captions)) + 3, sum(len(caption) + 1 for caption in captions)
+    assert (b, t) == (len(captions), 8 * math.ceil(longest / 8)) == batch.positions.shape
+    assert n == 64 * math.ceil(tokens / 64) == len(batch.label_places)
+    assert (batch.labels[tokens:] == IGNORE).all()
+    assert (batch.labels[:tokens] != IGNORE).all()
+    assert 0 <= batch.label_places.min() <= batch.label_places.max() < b * t
+
+
+def test_a_batch_is_never_longer_than_the_context():
+    assert collate_captions([[BOS, 7, EOS, CLS, PAD]]).ids.shape == (1, 4)
+
+
+@given(captions=captions, data=st.data())
+def test_a_row_without_labels_is_as_if_its_tokens_had_none(captions, data):
+    labelled = data.draw(st.lists(st.booleans(), min_size=len(captions), max_size=len(captions)))
+    rows = [layout(c) for c in captions]
+    batch, whole = collate_captions(rows, labelled=labelled), collate_captions(rows)
+    expected = label_rows(whole)
+    expected[~torch.tensor(labelled)] = IGNORE
+    assert label_rows(batch).equal(expected)
+    assert batch.ids.equal(whole.ids)
+
+
+@given(captions=captions)
+def test_cls_follows_eos_at_position_63(captions):
+    ids, positions, cls_places, *_ = collate_captions([layout(c) for c in captions])
+    assert ids.gather(1, cls_places.unsqueeze(1)).eq(CLS).all()
     for caption, row, columns in zip(captions, ids.tolist(), positions.tolist(), strict=True):
         n = len(caption)
         assert row == [BOS, *caption, EOS, CLS] + [PAD] * (len(row) - n - 3)
@@ -59,13 +87,15 @@ def test_a_batch_is_as_wide_as_its_longest_caption_and_cls_follows_eos_at_positi
 
 
 def test_the_only_label_of_an_empty_caption_is_eos():
-    ids, positions, labels = collate_captions([layout([])])
-    assert (ids.tolist(), positions.tolist(), labels.tolist()) == ([[BOS, EOS, CLS]], [[0, 1, 63]], [[EOS]])
+    batch = collate_captions([layout([])])
+    assert batch.ids.tolist() == [[BOS, EOS, CLS, *[PAD] * 5]]
+    assert batch.positions[:, :3].tolist() == [[0, 1, 63]]
+    assert batch.labels[: batch.num_labels].tolist() == [EOS]
 
 
 def test_bos_and_cls_are_never_labels():
-    _, _, labels = collate_captions([layout([7, BOS, 8, CLS, 9])])
-    assert labels.tolist() == [[7, IGNORE, 8, IGNORE, 9, EOS]]
+    batch = collate_captions([layout([7, BOS, 8, CLS, 9])])
+    assert label_rows(batch).tolist() == [[7, IGNORE, 8, IGNORE, 9, EOS, IGNORE, IGNORE]]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +116,7 @@ def test_causal_attention_over_right_padded_rows_equals_masked_attention_over_th
     y = nn.functional.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, visible.unsqueeze(1))
     expected = attention.out(y.transpose(1, 2).flatten(2))  # [b, 64, 8]
 
-    ids, positions, _ = collate_captions([layout(c) for c in captions])
+    ids, positions, *_ = collate_captions([layout(c) for c in captions])
     real = ids != PAD
     y = attention(table(ids), positions=positions)
     torch.testing.assert_close(y[real], expected.gather(1, positions.unsqueeze(-1).expand_as(y))[real])
@@ -96,7 +126,7 @@ def test_causal_attention_over_right_padded_rows_equals_masked_attention_over_th
 def test_no_token_depends_on_padding_and_only_cls_on_cls(table, captions):
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, causal=True, rotary=RotaryEmbedding(4)).double()
-    ids, positions, _ = collate_captions([layout(c) for c in captions])
+    ids, positions, *_ = collate_captions([layout(c) for c in captions])
     x = table(ids)
     before = attention(x, positions=positions)
     for changed, unchanged in ((ids == PAD, ids != PAD), (ids == CLS, (ids != PAD) & (ids != CLS))):

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from label_rows import label_rows
 from torch import Tensor
 from waiting import wait_until
 
-from grr.data.collate import IGNORE, collate_captions
+from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
-from grr.data.order import epoch_order
+from grr.data.order import Groups, epoch_order
 from grr.training.step import seed_dropout
 
 
@@ -39,6 +40,10 @@ class Painted:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.image_of)
 
     @property
     def ids(self) -> list[str]:
@@ -82,12 +87,19 @@ def names(steps: Iterable[list[Batch]], n: int | None = None) -> list[list[list[
     return [[batch.names for batch in step] for step in islice(steps, n)]
 
 
+def columns(steps: Iterable[list[Batch]], n: int) -> tuple[int, int]:
+    """Returns the columns that the text decoders compute in n steps, and the tokens in them."""
+    batches = [batch for step in islice(steps, n) for batch in step]
+    return sum(batch.ids.numel() for batch in batches), sum(int((batch.ids != 0).sum()) for batch in batches)
+
+
 def flat(steps: Iterable[list[Batch]], n: int) -> list[list[tuple]]:
     """Returns each global batch in order: names, pixels and tokens of its samples."""
     result = []
     for step in islice(steps, n):
         row = []
         for b in step:
+            labels = label_rows(b)
             for i, name in enumerate(b.names):
                 tokens = int((b.ids[i] != 0).sum())
                 row.append(
@@ -96,7 +108,7 @@ def flat(steps: Iterable[list[Batch]], n: int) -> list[list[tuple]]:
                         b.images[i].flatten().tolist(),
                         b.ids[i, :tokens].tolist(),
                         b.positions[i, :tokens].tolist(),
-                        b.labels[i, : tokens - 2].tolist(),
+                        labels[i, : tokens - 2].tolist(),
                     )
                 )
         result.append(row)
@@ -159,13 +171,15 @@ def test_a_batch_holds_the_pixels_and_tokens_of_its_samples(workers):
     assert (batch.images.dtype, batch.images.shape, batch.replaced) == (torch.uint8, (4, 3, 6, 6), 0)
     assert batch.images.equal(torch.stack([pairs.load(i, size=6, crop="center") for i in samples]))
     expected = collate_captions([Letters().encode(pairs.captions[i]) for i in samples])
-    assert all(x.equal(y) for x, y in zip((batch.ids, batch.positions, batch.labels), expected, strict=True))
-    assert (batch.labels != IGNORE).any()
+    assert all(x.equal(getattr(batch, name)) for name, x in expected._asdict().items() if isinstance(x, torch.Tensor))
+    assert batch.num_labels == expected.num_labels > 0
 
 
 def test_a_batch_moves_to_a_device_with_all_its_tensors():
     batch = next(training(painted()))[0].to("meta")
-    assert {x.device.type for x in (batch.images, batch.ids, batch.positions, batch.labels)} == {"meta"}
+    tensors = [x for x in vars(batch).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 6
+    assert {x.device.type for x in tensors} == {"meta"}
     assert len(batch.names) == 2
 
 
@@ -310,8 +324,9 @@ def test_validation_reads_every_pair_once_in_batches_of_one_size(images, caption
             assert len({name.split("#")[0] for name in held}) == len(held) == size
     assert sum(step[0].contrast for step in ranks[0]) == steps_per_epoch(pairs, size)
     for batch in itertools.chain(*itertools.chain(*ranks)):
-        assert (batch.labels[~batch.kept] == IGNORE).all()
-        assert (batch.labels[batch.kept] != IGNORE).any(1).all()
+        labels = label_rows(batch)
+        assert (labels[~batch.kept] == IGNORE).all()
+        assert (labels[batch.kept] != IGNORE).any(1).all()
         assert batch.kept.sum() == len(batch.names)
 
 
@@ -424,3 +439,58 @@ def test_a_sample_has_the_dropout_keys_of_its_place_in_the_global_batch(monkeypa
     assert len(set(whole.values())) == 8
     parts = [keys(rank, world, micro_batch_size) for rank in range(world)]
     assert {name: key for part in parts for name, key in part.items()} == whole
+
+
+def worded(seed: int = 0, *, images: int = 96, mean: float = 15, **more) -> Painted:
+    """Pairs whose captions have random numbers of letters, which are tokens of `Letters`."""
+    lengths = np.random.default_rng(seed).poisson(mean, images).clip(1, 60)
+    return Painted(["x" * n for n in lengths], np.arange(images), **more)
+
+
+@given(seed=st.integers(0, 99), world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 6]))
+def test_the_longest_first_are_the_same_global_batches_in_one_order_for_any_split(seed, world, micro):
+    pairs = worded(seed)
+    plain = [sorted(row) for row in flat(training(pairs, batch_size=24, workers=0), 6)]
+    order = flat(training(pairs, batch_size=24, micro_batch_size=24, workers=0, longest_first=True), 6)
+    assert [sorted(row) for row in order] == plain
+    lengths = [[len(sample[2]) for sample in row] for row in order]
+    assert lengths == [sorted(row, reverse=True) for row in lengths]
+    sizes = {"batch_size": 24, "micro_batch_size": micro, "workers": 0, "longest_first": True, "start_step": 2}
+    split = [flat(training(pairs, rank, world, **sizes), 4) for rank in range(world)]
+    for k in range(4):
+        rows = [iter(rank[k]) for rank in split]
+        joined = [next(row) for _ in range(24 // micro // world) for row in rows for _ in range(micro)]
+        assert joined == order[2 + k]
+
+
+def test_a_substitute_takes_the_place_of_its_bad_sample_in_the_longest_first():
+    pairs = worded()
+    sizes = {"batch_size": 24, "micro_batch_size": 6, "workers": 0, "longest_first": True, "max_bad_fraction": 1.0}
+    (good,) = flat(training(pairs, **sizes), 1)
+    place = next(i for i, sample in enumerate(good) if sample[0] == good[7][0])
+    bad = pairs.ids.index(good[7][0])
+    (replaced,) = flat(training(worded(errors={bad: BadImage("cut off")}), **sizes), 1)
+    assert [i for i, (ours, theirs) in enumerate(zip(replaced, good, strict=True)) if ours != theirs] == [place]
+    assert replaced[place][0] not in {sample[0] for sample in good}
+
+
+def test_the_longest_first_read_few_columns_that_are_padding():
+    pairs, sizes = worded(images=3072), {"batch_size": 768, "micro_batch_size": 48, "workers": 0, "image_size": 1}
+    computed, tokens = columns(training(pairs, **sizes), 4)
+    assert computed > 1.6 * tokens
+    computed, same_tokens = columns(training(pairs, longest_first=True, **sizes), 4)
+    assert same_tokens == tokens
+    assert computed < 1.25 * tokens  # lengths are rounded up to a multiple of 8
+
+
+def test_a_caption_is_encoded_once_for_its_place():
+    encoded = []
+
+    def encode(caption: str) -> list[int]:
+        encoded.append(caption)
+        return Letters().encode(caption)
+
+    order = LongestFirst(["one", "three", "fourteen", "four"], encode)
+    assert order(np.array([0, 1, 3])).tolist() == [1, 3, 0]
+    assert order(np.array([3, 0, 2, 1])).tolist() == [2, 1, 3, 0]
+    assert sorted(encoded) == ["four", "fourteen", "one", "three"]

@@ -1,11 +1,16 @@
 """The order of an epoch: its laws for any groups, the largest number of batches, and statistics of the order."""
 
+import math
+import tracemalloc
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from grr.data.order import check_negatives, epoch_order, num_batches
+from grr.data.order import Epochs, Groups, check_negatives, epoch_order, num_batches
+from grr.data.order.permutation import num_rounds, permute, scramble, unpermute
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=30)  # of the groups
 batch_sizes = st.integers(1, 12)
@@ -89,6 +94,130 @@ def test_batches_share_images_as_often_as_by_chance():
     shared = (held @ held.T)[np.triu_indices(100, 1)]
     assert 0.7 < shared.var() / (5 * 0.95) < 1.15
     assert shared.max() < 20
+
+
+@given(sizes=sizes, batch_size=batch_sizes, seed=st.integers(0, 2**40), draw=st.data())
+def test_a_batch_needs_no_other_batch(sizes, batch_size, seed, draw):
+    """Single batches, in any order and of several epochs in turns, are rows of the whole order."""
+    assume(batch_size <= len(sizes))
+    groups = groups_of(sizes, seed)
+    epochs = Epochs(Groups(groups), seed=seed, batch_size=batch_size)
+    wanted = st.tuples(st.integers(0, 2), st.integers(0, epochs.num_batches - 1))
+    for epoch, k in draw.draw(st.lists(wanted, min_size=1, max_size=5)):
+        whole = epoch_order(groups, seed=seed, epoch=epoch, batch_size=batch_size)
+        assert (epochs.batch(epoch, k) == whole[k]).all()
+        assert (epochs.batches(epoch, k, k + 3) == whole[k : k + 3]).all()
+
+
+@pytest.mark.parametrize("captions", [1, 5])
+def test_the_order_takes_no_memory_for_samples_that_are_not_in_the_batch(captions):
+    """A million pairs whose images have equally many captions: 8 MB in each array of them."""
+    groups = np.arange(1_000_000) // captions
+    tracemalloc.start()
+    epochs = Epochs(Groups(groups), seed=0, batch_size=768)
+    built, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    epochs.batch(3, 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert built < 100_000
+    assert peak < 1_000_000
+
+
+def test_of_images_with_unequal_captions_eight_bytes_an_image_are_kept_and_one_an_epoch():
+    groups = groups_of([1, 2] * 200_000)
+    groups.sort()
+    tracemalloc.start()
+    epochs = Epochs(Groups(groups), seed=0, batch_size=768)
+    built, _ = tracemalloc.get_traced_memory()
+    epochs.batch(3, 5)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert built < 8.2 * 400_000
+    assert after - built < 1.2 * 400_000
+
+
+# Permutations
+
+
+@given(n=st.integers(1, 3_000), keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
+def test_a_key_selects_a_permutation_and_unpermute_inverts_it(n, keys):
+    x, keys = np.arange(n, dtype=np.uint64), np.array(keys, dtype=np.uint64)[:, None]
+    images = permute(x, n, keys)
+    assert (np.sort(images, axis=1) == x).all()
+    assert (unpermute(images, n, keys) == x).all()
+
+
+def permuted(x: int, n: int, key: int) -> int:
+    """The permutation in integers of Python."""
+
+    def scrambled(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    height = math.ceil(math.sqrt(n))
+    width = 2 * math.ceil(n / (2 * height))
+    while True:
+        row, column = divmod(x, width)
+        for number in range(num_rounds(n)):
+            round_key = (key + number * 2**48) % 2**64
+            if number % 2:
+                column = (column + (scrambled(round_key ^ row) // 2**32) * width // 2**32) % width
+            else:
+                row = (row + (scrambled(round_key ^ column) // 2**32) * height // 2**32) % height
+        x = row * width + column
+        if x < n:
+            return x
+
+
+@given(n=st.integers(1, 10**9), key=st.integers(0, 2**64 - 1), draw=st.data())
+def test_the_permutation_is_that_of_exact_integers(n, key, draw):
+    x = draw.draw(st.integers(0, n - 1))
+    assert int(permute(np.array([x]), n, np.array([key], dtype=np.uint64))[0]) == permuted(x, n, key)
+
+
+def chi_square(observed: np.ndarray, expected: float) -> float:
+    """Returns by how many standard deviations a chi-square statistic exceeds its mean."""
+    freedom = observed.size - 1
+    return (((observed - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_every_permutation_of_a_few_numbers_is_equally_likely(n):
+    keys = scramble(np.arange(100 * math.factorial(n), dtype=np.uint64))
+    images = permute(np.arange(n), n, keys[:, None])
+    counts = np.array([(images == np.array(p, dtype=np.uint64)).all(1).sum() for p in permutations(range(n))])
+    assert chi_square(counts, 100) < 5
+
+
+def test_the_place_of_a_sample_depends_neither_on_its_number_nor_on_its_place_in_the_epoch_before():
+    """100,000 samples: counts of 20 ranges of one by 20 ranges of the other; also of places of neighbours."""
+    n, ranges = 100_000, 20
+    places = np.empty((3, n), dtype=np.int64)
+    for epoch in range(3):
+        places[epoch, epoch_order(np.arange(n), seed=1, epoch=epoch, batch_size=100).ravel()] = np.arange(n)
+
+    def joint(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.bincount(x * ranges // n * ranges + y * ranges // n, minlength=ranges**2)
+
+    number = np.arange(n)
+    for x, y in ((number, places[0]), (places[0], places[1]), (places[1], places[2])):
+        assert abs(chi_square(joint(x, y), n / ranges**2)) < 6
+    neighbours = joint(places[0][:-1], places[0][1:])
+    assert abs(chi_square(neighbours, n / ranges**2)) < 6
+
+
+def test_neighbours_share_a_batch_as_often_as_by_chance():
+    """Of 100,000 samples in batches of 100, 99 of the 99,999 neighbours share a batch on average: 990 in ten epochs."""
+    n, together = 100_000, 0
+    for epoch in range(10):
+        batch = np.empty(n, dtype=np.int64)
+        order = epoch_order(np.arange(n), seed=2, epoch=epoch, batch_size=100)
+        batch[order.ravel()] = np.repeat(np.arange(len(order)), 100)
+        together += int((batch[1:] == batch[:-1]).sum())
+    assert abs(together - 990) < 5 * math.sqrt(990)
 
 
 def test_a_large_set_is_ordered():

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def a_batch(tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     pixels = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    ids, positions, _ = collate_captions([tokenizer.encode(c) for c in CAPTIONS], pad_id=tokenizer.pad_id)
+    ids, positions, *_ = collate_captions([tokenizer.encode(c) for c in CAPTIONS], pad_id=tokenizer.pad_id)
     return pixels, ids, positions
 
 

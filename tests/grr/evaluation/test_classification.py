@@ -54,7 +54,7 @@ def test_any_split_has_the_loss_gradients_and_accuracy_of_the_whole_batch(pieces
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
 
-    scores = classification_step(model, split(images, rows, classes, pieces), 0, label_smoothing=label_smoothing)
+    scores = classification_step(model, split(images, rows, classes, pieces), 0, label_smoothing=label_smoothing).read()
     assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
     assert scores.accuracy == (logits.argmax(-1) == classes).double().mean().item()
     for name, gradient in expected.items():
@@ -138,7 +138,7 @@ def test_a_head_learns_from_the_image_or_from_image_and_text_together(build):
 
     assert accuracy() < 0.7
     for step in range(60):
-        classification_step(model, [batch(32)], step)
+        classification_step(model, [batch(32)], step).read()
         optimizer.step()
         optimizer.zero_grad()
     assert accuracy() > 0.95
@@ -150,7 +150,7 @@ def test_micro_batches_of_any_size_have_the_same_gradients_with_dropout(seed, la
     model = head(seed, dropout=0.3)
     found = []
     for pieces in (1, 2, 4, 8):
-        scores = classification_step(model, split(*samples(seed), pieces), seed, label_smoothing=label_smoothing)
+        scores = classification_step(model, split(*samples(seed), pieces), seed, label_smoothing=label_smoothing).read()
         found.append((scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad(set_to_none=True)
     (expected, exact), *others = found
@@ -163,18 +163,18 @@ def test_micro_batches_of_any_size_have_the_same_gradients_with_dropout(seed, la
 def test_dropout_depends_on_the_step_and_the_index_of_a_sample():
     model = head(1, dropout=0.5)
     batches = split(*samples(0), 2)
-    first = classification_step(model, batches, 7)
+    first = classification_step(model, batches, 7).read()
     torch.manual_seed(123)  # whatever was drawn before
-    assert classification_step(model, batches, 7) == first
-    assert classification_step(model, batches, 8) != first
-    twice = classification_step(model, [batches[0], batches[0]], 7)
-    assert twice.loss != pytest.approx(classification_step(model, [batches[0]], 7).loss, rel=1e-6)
+    assert classification_step(model, batches, 7).read() == first
+    assert classification_step(model, batches, 8).read() != first
+    twice = classification_step(model, [batches[0], batches[0]], 7).read()
+    assert twice.loss != pytest.approx(classification_step(model, [batches[0]], 7).read().loss, rel=1e-6)
 
 
 def test_a_batch_without_classes_has_no_gradient():
     model = head(0)
     images, rows, classes = samples(0)
-    assert classification_step(model, split(images, rows, torch.full_like(classes, IGNORE), 2), 0) == (0.0, 0.0)
+    assert classification_step(model, split(images, rows, torch.full_like(classes, IGNORE), 2), 0).read() == (0.0, 0.0)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
@@ -198,4 +198,4 @@ def test_data_without_classes_are_refused():
     batch = split(*samples(0), 1)[0]
     batch.classes = None
     with pytest.raises(ValueError, match=r"classification: the data must have classes, got none; use a data"):
-        classification_step(head(0), [batch], 0)
+        classification_step(head(0), [batch], 0).read()

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data.collate import collate_captions
+from grr.data.images import BadImage
 from grr.evaluation.attention import word_attention
 from grr.evaluation.evaluate import validation_metrics
-from grr.evaluation.examples import Match, examples
+from grr.evaluation.examples import Match, examples, training_examples
 from grr.evaluation.outputs import ModelOutputs, compute_outputs
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_a_word_has_the_mean_of_the_maps_of_its_tokens(tokenizer):
     for one, i in zip(shown.attention, (0, 6), strict=True):
         assert torch.equal(one.image, outputs.thumbnail(i))
         torch.testing.assert_close(one.maps.sum((1, 2)), torch.ones(len(one.words)))
-        ids, positions, _ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
+        ids, positions, *_ = collate_captions([tokenizer.encode(outputs.written[i])], pad_id=tokenizer.pad_id)
         pixels = outputs.pairs.load(outputs.images[i], size=32, crop="squash")[None]
         rows = word_attention(model, pixels, ids, positions=positions)[0]  # row i is read to write token i + 1
         pieces = [tokenizer.decode([token]) for token in ids[0, 1:].tolist()]
@@ -117,3 +118,18 @@ def test_an_examination_has_attention_maps_and_the_same_numbers_as_without(token
         "num_eval_images",
         "caption_exact",
     }
+
+
+def test_training_pairs_are_evenly_spaced_and_those_that_cannot_be_read_are_left_out():
+    pairs = Noise(list(range(160)))
+    read = pairs.thumbnail
+
+    def thumbnail(i: int) -> torch.Tensor:
+        if i == 20:
+            raise BadImage("a hole")
+        return read(i)
+
+    pairs.thumbnail = thumbnail
+    shown = training_examples(pairs).training
+    assert [caption for _, caption in shown] == [pairs.captions[i] for i in range(0, 160, 10) if i != 20]
+    assert torch.equal(shown[1][0], read(10))

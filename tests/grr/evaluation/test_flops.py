@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_rows import label_rows
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,6 +60,7 @@ small = st.fixed_dictionaries(
         "multimodal_layers": st.integers(1, 2),
         "vision_ffn_multiplier": st.none() | st.floats(0.5, 5),
         "text_ffn_multiplier": st.floats(0.5, 5),
+        "patch_dropout": st.sampled_from([0.0, 0.3, 0.5]),
         "qk_norm": st.booleans(),
         "pooler_norm": st.booleans(),
         "tied_embeddings": st.booleans(),
@@ -86,8 +88,12 @@ def test_the_formula_equals_torchs_count_for_any_options(arguments, num_heads, h
     }
     model = built(grr_coca, **arguments)
     towers, total = counted(model, image_size, text_length)
-    assert forward_flops(grr_coca, text_length=text_length, **arguments) == towers
+    assert forward_flops(grr_coca, text_length=text_length, training=True, **arguments) == towers
     assert towers.total == total
+    assert (
+        forward_flops(grr_coca, text_length=text_length, **arguments)
+        == counted(model.eval(), image_size, text_length)[0]
+    )
     assert parameters(model).total == sum(p.numel() for p in model.parameters())
 
 
@@ -145,7 +151,7 @@ def test_the_cost_of_batches_is_torchs_count(builder, tokens):
     batches = random_batches(2, batch_size=3, caption_tokens=tokens, **sizes)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
-            model(batch.images, batch.ids, positions=batch.positions, labels=batch.labels)
+            model(batch.images, batch.ids, positions=batch.positions, labels=label_rows(batch))
     assert batch_flops(builder, batches, **sizes, **layers).total == counter.get_total_flops()
 
 

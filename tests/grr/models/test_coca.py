@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from label_rows import label_rows
 
 from grr.components import ClassToken, LayerNorm, LearnedPositions, PatchEmbedding
 from grr.data.collate import IGNORE, collate_captions, right_pad
@@ -38,9 +39,9 @@ def some_images(count: int) -> torch.Tensor:
 @given(captions=captions)
 def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, captions):
     whole, images = rows(captions), some_images(len(captions))
-    ids, positions, labels = collate_captions([layout(c) for c in captions])
-    assert ids.shape[1] == max(map(len, captions)) + 3
-    packed = model(images, ids, positions=positions, labels=labels)
+    ids, positions, cls_places, label_places, labels, n = collate_captions([layout(c) for c in captions])
+    given = {"positions": positions, "cls_places": cls_places, "label_places": label_places, "labels": labels}
+    packed = model(images, ids, **given)
     padded = model(images, whole[:, :-1])
     following = whole[:, 1:]
     expected = torch.nn.functional.cross_entropy(
@@ -49,7 +50,11 @@ def test_a_trimmed_packed_batch_is_the_same_function_as_the_padded_one(model, ca
     )
     torch.testing.assert_close(packed.text_embeddings, padded.text_embeddings)
     torch.testing.assert_close(packed.image_embeddings, padded.image_embeddings)
-    torch.testing.assert_close(packed.token_losses.mean(), expected)
+    torch.testing.assert_close(packed.token_losses.sum() / n, expected)
+    assert not packed.token_losses[n:].any()
+    by_row = model(images, ids, positions=positions, labels=label_rows(collate_captions([layout(c) for c in captions])))
+    torch.testing.assert_close(by_row.token_losses, packed.token_losses[:n])
+    torch.testing.assert_close(by_row.text_embeddings, packed.text_embeddings)
 
 
 def test_rows_of_a_batch_do_not_depend_on_each_other(model):
@@ -67,7 +72,7 @@ def test_each_loss_has_gradients_in_the_parts_that_it_reads():
     """The contrastive pooler reads what the generative one gives; captions are learned through both."""
     torch.manual_seed(0)
     model = grr_coca_tiny()
-    ids, positions, labels = collate_captions([layout([7, 8]), layout([9])])
+    ids, positions, _, label_places, labels, _ = collate_captions([layout([7, 8]), layout([9])])
     images = torch.rand(2, 3, 32, 32)
 
     def taught(loss: torch.Tensor) -> set[str]:
@@ -75,10 +80,10 @@ def test_each_loss_has_gradients_in_the_parts_that_it_reads():
         loss.backward()
         return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
-    output = model(images, ids, positions=positions, labels=labels)
+    output = model(images, ids, positions=positions, labels=labels, label_places=label_places)
     read_by_both = {"vision_encoder", "generative_pooler", "text_decoder"}
     assert taught(output.token_losses.mean()) == read_by_both | {"multimodal_decoder"}
-    output = model(images, ids, positions=positions, labels=labels)
+    output = model(images, ids, positions=positions, labels=labels, label_places=label_places)
     contrast = contrastive_loss(output.image_embeddings, output.text_embeddings)
     assert taught(contrast) == read_by_both | {"contrastive_pooler"}
 

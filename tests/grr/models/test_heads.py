@@ -91,7 +91,7 @@ def test_a_batch_trimmed_to_its_longest_text_scores_as_texts_alone(lengths, seed
     torch.manual_seed(seed)
     head = image_text_classifier(COCAS[name](), 3).eval()
     pictures, texts = images(len(lengths), seed), rows(lengths, seed)
-    ids, positions, _ = collate_captions(texts)
+    ids, positions, *_ = collate_captions(texts)
     together = head(pictures, ids, positions=positions)
     for i, text in enumerate(texts):
         alone = head(pictures[i : i + 1], torch.tensor([text[:-1]]))

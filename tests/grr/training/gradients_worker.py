@@ -61,6 +61,7 @@ def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
             logit_bias=-1.0,
             temperature=0.1,
             dropout=dropout,
+            patch_dropout=0.5 if dropout else 0.0,
         )
         model = model.double()
     if prepare:
@@ -81,7 +82,7 @@ def formula(model: nn.Module, *, size: int, contrastive: str, negatives: str) ->
     cut = size if negatives == "local" else PAIRS
     losses = []
     for image, text in zip(output.image_embeddings.split(cut), output.text_embeddings.split(cut), strict=True):
-        z = image @ text.T / (1 / output.scale)  # [cut, cut]; a constant scale is float32
+        z = image @ text.T * output.scale  # [cut, cut]
         if contrastive == "softmax":
             losses.append((z.logsumexp(0) + z.logsumexp(1) - 2 * z.diag()).mean())
         else:
@@ -110,7 +111,7 @@ def measured() -> list[dict[str, Any]]:
                 continue  # a pair alone has nothing to be contrasted with
             losses, exact = formula(plain, size=size, **loss)
             ours.zero_grad(set_to_none=True)
-            found = global_batch_step(ours, micro_batches(size), SEED, **loss)
+            found = global_batch_step(ours, micro_batches(size), SEED, **loss).read()
             mine = gradients(ours)
             assert mine.keys() == exact.keys()
             largest = max(g.abs().max() for g in exact.values())

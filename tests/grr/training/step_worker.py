@@ -42,9 +42,8 @@ def micro_batches(step: int, micro: int) -> list[Batch]:
     batches = []
     for i in range(micro):
         start = (i * world + rank) * size
-        ids, positions, labels = collate_captions(rows[start : start + size])
         names = [str(j) for j in range(start, start + size)]
-        batches.append(Batch(images[start : start + size], ids, positions, labels, names, 0))
+        batches.append(Batch(images[start : start + size], *collate_captions(rows[start : start + size]), names, 0))
     return batches
 
 
@@ -66,7 +65,7 @@ def main(
         optimizer = adamw(coca, lr=1e-3)
         seen = []
         for step in range(steps):
-            losses = global_batch_step(coca, micro_batches(step, micro), step, **(loss or {}))
+            losses = global_batch_step(coca, micro_batches(step, micro), step, **(loss or {})).read()
             norms = [p.grad.norm() for p in coca.parameters() if p.grad is not None]
             norms = [float(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms]
             clip_grad_norm_(coca.parameters(), 1.0)
