@@ -4,7 +4,7 @@ if __name__ == "components":
     raise ImportError("import grr.components, not components: the folder is part of the package grr")
 
 from .attention import CrossAttention, KeyValueCache, SelfAttention
-from .block import Block, BlockCache
+from .block import Block, BlockCache, shared_rotations
 from .class_token import ClassToken
 from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
 from .feed_forward import GEGLU, FeedForward
@@ -13,7 +13,7 @@ from .patch_dropout import PatchDropout, num_kept
 from .patches import PatchEmbedding
 from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
-from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
+from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 __all__ = [
     "GEGLU",
@@ -36,10 +36,12 @@ __all__ = [
     "PatchEmbedding",
     "RMSNorm",
     "RotaryEmbedding",
+    "Rotation",
     "SelfAttention",
     "SinusoidalPositions",
     "dropout_keys",
     "fold_in",
     "num_kept",
     "rotate",
+    "shared_rotations",
 ]

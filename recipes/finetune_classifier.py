@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock

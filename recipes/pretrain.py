@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -27,6 +29,7 @@ from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
 from grr.data.order import check_negatives
 from grr.evaluation.evaluate import validate
+from grr.evaluation.examples import training_examples
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, check_builder
 from grr.parallel.initialize import initialize
@@ -122,6 +125,9 @@ def main() -> int:
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
         logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
+        if step == 0:  # a page with pictures is there before the first step
+            on_rank_0(lambda: report(examples=training_examples(pairs)))
+        logging.info(f"{folder / 'report.html'} shows the progress")
 
         # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
@@ -157,8 +163,10 @@ def main() -> int:
                 losses = step_losses.read()
                 log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm.item(), **throughput.metrics())
                 bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-            if step == run.log_every:  # the report is there before the first validation
-                on_rank_0(partial(report, examples=None))
+                if not bar.disable and (estimate := throughput.time_left(last - step)):
+                    bar.write(estimate)
+            if step == run.log_every:  # the first point of the curves
+                on_rank_0(lambda: report(examples=training_examples(pairs)))
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grr.parallel.bf16 import compute_in_bf16
 from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.memory import has_room_for_whole
 from grr.parallel.shard import METHODS, ORDER, blocks, preparations, shard_over
 
 
@@ -23,13 +24,16 @@ def parallelize(
     compile: bool = False,  # compile each block
     activation_checkpointing: bool = False,  # keep only the input of each block, and compute the rest again
     dp_replicate: int = 1,  # copies of the model, each sharded over its part of the processes (HSDP)
+    keep_gathered: bool | None = None,  # hold whole weights and gradients through a step; null: where memory allows
 ) -> None:
     """Prepare a model in place for training on all processes, before or after it has weights.
 
     The order is float8 (`multiply_in_float8`), compilation, FSDP2 or plain bfloat16, activation checkpointing: each
     wraps the result of the one before. bf16 keeps parameters, reductions and outputs in float32. Several processes
     shard every block, then the rest; with dp_replicate > 1 they form that many groups, each with a whole model: one
-    group a machine is best. One process keeps plain parameters: the same function with fewer calls.
+    group a machine is best. With keep_gathered, a training step gathers the weights once and reduces the gradients
+    once, however many micro-batches and passes it has (`grr.parallel.shard.gathered`). One process keeps plain
+    parameters: the same function with fewer calls.
 
     Raises ValueError if the model was prepared before, or if the number of processes is not a multiple of dp_replicate;
     float8 raises as `multiply_in_float8` does.
@@ -48,7 +52,9 @@ def parallelize(
     if world > 1:
         shape = (dp_replicate, world // dp_replicate) if dp_replicate > 1 else (world,)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        shard_over(model, mesh, bf16=bf16)
+        if keep_gathered is None:
+            keep_gathered = has_room_for_whole(model, device, bf16=bf16)
+        shard_over(model, mesh, bf16=bf16, keep_gathered=keep_gathered)
     elif bf16:
         compute_in_bf16(model, METHODS)
     if activation_checkpointing:

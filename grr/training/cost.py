@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
+from grr.parallel.memory import free_memory
 from grr.parallel.process_group import default_device, process_group
 from grr.tokenizers import Tokenizer
-from grr.training.micro_batch import USABLE, count_kept_bytes, free_memory, largest_divisor
+from grr.training.micro_batch import USABLE, count_kept_bytes, largest_divisor
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 

@@ -1,7 +1,6 @@
 """Size of a micro-batch: as large as memory allows, so that a step needs as few passes as possible."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from grr.data import Batch
+from grr.parallel.memory import free_memory_of_process
 from grr.parallel.process_group import all_max, default_device, on_rank_0
 from grr.parallel.shard import local
 from grr.tokenizers import Tokenizer
@@ -56,7 +56,7 @@ def choose_micro_batch_size(
         return before
     device = default_device()
     per_pair, fixed = _bytes(step, model, optimizer, tokenizer, device, image_size)
-    free = free_memory()
+    free = free_memory_of_process(device)
     room = USABLE[device.type] * free - fixed - _bytes_to_come(optimizer, gradients=device.type != "cuda")
     size = largest_divisor(most, -all_max(-int(room / per_pair)))
     logger.info(
@@ -70,21 +70,6 @@ def choose_micro_batch_size(
 def largest_divisor(number: int, most: int) -> int:
     """Returns the largest divisor of a number that is at most `most`; 1 if most is below 1."""
     return max(d for d in range(1, max(1, min(number, most)) + 1) if number % d == 0)
-
-
-def free_memory() -> int:
-    """Returns the free memory in bytes: of the GPU if there is one, else the lesser of machine and container."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        free = min(free, int(limit) - int(used))
-    except (OSError, ValueError, StopIteration):  # not Linux, not a container, or a container without a limit
-        pass
-    return max(free, 0)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def test_the_size_is_the_largest_whose_activations_fit_beside_gradients_and_opti
     weights = sum(p.nbytes for p in parts[0].parameters())
     a_pair = kept(parts[0], 16) / 16
     room = fitting * a_pair
-    monkeypatch.setattr(micro_batch, "free_memory", lambda: (room + 3 * weights) / USABLE["cpu"])
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: (room + 3 * weights) / USABLE["cpu"])
     size = choose(parts, 24)
     assert 24 % size == 0
     assert kept(parts[0], size) <= 1.1 * room  # labels are padded to a multiple of 64, so bytes are not quite linear
@@ -75,12 +75,12 @@ def test_measuring_leaves_no_gradients_no_state_and_no_other_weights(parts):
 
 
 def test_a_size_that_is_given_is_taken_and_nothing_is_measured(parts, monkeypatch):
-    monkeypatch.setattr(micro_batch, "free_memory", lambda: 0)
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: 0)
     assert choose(parts, 24, wanted=12) == 12
 
 
 def test_memory_for_less_than_a_pair_leaves_micro_batches_of_one(parts, monkeypatch):
-    monkeypatch.setattr(micro_batch, "free_memory", lambda: 0)
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: 0)
     assert choose(parts, 24) == 1
 
 
