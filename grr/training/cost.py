@@ -152,7 +152,7 @@ def _step(
     read = time.perf_counter()
     with count_kept_bytes(model) as kept:
         global_batch_step(model, [batch.to(device) for batch in batches], 0, **run.loss)
-    clip_gradients(model, 1.0)  # reads a number, so the device has finished
+    clip_gradients(model, 1.0).item()  # waits until the device has finished
     computed = time.perf_counter()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
