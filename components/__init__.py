@@ -4,7 +4,7 @@ if __name__ == "components":
     raise ImportError("import grr.components, not components: the folder is part of the package grr")
 
 from .attention import CrossAttention, KeyValueCache, SelfAttention
-from .block import Block, BlockCache
+from .block import Block, BlockCache, shared_rotations
 from .class_token import ClassToken
 from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
 from .feed_forward import GEGLU, FeedForward
@@ -13,7 +13,8 @@ from .patch_dropout import PatchDropout, num_kept
 from .patches import PatchEmbedding
 from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
-from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
+from .recompute import call_without_keeping, recomputable
+from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 __all__ = [
     "GEGLU",
@@ -36,10 +37,14 @@ __all__ = [
     "PatchEmbedding",
     "RMSNorm",
     "RotaryEmbedding",
+    "Rotation",
     "SelfAttention",
     "SinusoidalPositions",
+    "call_without_keeping",
     "dropout_keys",
     "fold_in",
     "num_kept",
+    "recomputable",
     "rotate",
+    "shared_rotations",
 ]

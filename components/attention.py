@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norms import RMSNorm
-from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
+from .recompute import call_without_keeping
+from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 Rotary = RotaryEmbedding | AxialRotaryEmbedding | MixedRotaryEmbedding
 
@@ -14,19 +15,26 @@ class KeyValueCache:
     """Keys and values of the tokens read so far, so that generation computes those of each token once.
 
     keys, values: [b, h, t, k], memory for t tokens; the first `length` are filled. Tensors are written in place, so
-    no gradient passes through a cache.
+    no gradient passes through a cache. After `fix`, no shape depends on the number of tokens read, so that one compiled
+    or captured step reads every further token: attention covers all of the memory, under `mask`.
     """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self.length = 0
         self.keys = self.values = torch.empty(0)
+        self.place: Tensor | None = None
+        self.mask: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values [b, h, s, k] and return all that are stored, [b, h, length, k].
 
-        Raises ValueError if they exceed max_length.
+        Raises ValueError if they exceed max_length. After `fix`, s is 1 and length is max_length.
         """
+        if self.place is not None:
+            self.keys.index_copy_(2, self.place, keys)
+            self.values.index_copy_(2, self.place, values)
+            return self.filled()
         b, h, s, k = keys.shape
         if self.length + s > self.max_length:
             raise ValueError(f"KeyValueCache: {self.length} + {s} tokens do not fit into max_length={self.max_length}")
@@ -36,6 +44,16 @@ class KeyValueCache:
         self.values[:, :, self.length : self.length + s] = values
         self.length += s
         return self.filled()
+
+    def fix(self, place: Tensor, mask: Tensor) -> None:
+        """Write each further token at `place` and attend under `mask`, which the caller changes from token to token.
+
+        place: int64 [1], where the next token is written, mask: [1, 1, 1, t] in the dtype of the keys, 0 for the
+        places up to that one and minus infinity for the rest.
+        """
+        for x in (self.keys, self.values):
+            x[:, :, self.length :].zero_()  # masked, but uninitialised memory may hold NaN, and 0 * NaN is NaN
+        self.place, self.mask, self.length = place, mask, self.max_length
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Returns the stored keys and values, [b, h, length, k] each."""
@@ -54,12 +72,13 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Multi-head self-attention: a token attends to all tokens, or with `causal` to itself and earlier ones.
 
-    x: [b, s, d], positions: as the rotary embedding takes them -> [b, s, d]. "Earlier" is defined by the order in the
-    tensor; positions only rotate queries and keys. Query, key and value projections are one matrix, in that order; all
-    four projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries and keys of each head before the
-    rotation (Dehghani et al. 2023), which limits the growth of attention logits. With a cache, x holds the tokens that
-    follow those in the cache. mask: booleans that broadcast to [b, h, s, t], true where a query may attend to a key;
-    causal attention hides later tokens as well. Raises ValueError if dim is not a multiple of num_heads.
+    x: [b, s, d], positions: as the rotary embedding takes them, or the `Rotation` of its angles -> [b, s, d]. "Earlier"
+    is defined by the order in the tensor; positions only rotate queries and keys. Query, key and value projections are
+    one matrix, in that order; all four projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries
+    and keys of each head before the rotation (Dehghani et al. 2023), which limits the growth of attention logits. With
+    a cache, x holds the tokens that follow those in the cache. mask: booleans that broadcast to [b, h, s, t], true
+    where a query may attend to a key; causal attention hides later tokens as well. Raises ValueError if dim is not a
+    multiple of num_heads.
     """
 
     def __init__(
@@ -78,19 +97,28 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | None = None,
+        positions: Tensor | Rotation | None = None,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         b, s, d = x.shape
-        q, k, v = self.qkv(x).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, s, k] each
-        q, k = self.q_norm(q), self.k_norm(k)
+        qkv = call_without_keeping(self.qkv, x).view(b, s, 3, self.num_heads, -1)
+        qk, v = qkv.split((2, 1), dim=2)  # [b, s, 2, h, k], [b, s, 1, h, k]
+        qk, v = qk.permute(2, 0, 3, 1, 4), v.squeeze(2).transpose(1, 2)  # [2, b, h, s, k], [b, h, s, k]
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = qk.unbind()
+            qk = torch.stack((self.q_norm(q), self.k_norm(k)))
         if self.rotary is not None:
             if positions is None:
                 raise ValueError("SelfAttention: a rotary embedding needs positions, got positions=None")
-            q, k = rotate(torch.stack((q, k)), self.rotary.angles(positions))  # one call for both: half the kernels
+            qk = rotate(qk, positions if isinstance(positions, Rotation) else self.rotary.angles(positions))
+            if v.requires_grad:  # with a copy of the values, the backward pass needs nothing of the projection
+                v = v.clone()
+        q, k = qk.unbind()
         if cache is not None:
             k, v = cache.append(k, v)
+            if cache.mask is not None:
+                mask = cache.mask if mask is None else cache.mask.masked_fill(~mask, -torch.inf)
         t = k.shape[2]
         causal = self.causal if s > 1 else False  # a branch, because `s > 1` is symbolic when compiled for any length
         if causal and (mask is not None or t > s):  # is_causal excludes a mask, and aligns the first query and key
@@ -134,7 +162,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
         b, n, s = len(context), len(x) // len(context), x.shape[1]
-        q = self.q_norm(self.q(x).view(b, n * s, self.num_heads, -1).transpose(1, 2))  # [b, h, n s, k]
+        q = call_without_keeping(self.q, x).view(b, n * s, self.num_heads, -1)
+        q = self.q_norm(q.transpose(1, 2))  # [b, h, n s, k]
         if cache is not None and cache.length:
             k, v = cache.filled()
         else:

@@ -1,11 +1,13 @@
 """The pre-norm transformer block, composed of the modules that are passed to it."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .attention import KeyValueCache
+from .attention import KeyValueCache, SelfAttention
 from .dropout import Dropout, DropoutKeys
+from .rotary import AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation
 
 
 class BlockCache(NamedTuple):
@@ -59,7 +61,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         *,
-        positions: Tensor | None = None,
+        positions: Tensor | Rotation | None = None,
         mask: Tensor | None = None,
         context: Tensor | None = None,
         cache: BlockCache | None = None,
@@ -72,9 +74,26 @@ class Block(nn.Module):
             inputs = {"positions": positions, "cache": cache.tokens if cache else None}
             if mask is not None:
                 inputs["mask"] = mask
-            x = x + self.dropout(self.attention(self.attention_norm(x), **inputs), keys[0])
+            x = self.dropout(self.attention(self.attention_norm(x), **inputs), keys[0], residual=x)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             context_cache = cache.context if cache else None
             y = self.cross_attention(self.cross_attention_norm(x), context, cache=context_cache)
-            x = x + self.dropout(y, keys[1])
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), keys[2])
+            x = self.dropout(y, keys[1], residual=x)
+        return self.dropout(self.feed_forward(self.feed_forward_norm(x)), keys[2], residual=x)
+
+
+def shared_rotations(blocks: Iterable[nn.Module], positions: Tensor) -> list[Tensor | Rotation]:
+    """Returns the positions for each block: the `Rotation` of its angles, which blocks of one rotary embedding share.
+
+    A block with another attention than `SelfAttention`, or with learned frequencies, which FSDP2 gathers only while the
+    block runs, receives the positions themselves.
+    """
+    rotaries = [_rotary(block) for block in blocks]
+    rotations = {rotary: Rotation(rotary.angles(positions)) for rotary in set(rotaries) if rotary is not None}
+    return [positions if rotary is None else rotations[rotary] for rotary in rotaries]
+
+
+def _rotary(block: nn.Module) -> RotaryEmbedding | AxialRotaryEmbedding | None:
+    attention = getattr(block, "attention", None)
+    rotary = attention.rotary if isinstance(attention, SelfAttention) else None
+    return None if isinstance(rotary, MixedRotaryEmbedding) else rotary

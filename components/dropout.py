@@ -20,37 +20,41 @@ class DropoutKeys(NamedTuple):
 class Dropout(nn.Dropout):
     """Zero each element with probability p and divide the others by 1 - p, in training.
 
-    x: [..., s, d] -> [..., s, d]. Without keys the mask is drawn from torch's generator, as in nn.Dropout. With keys,
-    of rows [..., s], the mask is a function of the keys and p only: it is the same on every device, in batches of any
-    shape, and for any state of the generator. An element is kept if the low 32 bits of the product of its row's and
-    its column's key are at least p 2^32; both are odd hashes, so each product is uniform over the odd numbers.
+    x: [..., s, d] -> [..., s, d], added to residual, [..., s, d], if it is given: one kernel where p > 0 and there are
+    keys. Without keys the mask is drawn from torch's generator, as in nn.Dropout. With keys, of rows [..., s], the mask
+    is a function of the keys and p only: it is the same on every device, in batches of any shape, and for any state of
+    the generator. An element is kept if the low 32 bits of the product of its row's and its column's key are at least
+    p 2^32; both are odd hashes, so each product is uniform over the odd numbers.
     Related: counter-based random numbers (Salmon et al. 2011).
     """
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__(p)
 
-    def forward(self, x: Tensor, keys: DropoutKeys | None = None) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if keys is None or self.p == 1:
-            return F.dropout(x, self.p)
-        return _KeyedDropout.apply(x, keys.rows, keys.columns, self.p)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor, keys: DropoutKeys | None = None, *, residual: Tensor | None = None) -> Tensor:
+        if self.training and self.p > 0:
+            if keys is not None and self.p < 1:
+                return _KeyedDropout.apply(x, residual, keys.rows, keys.columns, self.p)  # type: ignore[no-untyped-call]
+            x = F.dropout(x, self.p)
+        return x if residual is None else residual + x
 
 
 class _KeyedDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, rows: Tensor, columns: Tensor, p: float) -> Tensor:
         threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
         keep = rows.unsqueeze(-1) * columns >= threshold  # [..., s, d]; the products wrap around
         ctx.save_for_backward(keep)
         ctx.scale = 1 / (1 - p)
+        if residual is not None:
+            return torch.addcmul(residual, x, keep, value=ctx.scale)
         return torch.ops.aten.native_dropout_backward(x, keep, ctx.scale)  # x * keep * scale, on a GPU in one kernel
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (keep,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(gradient, keep, ctx.scale), None, None, None
+        of_x = torch.ops.aten.native_dropout_backward(gradient, keep, ctx.scale)
+        return of_x, gradient if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def fold_in(keys: Tensor | int, numbers: Tensor) -> Tensor:

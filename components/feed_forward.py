@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .recompute import call_without_keeping, recomputable
+
 
 class FeedForward(nn.Module):
     """Compute GELU(x W1 + b1) W2 + b2, the MLP of ViT and CoCa.
@@ -16,7 +18,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        hidden = call_without_keeping(self.up, x)  # [..., hidden_dim]
+        return call_without_keeping(self.down, recomputable(F.gelu, hidden))
 
 
 class GEGLU(nn.Module):
@@ -32,5 +35,10 @@ class GEGLU(nn.Module):
         self.down = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, dim=-1)  # [..., hidden_dim] each
-        return self.down(F.gelu(gate) * value)
+        both = call_without_keeping(self.up, x)  # [..., 2 hidden_dim]
+        return call_without_keeping(self.down, recomputable(_gated, both))
+
+
+def _gated(both: Tensor) -> Tensor:
+    gate, value = both.chunk(2, dim=-1)
+    return F.gelu(gate) * value

@@ -7,21 +7,54 @@ every saved model.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .recompute import runs_eagerly
+
 PAIRING = "halves"
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate each pair of channels (i, i + k/2) by its angle, in float32.
+class Rotation:
+    """Cosines and sines of the angles of some positions, computed once for all layers that rotate by the same angles.
 
-    x: [b, h, s, k], angles: float32 [..., s, k/2], broadcast over b and h -> [b, h, s, k], same dtype as x.
+    angles: float32 [..., s, k/2] -> cos and sin: float32 [..., s, k], of both channels of each pair; the sine of the
+    first channel is negative. Not a tuple, because mixed precision casts the tensors in the arguments of a layer.
     """
-    first, second = x.float().chunk(2, dim=-1)  # [b, h, s, k/2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def __init__(self, angles: Tensor) -> None:
+        cos, sin = angles.cos(), angles.sin()
+        self.cos, self.sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor | Rotation) -> Tensor:
+    """Rotate each pair of channels (i, i + k/2) by its angle, in float32 or the dtype of x if that has more bits.
+
+    x: [b, h, s, k], angles: float32 [..., s, k/2], broadcast over b and h, or their `Rotation` -> [b, h, s, k], same
+    dtype as x. The backward pass is the rotation by the negative angles and needs nothing of x.
+    """
+    rotation = angles if isinstance(angles, Rotation) else Rotation(angles)
+    cos, sin = rotation.cos, rotation.sin
+    if cos.requires_grad or not runs_eagerly():  # angles that are learned have a gradient, which needs x
+        return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return _Rotate.apply(x, cos, sin, 1)  # type: ignore[no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    """x * cos + swapped(x) * sin * sign in three kernels; the sum is rounded to the dtype of x by the last one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.sign = sign
+        y, swapped = x * cos, x.roll(x.shape[-1] // 2, -1)
+        return torch.addcmul(y, swapped, sin, value=sign, out=torch.empty_like(y, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Rotate.apply(gradient, *ctx.saved_tensors, -ctx.sign), None, None, None  # type: ignore[no-untyped-call]
 
 
 class RotaryEmbedding(nn.Module):

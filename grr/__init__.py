@@ -31,6 +31,7 @@ names are in the packages `grr.components`, `grr.builders`, `grr.data`, `grr.mod
 and the others. A name is imported when it is first used, so `import grr` does not import torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,12 @@ if TYPE_CHECKING:
     from grr.training.optim import adamw
     from grr.training.schedule import warmup_cosine
     from grr.training.step import global_batch_step
+
+# How threads wait for each other, read when torch is loaded. By default they spin for milliseconds, on cores that other
+# programs or the awaited thread itself need; where they sleep at once, waking them takes as long as a small operation.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 30 microseconds; of GNU's OpenMP, which torch has on Linux
 
 __version__ = "0.2.0"
 

@@ -20,10 +20,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
-from grr import config
 from grr.cli.program import run_main
 from grr.data import Batch
 from grr.evaluation.flops import batch_flops, decoding_bytes, forward_flops, training_flops

@@ -10,9 +10,11 @@ name them. The exit status is 0 if at least one image has a caption.
 from dataclasses import dataclass
 from pathlib import Path
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 
-from grr import config
 from grr.cli.program import run_main
 from grr.data.image_files import find_images
 from grr.files.printable import printable

@@ -13,9 +13,11 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 
-from grr import config
 from grr.checkpoint.model_folder import save_model
 from grr.cli.program import run_main
 from grr.export.convert import convert_open_clip, read_open_clip

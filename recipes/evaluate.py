@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 
-from grr import config
 from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
 from grr.data import DATASETS, LABELLED, Labelled, check_classes

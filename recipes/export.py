@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 
-from grr import config
 from grr.cli.program import run_main
 from grr.export.onnx import EXAMPLE, description, export_program, graphs, largest_difference, onnx_outputs, save_onnx
 from grr.files.atomic import write_atomic

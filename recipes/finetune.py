@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -28,6 +30,7 @@ from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import load_checkpoint, load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
+from grr.data.order import check_negatives
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import (
     build_pretrained,
@@ -46,6 +49,7 @@ from grr.tokenizers import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
+from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
@@ -61,7 +65,7 @@ class Run:
     seed: int = 0  # of the order of the data, and dropout
     epochs: int | None = None  # at most; null: until the soft reset stops
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 48  # pairs that one process holds at a time
+    micro_batch_size: int | None = None  # pairs that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
     ema_decay: float = 0.0  # decay of a moving average of the weights, which is validated and kept instead; 0: none
@@ -98,6 +102,7 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"])
     report = partial(write_report, folder, title=f"{source.builder} on {cfg.data['name']}")
@@ -107,7 +112,6 @@ def main() -> int:
         tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
         tell_of_other_crop(source, cfg.loader["crop"])
         per_epoch = steps_per_epoch(pairs, run.batch_size)
-        loader = loader_arguments(cfg, run, device, image_size=source.arguments["image_size"])
 
         # model: built without memory, sharded, then loaded, so that no rank ever holds all of it
         with torch.device("meta"):
@@ -138,6 +142,12 @@ def main() -> int:
             logging.info(f"{folder} finished before; model/ holds the weights of step {control.best_step}")
             return 0
         saver.resume_best(control.best_step)
+        gradients = partial(global_batch_step, model, seed=0, **cfg.loss)
+        size, resumed = source.arguments["image_size"], folder if step else None
+        cfg.run["micro_batch_size"] = choose_micro_batch_size(
+            cfg.run, gradients, model, optimizer, tokenizer, size, resumed=resumed
+        )
+        loader = loader_arguments(cfg, run, device, image_size=size)
         on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         kept_lines = step if progress else -1  # without a checkpoint, the line of step 0 is written again as well
@@ -235,7 +245,7 @@ def loader_arguments(cfg: config.Config, run: Run, device: torch.device, *, imag
         "rank": dist.get_rank(),
         "world": dist.get_world_size(),
         "batch_size": run.batch_size,
-        "micro_batch_size": run.micro_batch_size,
+        "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": image_size,
         "pin_memory": device.type == "cuda",
         **cfg.loader,

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -48,6 +50,7 @@ from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
 from grr.training.finite import FiniteCheck
 from grr.training.log import open_log, parameter_counts
+from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients, freeze
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.throughput import Throughput
@@ -63,7 +66,7 @@ class Run:
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
     patience: int | None = None  # stop after so many validations that are not better than the best; null: never
     batch_size: int = 256  # samples in an optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 64  # samples that one process holds at a time
+    micro_batch_size: int | None = None  # samples that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
     log_every: int = 10  # optimizer steps
@@ -139,6 +142,12 @@ def main() -> int:
         progress = saver.resume() or {"step": 0, "best": -1.0, "best_step": -1}
         step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
         saver.resume_best(best["best_step"])
+        gradients = partial(classification_step, model, seed=0, **cfg.loss)
+        size, resumed = arguments["image_size"], folder if step else None
+        cfg.run["micro_batch_size"] = choose_micro_batch_size(
+            cfg.run, gradients, model, optimizer, tokenizer, size, resumed=resumed
+        )
+        loader = loader_arguments(cfg, run, device, image_size=size)
         facts = {
             **parameter_counts(model),
             "classes": len(pairs.classes),
@@ -152,7 +161,6 @@ def main() -> int:
         # loop: the best model so far is kept
         last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
         validate_every = run.validate_every or per_epoch
-        loader = loader_arguments(cfg, run, device, image_size=arguments["image_size"])
         reading = {"image_size": arguments["image_size"], "crop": cfg.loader["crop"]}
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
@@ -218,7 +226,7 @@ def loader_arguments(cfg: config.Config, run: Run, device: torch.device, *, imag
         "rank": dist.get_rank(),
         "world": dist.get_world_size(),
         "batch_size": run.batch_size,
-        "micro_batch_size": run.micro_batch_size,
+        "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": image_size,
         "pin_memory": device.type == "cuda",
         **cfg.loader,

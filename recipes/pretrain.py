@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grr import config
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -25,7 +27,9 @@ from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
+from grr.data.order import check_negatives
 from grr.evaluation.evaluate import validate
+from grr.evaluation.examples import training_examples
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, check_builder
 from grr.parallel.initialize import initialize
@@ -36,6 +40,7 @@ from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
 from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
+from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, set_patch_dropout, warmup_cosine
 from grr.training.step import global_batch_step
@@ -52,7 +57,7 @@ class Run:
     max_steps: int | None = None  # stop after so many optimizer steps, if that is sooner
     patch_dropout_epochs: int | None = None  # the first with model.patch_dropout, the rest without; null: all with it
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 48  # pairs that one process holds at a time
+    micro_batch_size: int | None = None  # pairs that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     in_memory: bool = False  # keep decoded images, for data that fit
     log_every: int = 10  # optimizer steps
@@ -81,6 +86,7 @@ def main() -> int:
     cfg = config.load(SECTIONS)
     check_builder(MODELS[cfg.model["name"]])
     run = cfg.get(Run)
+    check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
@@ -89,7 +95,6 @@ def main() -> int:
         file, resuming = folder / "tokenizer.model", has_checkpoints(folder / "checkpoints")
         tokenizer = on_rank_0(lambda: open_tokenizer(pairs.captions, file, resuming, **cfg.tokenizer))
         per_epoch = steps_per_epoch(pairs, run.batch_size)
-        loader = loader_arguments(cfg, run, device)
 
         # model: built without memory, sharded, then initialised, so that no rank ever holds all of it
         cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
@@ -111,9 +116,18 @@ def main() -> int:
             logging.info(f"{folder} finished before, after step {last}; see {folder / 'report.html'}")
             return 0
         saver.resume_best(best["best_step"])
+        set_patch_dropout(model, patch_dropout_at(run.epochs, cfg, run))  # as at the end, where steps take most memory
+        gradients = partial(global_batch_step, model, seed=0, **cfg.loss)
+        cfg.run["micro_batch_size"] = choose_micro_batch_size(
+            cfg.run, gradients, model, optimizer, tokenizer, cfg.model["image_size"], resumed=folder if step else None
+        )
+        loader = loader_arguments(cfg, run, device)
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
         logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
+        if step == 0:  # a page with pictures is there before the first step
+            on_rank_0(lambda: report(examples=training_examples(pairs)))
+        logging.info(f"{folder / 'report.html'} shows the progress")
 
         # loop: one optimizer step sees the whole global batch, however many micro-batches carry it
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
@@ -149,8 +163,10 @@ def main() -> int:
                 losses = step_losses.read()
                 log.write("train", step, **losses.numbers(), lr=lr, grad_norm=norm.item(), **throughput.metrics())
                 bar.set_postfix(loss=f"{losses.loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-            if step == run.log_every:  # the report is there before the first validation
-                on_rank_0(partial(report, examples=None))
+                if not bar.disable and (estimate := throughput.time_left(last - step)):
+                    bar.write(estimate)
+            if step == run.log_every:  # the first point of the curves
+                on_rank_0(lambda: report(examples=training_examples(pairs)))
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
@@ -201,7 +217,7 @@ def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict
         "rank": dist.get_rank(),
         "world": dist.get_world_size(),
         "batch_size": run.batch_size,
-        "micro_batch_size": run.micro_batch_size,
+        "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": cfg.model["image_size"],
         "pin_memory": device.type == "cuda",
         **cfg.loader,

@@ -20,11 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from grr import config  # before torch: grr sets how its threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grr import config
 from grr.checkpoint.model_folder import save_model, save_model_state
 from grr.cli.program import run_main
 from grr.data import DATASETS, Pairs

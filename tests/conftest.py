@@ -38,11 +38,16 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what hypothesis runs as a law, for GRR_HYPOTHESIS=thorough pytest -m law; begin with the longest files."""
+    """Mark what hypothesis runs as a law, for GRR_HYPOTHESIS=thorough pytest -m law; begin with the longest files.
+
+    What needs a GPU is skipped without one.
+    """
     items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("law")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, got none"))
 
 
 @pytest.fixture(scope="session")

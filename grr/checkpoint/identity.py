@@ -22,6 +22,7 @@ HOW_COMPUTED = frozenset(
         "parallel.activation_checkpointing",
         "run.in_memory",
         "parallel.dp_replicate",
+        "parallel.keep_gathered",
         "run.log_every",
         "saving.every",
         "saving.minutes",

@@ -6,7 +6,6 @@ prints its result, then the command that usually follows, and returns an exit st
 ImportError for what its user can correct.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +42,6 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 on success, 1 on failure, 2 if the arguments are wrong."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: threads that wait do not spin
     options = build_parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     act: Act = options.command
 

@@ -351,12 +351,13 @@ def _build_steps(
 ) -> None:
     """Raises ValueError if the batches do not fit the data, the processes or the contrastive loss."""
     run = cfg.run
+    micro = run["micro_batch_size"] or max(1, run["batch_size"] // processes)
     batches = {
         "rank": 0,
         "world": processes,
         "batch_size": run["batch_size"],
         "image_size": size,
-        "micro_batch_size": run["micro_batch_size"],
+        "micro_batch_size": micro,
         "pin_memory": False,
         **cfg.loader,
     }

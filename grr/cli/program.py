@@ -68,12 +68,20 @@ def attempt(act: Callable[[], int | None], name: str) -> int:
 def is_user_mistake(error: Exception) -> bool:
     """Returns whether the message of an error says what its user can correct.
 
-    That holds for errors from a `raise` in grr or in the recipe, which are worded for users, and for those of the
-    operating system, such as a missing file or a full disk. An error from a library or a built-in function is a bug.
+    That holds for errors from a `raise` in grr or in the recipe, which are worded for users, for those of the operating
+    system, such as a missing file or a full disk, and where memory does not suffice. An error from a library or a
+    built-in function is a bug.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return True
+    if is_out_of_memory(error):
+        return True
     return isinstance(error, ValueError | OSError | ImportError | FloatingPointError) and _raised_by_us(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error says that the device or the machine has no memory left; does not import torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _raised_by_us(error: Exception) -> bool:
@@ -95,6 +103,9 @@ def _worded(error: Exception, name: str) -> str:
     said = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if is_out_of_memory(error):
+        first = said.partition(". ")[0].partition("\n")[0]
+        said = f"the memory does not suffice: {first}; lower run.micro_batch_size, which does not change the result"
     said = re.sub(r"\s*\n(?!  )\s*", " ", said.strip())  # lines of a list are indented by two spaces
     for prefix in (name, name.split()[-1]):
         if said.startswith((f"{prefix}: ", f"{prefix}:\n")):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grr.data.pairs import Texts
+
 IGNORE = -100  # the label that cross-entropy skips
 TEXT_MULTIPLE = 8  # columns; also what matrix kernels of bfloat16 are aligned to
 LABEL_MULTIPLE = 64
@@ -84,7 +86,7 @@ class LongestFirst:
     once, and its length kept in 2 bytes.
     """
 
-    def __init__(self, captions: Sequence[str], encode: Callable[[str], list[int]], *, pad_id: int = 0) -> None:
+    def __init__(self, captions: Texts | Sequence[str], encode: Callable[[str], list[int]], *, pad_id: int = 0) -> None:
         self.captions, self.encode, self.pad_id = captions, encode, pad_id
         self.lengths = np.zeros(len(captions), dtype=np.uint16)  # by sample; 0: not encoded yet
 

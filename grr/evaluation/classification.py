@@ -20,7 +20,7 @@ from grr.models.coca import evaluating
 from grr.models.head import at_least_float32
 from grr.parallel.bf16 import recomputing
 from grr.parallel.process_group import on_rank_0, sum_over_processes
-from grr.parallel.shard import unsharded
+from grr.parallel.shard import gathered, reduce_gradients, unsharded
 from grr.tokenizers import Tokenizer
 from grr.training.step import seed_dropout
 
@@ -64,14 +64,17 @@ def classification_step(
     counts = torch.stack([(_classes(batch) != IGNORE).sum() for batch in batches]).sum().double()
     share = 1 / sum_over_processes(counts).clamp(min=1)  # of a sample in the mean over the global batch
     losses, right = list[Tensor](), list[Tensor]()
-    for i, batch in enumerate(batches):
-        keys = seed_dropout(batch, seed, i)
-        logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
-        loss = _cross_entropy(logits, _classes(batch), label_smoothing)
-        with recomputing(model):
-            (loss * world * share).backward()  # FSDP averages gradients over processes
-        losses.append(loss.detach())
-        right.append(_count_right(logits, _classes(batch)))
+    with gathered(model):
+        for i, batch in enumerate(batches):
+            keys = seed_dropout(batch, seed, i)
+            logits = model(batch.images, batch.ids, positions=batch.positions, sample_keys=keys)  # [b, c]
+            loss = _cross_entropy(logits, _classes(batch), label_smoothing)
+            if i == len(batches) - 1:
+                reduce_gradients(model)
+            with recomputing(model):
+                (loss * world * share).backward()  # FSDP averages gradients over processes
+            losses.append(loss.detach())
+            right.append(_count_right(logits, _classes(batch)))
     samples = world * sum(len(batch.names) for batch in batches)
     return StepScores(torch.stack(losses).sum() * share, torch.stack(right).sum() / samples)
 

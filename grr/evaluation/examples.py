@@ -1,6 +1,7 @@
 """Single samples of a validation or an evaluation, for a page to show: retrieval, captions, answers, attention."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Generic, TypeVar
@@ -8,7 +9,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from grr.data import Pairs
 from grr.data.collate import collate_captions
+from grr.data.images import BadImage
 from grr.evaluation.attention import word_attention
 from grr.evaluation.outputs import ModelOutputs
 from grr.models.coca import CoCa
@@ -81,6 +84,7 @@ class Examples:
     attention: list[AttentionMaps] = field(default_factory=list)
     distinct_captions: int = 0  # among all captions that the model wrote
     written_captions: int = 0
+    training: list[tuple[Tensor, str]] = field(default_factory=list)  # images uint8 [3, h, w] with their captions
 
 
 def examples(outputs: ModelOutputs, model: CoCa | None = None, tokenizer: Tokenizer | None = None) -> Examples:
@@ -105,6 +109,15 @@ def examples(outputs: ModelOutputs, model: CoCa | None = None, tokenizer: Tokeni
         rows = _evenly_spaced(len(outputs.written), MAPPED)
         result.attention = [maps for i in rows if (maps := _attention_maps(outputs, i, model, tokenizer, thumbnail(i)))]
     return result
+
+
+def training_examples(pairs: Pairs) -> Examples:
+    """Returns evenly spaced training pairs without those whose image cannot be read, for a page without outputs."""
+    training = []
+    for i in _evenly_spaced(len(pairs), 2 * RETRIEVALS):
+        with suppress(BadImage, OSError):
+            training.append((pairs.thumbnail(i), pairs.captions[i]))
+    return Examples([], [], training=training)
 
 
 def _retrieval(outputs: ModelOutputs, t: int, thumbnail: Callable[[int], Tensor]) -> Retrieval:

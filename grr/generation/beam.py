@@ -16,9 +16,10 @@ def beam_search(state: DecodingState, *, num_beams: int, length_penalty: float =
     search, and with as many beams as there are captions the search is exhaustive.
     """
     tokenizer, device, count = state.tokenizer, state.ids.device, len(state.ids)
-    captions = torch.full((count, state.max_new_tokens), tokenizer.pad_id, device=device)  # best of each image so far
+    captions = torch.full((count, state.max_new_tokens), tokenizer.pad_id, device=device)
     scores = torch.full((count, 1), -torch.inf, dtype=state.dtype, device=device)
-    images = torch.arange(count, device=device)  # [b], the unfinished ones
+    images = torch.arange(count, device=device)  # [b], those in `state`
+    best, score = captions.clone(), scores.clone()  # of these images, so far
     num_ended = torch.zeros(count, 1, dtype=torch.long, device=device)  # [b, 1], captions of each
     total = torch.zeros(count, 1, dtype=state.dtype, device=device)  # [b, m], log-probabilities of its m beams
     for length in range(1, state.max_new_tokens + 1):
@@ -30,23 +31,23 @@ def beam_search(state: DecodingState, *, num_beams: int, length_penalty: float =
         ends = (ids == tokenizer.eos_id) | (length == state.max_new_tokens)
 
         ended = total.masked_fill(~ends, -torch.inf)[:, :num_beams] / length**length_penalty
-        score, best = ended.max(1, keepdim=True)  # [b, 1]
-        row, last = rows.gather(1, best).squeeze(1), ids.gather(1, best)  # [b], [b, 1]
-        caption = torch.cat((state.ids[row, 1:], last), dim=1)  # [b, length]
-        better = (score > scores[images]) & (num_ended < num_beams)
-        captions[images, :length] = torch.where(better, caption, captions[images, :length])
-        scores[images] = torch.where(better, score, scores[images])
+        ended_score, which = ended.max(1, keepdim=True)  # [b, 1]
+        caption = state.ids.index_select(0, rows.gather(1, which).squeeze(1))[:, 1:]  # [b, t]
+        caption[:, length - 1 : length] = ids.gather(1, which)
+        better = (ended_score > score) & (num_ended < num_beams)
+        best, score = torch.where(better, caption, best), torch.where(better, ended_score, score)
 
         num_ended += ended.isfinite().sum(1, keepdim=True)
-        unfinished = int((num_ended < num_beams).sum())
-        if unfinished == 0:
-            break
         total, order = total.masked_fill(ends, -torch.inf).topk(min(num_beams, total.shape[1]))  # [b, beams]
         rows, ids = rows.gather(1, order), ids.gather(1, order)
-        kept = None
-        if 2 * unfinished <= b:
-            kept = (num_ended < num_beams).squeeze(1).nonzero().squeeze(1)
-            images, num_ended, total, rows, ids = images[kept], num_ended[kept], total[kept], rows[kept], ids[kept]
+        kept = state.remaining((num_ended >= num_beams).squeeze(1))
+        if kept is not None:
+            captions[images], scores[images] = best, score
+            if len(kept) == 0:
+                break
+            images, best, score, num_ended = images[kept], best[kept], score[kept], num_ended[kept]
+            total, rows, ids = total[kept], rows[kept], ids[kept]
         state.select(rows.flatten(), kept)
         state.extend(ids.flatten())
+    captions[images], scores[images] = best, score
     return captions, scores.squeeze(1)

@@ -70,14 +70,35 @@ def generate(
             repetition_penalty=repetition_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
-        if num_beams > 1:
-            captions, _ = beam_search(state, num_beams=num_beams, length_penalty=length_penalty)
-        elif temperature > 0:
-            generator = torch.Generator(images.device).manual_seed(seed)
-            captions = _decode(state, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
-        else:
-            captions = _decode(state, lambda log_p: log_p.argmax(-1))
+        captions = search(
+            state,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
     return [tokenizer.decode(row) for row in captions.tolist()]
+
+
+def search(
+    state: DecodingState,
+    *,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Generate the captions of a state: ids [b, max_new_tokens], PAD after EOS. Arguments are those of `generate`."""
+    if num_beams > 1:
+        return beam_search(state, num_beams=num_beams, length_penalty=length_penalty)[0]
+    if temperature == 0:
+        return _until_all_end(state, lambda log_p: log_p.argmax(-1))
+    generator = torch.Generator(state.ids.device).manual_seed(seed)
+    return _until_all_end(state, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
 
 
 def sample(
@@ -85,37 +106,42 @@ def sample(
 ) -> Tensor:
     """Draw one token per row: log-probabilities up to a constant [b, v] -> [b]."""
     if top_k is None and top_p is None:
-        return torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+        return _draw((log_p / temperature).softmax(-1), generator)
     v = log_p.shape[-1]
     log_p, ids = log_p.topk(min(top_k or v, v))  # [b, k], the most likely first
     p = (log_p / temperature).softmax(-1)
     if top_p is not None:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the token that reaches top_p
-    return ids.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+    return ids.gather(1, _draw(p, generator).unsqueeze(1)).squeeze(1)
 
 
-def _decode(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
+def _until_all_end(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
     """Append the token that `choose` returns until all rows end: ids [b, max_new_tokens], PAD after EOS.
 
-    choose: log-probabilities [b, v] -> ids [b]. Rows that have ended are dropped when they are half of the batch.
+    choose: log-probabilities [b, v] -> ids [b].
     """
     tokenizer, device, count = state.tokenizer, state.ids.device, len(state.ids)
     captions = torch.full((count, state.max_new_tokens), tokenizer.pad_id, device=device)
-    images = torch.arange(count, device=device)  # [b], those of the rows in `state`
+    images = torch.arange(count, device=device)  # [b], those in `state`
     ended = torch.zeros(count, dtype=torch.bool, device=device)  # [b]
-    for position in range(state.max_new_tokens):
+    for _ in range(state.max_new_tokens):
         ids = choose(state.log_probabilities()).masked_fill(ended, tokenizer.pad_id)  # [b]
-        captions[images, position] = ids
-        ended |= ids == tokenizer.eos_id
-        unfinished = len(images) - int(ended.sum())
-        if unfinished == 0:
-            break
         state.extend(ids)
-        if 2 * unfinished <= len(images):
-            kept = (~ended).nonzero().squeeze(1)
+        ended |= ids == tokenizer.eos_id
+        kept = state.remaining(ended)
+        if kept is not None:
+            captions[images] = state.ids[:, 1:]
+            if len(kept) == 0:
+                break
             images, ended = images[kept], ended[kept]
             state.select(kept, kept)
+    captions[images] = state.ids[:, 1:]
     return captions
+
+
+def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an index per row of weights [b, k] -> [b], the same as torch.multinomial, which waits for the device."""
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def _check(

@@ -24,6 +24,7 @@ from grr.components import (
     SelfAttention,
     SinusoidalPositions,
 )
+from grr.components.attention import Rotary
 from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
 from grr.models.sizes import check_sizes
 
@@ -37,7 +38,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layernorm": lambda dim: LayerNorm(dim, eps=1e-6),
 }
 FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"geglu": GEGLU, "mlp": FeedForward}
-ROTARIES: dict[str, Callable[[int, int], nn.Module]] = {
+ROTARIES: dict[str, Callable[[int, int], Rotary]] = {
     "rope": lambda head_dim, num_heads: RotaryEmbedding(head_dim),
     "rope_2d": lambda head_dim, num_heads: AxialRotaryEmbedding(head_dim),
     "rope_mixed": MixedRotaryEmbedding,
@@ -87,11 +88,14 @@ def vision_transformer(
     hidden_dim = int((ffn_multiplier or MULTIPLIERS[feed_forward]) * dim)
     num_patches = (image_size // patch_size) ** 2
 
+    learned = position == "rope_mixed"  # other rotary embeddings are one module, which computes its angles once
+    shared = ROTARIES[position](dim // num_heads, num_heads) if position in ROTARIES and not learned else None
+
     def block() -> Block:
-        rotary = ROTARIES[position](dim // num_heads, num_heads) if position in ROTARIES else None
+        rotary = MixedRotaryEmbedding(dim // num_heads, num_heads) if learned else shared
         return Block(
             attention_norm=NORMS[norm](dim),
-            attention=SelfAttention(dim, num_heads, rotary=rotary, qk_norm=qk_norm),  # type: ignore[arg-type]
+            attention=SelfAttention(dim, num_heads, rotary=rotary, qk_norm=qk_norm),
             feed_forward_norm=NORMS[norm](dim),
             feed_forward=FEED_FORWARDS[feed_forward](dim, hidden_dim),
             dropout=dropout,
@@ -122,8 +126,10 @@ def _text_blocks(
 ) -> Iterator[Block]:
     """The causal blocks of the two text decoders, one by one: a copy would start all from the same random weights."""
     hidden_dim = int(ffn_multiplier * dim)
+    rotary = (
+        RotaryEmbedding(dim // num_heads) if position == "rope" else None
+    )  # one module: its angles are computed once
     for _ in range(num_layers):
-        rotary = RotaryEmbedding(dim // num_heads) if position == "rope" else None
         yield Block(
             attention_norm=NORMS[norm](dim),
             attention=SelfAttention(dim, num_heads, causal=True, rotary=rotary, qk_norm=qk_norm),

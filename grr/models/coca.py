@@ -25,6 +25,7 @@ from grr.components import (
     PatchEmbedding,
     dropout_keys,
     fold_in,
+    shared_rotations,
 )
 from grr.data.collate import IGNORE, right_pad, undo_right_pad
 from grr.data.images import normalize
@@ -93,8 +94,8 @@ class VisionTransformer(nn.Module):
         x = self.dropout(self.norm(x), entry_keys)
         columns = images.shape[-1] // self.patches.patch_size
         rotary = raster if self.axes == 1 else torch.stack((raster // columns, raster % columns), dim=-1)  # [..., 2]
-        for block, keys in zip(self.blocks, block_keys, strict=True):
-            x = block(x, positions=rotary, **keys)
+        for block, at, keys in zip(self.blocks, shared_rotations(self.blocks, rotary), block_keys, strict=True):
+            x = block(x, positions=at, **keys)
         return x
 
 
@@ -138,8 +139,9 @@ class TextDecoder(nn.Module):
             x = x + self.positions(positions).to(x.dtype)
         entry_keys, block_keys = split_keys(sample_keys, positions, self.blocks, x)
         x = self.dropout(x, entry_keys)
-        for block, cache, keys in zip(self.blocks, caches or [None] * len(self.blocks), block_keys, strict=True):
-            x = block(x, positions=positions, cache=cache, **keys)
+        rotations, caches = shared_rotations(self.blocks, positions), caches or [None] * len(self.blocks)
+        for block, at, cache, keys in zip(self.blocks, rotations, caches, block_keys, strict=True):
+            x = block(x, positions=at, cache=cache, **keys)
         return x
 
 
@@ -170,8 +172,9 @@ class MultimodalDecoder(nn.Module):
             positions = torch.arange(text.shape[1], device=text.device)
         x = text
         _, block_keys = split_keys(sample_keys, positions, self.blocks, x)
-        for block, cache, keys in zip(self.blocks, caches or [None] * len(self.blocks), block_keys, strict=True):
-            x = block(x, positions=positions, context=context, cache=cache, **keys)
+        rotations, caches = shared_rotations(self.blocks, positions), caches or [None] * len(self.blocks)
+        for block, at, cache, keys in zip(self.blocks, rotations, caches, block_keys, strict=True):
+            x = block(x, positions=at, context=context, cache=cache, **keys)
         return self.norm(x)
 
 
@@ -238,6 +241,8 @@ class CoCa(nn.Module):
     sample_keys: int64 [b], a key per sample that decides its dropout in any batch; a tower whose forward does not take
     sample_keys draws from torch's generator. Raises ValueError if the output of the vision encoder is not [b, p, d].
     """
+
+    token_losses = staticmethod(token_losses)  # `parallelize` replaces it by a compiled one
 
     def __init__(
         self,
@@ -386,7 +391,7 @@ class CoCa(nn.Module):
             label_places = (labelled != IGNORE).nonzero().squeeze(1)  # [n]
             labels = labelled[label_places]
         tokens = hidden.flatten(0, 1).index_select(0, label_places)  # [n, d]
-        return output._replace(token_losses=token_losses(tokens, labels, self.multimodal_decoder.head))
+        return output._replace(token_losses=self.token_losses(tokens, labels, self.multimodal_decoder.head))
 
     def _output(self, context: Tensor, text: Tensor, ids: Tensor, cls_places: Tensor | None) -> CoCaOutput:
         embeddings = self._image_embeddings(context), self._text_embeddings(text, ids, cls_places)

@@ -4,11 +4,14 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+DEADLINE = timedelta(minutes=30)  # for the other processes to arrive; that of torch's collectives with gloo
 
 T = TypeVar("T")
 
@@ -73,13 +76,17 @@ def is_rank_0() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def gather(x: Tensor) -> Tensor:
+def all_rows(x: Tensor) -> Tensor:
     """Concatenate the rows of all processes, in their order: [b, ...] -> [world b, ...]. Equal b everywhere.
 
-    The gradient of a process's rows is the sum of what all processes computed for them. So a loss that every process
-    computes on gathered rows has, after FSDP's mean over processes, the gradient of that loss in a single process.
+    The result does not carry a gradient.
     """
-    return x if dist.get_world_size() == 1 else _Gather.apply(x)  # type: ignore[no-untyped-call]
+    x, world = x.detach().contiguous(), dist.get_world_size()
+    if world == 1:
+        return x
+    rows = x.new_empty(world * len(x), *x.shape[1:])
+    dist.all_gather(list(rows.chunk(world)), x)
+    return rows
 
 
 def all_sum(*numbers: float) -> list[float]:
@@ -109,6 +116,30 @@ def all_max(*numbers: int) -> int:
     return int(largest.item())
 
 
+class DelayedMax:
+    """Largest of an integer over all processes, which the next call returns, so that no process waits for another.
+
+        largest = DelayedMax()
+        for ...:                     # the steps of a run
+            status = largest(mine)   # that of the step before; 0 in the first
+
+    The integers travel over gloo, on the host, so a GPU is not involved. Made, and called, by all processes alike.
+    """
+
+    def __init__(self) -> None:
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if many else None
+        self._number, self._work = torch.zeros((), dtype=torch.int64), None
+
+    def __call__(self, number: int) -> int:
+        if self._work is not None:
+            self._work.wait(timeout=DEADLINE)  # it began a step ago
+        previous, self._number = int(self._number), torch.tensor(number)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return previous
+
+
 def on_rank_0(act: Callable[[], T]) -> T:
     """Run act on rank 0 alone; when it is done, every rank has its result, or raises its error."""
     if not dist.is_initialized():
@@ -124,17 +155,3 @@ def on_rank_0(act: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -27,6 +27,7 @@ def show_examples(examples: Examples) -> str:
             show_captions(examples.captions, _distinct(examples)),
             show_attention(examples.attention),
             show_answers(examples.answers),
+            show_training(examples.training),
         ]
     )
 
@@ -101,6 +102,16 @@ def show_answers(answers: Sequence[Answer]) -> str:
         )
     note = "Below each image its text, then the predicted class: ✓ where it is right, else the right one below it."
     return section("Predicted classes", note, f"<div class=captions>{''.join(items)}</div>" if items else "")
+
+
+def show_training(pairs: Sequence[tuple[Tensor, str]]) -> str:
+    """Training images with their captions."""
+    items = "".join(
+        f"<figure>{picture(image, caption)}<figcaption><p class=true>{escape(caption)}</p></figcaption></figure>"
+        for image, caption in pairs
+    )
+    note = "Images of the training data with their captions. What the model writes follows at the first validation."
+    return section("Training data", note, f"<div class=captions>{items}</div>" if items else "")
 
 
 def show_attention(maps: Sequence[AttentionMaps]) -> str:

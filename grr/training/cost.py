@@ -1,11 +1,10 @@
 """Estimate the minutes, memory and disk of a training run from a step that is timed on this machine."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
+from grr.parallel.memory import free_memory
 from grr.parallel.process_group import default_device, process_group
 from grr.tokenizers import Tokenizer
+from grr.training.micro_batch import USABLE, count_kept_bytes, largest_divisor
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 
@@ -34,7 +35,7 @@ class RunPlan:
 
     folder: Path
     batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | None  # None: as many pairs as fit the memory
     processes: int
     steps: int
     keep: int  # checkpoints
@@ -101,23 +102,18 @@ def run_cost(
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
         yield Finding("time", f"not measured: a step failed ({' '.join(str(error).split())[:300]})")
         return
+    run = _with_micro_batch_size(run, state, measured, free)
     yield _time(run, measured)
     yield _memory(run, state, measured, free)
 
 
-def free_memory() -> int:
-    """Returns the free memory in bytes: of the GPU if there is one, else the lesser of machine and container."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        free = min(free, int(limit) - int(used))
-    except (OSError, ValueError, StopIteration):  # not Linux, not a container, or a container without a limit
-        pass
-    return max(free, 0)
+def _with_micro_batch_size(run: RunPlan, state: int, measured: StepCost, free: int) -> RunPlan:
+    """Returns the plan with the micro-batch size that the run would choose on this machine, if it has none."""
+    if run.micro_batch_size is not None:
+        return run
+    room = USABLE[default_device().type] * free - state * run.dp_replicate / run.processes
+    size = largest_divisor(run.batch_size // run.processes, int(room / max(1.0, measured.kept)))
+    return replace(run, micro_batch_size=size)
 
 
 def _measure(
@@ -127,7 +123,7 @@ def _measure(
     with process_group() as device:
         model = model.to(device).train()
         optimizer = adamw(model, **run.optimizer)
-        most = min(run.micro_batch_size, run.batch_size, len(pairs))
+        most = min(run.micro_batch_size or run.batch_size // run.processes, run.batch_size, len(pairs))
         size, steps, until = min(2, most), list[StepCost](), time.monotonic() + 3 * SLOW_STEP
         while True:
             steps.append(_step(run, model, optimizer, pairs, tokenizer, size, image_size, crop, device))
@@ -148,24 +144,15 @@ def _step(
     crop: Crop,
     device: torch.device,
 ) -> StepCost:
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
     begun = time.perf_counter()
     steps = training_steps(
         pairs, tokenizer, 0, 1, 0, 0, size, size, image_size, False, workers=0, crop=crop, max_bad_fraction=1.0
     )
     (batches,) = islice(steps, 1)
     read = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with count_kept_bytes(model) as kept:
         global_batch_step(model, [batch.to(device) for batch in batches], 0, **run.loss)
-    clip_gradients(model, 1.0)  # reads a number, so the device has finished
+    clip_gradients(model, 1.0).item()  # waits until the device has finished
     computed = time.perf_counter()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -177,6 +164,7 @@ def _step(
 
 def _time(run: RunPlan, measured: StepCost) -> Finding:
     """Returns the minutes of a run, without its validations."""
+    assert run.micro_batch_size is not None
     pairs = run.batch_size / run.processes  # of a step in one process
     twice = pairs > run.micro_batch_size and run.loss.get("negatives", "global") == "global"  # GradCache
     computing = measured.computing / measured.pairs * pairs * (4 / 3 if twice else 1) + measured.updating
@@ -196,6 +184,7 @@ def _time(run: RunPlan, measured: StepCost) -> Finding:
 
 
 def _memory(run: RunPlan, state: int, measured: StepCost, free: int) -> Finding:
+    assert run.micro_batch_size is not None
     kept = measured.kept * run.micro_batch_size
     held = state * run.dp_replicate / run.processes
     message = (

@@ -1,14 +1,17 @@
 """The optimizer, its parameter groups, and freezing of parts of a model."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
 from grr.components import Block
+from grr.parallel.shard import local
 from grr.training.schedule import set_lr
 
 
@@ -68,13 +71,35 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         raise ValueError(f"freeze: no parameter remains to be trained when {', '.join(parts)} are frozen; remove one")
 
 
+@torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down to a norm of max_norm, over all parameters of all processes; returns the norm before.
 
-    The norm is a float32 scalar on the device, so nothing waits for it.
+    The norm is a scalar on the device, which is not read here: one all-reduce, and no wait for the device. A norm that
+    is not finite makes the gradients NaN or zero, as in `torch.nn.utils.clip_grad_norm_`.
     """
-    norm = clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    world = dist.get_world_size() if any(isinstance(gradient, DTensor) for gradient in gradients) else 1
+    groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # of the shards of this process
+    for gradient in gradients:
+        groups.setdefault((_holders(gradient, world), gradient.dtype), []).append(local(gradient))
+    squares = [get_total_norm(shards).double().square() / holders for (holders, _), shards in groups.items()]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    if world > 1:
+        dist.all_reduce(total)
+    norm = total.sqrt().to(functools.reduce(torch.promote_types, (dtype for _, dtype in groups), torch.float32))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for (_, dtype), shards in groups.items():
+        torch._foreach_mul_(shards, scale.to(dtype))
+    return norm
+
+
+def _holders(gradient: Tensor, world: int) -> int:
+    """Returns the number of processes, of all that add to the norm, that hold the same shard of a gradient."""
+    if not isinstance(gradient, DTensor):
+        return world
+    sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())
 
 
 def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:

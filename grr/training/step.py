@@ -19,9 +19,10 @@ from grr.data import Batch
 from grr.data.order import check_negatives
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
-from grr.parallel.process_group import all_sum, gather, sum_over_processes
+from grr.parallel.process_group import all_sum, sum_over_processes
+from grr.parallel.shard import gathered, reduce_gradients
 from grr.seeds import derive_seed
-from grr.training.loss import contrastive_loss, sigmoid_loss
+from grr.training.contrast import Columns, contrast, gather_columns
 
 
 class Losses(NamedTuple):
@@ -82,35 +83,71 @@ def global_batch_step(
     """
     world, micro = dist.get_world_size(), len(batches[0].images)
     check_negatives(world * micro * len(batches), micro, negatives)
-    device = batches[0].ids.device
-    labels = torch.full((), sum(batch.num_labels for batch in batches), dtype=torch.float64, device=device)
-    token_share = 1 / sum_over_processes(labels).clamp(min=1)  # of a token in the mean over the global batch
-    token_weight = captioning_weight * world * token_share  # FSDP averages gradients over processes
-    tokens, contrasts = list[Tensor](), list[Tensor]()  # sums of token losses and contrastive losses, of micro-batches
-
-    if negatives == "local" or len(batches) == 1:
-        for i, batch in enumerate(batches):
-            output = _forward(model, batch, seed, i)
-            contrasts.append(_contrast([output], contrastive, negatives) / len(batches))
-            tokens.append(_sum(output))
-            with recomputing(model):
-                (contrastive_weight * contrasts[-1] + token_weight * tokens[-1]).backward()
-    else:
-        leaves = _embed(model, batches, seed)
-        contrasts.append(_contrast(leaves, contrastive, negatives))
-        (contrastive_weight * contrasts[-1]).backward()
-        for i, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
-            output = _forward(model, batch, seed, i)
-            tokens.append(_sum(output))
-            carried = _carry_gradient(output, leaf)
-            with recomputing(model):
-                (token_weight * tokens[-1] + carried).backward()
-
-    with torch.no_grad():
-        contrast = torch.stack(contrasts).sum() / world
-        captioning = torch.stack(tokens).sum() * token_share
+    compute = _global_losses if negatives == "global" else _local_losses
+    with gathered(model):
+        contrast, captioning = compute(model, batches, seed, contrastive, contrastive_weight, captioning_weight)
     size = micro if negatives == "local" else world * sum(len(batch.names) for batch in batches)
-    return StepLosses(contrast, captioning, size, contrastive_weight, captioning_weight)
+    return StepLosses(contrast / world, captioning / world, size, contrastive_weight, captioning_weight)
+
+
+def _global_losses(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    seed: int,
+    kind: Literal["softmax", "sigmoid"],
+    contrastive_weight: float,
+    captioning_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of a step with global negatives; returns losses whose means over processes are the step's."""
+    one_pass = len(batches) == 1
+    outputs = [_forward(model, batches[0], seed, 0)] if one_pass else _embed(model, batches, seed)
+    columns, (labels,) = _gather(outputs, _counts(outputs, batches))
+    contrasted = _contrast(outputs, columns, kind)
+    token_weight = dist.get_world_size() / labels.sum(dtype=torch.float64).clamp(min=1)
+    if one_pass:
+        captioning = token_weight * _sum(outputs[0])
+        _backward(model, contrastive_weight * contrasted + captioning_weight * captioning, last=True)
+        return contrasted.detach(), captioning.detach()
+    (contrastive_weight * contrasted).backward()
+    captionings = []
+    for i, (batch, leaf) in enumerate(zip(batches, outputs, strict=True)):
+        output = _forward(model, batch, seed, i)
+        captioning = token_weight * _sum(output)
+        loss = captioning_weight * captioning + _carry_gradient(output, leaf)
+        _backward(model, loss, last=i == len(batches) - 1)
+        captionings.append(captioning.detach())
+    return contrasted.detach(), torch.stack(captionings).sum()
+
+
+def _local_losses(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    seed: int,
+    kind: Literal["softmax", "sigmoid"],
+    contrastive_weight: float,
+    captioning_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """As `_global_losses`, where each micro-batch is contrasted within itself."""
+    labels = sum(batch.num_labels for batch in batches)
+    labels_of_all = sum_over_processes(torch.full((), labels, dtype=torch.float64, device=batches[0].ids.device))
+    token_weight = dist.get_world_size() / labels_of_all.clamp(min=1)
+    losses = []
+    for i, batch in enumerate(batches):
+        output = _forward(model, batch, seed, i)
+        contrasted, captioning = _contrast([output], None, kind) / len(batches), token_weight * _sum(output)
+        loss = contrastive_weight * contrasted + captioning_weight * captioning
+        _backward(model, loss, last=i == len(batches) - 1)
+        losses.append(torch.stack((contrasted, captioning)).detach())
+    contrast, captioning = torch.stack(losses).sum(dim=0)
+    return contrast, captioning
+
+
+def _backward(model: nn.Module, loss: Tensor, *, last: bool) -> None:
+    """Add the gradients of a micro-batch; FSDP averages them over processes, with `gathered` at the last one only."""
+    if last:
+        reduce_gradients(model)
+    with recomputing(model):
+        loss.backward()
 
 
 @torch.no_grad()
@@ -139,10 +176,11 @@ def evaluation_losses(
                 continue
             if negatives == "local":
                 whole = [o for o, b in zip(outputs, batches, strict=True) if len(b.names) == len(b.images)]
-                contrasts += [_contrast([o], contrastive, negatives).item() for o in whole]
+                contrasts += [_contrast([o], None, contrastive).item() for o in whole]
                 count, size = count + len(whole), len(batches[0].images)
             elif (pairs := int(all_sum(sum(len(b.names) for b in batches))[0])) > 1:
-                contrasts.append(_contrast(outputs, contrastive, negatives, kept=_kept(batches)).item())
+                columns, (kept,) = _gather(outputs, _kept(batches))
+                contrasts.append(_contrast(outputs, columns._replace(kept=kept > 0), contrastive).item())
                 count, size = count + 1, max(size, pairs)
     contrast, counted, captioning, all_tokens = all_sum(sum(contrasts), count, captioning, tokens)
     if not counted or not all_tokens:
@@ -207,27 +245,33 @@ def _run(model: nn.Module, batch: Batch, *, sample_keys: Tensor | None = None) -
     return output
 
 
-def _contrast(outputs: Sequence[CoCaOutput], kind: str, negatives: str, *, kept: Tensor | None = None) -> Tensor:
-    """Compute the contrastive loss of some micro-batches together, over all processes if the negatives are global.
-
-    kept: bool [b], the rows to include; None: all.
-    """
-    image, text = (torch.cat([o[i] for o in outputs]) for i in (0, 1))  # type: ignore[misc]
-    if negatives == "global":
-        image, text = gather(image), gather(text)
-    if kept is not None:
-        kept = gather(kept.byte()).bool() if negatives == "global" else kept  # gloo cannot gather bool
-        image, text = image[kept], text[kept]
-    if kind == "sigmoid":
-        return sigmoid_loss(image, text, 1 / outputs[0].scale, outputs[0].bias)
-    return contrastive_loss(image, text, 1 / outputs[0].scale)
+def _contrast(outputs: Sequence[CoCaOutput], columns: Columns | None, kind: Literal["softmax", "sigmoid"]) -> Tensor:
+    """Compute this process's part of the contrastive loss of some micro-batches; None: of these alone."""
+    image, text = _embeddings(outputs)
+    if columns is None:
+        columns = Columns(image.detach(), text.detach())
+    return contrast(image, text, outputs[0].scale, outputs[0].bias, columns, kind=kind)
 
 
-def _kept(batches: Sequence[Batch]) -> Tensor | None:
-    """Returns which rows of some micro-batches are samples, bool [b]; None if all are."""
-    if batches[0].kept is None:
-        return None
-    return torch.cat([batch.kept for batch in batches if batch.kept is not None])
+def _gather(outputs: Sequence[CoCaOutput], *numbers: Tensor) -> tuple[Columns, tuple[Tensor, ...]]:
+    """Gather the embeddings of some micro-batches of all processes, and numbers [b] of their pairs beside them."""
+    return gather_columns(*_embeddings(outputs), *numbers)
+
+
+def _embeddings(outputs: Sequence[CoCaOutput]) -> tuple[Tensor, Tensor]:
+    return torch.cat([o.image_embeddings for o in outputs]), torch.cat([o.text_embeddings for o in outputs])
+
+
+def _counts(outputs: Sequence[CoCaOutput], batches: Sequence[Batch]) -> Tensor:
+    """Returns numbers of labels whose sum is that of this process, [b]; made without a wait for the device."""
+    counts = torch.cat([o.image_embeddings.new_zeros(len(o.image_embeddings)) for o in outputs])
+    counts[:1].fill_(sum(batch.num_labels for batch in batches))
+    return counts
+
+
+def _kept(batches: Sequence[Batch]) -> Tensor:
+    """Returns which rows of some micro-batches are samples, bool [b]."""
+    return torch.cat([torch.ones_like(b.ids[:, 0]).bool() if b.kept is None else b.kept for b in batches])
 
 
 def _sum(output: CoCaOutput) -> Tensor:

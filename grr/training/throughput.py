@@ -1,4 +1,4 @@
-"""Throughput meter: samples per second and seconds spent waiting for data, between two lines of the log."""
+"""Throughput meter: samples per second and seconds spent waiting for data, between two lines of the log; time left."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ class Throughput:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size  # samples in a step, over all processes
+        self._calls, self._seconds = 0, 0.0  # of metrics; of a step before the last of them
         self._reset()
 
     @contextmanager
@@ -38,14 +39,34 @@ class Throughput:
 
         samples_per_second: over all processes; data_wait: seconds per step; replaced: samples of this process.
         """
+        self._calls, self._seconds = self._calls + 1, (monotonic() - self._since) / self._steps
         metrics = {
-            "samples_per_second": self._steps * self._batch_size / (monotonic() - self._since),
+            "samples_per_second": self._batch_size / self._seconds,
             "data_wait": self._waited / self._steps,
             "replaced": self._replaced,
         }
         self._reset()
         return metrics
 
+    def time_left(self, steps: int) -> str | None:
+        """Returns the time of the remaining steps in words after the second call of `metrics`, None at other times.
+
+        The first call ends the steps that allocate memory, fill queues or compile, later ones repeat it.
+        """
+        if self._calls != 2 or steps < 1:
+            return None
+        time = duration(steps * self._seconds)
+        return f"the remaining {steps:,} steps take {time} on this machine, without validations"
+
     def _reset(self) -> None:
         self._since = monotonic()
         self._waited, self._steps, self._replaced = 0.0, 0, 0
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in the unit that suits it: about 40 seconds, about 4 minutes, about 2.5 hours."""
+    if seconds < 90:
+        return f"about {seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} hours"

@@ -13,9 +13,12 @@ from grr.components import (
     CrossAttention,
     KeyValueCache,
     LayerNorm,
+    MixedRotaryEmbedding,
     RMSNorm,
     RotaryEmbedding,
+    Rotation,
     SelfAttention,
+    shared_rotations,
 )
 
 D = 8
@@ -133,6 +136,34 @@ def test_a_block_accepts_other_modules_as_parts():
     x = torch.tensor([[[1.0], [3.0], [8.0]]])
     y = torch.tensor([[[2.0], [5.0], [12.0]]])  # 1 + 1, 3 + 2, 8 + 4
     torch.testing.assert_close(block(x), y + y.tanh())
+
+
+@given(b=st.integers(1, 3), s=st.integers(1, 6), shift=st.integers(-9, 9))
+def test_a_block_that_receives_the_rotation_of_its_positions_has_the_same_outputs(b, s, shift):
+    block, x, at = a_block(context=False), random_input(b, s, D), torch.arange(b * s).view(b, s) + shift
+    (rotation,) = shared_rotations([block], at)
+    assert isinstance(rotation, Rotation)
+    torch.testing.assert_close(block(x, positions=rotation), block(x, positions=at), rtol=0, atol=0)
+
+
+def test_blocks_of_one_rotary_embedding_compute_its_angles_once(kernels):
+    rotary, other = RotaryEmbedding(D // 2), RotaryEmbedding(D // 2)
+    mixed, at = MixedRotaryEmbedding(D // 2, 2), torch.arange(3)
+    blocks = [a_block(context=False) for _ in range(5)]
+    for block, embedding in zip(blocks, (rotary, rotary, other, mixed, None), strict=True):
+        block.attention.rotary = embedding
+    blocks.append(Block(cross_attention_norm=nn.Identity(), cross_attention=CrossAttention(D, 2), **FEED_FORWARD))
+    blocks.append(Block(attention_norm=nn.Identity(), attention=RunningMean(), **FEED_FORWARD))
+    first, second, third, *rest = shared_rotations(blocks, at)
+    assert first is second
+    assert isinstance(first, Rotation)
+    assert isinstance(third, Rotation)
+    assert third is not first
+    assert [x is at for x in rest] == [True] * 4  # learned, none, no self-attention, a user's attention
+    assert kernels(lambda: shared_rotations(blocks, at))["cos"] == 2
+
+
+FEED_FORWARD = {"feed_forward_norm": nn.Identity(), "feed_forward": nn.Tanh()}
 
 
 @pytest.mark.parametrize("kind", ["attention", "cross_attention"])

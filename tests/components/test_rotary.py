@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grr.components import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, rotate
+from grr.components import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 HEADS = 2
 KINDS = [RotaryEmbedding, AxialRotaryEmbedding, lambda head_dim: MixedRotaryEmbedding(head_dim, HEADS)]
@@ -115,7 +115,45 @@ def test_bfloat16_differs_by_one_rounding_of_the_output(kind, seed):
     assert (error <= (2**-8 + 1e-6) * length).all()
 
 
+@given(k=widths, seed=seeds)
+def test_the_gradient_is_rotated_by_the_negative_angles(k, seed):
+    x, angles = normal(2, HEADS, 5, k, seed=seed).requires_grad_(), normal(5, k // 2, seed=seed + 1)
+    gradient = normal(2, HEADS, 5, k, seed=seed + 2)
+    rotate(x, angles).backward(gradient)
+    torch.testing.assert_close(x.grad, rotate(gradient, -angles), rtol=0, atol=0)
+
+
+def test_first_and_second_derivatives_equal_central_differences():
+    x, rotation = normal(2, HEADS, 3, 8).double().requires_grad_(), Rotation(normal(3, 4, seed=1))
+    assert torch.autograd.gradcheck(rotate, (x, rotation))
+    assert torch.autograd.gradgradcheck(rotate, (x, rotation))
+
+
 # Agreement
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(k=widths, seed=seeds)
+def test_a_rotation_and_its_gradient_are_the_formula_in_float32(dtype, k, seed):
+    """The formula rounds each product, the kernels once per sum: within two units in the last place of a pair."""
+    x, gradient = (normal(2, HEADS, 5, k, seed=seed + i).to(dtype) for i in range(2))
+    angles = normal(2, 1, 5, k // 2, seed=seed + 2) * 9
+    x.requires_grad_()
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(dtype)
+    ours, theirs = (torch.autograd.grad(y, x, gradient)[0] for y in (rotate(x, Rotation(angles)), expected))
+    tolerance = {"rtol": 0, "atol": 10 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(rotate(x, angles), expected, **tolerance)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_it_takes_three_kernels_each_way_and_keeps_nothing_of_x(kernels, saved_bytes):
+    x, rotation = normal(2, HEADS, 5, 8).bfloat16().requires_grad_(), Rotation(normal(5, 4))
+    assert saved_bytes(lambda: rotate(x, rotation), rotation.cos, rotation.sin) == 0
+    assert kernels(lambda: rotate(x, rotation)) == {"mul": 1, "roll": 1, "addcmul": 1}
+    y = rotate(x, rotation)
+    assert kernels(lambda: torch.autograd.grad(y, x, y)) == {"mul": 1, "roll": 1, "addcmul": 1}
 
 
 @given(k=widths, base=st.sampled_from([100.0, 10_000.0]), seed=seeds)

@@ -70,13 +70,19 @@ def num_batches(groups: Ints, *, batch_size: int) -> int:
     return Groups(groups).num_batches(batch_size)
 
 
-def check_negatives(batch_size: int, micro_batch_size: int, negatives: Literal["global", "local"]) -> None:
+def check_negatives(batch_size: int, micro_batch_size: int | None, negatives: Literal["global", "local"]) -> None:
     """Raise ValueError if pairs have no negatives, because the contrastive loss would be a constant 0.
 
-    Negatives are the other pairs of the global batch, or with "local" those of the micro-batch.
+    Negatives are the other pairs of the global batch, or with "local" those of the micro-batch, whose size then must
+    not be None, which leaves it to the memory of the device.
     """
+    if micro_batch_size is None and negatives == "local":
+        raise ValueError(
+            "contrastive loss: with loss.negatives=local the size of a micro-batch decides the loss, so "
+            "run.micro_batch_size must be a number, got null; set run.micro_batch_size"
+        )
     name, size = ("batch_size", batch_size) if negatives == "global" else ("micro_batch_size", micro_batch_size)
-    if size < 2:
+    if size is not None and size < 2:
         raise ValueError(
             f"contrastive loss: a pair needs a negative, so run.{name} must be at least 2 with "
             f"loss.negatives={negatives}, got {size}; raise run.{name}"

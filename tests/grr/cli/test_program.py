@@ -105,6 +105,24 @@ def test_an_error_of_the_package_keeps_its_owner_through_an_except_and_a_finally
     assert not is_user_mistake(bug.value)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_reported_with_the_option_that_needs_less(capsys, error):
+    def act() -> None:
+        raise error
+
+    assert attempt(act, "pretrain") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pretrain: the memory does not suffice: ")
+    assert "lower run.micro_batch_size" in line
+    assert "out of memory" in line or "can't allocate memory" in line
+
+
 def test_a_full_disk_is_reported_in_the_systems_words(capsys):
     def act() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/mine/x.pt")

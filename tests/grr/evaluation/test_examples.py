@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.data.collate import collate_captions
+from grr.data.images import BadImage
 from grr.evaluation.attention import word_attention
 from grr.evaluation.evaluate import validation_metrics
-from grr.evaluation.examples import Match, examples
+from grr.evaluation.examples import Match, examples, training_examples
 from grr.evaluation.outputs import ModelOutputs, compute_outputs
 
 CPU = torch.device("cpu")
@@ -117,3 +118,18 @@ def test_an_examination_has_attention_maps_and_the_same_numbers_as_without(token
         "num_eval_images",
         "caption_exact",
     }
+
+
+def test_training_pairs_are_evenly_spaced_and_those_that_cannot_be_read_are_left_out():
+    pairs = Noise(list(range(160)))
+    read = pairs.thumbnail
+
+    def thumbnail(i: int) -> torch.Tensor:
+        if i == 20:
+            raise BadImage("a hole")
+        return read(i)
+
+    pairs.thumbnail = thumbnail
+    shown = training_examples(pairs).training
+    assert [caption for _, caption in shown] == [pairs.captions[i] for i in range(0, 160, 10) if i != 20]
+    assert torch.equal(shown[1][0], read(10))

@@ -161,7 +161,7 @@ def test_a_folder_opens_in_bfloat16_as_well(scheme, vocabulary, tmp_path):
     assert ((half.encode_image(some_images()) * model.encode_image(some_images())).sum(-1) > 0.99).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_int4_opens_on_a_gpu(vocabulary, tmp_path):
     model = a_model().to("cuda", torch.bfloat16)
     before = model.encode_image(some_images().cuda())

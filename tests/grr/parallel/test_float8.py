@@ -178,10 +178,10 @@ def test_without_torchao_the_remedy_is_told(monkeypatch):
         multiply_in_float8(grr_coca_tiny(), CPU, emulated=True)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with float8"
-)
+@pytest.mark.gpu
 def test_a_gpu_multiplies_as_emulated():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with float8")
     device = torch.device("cuda")
     gradients = []
     for emulated in (False, True):

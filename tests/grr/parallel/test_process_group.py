@@ -1,10 +1,15 @@
 """A process group begins and ends with its block, and gathering is exact. Many processes: see test_step."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from grr.parallel.process_group import all_sum, default_device, gather, process_group
+from grr.parallel.process_group import DelayedMax, all_rows, all_sum, default_device, process_group
 
 
 def test_a_group_begins_and_ends_with_its_block():
@@ -28,9 +33,26 @@ def test_a_group_that_exists_is_used_and_left():
         assert all_sum(1) == [1]
 
 
-def test_gathering_in_one_process_is_the_identity_with_its_gradient():
+def test_the_rows_of_one_process_are_all_rows_and_carry_no_gradient():
     x = torch.randn(3, 4, requires_grad=True)
     with process_group():
-        gather(x).square().sum().backward()
+        rows = all_rows(x)
         assert all_sum(1, 2.5) == [1, 2.5]
-    torch.testing.assert_close(x.grad, 2 * x.detach())
+    assert torch.equal(rows, x)
+    assert not rows.requires_grad
+
+
+def test_a_delayed_maximum_is_that_of_the_call_before():
+    with process_group():
+        largest = DelayedMax()
+        assert [largest(number) for number in (2, 0, 1)] == [0, 2, 0]
+
+
+@pytest.mark.slow
+def test_a_delayed_maximum_of_two_processes_does_not_wait_for_the_other(tmp_path):
+    worker = [Path(__file__).parent / "delayed_max_worker.py", tmp_path / "store"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(command + worker, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    assert json.loads(lines[0].removeprefix("RESULT ")) == [[0, 0, 3, 2, 5, 0]] * 2

@@ -118,6 +118,7 @@ def examples_saying(text: str, right: int = 1) -> Examples:
         ],
         distinct_captions=1,
         written_captions=2,
+        training=[(images[1], text)],
     )
 
 
@@ -330,7 +331,9 @@ def test_the_right_one_is_marked_has_its_rank_and_each_image_is_the_one_handed_o
     assert page.text("span")[facts : facts + 6] == scores * 2
     shown = [a for tag, a in page.elements if tag == "img"]
     assert all(a["alt"] for a in shown)
-    for attributes, seed in zip(shown, [0, 1, 2, 0, 0, 0], strict=True):  # found, asked, of the matrix, captioned
+    for attributes, seed in zip(
+        shown, [0, 1, 2, 0, 0, 0, 1], strict=True
+    ):  # found, asked, of the matrix, captioned, training
         kind, data = attributes["src"].split(",")
         assert kind == "data:image/jpeg;base64"
         seen = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(data))))).permute(2, 0, 1)
@@ -470,3 +473,11 @@ def test_a_long_run_has_a_small_page_that_keeps_its_last_and_its_greatest(tmp_pa
     assert spike[:, 1].max() == pytest.approx(900, rel=0.01)
     assert spike[spike[:, 1].argmax(), 0] == pytest.approx(12_346, abs=2)
     assert points(chart(page, "Loss"), "faint a")[-1] == pytest.approx([20_000, 1.0001], rel=1e-3)
+
+
+def test_before_the_first_validation_the_page_shows_training_images_with_their_captions(tmp_path):
+    pairs = [(picture(seed), f"caption {seed}") for seed in range(2)]
+    page = Page(report(tmp_path, [], examples=Examples([], [], training=pairs)))
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert [image["alt"] for image in images] == ["caption 0", "caption 1"] == page.text("p", "true")
+    assert not (tmp_path / "examples.jsonl").exists()  # nothing was written yet

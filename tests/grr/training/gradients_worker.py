@@ -82,7 +82,7 @@ def formula(model: nn.Module, *, size: int, contrastive: str, negatives: str) ->
     cut = size if negatives == "local" else PAIRS
     losses = []
     for image, text in zip(output.image_embeddings.split(cut), output.text_embeddings.split(cut), strict=True):
-        z = image @ text.T / (1 / output.scale)  # [cut, cut]; a constant scale is float32
+        z = image @ text.T * output.scale  # [cut, cut]
         if contrastive == "softmax":
             losses.append((z.logsumexp(0) + z.logsumexp(1) - 2 * z.diag()).mean())
         else:

@@ -15,8 +15,9 @@ from grr.data import Pairs
 from grr.data.images import BadImage
 from grr.data.pairs import Texts
 from grr.models.builders import grr_coca
+from grr.parallel.memory import free_memory
 from grr.tokenizers import train_tokenizer
-from grr.training.cost import RunPlan, StepCost, _memory, _time, free_memory, run_cost
+from grr.training.cost import RunPlan, StepCost, _memory, _time, run_cost
 
 SIZES = {
     "image_size": 16,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from grr.data import Batch
 from grr.training import throughput
-from grr.training.throughput import Throughput
+from grr.training.throughput import Throughput, duration
 
 SECONDS = st.floats(0.01, 100)
 STEP = st.tuples(st.just("step"), SECONDS, SECONDS, st.lists(st.integers(0, 3), min_size=1, max_size=3))
@@ -54,3 +54,29 @@ def test_metrics_cover_the_steps_since_the_last_call_and_leave_out_validations(e
                     "replaced": sum(replaced),
                 }
                 taken = []
+
+
+def test_the_time_left_is_that_of_the_steps_between_the_first_and_the_second_line_and_is_returned_once(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(throughput, "monotonic", clock)
+    meter, lines = Throughput(32), []
+    for step in range(1, 41):
+        clock.now += 60.0 if step == 1 else 0.5  # the first step compiles
+        meter.step([batch(0)])
+        if step == 15:
+            with meter.paused():
+                clock.now += 100.0
+        if step % 10 == 0:
+            meter.metrics()
+            lines.append(meter.time_left(500 - step))
+    sentence = "the remaining 480 steps take about 4 minutes on this machine, without validations"
+    assert lines == [None, sentence, None, None]
+    assert Throughput(32).time_left(5) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "about 0 seconds"), (89, "about 89 seconds"), (239, "about 4 minutes"), (9000, "about 2.5 hours")],
+)
+def test_a_duration_has_the_unit_that_suits_it(seconds, words):
+    assert duration(seconds) == words

@@ -1,0 +1,138 @@
+"""Size of a micro-batch: as large as memory allows, so that a step needs as few passes as possible."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from grr.data import Batch
+from grr.parallel.memory import free_memory_of_process
+from grr.parallel.process_group import all_max, default_device, on_rank_0
+from grr.parallel.shard import local
+from grr.tokenizers import Tokenizer
+from grr.training.random_batches import random_batches
+
+PROBES = (2, 4)  # pairs in the steps that are measured
+USABLE = {
+    "cuda": 0.9,
+    "cpu": 0.5,
+}  # fraction of the free memory: a GPU's is split in blocks, a CPU's shared by programs
+
+logger = logging.getLogger(__name__)
+
+
+def choose_micro_batch_size(
+    run: Mapping[str, Any],
+    step: Callable[[list[Batch]], object],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    image_size: int,
+    *,
+    resumed: Path | None = None,
+) -> int:
+    """Returns run["micro_batch_size"]; if it is None, the largest that fits the memory of every process, and logs it.
+
+    step computes the gradients of a list of micro-batches. It is run, not compiled, on one of 2 and on one of 4 pairs
+    with the longest captions; from the memory that the two steps take follow the bytes of a pair. The size divides
+    run["batch_size"] / processes; all processes return the same. resumed: the folder of a run that continues, whose
+    config.yaml holds the size of its steps before, and which uses it again, because with another size sums round
+    otherwise.
+    """
+    if run["micro_batch_size"] is not None:
+        return int(run["micro_batch_size"])
+    most = max(1, run["batch_size"] // dist.get_world_size())
+    before = on_rank_0(lambda: _recorded(resumed)) if resumed is not None else None
+    if before is not None and most % before == 0:
+        logger.info("micro-batches have %d pairs, as in the steps before", before)
+        return before
+    device = default_device()
+    per_pair, fixed = _bytes(step, model, optimizer, tokenizer, device, image_size)
+    free = free_memory_of_process(device)
+    room = USABLE[device.type] * free - fixed - _bytes_to_come(optimizer, gradients=device.type != "cuda")
+    size = largest_divisor(most, -all_max(-int(room / per_pair)))
+    logger.info(
+        "micro-batches have %d of the %d pairs that a process reads in a step: a pair takes %.1f MB, and %.1f GB of "
+        "memory are free; set run.micro_batch_size to choose another size",
+        *(size, most, per_pair / 1e6, free / 1e9),
+    )
+    return size
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Returns the largest divisor of a number that is at most `most`; 1 if most is below 1."""
+    return max(d for d in range(1, max(1, min(number, most)) + 1) if number % d == 0)
+
+
+@contextmanager
+def count_kept_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Count what a forward pass in the block keeps for its backward pass, without the weights: bytes by storage."""
+    kept: dict[int, int] = {}
+    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield kept
+
+
+def _recorded(folder: Path) -> int | None:
+    """Returns the micro-batch size in the config.yaml of a run's folder; None if there is none."""
+    file = folder / "config.yaml"
+    size = OmegaConf.select(OmegaConf.load(file), "run.micro_batch_size") if file.is_file() else None
+    return size if isinstance(size, int) else None
+
+
+def _bytes(
+    step: Callable[[list[Batch]], object],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    image_size: int,
+) -> tuple[float, float]:
+    """Measure the bytes that a step takes for each pair, and those that it takes for any number of pairs."""
+    lengths = {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
+    taken = {}
+    with torch.compiler.set_stance("force_eager"):
+        for n in (PROBES[0], *PROBES) if device.type == "cuda" else PROBES:  # the first allocates workspaces as well
+            (batch,) = random_batches(1, batch_size=n, image_size=image_size, **lengths)
+            batch = replace(batch, classes=torch.zeros(n, dtype=torch.int64)).to(device)
+            taken[n] = _bytes_of_step(partial(step, [batch]), model, device)
+            optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    few, more = PROBES
+    per_pair = max(1.0, (taken[more] - taken[few]) / (more - few))
+    return per_pair, max(0.0, taken[few] - few * per_pair)
+
+
+def _bytes_of_step(run: Callable[[], object], model: nn.Module, device: torch.device) -> int:
+    """Returns the peak of the allocated memory of a GPU during a step; elsewhere what the step keeps for backward."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with count_kept_bytes(model) as kept:
+        run()
+    return sum(kept.values())
+
+
+def _bytes_to_come(optimizer: torch.optim.Optimizer, *, gradients: bool) -> int:
+    """Returns the bytes of the optimizer state that is not allocated yet, and of the gradients."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    states = sum(2 * local(p).nbytes for p in weights if p not in optimizer.state)
+    return states + (sum(local(p).nbytes for p in weights) if gradients else 0)

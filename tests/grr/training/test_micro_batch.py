@@ -1,0 +1,99 @@
+"""The size of a micro-batch that is left to the memory: the largest that fits, measured, and the same when resumed."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grr.models.builders import grr_coca_tiny
+from grr.training import micro_batch
+from grr.training.micro_batch import USABLE, choose_micro_batch_size, count_kept_bytes, largest_divisor
+from grr.training.optim import adamw
+from grr.training.random_batches import NumberTokenizer, random_batches
+from grr.training.step import global_batch_step
+
+pytestmark = pytest.mark.usefixtures("process_group")
+TOKENS = NumberTokenizer(512, 16)
+SIZES = {"vocab_size": 512, "context_length": 16, "image_size": 32}
+
+
+@pytest.fixture
+def parts() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = grr_coca_tiny()
+    return model, adamw(model, lr=1e-3)
+
+
+def choose(parts, batch_size: int, wanted: int | None = None, **options) -> int:
+    run = {"micro_batch_size": wanted, "batch_size": batch_size}
+    return choose_micro_batch_size(run, partial(global_batch_step, parts[0], seed=0), *parts, TOKENS, 32, **options)
+
+
+def kept(model: torch.nn.Module, n: int) -> int:
+    """Returns the bytes that a step of n pairs keeps for its backward pass."""
+    with count_kept_bytes(model) as found:
+        global_batch_step(model, random_batches(1, batch_size=n, **SIZES), 0)
+    model.zero_grad(set_to_none=True)
+    return sum(found.values())
+
+
+@given(number=st.integers(1, 2000), most=st.integers(-5, 3000))
+def test_the_largest_divisor_is_found(number, most):
+    size = largest_divisor(number, most)
+    assert number % size == 0
+    assert size <= max(1, most)
+    assert not [d for d in range(size + 1, min(number, most) + 1) if number % d == 0]
+
+
+@pytest.mark.parametrize("fitting", [3.5, 5.5, 12.5, 40])
+def test_the_size_is_the_largest_whose_activations_fit_beside_gradients_and_optimizer_state(
+    parts, monkeypatch, fitting
+):
+    """Memory for so many pairs; a step of the chosen size is run and counted, and one of the next larger divisor."""
+    weights = sum(p.nbytes for p in parts[0].parameters())
+    a_pair = kept(parts[0], 16) / 16
+    room = fitting * a_pair
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: (room + 3 * weights) / USABLE["cpu"])
+    size = choose(parts, 24)
+    assert 24 % size == 0
+    assert kept(parts[0], size) <= 1.1 * room  # labels are padded to a multiple of 64, so bytes are not quite linear
+    larger = [d for d in range(size + 1, 25) if 24 % d == 0]
+    assert not larger or kept(parts[0], larger[0]) > 0.9 * room
+
+
+def test_measuring_leaves_no_gradients_no_state_and_no_other_weights(parts):
+    model, optimizer = parts
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    choose(parts, 8)
+    assert not optimizer.state
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        assert torch.equal(p, before[name])
+    assert model.training
+
+
+def test_a_size_that_is_given_is_taken_and_nothing_is_measured(parts, monkeypatch):
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: 0)
+    assert choose(parts, 24, wanted=12) == 12
+
+
+def test_memory_for_less_than_a_pair_leaves_micro_batches_of_one(parts, monkeypatch):
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: 0)
+    assert choose(parts, 24) == 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "batch_size", "again"),
+    [("run: {micro_batch_size: 3}", 24, True), ("run: {micro_batch_size: 5}", 24, False), ("run: {}", 24, False)],
+)
+def test_a_resumed_run_uses_the_size_of_its_steps_before_if_it_still_divides(
+    parts, tmp_path, caplog, recorded, batch_size, again
+):
+    (tmp_path / "config.yaml").write_text(recorded)
+    with caplog.at_level(logging.INFO, logger="grr"):
+        size = choose(parts, batch_size, resumed=tmp_path)
+    assert size == (3 if again else 24)
+    assert ("micro-batches have 3 pairs, as in the steps before" in caplog.text) == again
+    assert ("micro-batches have 24 of the 24 pairs" in caplog.text) != again
