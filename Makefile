@@ -7,13 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ANOTHER = name another: make $(MAKECMDGOALS) PYTHON=python3.12
 
-# Threads sleep while they wait: training is many times as fast beside other programs on the same cores.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: demo test test-all
 
 demo: $(INSTALLED)
-	@echo "Training takes about six minutes on two cores; runs/openmoji/report.html shows the progress"
+	@echo "Training takes some minutes on a CPU, and after 20 steps it says how many on this machine"
 	$(BIN)/python recipes/pretrain.py --config recipes/configs/pretrain/openmoji.yaml
 	@echo "Open $(CURDIR)/runs/openmoji/report.html"
 

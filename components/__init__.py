@@ -13,6 +13,7 @@ from .patch_dropout import PatchDropout, num_kept
 from .patches import PatchEmbedding
 from .pooler import AttentionPooler, CrossAttentionPooler
 from .positions import LearnedPositions, SinusoidalPositions
+from .recompute import call_without_keeping, recomputable
 from .rotary import PAIRING, AxialRotaryEmbedding, MixedRotaryEmbedding, RotaryEmbedding, Rotation, rotate
 
 __all__ = [
@@ -39,9 +40,11 @@ __all__ = [
     "Rotation",
     "SelfAttention",
     "SinusoidalPositions",
+    "call_without_keeping",
     "dropout_keys",
     "fold_in",
     "num_kept",
+    "recomputable",
     "rotate",
     "shared_rotations",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .recompute import runs_eagerly
+
 PAIRING = "halves"
 
 
@@ -35,7 +37,7 @@ def rotate(x: Tensor, angles: Tensor | Rotation) -> Tensor:
     """
     rotation = angles if isinstance(angles, Rotation) else Rotation(angles)
     cos, sin = rotation.cos, rotation.sin
-    if torch.compiler.is_compiling() or cos.requires_grad:  # angles that are learned have a gradient, which needs x
+    if cos.requires_grad or not runs_eagerly():  # angles that are learned have a gradient, which needs x
         return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
     return _Rotate.apply(x, cos, sin, 1)  # type: ignore[no-untyped-call]
 

@@ -242,6 +242,8 @@ class CoCa(nn.Module):
     sample_keys draws from torch's generator. Raises ValueError if the output of the vision encoder is not [b, p, d].
     """
 
+    token_losses = staticmethod(token_losses)  # `parallelize` replaces it by a compiled one
+
     def __init__(
         self,
         *,
@@ -389,7 +391,7 @@ class CoCa(nn.Module):
             label_places = (labelled != IGNORE).nonzero().squeeze(1)  # [n]
             labels = labelled[label_places]
         tokens = hidden.flatten(0, 1).index_select(0, label_places)  # [n, d]
-        return output._replace(token_losses=token_losses(tokens, labels, self.multimodal_decoder.head))
+        return output._replace(token_losses=self.token_losses(tokens, labels, self.multimodal_decoder.head))
 
     def _output(self, context: Tensor, text: Tensor, ids: Tensor, cls_places: Tensor | None) -> CoCaOutput:
         embeddings = self._image_embeddings(context), self._text_embeddings(text, ids, cls_places)

@@ -1,5 +1,7 @@
 """The vocabulary head over chunks of tokens."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,18 +10,30 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 4096  # labelled tokens whose logits exist at a time: 4,096 x 32,102 float32 are 526 MB
 
 
-def token_losses(hidden: Tensor, targets: Tensor, head: nn.Linear, *, chunk: int = CHUNK) -> Tensor:
+def cross_entropies(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the cross-entropy of each token: hidden [n, d], targets [n], weight [v, d], bias [v] -> float32 [n]."""
+    return F.cross_entropy(at_least_float32(F.linear(hidden, weight, bias)), targets, reduction="none")
+
+
+def token_losses(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Linear,
+    *,
+    chunk: int = CHUNK,
+    losses: Callable[..., Tensor] = cross_entropies,
+) -> Tensor:
     """Compute the cross-entropy of each token, without ever holding the logits of more than `chunk` tokens.
 
     hidden: [n, d], targets: [n] -> float32 [n]. The logits of more tokens are computed again for the gradient, with the
     weights that the head holds at this call, because the head may hold others in the backward pass: `grr.parallel.bf16`
-    puts bfloat16 copies there for the forward pass alone.
+    puts bfloat16 copies there for the forward pass alone. losses: `cross_entropies`, or that compiled.
     """
     weight, bias = _padded(head)
     if len(hidden) <= chunk:
-        return _losses(hidden, targets, weight, bias)
+        return losses(hidden, targets, weight, bias)
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([checkpoint(_losses, h, t, weight, bias, use_reentrant=False) for h, t in pieces])
+    return torch.cat([checkpoint(losses, h, t, weight, bias, use_reentrant=False) for h, t in pieces])
 
 
 def aligned(width: int) -> int:
@@ -35,10 +49,6 @@ def aligned(width: int) -> int:
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast numbers of fewer bits to float32, and keep float64, in which tests check gradients."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.cross_entropy(at_least_float32(F.linear(hidden, weight, bias)), targets, reduction="none")
 
 
 def _padded(head: nn.Linear) -> tuple[Tensor, Tensor | None]:

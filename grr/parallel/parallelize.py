@@ -1,7 +1,6 @@
 """The preparation of a model for training: float8, compilation, precision, sharding and activation checkpointing."""
 
 import functools
-from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from grr.parallel.bf16 import compute_in_bf16
+from grr.parallel.compiled import compile_parts
 from grr.parallel.float8 import multiply_in_float8
 from grr.parallel.memory import has_room_for_whole
 from grr.parallel.shard import METHODS, ORDER, blocks, preparations, shard_over
@@ -21,7 +21,7 @@ def parallelize(
     *,
     bf16: bool = False,  # compute in bfloat16; weights and the reduction of gradients stay float32
     float8: bool = False,  # multiply in 8 bits in the blocks, on a GPU that can
-    compile: bool = False,  # compile each block
+    compile: bool | None = None,  # compile the passes of training steps; null: on a CUDA GPU
     activation_checkpointing: bool = False,  # keep only the input of each block, and compute the rest again
     dp_replicate: int = 1,  # copies of the model, each sharded over its part of the processes (HSDP)
     keep_gathered: bool | None = None,  # hold whole weights and gradients through a step; null: where memory allows
@@ -29,11 +29,13 @@ def parallelize(
     """Prepare a model in place for training on all processes, before or after it has weights.
 
     The order is float8 (`multiply_in_float8`), compilation, FSDP2 or plain bfloat16, activation checkpointing: each
-    wraps the result of the one before. bf16 keeps parameters, reductions and outputs in float32. Several processes
-    shard every block, then the rest; with dp_replicate > 1 they form that many groups, each with a whole model: one
-    group a machine is best. With keep_gathered, a training step gathers the weights once and reduces the gradients
-    once, however many micro-batches and passes it has (`grr.parallel.shard.gathered`). One process keeps plain
-    parameters: the same function with fewer calls.
+    wraps the result of the one before. Towers are compiled whole where nothing works between their blocks: in one
+    process, without float8 and activation checkpointing; elsewhere each block is (`compile_parts`). bf16 keeps
+    parameters, reductions and outputs in float32. Several processes shard every block, then the rest; with
+    dp_replicate > 1 they form that many groups, each with a whole model: one group a machine is best. With
+    keep_gathered, a training step gathers the weights once and reduces the gradients once, however many micro-batches
+    and passes it has (`grr.parallel.shard.gathered`). One process keeps plain parameters: the same function with fewer
+    calls.
 
     Raises ValueError if the model was prepared before, or if the number of processes is not a multiple of dp_replicate;
     float8 raises as `multiply_in_float8` does.
@@ -47,8 +49,8 @@ def parallelize(
         )
     if float8:
         multiply_in_float8(model, device)
-    if compile:
-        _compile_blocks(model)
+    if device.type == "cuda" if compile is None else compile:
+        compile_parts(model, whole_towers=world == 1 and not float8 and not activation_checkpointing)
     if world > 1:
         shape = (dp_replicate, world // dp_replicate) if dp_replicate > 1 else (world,)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -61,14 +63,3 @@ def parallelize(
         for block in blocks(model):
             again = functools.partial(checkpoint, block.forward, use_reentrant=False)
             block.forward = again  # type: ignore[method-assign]
-
-
-def _compile_blocks(model: nn.Module) -> None:
-    """Compile each block; blocks of one shape share the compiled code.
-
-    There are about 20 versions of it: of three kinds of block, of one length and of any, in training, without
-    gradients, in evaluation, and writing. Past torch's limit of 8, the others would run uncompiled with one warning.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    for block in blocks(model):  # a method, and not torch.compile(block.forward), which a deep copy would not bind anew
-        block.forward = MethodType(torch.compile(type(block).forward), block)  # type: ignore[method-assign]

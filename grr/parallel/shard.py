@@ -118,7 +118,7 @@ def blocks(model: nn.Module) -> Iterator[Block]:
 
 def preparations(model: nn.Module) -> list[str]:
     """Returns what `parallelize` did to a model, in words; an empty list for a model as it was built."""
-    modules = [model, *blocks(model)]
+    modules = [model, *model.children(), *blocks(model)]
     replaced = any("forward" in module.__dict__ or module._compiled_call_impl is not None for module in modules)
     done = {
         "converted to float8": any(type(module).__name__ == "Float8Linear" for module in model.modules()),

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from grr.data import Batch
 from grr.parallel.memory import free_memory_of_process
 from grr.parallel.process_group import all_max, default_device, on_rank_0
+from grr.parallel.shard import local
 from grr.tokenizers import Tokenizer
 from grr.training.random_batches import random_batches
 
@@ -76,7 +76,7 @@ def largest_divisor(number: int, most: int) -> int:
 def count_kept_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
     """Count what a forward pass in the block keeps for its backward pass, without the weights: bytes by storage."""
     kept: dict[int, int] = {}
-    weights = {_local(p).untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -134,10 +134,5 @@ def _bytes_of_step(run: Callable[[], object], model: nn.Module, device: torch.de
 def _bytes_to_come(optimizer: torch.optim.Optimizer, *, gradients: bool) -> int:
     """Returns the bytes of the optimizer state that is not allocated yet, and of the gradients."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    states = sum(2 * _local(p).nbytes for p in weights if p not in optimizer.state)
-    return states + (sum(_local(p).nbytes for p in weights) if gradients else 0)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Returns the part of a parameter that this process holds."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    states = sum(2 * local(p).nbytes for p in weights if p not in optimizer.state)
+    return states + (sum(local(p).nbytes for p in weights) if gradients else 0)

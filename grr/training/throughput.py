@@ -55,9 +55,8 @@ class Throughput:
         """
         if self._calls != 2 or steps < 1:
             return None
-        return (
-            f"{duration(steps * self._seconds)} on this machine for the remaining {steps:,} steps, without validations"
-        )
+        time = duration(steps * self._seconds)
+        return f"the remaining {steps:,} steps take {time} on this machine, without validations"
 
     def _reset(self) -> None:
         self._since = monotonic()

@@ -111,6 +111,23 @@ def test_patch_dropout_ends_with_its_epochs_also_in_a_resumed_run(tmp_path):
     assert "patch_dropout" not in described["arguments"]
 
 
+def test_a_micro_batch_size_that_is_left_to_the_memory_is_written_down_and_used_again(tmp_path):
+    """It takes the whole batch of 16; a run that is given that size has the same numbers, bit for bit."""
+    given, chosen = tmp_path / "given", tmp_path / "chosen"
+    ends = several(
+        command(given, *LONGER, "run.micro_batch_size=16"),
+        command(chosen, *SHORT, "run.micro_batch_size=null"),
+        command(chosen, *LONGER, "run.micro_batch_size=null"),
+        command(tmp_path / "local", "run.micro_batch_size=null", "loss.negatives=local"),
+    )
+    assert [end["status"] for end in ends] == [0, 0, 0, 1], ends
+    assert training(chosen) == training(given)
+    assert yaml.safe_load((chosen / "config.yaml").read_text())["run"]["micro_batch_size"] == 16
+    assert "micro-batches have 16 of the 16 pairs that a process reads in a step" in ends[1]["stderr"]
+    assert "micro-batches have 16 pairs, as in the steps before" in ends[2]["stderr"]
+    assert "run.micro_batch_size must be a number, got null" in ends[3]["stderr"]
+
+
 def test_a_change_on_purpose_is_used_and_recorded(begun, tmp_path):
     kept, decayed = copies(begun, tmp_path, 2)
     accept = ("optimizer.weight_decay=0.9", "saving.accept_changes=[optimizer.weight_decay]")

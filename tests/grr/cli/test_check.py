@@ -274,6 +274,10 @@ def test_the_cost_of_a_run_is_estimated_from_a_step(photos):
     assert told["epoch"] == "uses 32 of 32 pairs (100.0%), 0 are left out"
 
 
+def test_a_micro_batch_size_that_is_left_to_the_memory_is_no_mistake(photos):
+    assert wrong("run.micro_batch_size=null") == {}
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -282,6 +286,7 @@ def test_the_cost_of_a_run_is_estimated_from_a_step(photos):
             "run.batch_size must be at least 2 with loss.neg",
         ),
         (["run.micro_batch_size=1", "loss.negatives=local"], "run.micro_batch_size must be at least 2 with loss.neg"),
+        (["run.micro_batch_size=null", "loss.negatives=local"], "run.micro_batch_size must be a number, got null"),
     ],
 )
 def test_a_contrastive_loss_without_negatives_is_reported(photos, overrides, said):
