@@ -77,9 +77,9 @@ def test_geglu_and_its_gradients_are_those_of_the_formula(dtype, seed):
     g = normal(2, 3, D, seed=seed + 1, dtype=dtype)
     gate, value = module.up(x).chunk(2, dim=-1)
     expected, y = module.down(F.gelu(gate) * value), module(x)
-    assert torch.equal(y, expected)
-    for ours, theirs in zip(gradients(module, y, x, g), gradients(module, expected, x, g), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    pairs = zip(gradients(module, y, x, g), gradients(module, expected, x, g), strict=True)
+    for ours, theirs in ((y, expected), *pairs):  # GELU of strided memory is rounded differently
+        assert (ours - theirs).norm() <= 2 * torch.finfo(dtype).eps * theirs.norm()
 
 
 @dtypes
