@@ -23,7 +23,7 @@ from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
 MAX_BYTES = 2**29  # of an image file
-CHUNK = 2**18  # texts whose places are computed at a time
+CHUNK = 2**16  # pairs for which numbers are computed at a time, so that temporary arrays are small
 Ints = NDArray[np.int64]
 SPLITS = {"train": "train", "restval": "train", "test": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
@@ -35,7 +35,13 @@ Rows = NDArray[np.unsignedinteger[Any]]
 def row_numbers(rows: NDArray[np.bool_]) -> Rows:
     """Returns the numbers of the rows that are true, 4 bytes each where they fit."""
     dtype: type[np.unsignedinteger[Any]] = np.uint32 if len(rows) <= 2**32 else np.uint64
-    return np.flatnonzero(rows).astype(dtype)
+    result = np.empty(int(np.count_nonzero(rows)), dtype=dtype)
+    filled = 0
+    for start in range(0, len(rows), CHUNK):
+        chosen = np.flatnonzero(rows[start : start + CHUNK]) + start
+        result[filled : filled + len(chosen)] = chosen
+        filled += len(chosen)
+    return result
 
 
 class Texts:

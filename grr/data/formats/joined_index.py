@@ -24,7 +24,7 @@ from grr.files.columns import map_columns, write_columns
 LAYOUT = 1  # of a joined index; a file of another layout has another name
 SUFFIX = ".joined"
 UNUSED = 90 * 86_400  # seconds after which a joined index that no process has opened is removed
-CHUNK = 2**20  # pairs that are checked at a time
+CHUNK = 2**16  # pairs that are checked at a time
 COLUMNS = {
     "ids": np.uint8,  # UTF-8; text i is [offsets[i], offsets[i + 1])
     "ids_offsets": np.int64,  # [n + 1]
