@@ -19,7 +19,7 @@ from grr.checkpoint.step_folders import (
 )
 from grr.checkpoint.stop_signal import StopSignal
 from grr.checkpoint.training_state import load_checkpoint, read_progress, save_checkpoint
-from grr.parallel.process_group import all_max
+from grr.parallel.process_group import DelayedMax
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Saver:
         self._folder, self._model, self._optimizer, self._ema = folder, model, optimizer, ema
         self._identity, self._description, self._accepted = dict(identity), dict(description), accept_changes
         self._every, self._minutes, self._keep = every, minutes, keep
-        self._stop, self._saved = StopSignal(), time.monotonic()
+        self._stop, self._largest, self._saved = StopSignal(), DelayedMax(), time.monotonic()
         self.due = False
         self.stopping = 0  # the exit status of a run that was asked to stop, else 0
         self.changes: dict[str, list[Any]] = {}  # accepted at resume: [value before, value now] by key
@@ -103,9 +103,12 @@ class Saver:
         return self._folder / "best" / f"step_{step}"
 
     def poll(self, step: int, *, due: bool = False) -> None:
-        """Decide on all ranks, after an optimizer step, whether to save and whether to stop; due: save in any case."""
+        """Decide on all ranks, after an optimizer step, whether to save and whether to stop; due: save in any case.
+
+        With several processes, a signal or the time of one of them is known to all a step later: none waits for it.
+        """
         late = time.monotonic() - self._saved > 60 * self._minutes
-        status = all_max(2 * self._stop.status + late)
+        status = self._largest(2 * self._stop.status + late)
         self.stopping = status // 2
         self.due = self.due or due or status > 0 or step % self._every == 0
 

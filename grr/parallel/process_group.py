@@ -119,6 +119,8 @@ def all_max(*numbers: int) -> int:
 class DelayedMax:
     """Largest of an integer over all processes, which the next call returns, so that no process waits for another.
 
+    One process has its integer at once.
+
         largest = DelayedMax()
         for ...:                     # the steps of a run
             status = largest(mine)   # that of the step before; 0 in the first
@@ -132,11 +134,12 @@ class DelayedMax:
         self._number, self._work = torch.zeros((), dtype=torch.int64), None
 
     def __call__(self, number: int) -> int:
+        if self._group is None:
+            return number
         if self._work is not None:
             self._work.wait(timeout=DEADLINE)  # it began a step ago
         previous, self._number = int(self._number), torch.tensor(number)
-        if self._group is not None:
-            self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return previous
 
 

@@ -138,7 +138,7 @@ class _Operations(TorchDispatchMode):
     """Sees every operation below autograd, those of a backward pass too."""
 
     def __init__(self, counters: Counters) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counters = counters
 
     def __torch_dispatch__(

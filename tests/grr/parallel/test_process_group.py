@@ -42,10 +42,10 @@ def test_the_rows_of_one_process_are_all_rows_and_carry_no_gradient():
     assert not rows.requires_grad
 
 
-def test_a_delayed_maximum_is_that_of_the_call_before():
+def test_one_process_has_its_own_maximum_at_once():
     with process_group():
         largest = DelayedMax()
-        assert [largest(number) for number in (2, 0, 1)] == [0, 2, 0]
+        assert [largest(number) for number in (2, 0, 1)] == [2, 0, 1]
 
 
 @pytest.mark.slow
