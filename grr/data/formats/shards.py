@@ -13,6 +13,7 @@ from grr.data.formats.joined_index import joined_index, records_of
 from grr.data.formats.shard_index import Index
 from grr.data.images import THUMBNAIL, Crop, load_image, thumbnail
 from grr.data.pairs import Ints, Pairs, Rows, Texts, row_numbers, split_name, threshold
+from grr.data.records import Records
 from grr.files.regular import open_regular_file
 
 MOST = 10**6  # shards of a range
@@ -54,6 +55,8 @@ class TarShards(Pairs):
     index: the columns of `joined_index`, of all pairs of the files. Those of a split are some of its rows, and take 12
     bytes each beside the index.
     """
+
+    records: Records
 
     def __init__(self, files: list[Path], index: Index) -> None:
         self.files, self.index, self.records = files, index, records_of(index)

@@ -100,7 +100,7 @@ def private_bytes(shards: Path, splits: str) -> list[float]:
     finally:
         for reader in readers:
             reader.kill()
-            reader.communicate()
+            reader.communicate(timeout=60)
 
 
 def test_two_processes_hold_less_than_24_bytes_a_pair_of_their_splits_for_themselves(shards):
