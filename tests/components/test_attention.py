@@ -220,7 +220,7 @@ def test_a_sequence_read_in_pieces_with_a_cache_has_the_same_outputs(pieces, spa
     assert cache.length == s
 
 
-@given(s=st.integers(2, 6), first=st.integers(1, 2), spare=st.integers(0, 3), seed=seeds)
+@given(s=st.integers(3, 6), first=st.integers(1, 2), spare=st.integers(0, 3), seed=seeds)
 def test_a_cache_of_fixed_shapes_has_the_same_outputs_whatever_its_memory_held(s, first, spare, seed):
     module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2)), seed)
     x, at, cache = normal(2, s, D, seed=seed), torch.arange(s), KeyValueCache(s + spare)
