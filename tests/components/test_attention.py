@@ -220,6 +220,24 @@ def test_a_sequence_read_in_pieces_with_a_cache_has_the_same_outputs(pieces, spa
     assert cache.length == s
 
 
+@given(s=st.integers(3, 6), first=st.integers(1, 2), spare=st.integers(0, 3), seed=seeds)
+def test_a_cache_of_fixed_shapes_has_the_same_outputs_whatever_its_memory_held(s, first, spare, seed):
+    module = random(SelfAttention(D, 2, causal=True, rotary=RotaryEmbedding(D // 2)), seed)
+    x, at, cache = normal(2, s, D, seed=seed), torch.arange(s), KeyValueCache(s + spare)
+    read = [module(x[:, :first], positions=at[:first], cache=cache)]
+    for memory in (cache.keys, cache.values):
+        memory[:, :, first:] = torch.nan
+    place, mask = torch.tensor([first]), torch.full((1, 1, 1, s + spare), -torch.inf, dtype=x.dtype)
+    mask[..., :first] = 0
+    cache.fix(place, mask)
+    for token in x[:, first:].split(1, dim=1):
+        mask.index_fill_(-1, place, 0)
+        read.append(module(token, positions=place, cache=cache))
+        place += 1
+    torch.testing.assert_close(torch.cat(read, dim=1), module(x, positions=at))
+    assert cache.filled()[0].shape[2] == s + spare
+
+
 def test_a_context_is_projected_at_the_first_call_only():
     module, cache = random(CrossAttention(D, 2, qk_norm=True)), KeyValueCache(6)
     x, context, projected = normal(2, 4, D, seed=0), normal(2, 6, D, seed=1), []
