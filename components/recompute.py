@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 
 def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def call_without_keeping(module: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
 
 def runs_eagerly() -> bool:
     """Returns whether a Function of autograd may be used: not while code is compiled or exported, nor in torch.func."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or _are_functorch_transforms_active())
 
 
 class _Recomputable(torch.autograd.Function):

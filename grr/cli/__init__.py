@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from grr import __version__
-from grr.cli import models, recipes, sizes, tokenizer
+from grr.cli import models, pack, recipes, sizes, tokenizer
 from grr.cli.parser import Act, Parser
 from grr.cli.program import attempt
 
@@ -30,6 +30,7 @@ COMMANDS = (
     recipes.add_cp,
     recipes.add_run,
     recipes.add_check,
+    pack.add_pack,
     tokenizer.add_tokenizer,
     models.add_caption,
     models.add_classify,

@@ -53,6 +53,7 @@ MEANINGS = {
     "workers": "threads that read images; 0: none",
     "prefetch": "micro-batches kept ready",
     "crop": "how an image becomes square",
+    "block": "samples of a block of neighbours, which are read near in time; null: any order",
     "max_bad_fraction": "the run stops when a larger fraction of the samples cannot be read",
     # loss and optimizer
     "contrastive_weight": "weight of the contrastive loss in the sum",

@@ -20,6 +20,7 @@ REMOVED = {
 ADDED = {  # options that older versions did not have, with the value that changes nothing
     "model.patch_dropout": 0.0,
     "run.patch_dropout_epochs": None,
+    "loader.block": None,
 }
 
 RENAMED = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Integral
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import BinaryIO, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -33,10 +33,12 @@ SUFFIXES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # independent of a file's suffix
 DRAFT = 2  # a JPEG is decoded at a reduced scale, of at least this many times the requested size
 MAX_SCANS = 500  # of a JPEG; a progressive one has about ten, and each is decoded over the whole image
+TABLES = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # segments of a JPEG before its first scan, beside the frame
 MAX_CLIP_PIXELS = 2**24  # of an image that is resized before its center is cropped
 THUMBNAIL = 224  # pixels of the longer side of an image that a page shows
 
 Crop = Literal["squash", "center", "clip"]
+T = TypeVar("T")
 
 
 def load_image(source: str | Path | bytes | BinaryIO, *, size: int = 288, crop: Crop = "squash") -> Tensor:
@@ -62,7 +64,29 @@ def thumbnail(source: str | Path | bytes | BinaryIO, *, side: int = THUMBNAIL) -
     return _decode(source, side, lambda image: to_thumbnail(image, side=side))
 
 
-def _decode(source: str | Path | bytes | BinaryIO, size: int, convert: Callable[[Image.Image], Tensor]) -> Tensor:
+def shrink_file(source: str | Path | bytes | BinaryIO, *, size: int, quality: int, squash: bool = False) -> bytes:
+    """Decode an image as `load_image` does and encode it as a JPEG file: RGB, its shorter side `size` pixels.
+
+    squash: both sides are. An image whose shorter side is smaller keeps its size, unless it is squashed. quality: of
+    the JPEG, 1 to 95. Raises as `load_image` does.
+    """
+    check_size("shrink_file", size=size)
+
+    def convert(image: Image.Image) -> bytes:
+        _check_not_empty(image)
+        rgb = to_rgb(_apply_orientation(image))
+        shorter = min(rgb.size)
+        width, height = (size, size) if squash else (max(1, round(side * size / shorter)) for side in rgb.size)
+        if squash or shorter > size:
+            rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+        file = io.BytesIO()
+        rgb.save(file, "JPEG", quality=quality)
+        return file.getvalue()
+
+    return _decode(source, size, convert)
+
+
+def _decode(source: str | Path | bytes | BinaryIO, size: int, convert: Callable[[Image.Image], T]) -> T:
     if isinstance(source, str | Path):
         source = _read(source)
     if source == b"":
@@ -132,7 +156,7 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    return _planes(rgb)
 
 
 def to_thumbnail(image: Image.Image, *, side: int = THUMBNAIL) -> Tensor:
@@ -144,7 +168,7 @@ def to_thumbnail(image: Image.Image, *, side: int = THUMBNAIL) -> Tensor:
     _check_not_empty(image)
     rgb = to_rgb(_apply_orientation(image))
     rgb.thumbnail((side, side))
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    return _planes(rgb)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -181,8 +205,32 @@ def _check_not_empty(image: Image.Image) -> None:
         raise BadImage(f"not a readable image: it has {image.width} x {image.height} pixels")
 
 
+def _planes(rgb: Image.Image) -> Tensor:
+    """Returns the pixels of an RGB image: uint8 [3, h, w]."""
+    rows = np.frombuffer(rgb.tobytes("raw", "RGB;L"), dtype=np.uint8)  # the three planes of each row
+    return torch.from_numpy(rows.reshape(rgb.height, 3, rgb.width).transpose(1, 0, 2).copy())
+
+
 def _scans(jpeg: bytes) -> int:
+    """Returns the number of scans of a JPEG, or more: of a frame that one scan completes, decoders read no other."""
+    if _is_one_scan(jpeg):
+        return 1
     return jpeg.count(b"\xff\xda")  # in compressed data, 00 follows every ff
+
+
+def _is_one_scan(jpeg: bytes) -> bool:
+    """Returns whether the frame of a JPEG is sequential and its first scan has all components; False if in doubt."""
+    place, components = 2, 0  # after SOI
+    while place + 10 < len(jpeg) and jpeg[place] == 0xFF:
+        marker, length = jpeg[place + 1], int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        if marker == 0xDA:  # SOS
+            return 0 < components == jpeg[place + 4]
+        if marker in (0xC0, 0xC1):  # SOF of a sequential frame with Huffman codes
+            components = jpeg[place + 9]
+        elif marker not in TABLES or length < 2:
+            return False
+        place += 2 + length
+    return False
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

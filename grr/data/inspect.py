@@ -101,7 +101,7 @@ def check_records(data: Data, *, every: bool) -> Iterator[Finding]:
 def check_captions(data: Data) -> Iterator[Finding]:
     """Report empty captions, duplicate pairs, and captions that several images share."""
     pairs, captions = data.pairs, data.captions
-    lengths = pairs.captions.ends - pairs.captions.starts
+    lengths = pairs.captions.lengths()
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
         message = f"{len(empty):,} of {len(pairs):,} captions; write them, or remove the pairs"
@@ -273,7 +273,8 @@ def _location(source: Pairs, i: int) -> str:
     if isinstance(source, ImageFiles):
         return os.path.abspath(source.root / source.images[source.image_of[i]])
     if isinstance(source, TarShards):
-        return f"{source.files[source.shard_of[i]].absolute()} {source.offsets[i]}"
+        file, offset, _ = source.place(i)
+        return f"{file.absolute()} {offset}"
     return source.ids[i]
 
 

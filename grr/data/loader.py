@@ -25,7 +25,7 @@ from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, 
 from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.data.labelled import Labelled
-from grr.data.order import Epochs
+from grr.data.order import Epochs, block_epochs
 from grr.data.pairs import Pairs
 from grr.data.threads import in_thread
 from grr.files.printable import printable
@@ -89,6 +89,7 @@ def training_steps(
     workers: int = 2,
     prefetch: int = 4,
     crop: Crop = "squash",
+    block: int | None = None,
     max_bad_fraction: float = 0.1,
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of this process for each optimizer step, from start_step (counted from 0) without end.
@@ -96,6 +97,8 @@ def training_steps(
     A step reads batch_size samples: a batch of `Epochs`, of which micro-batch m of process r holds the columns from
     (m * world + r) * micro_batch_size on. `workers` threads read samples, and up to `prefetch` micro-batches are read
     ahead; with workers=0 the caller's thread reads each micro-batch when it is needed.
+
+    block: read neighbouring samples near in time, for disks that are slow to seek; see `BlockEpochs`.
 
     longest_first: order the row by the length of its captions in tokens before it is cut, so that micro-batch m of all
     processes has captions of similar length, and little padding. The pairs of a global batch stay the same, and with
@@ -109,7 +112,7 @@ def training_steps(
     is not a multiple of world * micro_batch_size, or if it is larger than the number of images.
     """
     _check_batches(batch_size, micro_batch_size, world)
-    epochs = Epochs(pairs.groups, seed=seed, batch_size=batch_size)
+    epochs = block_epochs(pairs.groups, pairs.image_of, seed=seed, batch_size=batch_size, block=block)
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
     columns = [column for start in starts for column in range(start, start + micro_batch_size)]
     rows = _training_rows(epochs, start_step, columns)
@@ -134,6 +137,7 @@ def validation_steps(
     workers: int = 2,
     prefetch: int = 4,
     crop: Crop = "squash",
+    block: int | None = None,
     max_bad_fraction: float = 0.1,
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of this process for a validation: every pair once, in batches that never change.
@@ -154,7 +158,8 @@ def validation_steps(
     size = min(batch_size, images)
     micro_batches = math.ceil(size / (world * micro_batch_size))
     micro_batch_size = math.ceil(size / (world * micro_batches))
-    rows = _validation_rows(Epochs(pairs.groups, seed=0, batch_size=size), micro_batch_size, rank, world)
+    epochs = block_epochs(pairs.groups, pairs.image_of, seed=0, batch_size=size, block=block)
+    rows = _validation_rows(epochs, micro_batch_size, rank, world)
     return _steps(
         rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
     )

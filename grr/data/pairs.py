@@ -23,19 +23,38 @@ from grr.data.records import Records, file_name, record_captions
 from grr.files.regular import read_regular_file
 
 MAX_BYTES = 2**29  # of an image file
+CHUNK = 2**16  # pairs for which numbers are computed at a time, so that temporary arrays are small
 Ints = NDArray[np.int64]
 SPLITS = {"train": "train", "restval": "train", "test": "test"}
 SPLITS |= dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
 
-class Texts:
-    """Sequence of strings in one block of memory: each takes its UTF-8 bytes and 16 more, without a Python object.
+Rows = NDArray[np.unsignedinteger[Any]]
 
-    data: UTF-8; text i is data[starts[i]:ends[i]].
+
+def row_numbers(rows: NDArray[np.bool_]) -> Rows:
+    """Returns the numbers of the rows that are true, 4 bytes each where they fit."""
+    dtype: type[np.unsignedinteger[Any]] = np.uint32 if len(rows) <= 2**32 else np.uint64
+    result = np.empty(int(np.count_nonzero(rows)), dtype=dtype)
+    filled = 0
+    for start in range(0, len(rows), CHUNK):
+        chosen = np.flatnonzero(rows[start : start + CHUNK]) + start
+        result[filled : filled + len(chosen)] = chosen
+        filled += len(chosen)
+    return result
+
+
+class Texts:
+    """Sequence of strings in one block of memory: each takes its UTF-8 bytes and 8 more, without a Python object.
+
+    data: UTF-8; text j of the block is data[starts[j]:ends[j]]. rows: the texts of the block that the sequence has;
+    None: all.
     """
 
-    def __init__(self, data: bytes | bytearray | memoryview, starts: Ints, ends: Ints) -> None:
-        self.data, self.starts, self.ends = memoryview(data), starts, ends
+    def __init__(
+        self, data: bytes | bytearray | memoryview, starts: Ints, ends: Ints, rows: Rows | None = None
+    ) -> None:
+        self.data, self.starts, self.ends, self.rows = memoryview(data), starts, ends, rows
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Texts":
@@ -48,25 +67,40 @@ class Texts:
 
     def take(self, rows: NDArray[np.bool_]) -> "Texts":
         """Returns the texts whose row is true; they share the block of memory."""
-        return Texts(self.data, self.starts[rows], self.ends[rows])
+        chosen = row_numbers(rows)
+        return Texts(self.data, self.starts, self.ends, chosen if self.rows is None else self.rows[chosen])
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts if self.rows is None else self.rows)
 
     def __getitem__(self, i: int) -> str:
-        return str(self.data[self.starts[i] : self.ends[i]], "utf-8")
+        j = i if self.rows is None else self.rows[i]
+        return str(self.data[self.starts[j] : self.ends[j]], "utf-8")
 
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))
 
+    def lengths(self) -> Ints:
+        """Returns the number of bytes of each text: [n]."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(ends - starts for starts, ends in self._chunks())])
+
     def digest(self) -> bytes:
         """Returns a hash of the texts in their order, independent of their location in memory."""
-        digest = hashlib.blake2b((self.ends - self.starts).astype("<i8").tobytes(), digest_size=16)
-        gaps = np.flatnonzero(self.starts[1:] != self.ends[:-1]) + 1  # texts between two gaps are contiguous
-        for first, stop in zip([0, *gaps.tolist()], [*gaps.tolist(), len(self)], strict=True):
-            if first < stop:
-                digest.update(self.data[self.starts[first] : self.ends[stop - 1]])
+        digest = hashlib.blake2b(digest_size=16)
+        for starts, ends in self._chunks():
+            digest.update((ends - starts).astype("<i8").tobytes())
+        for starts, ends in self._chunks():
+            gaps = np.flatnonzero(starts[1:] != ends[:-1]) + 1  # texts between two gaps are contiguous
+            for first, stop in zip([0, *gaps.tolist()], [*gaps.tolist(), len(starts)], strict=True):
+                digest.update(self.data[starts[first] : ends[stop - 1]])
         return digest.digest()
+
+    def _chunks(self) -> Iterator[tuple[Ints, Ints]]:
+        """Yield where texts start and end in the block, CHUNK texts at a time."""
+        for start in range(0, len(self), CHUNK):
+            chosen = slice(start, start + CHUNK)
+            rows = chosen if self.rows is None else self.rows[chosen]
+            yield self.starts[rows], self.ends[rows]
 
 
 class Pairs(ABC):
@@ -141,12 +175,13 @@ class ImageFiles(Pairs):
         self.root, self.images = root, images
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        return load_image(self._content(i), size=size, crop=crop)
+        return load_image(self.content(i), size=size, crop=crop)
 
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
-        return thumbnail(self._content(i), side=side)
+        return thumbnail(self.content(i), side=side)
 
-    def _content(self, i: int) -> bytes:
+    def content(self, i: int) -> bytes:
+        """Returns the bytes of the image file of pair i. Raises OSError."""
         return read_regular_file(image_path(self.root, self.images[self.image_of[i]]), MAX_BYTES)
 
 

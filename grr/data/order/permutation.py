@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.uint64]
 ROUNDS = 6
-SMALL, SMALL_ROUNDS = 2**12, 24  # below SMALL numbers, fewer rounds do not reach all permutations equally often
+SMALL, SMALL_ROUNDS = 2**8, 24  # below SMALL numbers, fewer rounds do not reach all permutations equally often
 
 
 def permute(x: NDArray[Any], n: int, keys: Numbers | np.uint64) -> Numbers:

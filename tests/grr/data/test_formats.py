@@ -450,6 +450,8 @@ def test_an_index_that_does_not_fit_its_shard_is_rebuilt(shard, fault):
     file = shard / ".grr_index/0.tar.npz"
     whole = file.read_bytes()
     index = dict(np.load(file))
+    for joined in (shard / ".grr_index").glob("*.joined"):
+        joined.unlink()
     if fault == "a pipe":
         file.unlink()
         os.mkfifo(file)
@@ -463,7 +465,8 @@ def test_an_index_that_does_not_fit_its_shard_is_rebuilt(shard, fault):
     again = webdataset(shards=str(shard))
     assert again.fingerprint == pairs.fingerprint
     assert again.records.facts() == pairs.records.facts()
-    assert [*again.offsets, *again.image_of] == [*pairs.offsets, *pairs.image_of]
+    assert [again.place(i) for i in range(3)] == [pairs.place(i) for i in range(3)]
+    assert again.image_of.tolist() == pairs.image_of.tolist() == [0, 1, 2]
     with zipfile.ZipFile(file) as packed:
         assert {part.compress_type for part in packed.infolist()} == {zipfile.ZIP_STORED}
     assert np.load(file)["offsets"].tolist() == np.load(io.BytesIO(whole))["offsets"].tolist()
@@ -476,7 +479,8 @@ def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_on
         (folder_of_index / name).touch()
         os.utime(folder_of_index / name, (time.time() - age,) * 2)
     webdataset(shards=str(shard))
-    assert sorted(p.name for p in folder_of_index.iterdir()) == ["0.tar.npz", "1.tar.npz.abcdefgh.tmp"]
+    names = sorted(p.name for p in folder_of_index.iterdir() if p.suffix != ".joined")
+    assert names == ["0.tar.npz", "1.tar.npz.abcdefgh.tmp"]
 
 
 def test_an_index_that_cannot_be_written_whole_leaves_nothing_behind(shard, monkeypatch, caplog):

@@ -202,3 +202,19 @@ def test_a_jpeg_of_many_scans_is_refused():
     with pytest.raises(BadImage, match=r"a JPEG of \d+ scans; at most 500 are decoded"):
         load_image(hostile, size=8)
     assert load_image(data, size=8)[0].min() > 250
+
+
+def test_scans_that_follow_a_complete_one_are_not_counted_and_those_of_other_frames_are():
+    """A segment that is skipped may hold another frame, as the thumbnail of EXIF does."""
+    image = Image.effect_noise((64, 64), 64).convert("RGB")
+    files = {}
+    for name, options in {"sequential": {}, "progressive": {"progressive": True}}.items():
+        file = io.BytesIO()
+        image.save(file, "JPEG", **options)
+        files[name] = file.getvalue()
+    many = b"\xff\xda" * 600
+    assert load_image(files["sequential"] + many, size=8).shape == (3, 8, 8)
+    thumbnail = b"\xff\xe1" + (2 + len(files["sequential"])).to_bytes(2, "big") + files["sequential"]
+    for start in (b"", thumbnail):
+        with pytest.raises(BadImage, match=r"a JPEG of 6\d\d scans; at most 500 are decoded"):
+            load_image(b"\xff\xd8" + start + files["progressive"][2:] + many, size=8)

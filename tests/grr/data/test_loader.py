@@ -24,7 +24,7 @@ from waiting import wait_until
 from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
-from grr.data.order import Groups, epoch_order
+from grr.data.order import BlockEpochs, Groups, epoch_order
 from grr.training.step import seed_dropout
 
 
@@ -161,6 +161,15 @@ def test_a_step_is_a_row_of_the_order():
     assert len(rows) == 2 * steps_per_epoch(pairs, 8)
     read = [list(itertools.chain(*step)) for step in names(training(pairs), len(rows))]
     assert read == [[pairs.ids[i] for i in row] for row in rows]
+
+
+def test_a_step_is_a_batch_of_the_order_of_blocks_from_any_start():
+    pairs = painted(images=36, captions=1)
+    epochs = BlockEpochs(pairs.image_of, seed=7, batch_size=8, block=1)
+    read = [list(itertools.chain(*step)) for step in names(training(pairs, block=1, start_step=1), 2)]
+    assert read == [[pairs.ids[i] for i in epochs.batch(*divmod(k, epochs.num_batches))] for k in (1, 2)]
+    with pytest.raises(ValueError, match=r"loader\.block must be at least 1 sample, or null, got 0"):
+        training(pairs, block=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

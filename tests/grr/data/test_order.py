@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from grr.data.order import Epochs, Groups, check_negatives, epoch_order, num_batches
+from grr.data.order import BlockEpochs, Epochs, Groups, check_negatives, epoch_order, num_batches
 from grr.data.order.permutation import num_rounds, permute, scramble, unpermute
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=30)  # of the groups
@@ -71,14 +71,14 @@ def test_the_order_is_that_of_its_seed_and_epoch(sizes):
 
 @pytest.mark.parametrize("sizes", [[1] * 11, [2, 2, 1, 1, 1], [4, 2, 2, 2]])
 def test_every_sample_occurs_at_every_position_equally_often(sizes):
-    """In 3,000 epochs, samples of groups of equal size occur equally often in each batch and column."""
+    """In 1,000 epochs, samples of groups of equal size occur equally often in each batch and column."""
     groups = groups_of(sizes)
-    orders = np.stack([epoch_order(groups, seed=0, epoch=epoch, batch_size=3) for epoch in range(3_000)])
+    orders = np.stack([epoch_order(groups, seed=0, epoch=epoch, batch_size=3) for epoch in range(1_000)])
     frequency = np.stack([(orders == sample).mean(0) for sample in range(len(groups))])  # [n, batches, 3]
     size = np.array([(groups == group).sum() for group in groups])
     for s in np.unique(size):
         of_size = frequency[size == s]
-        assert np.abs(of_size - of_size.mean()).max() < 5 * (of_size.mean() / 3_000) ** 0.5
+        assert np.abs(of_size - of_size.mean()).max() < 5 * (of_size.mean() / 1_000) ** 0.5
 
 
 def test_batches_share_images_as_often_as_by_chance():
@@ -186,10 +186,10 @@ def chi_square(observed: np.ndarray, expected: float) -> float:
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
 def test_every_permutation_of_a_few_numbers_is_equally_likely(n):
-    keys = scramble(np.arange(100 * math.factorial(n), dtype=np.uint64))
+    keys = scramble(np.arange(40 * math.factorial(n), dtype=np.uint64))
     images = permute(np.arange(n), n, keys[:, None])
     counts = np.array([(images == np.array(p, dtype=np.uint64)).all(1).sum() for p in permutations(range(n))])
-    assert chi_square(counts, 100) < 5
+    assert chi_square(counts, 40) < 5
 
 
 def test_the_place_of_a_sample_depends_neither_on_its_number_nor_on_its_place_in_the_epoch_before():
@@ -249,3 +249,48 @@ def test_a_pair_without_a_negative_is_refused(batch_size, micro_batch_size, nega
     else:
         with pytest.raises(ValueError, match=f"{name} must be at least 2 with loss.negatives={negatives}, got 1"):
             check_negatives(batch_size, micro_batch_size, negatives)
+
+
+# Blocks
+
+
+@given(
+    sizes=st.lists(st.integers(1, 3), min_size=30, max_size=120),
+    batch_size=st.integers(1, 4),
+    block=st.integers(1, 9),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 9),
+)
+def test_blocks_keep_the_laws_of_an_order_and_the_samples_of_a_window_are_those_of_its_blocks(
+    sizes, batch_size, block, seed, epoch
+):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    epochs = BlockEpochs(groups, seed=seed, batch_size=batch_size, block=block)
+    order = epochs.batches(epoch)
+    assert order.shape == (len(groups) // batch_size, batch_size) == (epochs.num_batches, batch_size)
+    assert len(np.unique(order)) == order.size
+    assert set(order.flat) <= set(range(len(groups)))
+    assert all(len(set(row)) == batch_size for row in groups[order].tolist())
+    k = seed % epochs.num_batches
+    assert (BlockEpochs(groups, seed=seed, batch_size=batch_size, block=block).batch(epoch, k) == order[k]).all()
+    window = order[: epochs.window] if epochs.num_batches >= 2 * epochs.window else order
+    if len(window) < len(order):
+        assert len(set((window // block).flat)) <= window.size // block + 3
+
+
+def test_a_sample_is_equally_likely_in_any_batch_and_left_out_of_blocks():
+    """1,500 epochs of 103 samples in batches of 5: each is in each of 20 batches in a 5/103 of them."""
+    epochs = BlockEpochs(np.arange(103), seed=0, batch_size=5, block=2)
+    assert epochs.window == 6
+    counts = np.zeros((103, 20))
+    for epoch in range(1_500):
+        counts[epochs.batches(epoch), np.arange(20)[:, None]] += 1
+    mean = 1_500 * 5 / 103
+    assert np.abs(counts - mean).max() < 5.5 * mean**0.5
+    left_out = 1_500 - counts.sum(1)
+    assert np.abs(left_out - 1_500 * 3 / 103).max() < 5.5 * (1_500 * 3 / 103) ** 0.5
+
+
+def test_an_image_with_more_captions_than_a_window_has_batches_is_refused():
+    with pytest.raises(ValueError, match=r"loader.block=1 .* as 16 blocks have batches, 4, got 5; raise loader.block"):
+        BlockEpochs(np.repeat(np.arange(40), 5), seed=0, batch_size=4, block=1)

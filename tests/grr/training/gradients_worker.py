@@ -1,8 +1,9 @@
 """What test_gradients.py measures in 1, 2 and 4 processes: gradients of a step in float64, against plain formulas.
 
-torchrun --nproc_per_node N gradients_worker.py, or plain python for one process. Rank 0 prints as JSON, for each
-combination of micro-batches, losses and dropout, how far losses and gradients are from those of one process that reads
-the whole batch at once, untrimmed, and holds all logits and similarities.
+torchrun --nproc_per_node N gradients_worker.py '{"cases": [...], "dp_replicate": 2}', with arguments of `measured`; or
+imported, for one process. Rank 0 prints as JSON, for each combination of micro-batches, losses and dropout, how far
+losses and gradients are from those of one process that reads the whole batch at once, untrimmed, and holds all logits
+and similarities.
 """
 
 import gc
@@ -51,7 +52,7 @@ def micro_batches(size: int) -> list[Batch]:
     return [Batch(images[s : s + size], *collate_captions(rows[s : s + size]), [""] * size, 0) for s in starts]
 
 
-def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
+def a_model(*, learned: bool, dropout: float, prepared: dict[str, Any] | None) -> nn.Module:
     with torch.device("meta"):
         model = grr_coca_tiny(
             vision_layers=1,
@@ -64,8 +65,8 @@ def a_model(*, learned: bool, dropout: float, prepare: bool) -> nn.Module:
             patch_dropout=0.5 if dropout else 0.0,
         )
         model = model.double()
-    if prepare:
-        parallelize(model, torch.device("cpu"))
+    if prepared is not None:
+        parallelize(model, torch.device("cpu"), **prepared)
     initialize(model, torch.device("cpu"), seed=0)
     return model
 
@@ -99,12 +100,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
 
 
-def measured() -> list[dict[str, Any]]:
+def measured(cases: list[dict[str, Any]] = CASES, **prepared: Any) -> list[dict[str, Any]]:
     """A row for each case and each size of micro-batches that this number of processes can have."""
     rows, sizes = [], [2**i for i in range(5) if 2**i * dist.get_world_size() <= PAIRS]
-    for learned, dropout in product((False, True), (0.0, 0.3)):
-        plain, ours = (a_model(learned=learned, dropout=dropout, prepare=prepare) for prepare in (False, True))
-        chosen = [case for case in CASES if (case["learned"], case["dropout"]) == (learned, dropout)]
+    for learned, dropout in sorted({(case["learned"], case["dropout"]) for case in cases}):
+        plain, ours = (a_model(learned=learned, dropout=dropout, prepared=how) for how in (None, prepared))
+        chosen = [case for case in cases if (case["learned"], case["dropout"]) == (learned, dropout)]
         for case, size in product(chosen, sizes):
             loss = {key: case[key] for key in ("contrastive", "negatives")}
             if loss["negatives"] == "local" and size == 1:
@@ -131,7 +132,7 @@ def measured() -> list[dict[str, Any]]:
 
 def main() -> None:
     with process_group():
-        rows = measured()
+        rows = measured(**json.loads(sys.argv[1]))
         gc.collect()
         if dist.get_rank() == 0:
             print("RESULT " + json.dumps(rows))

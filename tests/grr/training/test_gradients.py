@@ -11,9 +11,12 @@ from gradients_worker import CASES, PAIRS, measured
 WORKER = Path(__file__).parent / "gradients_worker.py"
 
 
-def assert_exact(rows: list[dict], processes: int) -> None:
+LEARNED = [case for case in CASES if case["learned"] and case["dropout"]]
+
+
+def assert_exact(rows: list[dict], processes: int, chosen: list[dict] = CASES) -> None:
     sizes = [size for size in (1, 2, 4, 8, 16) if size * processes <= PAIRS]
-    cases = [case | {"micro_batch_size": size} for case in CASES for size in sizes]
+    cases = [case | {"micro_batch_size": size} for case in chosen for size in sizes]
     cases = [case for case in cases if case["negatives"] == "global" or case["micro_batch_size"] > 1]
     key = lambda row: tuple(map(str, (row[name] for name in cases[0])))  # noqa: E731
     assert sorted(map(key, rows)) == sorted(map(key, cases))
@@ -28,10 +31,19 @@ def test_gradients_of_one_process_are_those_of_the_formulas_for_any_micro_batch_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_gradients_of_many_processes_are_those_of_the_formulas_for_any_micro_batch_size(processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", WORKER]
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"cases": LEARNED, "keep_gathered": False}),
+        (4, {"cases": LEARNED, "keep_gathered": True, "dp_replicate": 2}),
+    ],
+)
+def test_gradients_of_many_processes_are_those_of_the_formulas_for_any_micro_batch_size(processes, arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(WORKER), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
-    assert_exact(json.loads(lines[0].removeprefix("RESULT ")), processes)
+    assert_exact(json.loads(lines[0].removeprefix("RESULT ")), processes, arguments.get("cases", CASES))
