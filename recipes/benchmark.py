@@ -3,6 +3,9 @@
     python recipes/benchmark.py --config recipes/configs/benchmark/grr_coca.yaml
     python recipes/benchmark.py --config recipes/configs/benchmark/tiny.yaml run.variants='[bf16, bf16 compile]'
 
+First, counts that do not depend on the machine: operations of a training step, waits of the host for the device, calls
+of Python and C, memory kept for the backward pass, FLOPs. Then times.
+
 One process, on random images and captions in memory, so that no step waits for data. Seconds are medians after a
 warm-up. "faster" and "memory" are ratios to the first row of the same kind, so compare rows of one run. "utilisation"
 is the fraction of the rate that this machine reached in the same run: of matrix products for training and towers, of
@@ -10,7 +13,6 @@ reading the weights once per token for captions. run.folder/benchmark.json holds
 measured. If memory does not suffice, the row says so, and the next variant follows.
 """
 
-import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from grr.cli.program import run_main
 from grr.data import Batch
 from grr.evaluation.flops import batch_flops, decoding_bytes, forward_flops, training_flops
-from grr.evaluation.timing import describe_machine, is_out_of_memory, matmul_rate, measure, processor, read_rate
+from grr.evaluation.timing import describe_machine, matmul_rate, measure, processor, read_rate, until_out_of_memory
 from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
@@ -39,11 +41,12 @@ from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import process_group
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer
+from grr.training import counters
 from grr.training.optim import adamw, clip_gradients
 from grr.training.random_batches import NumberTokenizer, random_batches
 from grr.training.step import global_batch_step
 
-Part = Literal["training", "towers", "captions"]
+Part = Literal["counts", "training", "towers", "captions"]
 Variant = Literal[
     "fp32",
     "fp32 compile",
@@ -59,6 +62,11 @@ Variant = Literal[
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIGA = 1e9
 TABLE = "{:<17}{:<44}{:>9}{:>11}{:>10}{:>12}{:>9}{:>8}{:>8}"
+HEADS = ("seconds", "samples/s", "G/s", "utilisation", "peak GB", "faster", "memory")
+COUNTS = (
+    "{} {} tokens: {:,} operations, {} waits, {:,} host calls; {:.1f} MB kept a pair; FLOPs {:.2f} of needed, "
+    "{:.0%} unaligned"
+)
 Row = dict[str, Any]
 
 
@@ -75,7 +83,7 @@ class Run:
 
     folder: str = "runs/benchmark"  # benchmark.json and config.yaml
     seed: int = 0
-    parts: list[Part] = field(default_factory=lambda: ["training", "towers", "captions"])
+    parts: list[Part] = field(default_factory=lambda: ["counts", "training", "towers", "captions"])
     variants: list[Variant] = field(default_factory=lambda: ["fp32", "bf16", "bf16 compile", "bf16 checkpoint"])
     batch_size: int = 48  # pairs in an optimizer step
     micro_batch_size: int = 48  # pairs held at a time, and seen by a tower
@@ -116,9 +124,15 @@ def main() -> None:
         }
         print(headline(result), flush=True)
 
+        # what a training step asks of a device, which does not depend on the machine
+        if "counts" in run.parts:
+            result["counts"] = list(counts(cfg, run, device))
+            print("\n".join(map(count_line, result["counts"])) + "\n", flush=True)
+
         # the model: a row for each measurement
+        print(TABLE.format("", "", *HEADS), flush=True)
         parts = {"training": training, "towers": towers, "captions": captions}
-        for part in run.parts:
+        for part in (part for part in run.parts if part != "counts"):
             for row in parts[part](cfg, run, device, rates):
                 result["rows"].append(with_ratios(row, result["rows"]))
                 print(as_line(row), flush=True)
@@ -143,7 +157,26 @@ def validate_config(cfg: config.Config) -> None:
         raise ValueError("benchmark: " + "; ".join(wrong))
 
 
-# --- the three parts -----------------------------------------------------------------------------------------------
+# --- the parts -----------------------------------------------------------------------------------------------
+
+
+def counts(cfg: config.Config, run: Run, device: torch.device) -> Iterator[Row]:
+    """Count what an eager training step asks of the device, in each precision (`grr.training.counters`)."""
+    for word in precisions(run):
+        yield from until_out_of_memory("counts", word, counts_of(cast(Variant, word), cfg, run, device))
+
+
+def counts_of(variant: Variant, cfg: config.Config, run: Run, device: torch.device) -> Iterator[Row]:
+    """The counts of one precision. The model is freed when they end."""
+    model = trained_model(variant, cfg, run, device)
+    optimizer = adamw(model, **cfg.optimizer)
+    for tokens in run.caption_tokens:
+        batches = some_batches(cfg, run, run.batch_size // run.micro_batch_size, device, tokens)
+        act = partial(step, model, optimizer, batches, run, cfg.loss)
+        act()  # makes the optimizer's state
+        needed = training_flops(batch_flops(MODELS[cfg.model["name"]], batches, **cfg.arguments("model")))
+        row = {"variant": variant, "tokens": max(b.ids.shape[1] for b in batches), "samples": run.batch_size}
+        yield {**row, **counters.count(act, model)._asdict(), "needed_flops": needed}
 
 
 def training(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
@@ -299,19 +332,6 @@ def some_batches(
     return [batch.to(device) for batch in batches]
 
 
-def until_out_of_memory(what: str, variant: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows of one variant; if memory does not suffice for the next, a row that says so ends them."""
-    try:
-        yield from rows
-        return
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        why = str(error).splitlines()[0]
-    gc.collect()  # the error held the model, which must be freed before the next one is built
-    yield {"what": what, "variant": variant, "out_of_memory": why}
-
-
 def limit(amount: int, unit: Literal["flops", "bytes"], rate: float) -> Row:
     """The work of a row, and the seconds that it takes at the machine's rate."""
     return {"amount": amount, "unit": unit, "limit_seconds": amount / rate}
@@ -340,9 +360,17 @@ def headline(result: dict[str, Any]) -> str:
             f"{result['model']['name']}, {result['parameters']:,} parameters",
             f"{processor(machine)}, {machine['threads']} threads, torch {machine['torch']}",
             f"at best {', '.join(products)}; reads {rates['bytes_per_second'] / GIGA:,.1f} GB/s\n",
-            TABLE.format("", "", "seconds", "samples/s", "G/s", "utilisation", "peak GB", "faster", "memory"),
         ]
     )
+
+
+def count_line(row: Row) -> str:
+    """The counts of a step as a line."""
+    if "out_of_memory" in row:
+        return f"counts           {row['variant']}: out of memory"
+    waits, kept = sum(row["waits"].values()), row["kept_bytes"] / row["samples"] / 1e6
+    shares = row["flops"] / row["needed_flops"], row["unaligned_flops"] / row["flops"]
+    return COUNTS.format(row["variant"], row["tokens"], row["operations"], waits, row["host_calls"], kept, *shares)
 
 
 def with_ratios(row: Row, earlier: list[Row]) -> Row:

@@ -121,7 +121,9 @@ def main() -> None:
 
         # the machine: its fastest matrix product
         words = list(dict.fromkeys(variant.split()[0] for variant in run.variants))
-        rates = {word: matmul_rate(device, DTYPES[word], warmup=3, iterations=10) for word in words}
+        rates = {
+            word: matmul_rate(device, DTYPES[word], warmup=run.warmup, iterations=run.iterations) for word in words
+        }
         result: Row = {"machine": describe_machine(device), "matmul": rates, "model": cfg.model, "rows": []}
         write = partial(write_result, folder, result)
         print(headline(result), flush=True)

@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,19 @@ def read_rate(device: torch.device, *, warmup: int, iterations: int) -> float:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether an allocation failed, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def until_out_of_memory(what: str, variant: str, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of one variant; if memory does not suffice for the next, a row that says so ends them."""
+    try:
+        yield from rows
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0]
+    gc.collect()  # the error held the model, which must be freed before the next one is built
+    yield {"what": what, "variant": variant, "out_of_memory": why}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grr import config
 from grr.evaluation.flops import batch_flops
+from grr.evaluation.timing import until_out_of_memory
 from grr.models.builders import MODELS, grr_coca_tiny
 from grr.parallel.initialize import initialize
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs/benchmark").glob("*.yaml"))
 sys.path.insert(0, str(RECIPES))
-from benchmark import SECTIONS, Run, some_batches, until_out_of_memory  # noqa: E402
+from benchmark import SECTIONS, Run, some_batches  # noqa: E402
 
 
 def load(file: Path, *overrides: str) -> config.Config:
@@ -126,10 +127,15 @@ def test_the_machine_is_named_and_a_line_printed_for_each_row(measured):
     machine = result["machine"]
     assert (machine["torch"], machine["threads"]) == (torch.__version__, 1)
     assert machine["cpu"]
-    head, table = said.split("\n\n")
+    head, counts, table = said.split("\n\n")
     assert f"1 threads, torch {torch.__version__}" in head
     assert f"{result['parameters']:,} parameters" in head
     assert result["parameters"] == sum(p.numel() for p in grr_coca_tiny().parameters())
+    assert len(counts.splitlines()) == len(result["counts"]) == 4
+    for line, row in zip(counts.splitlines(), result["counts"], strict=True):
+        assert line.startswith(f"{row['variant']} {row['tokens']} tokens: {row['operations']:,} operations, 0 waits, ")
+        assert row["waits"] == {}
+        assert 0.95 < row["flops"] / row["needed_flops"] < 1.02  # the gradient of the pixels is not computed
     lines = table.splitlines()[1:]
     assert len(lines) == len(result["rows"])
     for line, row in zip(lines, result["rows"], strict=True):

@@ -22,7 +22,7 @@ def measure(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess, lis
     tiny = str(RECIPES / "configs/speed/tiny.yaml")
     command = [sys.executable, str(RECIPES / "speed.py"), "--config", tiny, "run.folder=out", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
     file = folder / "out/speed.json"
     return done, json.loads(file.read_text())["rows"] if file.exists() else []
 
@@ -61,14 +61,9 @@ def test_a_peer_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
 
 @pytest.mark.slow
 def test_it_runs_from_end_to_end_without_a_gpu(tmp_path):
-    done, rows = measure(tmp_path, "run.libraries=[grr]", "run.iterations=1", "run.batch_sizes=[4]")
+    done, rows = measure(tmp_path, "run.libraries=[grr]", "run.variants=[bf16]", "run.batch_sizes=[4]")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [(row["what"], row["variant"]) for row in rows] == [
-        *[("training step", "fp32")] * 2,
-        *[("training step", "bf16")] * 2,
-        *[("captions", "fp32")] * 2,
-        *[("captions", "bf16")] * 2,
-    ]
+    assert [row["what"] for row in rows] == ["training step"] * 2 + ["captions"] * 2
     result = json.loads((tmp_path / "out/speed.json").read_text())
     for row in rows:
         assert row["samples_per_second"] == pytest.approx(row["samples"] / row["seconds"])

@@ -78,3 +78,11 @@ def test_a_step_of_a_classifier_never_waits(head, micro, tmp_path):
     with Counters() as counters:
         body()
     assert counters.waits == {}
+
+
+@pytest.mark.parametrize(("micro", "most"), [(1, 1300), (4, 6400)])
+def test_a_step_starts_no_more_operations_than_it_did(micro, most, tmp_path):
+    body = a_run(grr_coca_tiny(dropout=0.1), CPU, tmp_path, global_batch_step, micro, bf16=True)
+    with Counters() as counters:
+        body()
+    assert counters.operations.total() <= most  # 1,282 and 6,223 were counted
