@@ -1,5 +1,6 @@
 """Decoding state: the tokens generated so far, their keys and values, and the probabilities of the next token."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ from grr.components import Block, KeyValueCache, SelfAttention
 from grr.generation.cache_memory import CacheMemory
 from grr.models.coca import CoCa
 from grr.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 8  # tokens from one reading of the device to the next, where its memory is not that of the host
 
@@ -71,7 +74,7 @@ class DecodingState:
         if self.length == 1 and self.fixed_shapes:
             self._fix_shapes()
         elif self.length == 2 and self.fixed_shapes and _can_be_captured(self.model, self.ids.device):
-            self._replay = captured(self.compute)
+            self._replay = self._captured()
         self.length += 1
         return self.compute() if self._replay is None else self._replay()
 
@@ -82,9 +85,7 @@ class DecodingState:
         last = self.ids.index_select(1, self._place)  # [rows, 1]
         logits = self.model.next_token_logits(last, self.context, positions=self._place, caches=self.caches)
         log_p = logits.masked_fill(self._forbidden, -torch.inf).log_softmax(-1, dtype=self.dtype)  # [rows, v]
-        self._found_nan.logical_or_(
-            log_p[:, 0].isnan().any()
-        )  # one NaN among the logits of a row makes the whole row NaN
+        self._found_nan.logical_or_(log_p[:, 0].isnan().any())  # one NaN among its logits makes a whole row NaN
         written, n = self.ids[:, 1:], self.no_repeat_ngram_size  # [rows, t], PAD after the tokens generated so far
         if self.repetition_penalty != 1:
             log_p.scatter_(1, written, log_p.gather(1, written) * self.repetition_penalty)
@@ -142,6 +143,15 @@ class DecodingState:
         for cache in caches:
             cache.fix(self._place, self._mask)
 
+    def _captured(self) -> Callable[[], Tensor] | None:
+        """Returns the captured step; None, with a warning, if a kernel of the model cannot be captured."""
+        try:
+            return captured(self.compute)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("generate: a step cannot be captured in a CUDA graph (%s); it runs kernel by kernel", reason)
+            return None
+
     def _token_caches(self) -> list[KeyValueCache]:
         """Returns the caches of the blocks that have self-attention."""
         return [cache.tokens for cache in (*self.caches[0], *self.caches[1]) if cache.tokens.length]
@@ -164,9 +174,7 @@ def _can_be_captured(model: CoCa, device: torch.device) -> bool:
     """Returns whether a decoding step consists of kernels alone: the model is neither sharded nor quantised."""
     return (
         device.type == "cuda"
-        and not any(
-            hasattr(module, "unshard") for module in model.modules()
-        )  # FSDPModule, which takes seconds to import
+        and not any(hasattr(module, "unshard") for module in model.modules())  # FSDPModule takes seconds to import
         and all(type(parameter.data) is Tensor for parameter in model.parameters())
     )
 
