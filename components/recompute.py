@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
+LARGE = 2**23  # elements; below it, the time that the host needs for a node counts more than the memory that it saves
+
 
 def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Returns function(*inputs), which `call_without_keeping` can compute again from the inputs.
 
-    The gradient keeps the inputs only. The function may not draw random numbers or change its inputs.
+    The gradient keeps the inputs only, if the first has LARGE elements or more. The function may not draw random
+    numbers or change its inputs.
     """
-    if not (torch.is_grad_enabled() and runs_eagerly()):
+    if inputs[0].numel() < LARGE or not (torch.is_grad_enabled() and runs_eagerly()):
         return function(*inputs)
     return _Recomputable.apply(function, *inputs)  # type: ignore[no-untyped-call]
 

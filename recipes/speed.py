@@ -1,4 +1,4 @@
-"""Measure training steps and captions of this library and of open_clip 3.3, beside each other on one machine.
+"""Measure training steps and captions beside those of open_clip 3.3.
 
     python recipes/speed.py --config recipes/configs/speed/gpu.yaml
     python recipes/speed.py --config recipes/configs/speed/tiny.yaml run.libraries=[grr]
@@ -23,11 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from grr import config  # before torch, whose threads it sets
+
+# isort: split
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr import config
 from grr.cli.program import run_main
 from grr.data import Batch
 from grr.data.images import normalize
@@ -74,8 +76,8 @@ class Run:
     folder: str = "runs/speed"  # speed.json, speed.md and config.yaml
     seed: int = 0
     seconds: float = 420.0  # after which no further row begins
-    libraries: list[Library] = field(default_factory=lambda: ["grr", "open_clip"])
-    variants: list[Variant] = field(default_factory=lambda: ["bf16", "bf16 compile"])
+    libraries: list[Library] = field(default_factory=lambda: ["grr", "open_clip"])  # that are measured
+    variants: list[Variant] = field(default_factory=lambda: ["bf16", "bf16 compile"])  # precision, and compilation
     batch_sizes: list[int] = field(default_factory=lambda: [48, 256])  # pairs of a training step
     caption_tokens: list[int | None] = field(default_factory=lambda: [None, 15])  # mean; null: as many as have room
     images: list[int] = field(default_factory=lambda: [1, 32])  # that captions are written for at a time

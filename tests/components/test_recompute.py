@@ -24,9 +24,20 @@ from grr.components import (
     call_without_keeping,
     dropout_keys,
     recomputable,
+    recompute,
 )
 
 D, HIDDEN = 16, 43
+
+
+@pytest.fixture(autouse=True, scope="module")
+def recompute_of_any_size():
+    """Recompute in these tests what is recomputed of large tensors only, so that they can be small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "LARGE", 1)
+        yield
+
+
 seeds = st.integers(0, 999)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 
@@ -252,3 +263,12 @@ def test_dropout_adds_to_the_residual_stream(keyed):
     for ours, theirs in zip(*(torch.autograd.grad(z, (x, residual), g) for z in (y, expected)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert torch.equal(block.eval().dropout(x, keys, residual=residual), residual + x)
+
+
+@pytest.mark.parametrize(("elements", "kept"), [(2**23 - 8, True), (2**23, False)])
+def test_only_large_tensors_are_recomputed(monkeypatch, saved_bytes, elements, kept):
+    monkeypatch.setattr(recompute, "LARGE", 2**23)
+    layer = nn.Linear(8, 1)
+    x = torch.ones(elements // 8, 8, requires_grad=True)
+    seen = saved_bytes(lambda: call_without_keeping(layer, recomputable(torch.sigmoid, x)), x, layer.weight)
+    assert seen == (x.nbytes if kept else 0)  # the output of the sigmoid, or nothing but x

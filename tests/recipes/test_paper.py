@@ -46,6 +46,7 @@ GEOMETRY = {
     "num_queries": 64,
     "vocab_size": 32_102,
     "vision_ffn_multiplier": None,
+    "patch_dropout": 0.0,
     "text_ffn_multiplier": 4.0,
     "text_norm": "rmsnorm",
     "text_feed_forward": "geglu",

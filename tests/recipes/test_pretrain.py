@@ -191,7 +191,7 @@ def test_the_checkpoints_of_another_run_are_not_continued(whole, tmp_path):
 
 def test_three_mistakes_are_three_lines_and_nothing_starts(tmp_path):
     text = (RECIPES / "configs/pretrain/openmoji.yaml").read_text()
-    text = text.replace("  lr: 1e-3", "  lrr: 1e-3").replace("  epochs: 10", "  epochs: ten")
+    text = text.replace("  lr: 1e-3", "  lrr: 1e-3").replace("  epochs: 14", "  epochs: ten")
     (tmp_path / "wrong.yaml").write_text(text.replace("name: grr_coca", "name: grr_cocoa"))
     done = run([sys.executable, str(RECIPES / "pretrain.py"), "--config", str(tmp_path / "wrong.yaml")], cwd=tmp_path)
     assert done.returncode == 2
