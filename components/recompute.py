@@ -16,7 +16,7 @@ def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     The gradient keeps the inputs only, if the first has LARGE elements or more. The function may not draw random
     numbers or change its inputs.
     """
-    if inputs[0].numel() < LARGE or not (torch.is_grad_enabled() and runs_eagerly()):
+    if not (torch.is_grad_enabled() and runs_eagerly()) or inputs[0].numel() < LARGE:
         return function(*inputs)
     return _Recomputable.apply(function, *inputs)  # type: ignore[no-untyped-call]
 
