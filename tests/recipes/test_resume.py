@@ -53,7 +53,7 @@ def copies(begun: Path, place: Path, count: int) -> list[Path]:
 CHANGES = {
     "model.num_heads": (2, 4),
     "model.image_size": (32, 64),
-    "model.vision_position": ("rope", "rope_2d"),
+    "model.vision_position": ("rope_2d", "rope"),
     "model.temperature": (0.07, 0.5),
     "model.dropout": (0.1, 0.2),
     "loss.negatives": ("global", "local"),
