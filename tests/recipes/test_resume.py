@@ -224,7 +224,7 @@ def test_a_batch_without_negatives_is_refused(tmp_path):
 def test_the_model_is_the_best_one_or_the_last_as_asked(tmp_path):
     """A rate that is far too high: the validation after the first epoch is better than the last."""
     best, last = tmp_path / "best", tmp_path / "last"
-    options = ("optimizer.lr=0.05", "schedule.warmup_steps=0", "schedule.cycle_epochs=100", "run.validate_every=2")
+    options = ("optimizer.lr=0.5", "schedule.warmup_steps=0", "schedule.cycle_epochs=100", "run.validate_every=2")
     ends = several(command(best, *options), command(last, *options, "run.keep_model=last"))
     assert [end["status"] for end in ends] == [0, 0], ends
     validations = [line for line in read_metrics(best) if line["split"] == "validation"]
