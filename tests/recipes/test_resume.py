@@ -57,7 +57,7 @@ CHANGES = {
     "model.temperature": (0.07, 0.5),
     "model.dropout": (0.1, 0.2),
     "loss.negatives": ("global", "local"),
-    "loss.captioning_weight": (1.0, 100.0),
+    "loss.captioning_weight": (2.0, 100.0),
     "loader.crop": ("squash", "center"),
     "optimizer.lr": (0.001, 0.002),
     "optimizer.weight_decay": (0.001, 0.9),
