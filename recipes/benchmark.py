@@ -128,6 +128,7 @@ def main() -> None:
         if "counts" in run.parts:
             result["counts"] = list(counts(cfg, run, device))
             print("\n".join(map(count_line, result["counts"])) + "\n", flush=True)
+            write_atomic(folder / "benchmark.json", json.dumps(result, indent=2) + "\n")
 
         # the model: a row for each measurement
         print(TABLE.format("", "", *HEADS), flush=True)

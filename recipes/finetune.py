@@ -153,13 +153,14 @@ def main() -> int:
         kept_lines = step if progress else -1  # without a checkpoint, the line of step 0 is written again as well
         log = open_log(folder, cfg, facts, step=kept_lines, tensorboard=run.tensorboard, changes=saver.changes)
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
+        finite = FiniteCheck(folder)
         bar_total = None if run.epochs is None else last
         bar = tqdm(total=bar_total, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
 
         def judge(control: SoftReset) -> SoftReset:
             """Validate the weights of this step, decide by the loss, and keep the best."""
             with ema.applied():
-                losses, metrics, examples = evaluate()
+                losses, metrics, examples = evaluate(check=partial(finite.check_validation, step))
             control = soft_reset(control, step, losses.loss, **cfg.control)
             state = {key: getattr(control, key) for key in ("decision", "regime", "best_loss", "best_step")}
             log.write("validation", step, **losses.numbers(), **metrics, **state)
@@ -180,7 +181,7 @@ def main() -> int:
             saver.poll(step, due=True)
         whole = cfg.loss["negatives"] == "global"  # a loss of the global batch, however it is cut
         batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, longest_first=whole, **loader)
-        throughput, finite = Throughput(run.batch_size), FiniteCheck(folder)
+        throughput = Throughput(run.batch_size)
         while control.decision != "stop" and control.step < last:
             with throughput.waiting():
                 micro_batches = [batch.to(device) for batch in next(batches)]

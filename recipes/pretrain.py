@@ -171,8 +171,7 @@ def main() -> int:
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
                     finite.check()
-                    losses, metrics, examples = evaluate()
-                    finite.check_validation(step, losses)
+                    losses, metrics, examples = evaluate(check=partial(finite.check_validation, step))
                     if best["best_loss"] is None or losses.loss < best["best_loss"]:
                         best = {"best_loss": losses.loss, "best_step": step}
                         saver.save_best(step, **best)  # on disk before a checkpoint names it

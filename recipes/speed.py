@@ -1,7 +1,7 @@
 """Measure training steps and captions beside those of open_clip 3.3.
 
     python recipes/speed.py --config recipes/configs/speed/gpu.yaml
-    python recipes/speed.py --config recipes/configs/speed/tiny.yaml run.libraries=[grr]
+    python recipes/speed.py --config recipes/configs/speed/tiny.yaml run.packages=[grr]
 
 One process, on random images and captions that are on the device; a GPU where there is one, else the CPU. Seconds are
 medians after a warm-up. open_clip's model has the same widths, layers and vocabulary, its steps are autocast to
@@ -47,7 +47,7 @@ from grr.training.optim import adamw, clip_gradients
 from grr.training.random_batches import NumberTokenizer, random_batches
 from grr.training.step import global_batch_step
 
-Library = Literal["grr", "open_clip"]
+Package = Literal["grr", "open_clip"]
 Variant = Literal["fp32", "bf16", "fp32 compile", "bf16 compile"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARED = ("dim", "num_heads", "vocab_size", "context_length", "image_size", "patch_size", "num_queries")
@@ -55,7 +55,7 @@ LAYERS = ("vision_layers", "text_layers", "multimodal_layers")
 TABLE = "| {:<13} | {:<9} | {:<12} | {:>5} | {:>6} | {:>9} | {:>9} | {:>7} | {:>9} | {:>7} | {:>6} |"
 HEADS = (
     "what",
-    "library",
+    "package",
     "variant",
     "batch",
     "tokens",
@@ -76,7 +76,7 @@ class Run:
     folder: str = "runs/speed"  # speed.json, speed.md and config.yaml
     seed: int = 0
     seconds: float = 420.0  # after which no further row begins
-    libraries: list[Library] = field(default_factory=lambda: ["grr", "open_clip"])  # that are measured
+    packages: list[Package] = field(default_factory=lambda: ["grr", "open_clip"])  # that are measured
     variants: list[Variant] = field(default_factory=lambda: ["bf16", "bf16 compile"])  # precision, and compilation
     batch_sizes: list[int] = field(default_factory=lambda: [48, 256])  # pairs of a training step
     caption_tokens: list[int | None] = field(default_factory=lambda: [None, 15])  # mean; null: as many as have room
@@ -95,7 +95,7 @@ class Case(NamedTuple):
     """What a row measures."""
 
     what: Literal["training step", "captions"]
-    library: Library
+    package: Package
     variant: Variant
     samples: int
     caption_tokens: int | None
@@ -158,18 +158,18 @@ def validate_config(cfg: config.Config) -> None:
 def cases(run: Run) -> list[Case]:
     """The rows, those that compile last: they take a minute each before the first step."""
     training = [
-        Case("training step", library, variant, samples, tokens)
+        Case("training step", package, variant, samples, tokens)
         for variant in run.variants
         for samples in run.batch_sizes
         for tokens in run.caption_tokens
-        for library in run.libraries
+        for package in run.packages
     ]
     captions = [
-        Case("captions", library, variant, samples, None)
+        Case("captions", package, variant, samples, None)
         for variant in run.variants
         if "compile" not in variant
         for samples in run.images
-        for library in run.libraries
+        for package in run.packages
     ]
     return sorted([*training, *captions], key=lambda case: "compile" in case.variant)
 
@@ -181,7 +181,7 @@ def measured(case: Case, cfg: config.Config, run: Run, device: torch.device) -> 
         ("training step", "open_clip"): open_clip_training,
         ("captions", "grr"): grr_captions,
         ("captions", "open_clip"): open_clip_captions,
-    }[case.what, case.library]
+    }[case.what, case.package]
     torch.compiler.reset()  # an earlier variant's code counts against torch's limit of compiled versions
     try:
         work = build(case, cfg, run, device)
@@ -197,7 +197,7 @@ def measured(case: Case, cfg: config.Config, run: Run, device: torch.device) -> 
     return {**case.facts(), "tokens": work.tokens, "flops": work.flops, **times._asdict()}
 
 
-# --- the two libraries ---------------------------------------------------------------------------------------------
+# --- the two packages ---------------------------------------------------------------------------------------------
 
 
 def grr_training(case: Case, cfg: config.Config, run: Run, device: torch.device) -> Work:
@@ -270,7 +270,7 @@ def autocast(case: Case, device: torch.device) -> Any:
 
 
 def a_batch(case: Case, cfg: config.Config, run: Run) -> Batch:
-    """The same random images and captions for every library."""
+    """The same random images and captions for every package."""
     sizes = {key: cfg.model[key] for key in ("vocab_size", "context_length", "image_size")}
     (batch,) = random_batches(1, batch_size=case.samples, caption_tokens=case.caption_tokens, seed=run.seed, **sizes)
     return batch
@@ -284,7 +284,7 @@ def numbers(cfg: config.Config) -> NumberTokenizer:
 
 
 def with_rates(row: Row, result: Row, run: Run) -> Row:
-    """Add to a row its rates, and its ratio to the row of the first library in the same case."""
+    """Add to a row its rates, and its ratio to the row of the first package in the same case."""
     if "not_measured" in row:
         return row
     row["samples_per_second"] = row["samples"] / row["seconds"]
@@ -314,7 +314,7 @@ def headline(result: Row) -> str:
 
 def as_line(row: Row) -> str:
     """A row as a line of the table."""
-    facts = (row["what"], row["library"], row["variant"], row["samples"])
+    facts = (row["what"], row["package"], row["variant"], row["samples"])
     if "not_measured" in row:
         return (
             TABLE.format(*facts, row["caption_tokens"] or "full", *("-",) * 6) + f" not measured: {row['not_measured']}"

@@ -93,7 +93,7 @@ MEANINGS = {
     "epochs": "passes over the data",
     "batch_size": "samples at a time",
     "batch_sizes": "pairs of a training step",
-    "libraries": "whose steps and captions are measured",
+    "packages": "whose steps and captions are measured",
     "warmup": "rounds before those that are timed",
     "iterations": "rounds that are timed",
     "save_minutes": "save a checkpoint at least so often",

@@ -1,5 +1,6 @@
 """Metrics of a model on held-out pairs: losses, retrieval and captions."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -54,13 +55,17 @@ def validate(
     loader: dict[str, Any],
     loss: dict[str, Any],
     num_eval_images: int,
+    check: Callable[[Losses], None] | None = None,
 ) -> tuple[Losses, dict[str, float], Examples]:
     """Compute the losses over all validation pairs, and `validation_metrics` of the first images.
 
-    loader: arguments of `validation_steps`; loss: those of `evaluation_losses`. All processes must call it.
+    loader: arguments of `validation_steps`; loss: those of `evaluation_losses`. check: called with the losses before
+    captions are generated, so that it may refuse losses that are not finite. All processes must call it.
     """
     steps = validation_steps(pairs, tokenizer, **loader)
     losses = evaluation_losses(model, ([batch.to(device) for batch in step] for step in steps), **loss)
+    if check is not None:
+        check(losses)
     metrics, examples = validation_metrics(
         model,
         pairs,

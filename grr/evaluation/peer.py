@@ -79,5 +79,5 @@ def _open_clip() -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(
             f"OpenClipCoCa: open_clip must be installed, got {error}; pip install open_clip_torch "
-            "transformers==4.56.2, or leave open_clip out of run.libraries"
+            "transformers==4.56.2, or leave open_clip out of run.packages"
         ) from None

@@ -25,7 +25,7 @@ def tiny_sweep(tmp_path_factory) -> Path:
     grid = {
         "folder": str(folder / "runs"),
         "stages": [f"pretrain: {base} {TINY}"],
-        "variants": ["baseline: model.name=baseline_coca", "grr: model.name=grr_coca"],
+        "variants": ["baseline: model.name=baseline_coca model.vision_position=sinusoidal", "grr: model.name=grr_coca"],
         "seeds": [0, 1],
         "jobs": 2,
     }

@@ -70,7 +70,7 @@ def test_runs_of_a_sweep_are_compared_by_their_best_validations(swept, tmp_path,
     assert float(shown[2]) == pytest.approx(sum(best("grr")) / 2, abs=6e-5)
     assert shown[-3:] == ["3.2864", "3.0516", "7.15"]
     assert "GRR-CoCa against Baseline CoCa, over 2 seeds in pairs:" in done.stdout
-    for key in ("vision_norm", "vision_feed_forward"):  # the config gives both one kind of position
+    for key in ("vision_norm", "vision_feed_forward", "vision_position"):
         assert re.search(rf"^{key} ", done.stdout, re.MULTILINE)
     assert "text_norm" not in done.stdout
     assert (tmp_path / "out/comparison.md").read_text().startswith("|")

@@ -182,6 +182,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_that_diverge_just_before_a_validation_are_refused_with_the_remedy(tmp_path):
+    """The last step has no gradient after it; captions of such weights would stop the run in words of their own."""
+    options = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "run.max_steps=1", "run.validate_every=1")
+    done = run(command(tmp_path / "run", *options))
+    assert done.returncode != 0
+    assert "check_finite: the loss and its gradient must be finite" in done.stderr
+    assert "lower optimizer.lr" in done.stderr
+    assert not any((tmp_path / "run" / name).exists() for name in ("checkpoints", "best", "model"))
+
+
+@pytest.mark.slow
 def test_the_checkpoints_of_another_run_are_not_continued(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     done = run(command(tmp_path / "run", "data.scenes=81"))

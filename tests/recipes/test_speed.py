@@ -35,9 +35,9 @@ def test_every_config_is_valid_and_says_how_to_run_it(file):
 
 def test_each_row_of_a_peer_follows_ours_and_compiled_rows_are_last():
     rows = cases(Run())
-    assert [row.library for row in rows] == ["grr", "open_clip"] * (len(rows) // 2)
+    assert [row.package for row in rows] == ["grr", "open_clip"] * (len(rows) // 2)
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        assert ours._replace(library="open_clip") == theirs
+        assert ours._replace(package="open_clip") == theirs
     compiled = ["compile" in row.variant for row in rows]
     assert compiled == sorted(compiled)
     assert len(set(rows)) == len(rows) == 2 * (4 + 2 + 4)
@@ -61,7 +61,7 @@ def test_a_peer_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
 
 @pytest.mark.slow
 def test_it_runs_from_end_to_end_without_a_gpu(tmp_path):
-    done, rows = measure(tmp_path, "run.libraries=[grr]", "run.variants=[bf16]", "run.batch_sizes=[4]")
+    done, rows = measure(tmp_path, "run.packages=[grr]", "run.variants=[bf16]", "run.batch_sizes=[4]")
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["what"] for row in rows] == ["training step"] * 2 + ["captions"] * 2
     result = json.loads((tmp_path / "out/speed.json").read_text())

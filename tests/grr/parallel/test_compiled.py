@@ -65,22 +65,25 @@ def test_the_whole_loss_is_one_graph_a_size():
     assert counter.frame_count == len(sizes)
 
 
-def test_a_step_compiles_each_tower_once_a_size_without_a_graph_break(monkeypatch):
+@pytest.mark.parametrize(("bf16", "rounding"), [(False, 1e-5), (True, 2e-2)])
+def test_a_step_compiles_each_tower_once_a_size_without_a_graph_break(monkeypatch, bf16, rounding):
+    """Compiled code rotates and gates by the formulas, so its losses and gradients differ in rounding."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    model, eager = built(bf16=True, compile=True), built(bf16=True)
+    model, eager = built(bf16=bf16, compile=True), built(bf16=bf16)
     versions = []
     for i, lengths in enumerate([(3,), (4, 2), (12,), (11, 13), (5,)]):
         micro = [batch(*lengths)] * 2
         found, expected = global_batch_step(model, micro, i).read(), global_batch_step(eager, micro, i).read()
-        assert found.loss == pytest.approx(expected.loss, rel=1e-3)  # rotated and gated with other roundings
+        assert found.loss == pytest.approx(expected.loss, rel=1e-4 if bf16 else 1e-6)
         versions.append(counter.frame_count)
     # with and without a graph (GradCache): image and text towers; with one: the multimodal tower and the losses
     assert versions == [6, 6, 10, 10, 10]
     assert not counters["graph_break"]
+    whole = torch.stack([q.grad.norm() for q in eager.parameters() if q.grad is not None]).norm()
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
         if q.grad is not None:
-            assert (p.grad - q.grad).norm() <= 0.03 * q.grad.norm() + 0.01, name
+            assert (p.grad - q.grad).norm() <= rounding * (q.grad.norm() + 1e-3 * whole), name
 
     with evaluating(model), torch.no_grad():
         for b in (1, 2, 3):

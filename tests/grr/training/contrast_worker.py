@@ -55,7 +55,7 @@ def measured(kind: str, some: bool) -> dict:
         columns = columns._replace(kept=of_kept > 0) if some else columns
         part = contrast(*own, scale, bias, columns, kind=kind)
         found = torch.autograd.grad(part, (*own, scale, bias)[: len(inputs)])
-    # FSDP's mean over processes: a process alone computes its rows, and all compute the scale
+    # FSDP's mean over processes: only one process computes a row, and all processes compute the scale
     whole = [all_rows(g) / world for g in found[:2]] + [g.new_tensor(all_sum(g.item())) / world for g in found[2:]]
     differences = [(a - b).abs().max().item() for a, b in zip(whole, exact, strict=True)]
     return {

@@ -62,6 +62,17 @@ def test_sorting_a_global_batch_changes_neither_its_loss_nor_its_gradients(pairs
     assert columns(ours) <= columns(plain)
 
 
+@pytest.mark.parametrize("micro", [4, 2])
+def test_sorted_batches_have_fewer_columns_over_some_steps(pairs, tokenizer, micro):
+    sizes = {"rank": 0, "world": 1, "batch_size": 12, "micro_batch_size": micro, "image_size": 16, "workers": 0}
+    options = {"seed": 5, "start_step": 0, "pin_memory": False}
+    plain, ours = (
+        sum(map(columns, islice(training_steps(pairs, tokenizer, **sizes, **options, longest_first=first), 8)))
+        for first in (False, True)
+    )
+    assert ours < plain
+
+
 def test_dropout_and_patch_dropout_are_those_of_the_place_in_the_sorted_batch_for_any_split(pairs, tokenizer):
     drop = {"dropout": 0.2, "patch_dropout": 0.5}
     _, losses, gradients = stepped(pairs, tokenizer, 12, longest_first=True, **drop)
