@@ -122,6 +122,16 @@ def test_captions_read_half_as_many_bytes_in_half_the_precision_however_many_the
 
 
 @pytest.mark.slow
+def test_counts_alone_are_written_with_the_lines_that_wait(tmp_path):
+    words = [str(RECIPES / "benchmark.py"), "--config", str(RECIPES / "configs/benchmark/tiny.yaml")]
+    done = run([sys.executable, *words, "run.parts=[counts]", "run.variants=[bf16]", "run.folder=out"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert [row["waits"] for row in result["counts"]] == [{}, {}]
+    assert all(row["operations"] > 0 for row in result["counts"])
+
+
+@pytest.mark.slow
 def test_the_machine_is_named_and_a_line_printed_for_each_row(measured):
     result, said, folder = measured
     machine = result["machine"]
