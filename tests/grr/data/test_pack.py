@@ -187,6 +187,17 @@ def test_a_killed_pack_continues_and_complete_shards_are_not_written_again(tmp_p
     assert sorted(p.name for p in (tmp_path / "packed").iterdir()) == ["00000.tar", "00001.tar", "00002.tar", STATE]
 
 
+def test_a_shard_that_was_lost_after_it_was_written_is_written_again(tmp_path):
+    write_shards(tmp_path / "raw")
+    pairs, packed = webdataset(shards=str(tmp_path / "raw")), tmp_path / "packed"
+    pack(pairs, packed, size=SIZE, quality=90)
+    lost = sorted(packed.glob("*.tar"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    pack(pairs, packed, size=SIZE, quality=90)
+    assert lost.read_bytes() == content
+
+
 def test_a_folder_of_other_data_and_data_that_are_not_files_are_refused(tmp_path):
     write_folder(tmp_path / "raw", 4)
     raw = folder(path=str(tmp_path / "raw"))
