@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from grr.cli.program import run_main
 from grr.data import Batch
-from grr.evaluation.flops import batch_flops, decoding_bytes, forward_flops, training_flops
+from grr.evaluation.flops import decoding_bytes, forward_flops, step_flops
 from grr.evaluation.timing import describe_machine, matmul_rate, measure, processor, read_rate, until_out_of_memory
 from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
@@ -61,10 +61,10 @@ Variant = Literal[
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIGA = 1e9
-TABLE = "{:<17}{:<44}{:>9}{:>11}{:>10}{:>12}{:>9}{:>8}{:>8}"
+TABLE = "{:<17}{:<54}{:>9}{:>11}{:>10}{:>12}{:>9}{:>8}{:>8}"
 HEADS = ("seconds", "samples/s", "G/s", "utilisation", "peak GB", "faster", "memory")
 COUNTS = (
-    "{} {} tokens: {:,} operations, {} waits, {:,} host calls; {:.1f} MB kept a pair; FLOPs {:.2f} of needed, "
+    "{}, captions of {}: {:,} operations, {} waits, {:,} host calls; {:.1f} MB kept a pair; FLOPs {:.2f} of needed, "
     "{:.0%} unaligned"
 )
 Row = dict[str, Any]
@@ -175,8 +175,8 @@ def counts_of(variant: Variant, cfg: config.Config, run: Run, device: torch.devi
         batches = some_batches(cfg, run, run.batch_size // run.micro_batch_size, device, tokens)
         act = partial(step, model, optimizer, batches, run, cfg.loss)
         act()  # makes the optimizer's state
-        needed = training_flops(batch_flops(MODELS[cfg.model["name"]], batches, **cfg.arguments("model")))
-        row = {"variant": variant, "tokens": max(b.ids.shape[1] for b in batches), "samples": run.batch_size}
+        needed = step_flops(MODELS[cfg.model["name"]], batches, **cfg.arguments("model"))
+        row = {"variant": variant, **lengths(batches, tokens), "samples": run.batch_size}
         yield {**row, **counters.count(act, model)._asdict(), "needed_flops": needed}
 
 
@@ -193,12 +193,11 @@ def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.de
     for tokens in run.caption_tokens:
         batches = some_batches(cfg, run, run.batch_size // run.micro_batch_size, device, tokens)
         act = partial(step, model, optimizer, batches, run, cfg.loss)
-        flops = training_flops(batch_flops(MODELS[cfg.model["name"]], batches, **cfg.arguments("model")))
+        flops = step_flops(MODELS[cfg.model["name"]], batches, **cfg.arguments("model"))
         yield {
             "what": "training step",
             "variant": variant,
-            "tokens": max(b.ids.shape[1] for b in batches),
-            "caption_tokens": tokens,
+            **lengths(batches, tokens),
             "samples": run.batch_size,
             **measure(act, device, **rounds(run))._asdict(),
             **limit(flops, "flops", rates.flops_per_second[precision(variant)]),
@@ -333,6 +332,11 @@ def some_batches(
     return [batch.to(device) for batch in batches]
 
 
+def lengths(batches: list[Batch], caption_tokens: int | None) -> Row:
+    """The columns of the texts that a step reads, padding included, and the mean length of the captions as asked."""
+    return {"tokens": max(batch.ids.shape[1] for batch in batches), "caption_tokens": caption_tokens}
+
+
 def limit(amount: int, unit: Literal["flops", "bytes"], rate: float) -> Row:
     """The work of a row, and the seconds that it takes at the machine's rate."""
     return {"amount": amount, "unit": unit, "limit_seconds": amount / rate}
@@ -371,7 +375,13 @@ def count_line(row: Row) -> str:
         return f"counts           {row['variant']}: out of memory"
     waits, kept = sum(row["waits"].values()), row["kept_bytes"] / row["samples"] / 1e6
     shares = row["flops"] / row["needed_flops"], row["unaligned_flops"] / row["flops"]
-    return COUNTS.format(row["variant"], row["tokens"], row["operations"], waits, row["host_calls"], kept, *shares)
+    return COUNTS.format(row["variant"], length(row), row["operations"], waits, row["host_calls"], kept, *shares)
+
+
+def length(row: Row) -> str:
+    """The lengths of the captions of a step: as asked, and as read."""
+    asked = "full length" if row["caption_tokens"] is None else f"{row['caption_tokens']} tokens"
+    return f"{asked} padded to {row['tokens']}"
 
 
 def with_ratios(row: Row, earlier: list[Row]) -> Row:
@@ -392,7 +402,8 @@ def as_line(row: Row) -> str:
     """A row as a line of the table."""
     if "out_of_memory" in row:
         return f"{row['what']:<17}{row['variant']}: out of memory"
-    words = [row["variant"], f"{row['tokens']} tokens", f"{row['samples']} at a time"]
+    tokens = length(row) if "caption_tokens" in row else f"{row['tokens']} tokens"
+    words = [row["variant"], tokens, f"{row['samples']} at a time"]
     words += [f"{row['num_beams']} beams"] if row.get("num_beams", 1) > 1 else []
     peak, memory = (f"{row['peak_bytes'] / GIGA:.2f}", f"{row['memory']:.2f}") if row["peak_bytes"] else ("-", "-")
     return TABLE.format(

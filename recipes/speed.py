@@ -6,10 +6,12 @@
 One process, on random images and captions that are on the device; a GPU where there is one, else the CPU. Seconds are
 medians after a warm-up. open_clip's model has the same widths, layers and vocabulary, its steps are autocast to
 bfloat16 with fused AdamW, and it pads every caption to the context. Its row is the one after ours, so that both see the
-same machine. "of peak" is the fraction of run.peak_tflops, "of matmul" that of the rate of one large product measured
-in the same run; FLOPs are those that a step needs, without recomputation. Rows are written to run.folder as soon as
-they are measured, to speed.json and as a table to speed.md; after run.seconds no further row begins, and those that
-were not measured are listed.
+same machine. "caption" is the mean length of the captions in tokens, without special ones (full: as many as have room),
+and "padded" the columns of the texts that a training step reads. "of peak" is the fraction of run.peak_tflops, "of
+matmul" that of the rate of one large product measured in the same run; FLOPs are those that our step needs, without
+recomputation, and those that open_clip's step executes. Rows are written to run.folder as soon as they are measured, to
+speed.json and as a table to speed.md; after run.seconds no further row begins, and those that were not measured are
+listed.
 """
 
 import gc
@@ -28,12 +30,11 @@ from grr import config  # before torch, whose threads it sets
 # isort: split
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from grr.cli.program import run_main
 from grr.data import Batch
 from grr.data.images import normalize
-from grr.evaluation.flops import batch_flops, training_flops
+from grr.evaluation.flops import step_flops
 from grr.evaluation.peer import OpenClipCoCa, texts_of
 from grr.evaluation.timing import describe_machine, is_out_of_memory, matmul_rate, measure, processor
 from grr.files.atomic import write_atomic
@@ -43,6 +44,7 @@ from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import process_group
 from grr.tokenizers import Tokenizer
+from grr.training.counters import flop_counter
 from grr.training.optim import adamw, clip_gradients
 from grr.training.random_batches import NumberTokenizer, random_batches
 from grr.training.step import global_batch_step
@@ -52,13 +54,14 @@ Variant = Literal["fp32", "bf16", "fp32 compile", "bf16 compile"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARED = ("dim", "num_heads", "vocab_size", "context_length", "image_size", "patch_size", "num_queries")
 LAYERS = ("vision_layers", "text_layers", "multimodal_layers")
-TABLE = "| {:<13} | {:<9} | {:<12} | {:>5} | {:>6} | {:>9} | {:>9} | {:>7} | {:>9} | {:>7} | {:>6} |"
+TABLE = "| {:<13} | {:<9} | {:<12} | {:>5} | {:>7} | {:>6} | {:>9} | {:>9} | {:>7} | {:>9} | {:>7} | {:>6} |"
 HEADS = (
     "what",
     "package",
     "variant",
     "batch",
-    "tokens",
+    "caption",
+    "padded",
     "seconds",
     "samples/s",
     "of peak",
@@ -98,7 +101,7 @@ class Case(NamedTuple):
     package: Package
     variant: Variant
     samples: int
-    caption_tokens: int | None
+    caption_tokens: int | None  # the mean of a training step's, None: as many as have room; or those written
 
     def facts(self) -> Row:
         return {**self._asdict()}
@@ -108,8 +111,8 @@ class Work(NamedTuple):
     """A call to be timed."""
 
     act: Callable[[], object]
-    tokens: int  # columns of a text
-    flops: int | None
+    padded_tokens: int | None = None  # columns of a text that a training step reads
+    flops: int | None = None
 
 
 def main() -> None:
@@ -165,7 +168,7 @@ def cases(run: Run) -> list[Case]:
         for package in run.packages
     ]
     captions = [
-        Case("captions", package, variant, samples, None)
+        Case("captions", package, variant, samples, run.written_tokens)
         for variant in run.variants
         if "compile" not in variant
         for samples in run.images
@@ -194,7 +197,7 @@ def measured(case: Case, cfg: config.Config, run: Run, device: torch.device) -> 
         why = str(error).splitlines()[0]
         gc.collect()
         return {**case.facts(), "not_measured": f"out of memory: {why}"}
-    return {**case.facts(), "tokens": work.tokens, "flops": work.flops, **times._asdict()}
+    return {**case.facts(), "padded_tokens": work.padded_tokens, "flops": work.flops, **times._asdict()}
 
 
 # --- the two packages ---------------------------------------------------------------------------------------------
@@ -208,7 +211,7 @@ def grr_training(case: Case, cfg: config.Config, run: Run, device: torch.device)
     initialize(model, device, seed=run.seed)
     optimizer = adamw(model.train(), **cfg.optimizer)
     batch = a_batch(case, cfg, run).to(device)
-    flops = training_flops(batch_flops(MODELS[cfg.model["name"]], [batch], **cfg.arguments("model")))
+    flops = step_flops(MODELS[cfg.model["name"]], [batch], **cfg.arguments("model"))
 
     def step() -> None:
         global_batch_step(model, [batch], run.seed, **cfg.loss)
@@ -234,7 +237,7 @@ def open_clip_training(case: Case, cfg: config.Config, run: Run, device: torch.d
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step(model)
     return Work(partial(step, compiled), context_length, counter.get_total_flops())
 
@@ -247,7 +250,7 @@ def grr_captions(case: Case, cfg: config.Config, run: Run, device: torch.device)
     n, tokenizer = run.written_tokens, cast(Tokenizer, numbers(cfg))
     images = a_batch(case, cfg, run).images.to(device)
     write = partial(generate, model.eval(), images, tokenizer, max_new_tokens=n, min_new_tokens=n)
-    return Work(write, n, None)
+    return Work(write)
 
 
 def open_clip_captions(case: Case, cfg: config.Config, run: Run, device: torch.device) -> Work:
@@ -258,7 +261,7 @@ def open_clip_captions(case: Case, cfg: config.Config, run: Run, device: torch.d
         with torch.no_grad(), autocast(case, device):
             model.captions(images, run.written_tokens, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
 
-    return Work(write, run.written_tokens, None)
+    return Work(write)
 
 
 def open_clip(cfg: config.Config, device: torch.device) -> OpenClipCoCa:
@@ -314,16 +317,14 @@ def headline(result: Row) -> str:
 
 def as_line(row: Row) -> str:
     """A row as a line of the table."""
-    facts = (row["what"], row["package"], row["variant"], row["samples"])
+    facts = (row["what"], row["package"], row["variant"], row["samples"], row["caption_tokens"] or "full")
     if "not_measured" in row:
-        return (
-            TABLE.format(*facts, row["caption_tokens"] or "full", *("-",) * 6) + f" not measured: {row['not_measured']}"
-        )
+        return TABLE.format(*facts, *("-",) * 7) + f" not measured: {row['not_measured']}"
     share = [f"{row[key]:.1%}" if key in row else "-" for key in ("of_peak", "of_matmul")]
     peak = f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "-"
     return TABLE.format(
         *facts,
-        row["tokens"],
+        row["padded_tokens"] or "-",
         f"{row['seconds']:.4g}",
         f"{row['samples_per_second']:.4g}",
         *share,

@@ -66,7 +66,7 @@ def sizes(options: argparse.Namespace) -> int:
             known = flops_are_known(builder)
             length = {"text_length": options.text_length}
             flops = forward_flops(builder, **length, **arguments) if known else None
-            trained = forward_flops(builder, training=True, **length, **arguments) if known else None
+            trained = training_flops(builder, **length, **arguments) if known else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label}: {error}") from error
         counts.append([label, *(number(n / 1e6) for n in (towers.total, *towers))])
@@ -74,7 +74,7 @@ def sizes(options: argparse.Namespace) -> int:
             unknown_flops = True
             costs.append([label, *"-" * (len(costs[0]) - 1)])
         else:
-            costs.append([label, *(number(n / 1e9) for n in (training_flops(trained), flops.total, *flops))])
+            costs.append([label, *(number(n / 1e9) for n in (trained, flops.total, *flops))])
     print(f"{aligned(counts)}\n\n{aligned(costs)}")
     if unknown_flops:
         print("\n-: FLOPs are known for the presets of coca only.")

@@ -5,7 +5,7 @@ as full attention. Norms, softmax, GELU, rotations and sums are not counted.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -122,14 +122,33 @@ def decoding_bytes(model: CoCa) -> int:
     return sum(weight.nbytes for name, weight in weights if ".cross_attention.kv." not in f".{name}")
 
 
-def training_flops(forward: Towers) -> int:
+def training_flops(builder: Callable[..., CoCa], *, text_length: int | None = None, **arguments: Any) -> int:
     """Compute the FLOPs of one training sample: a forward pass, and a backward pass of twice as many.
 
-    A product has one more product for the gradient of each factor; the gradient of the pixels is not computed in
-    training, but counted here for simplicity. Recomputation is not counted: that of towers and poolers in GradCache
-    with several micro-batches, and that of blocks with activation checkpointing.
+    A product has one more product for the gradient of each factor, but the pixels need no gradient. Recomputation is
+    not counted: that of towers and poolers in GradCache with several micro-batches, that of blocks with activation
+    checkpointing, and that of the scores in the backward pass of fused attention. Raises as `forward_flops` does.
     """
-    return 3 * forward.total
+    forward = forward_flops(builder, text_length=text_length, training=True, **arguments)
+    return 3 * forward.total - _pixels(builder, arguments)
+
+
+def step_flops(builder: Callable[..., CoCa], batches: Sequence[Batch], **arguments: Any) -> int:
+    """Compute the FLOPs that a training step on batches needs, as `training_flops` counts them.
+
+    The vocabulary head is counted for labelled tokens only, without those that fill a batch; the products of embeddings
+    in the contrastive loss are not counted.
+    """
+    images = sum(len(batch.ids) for batch in batches)
+    return 3 * batch_flops(builder, batches, **arguments).total - images * _pixels(builder, arguments)
+
+
+def _pixels(builder: Callable[..., CoCa], arguments: dict[str, Any]) -> int:
+    """Returns the FLOPs that the gradient of an image's pixels would take: those of the patch embedding."""
+    bound = inspect.signature(builder).bind(**arguments)
+    bound.apply_defaults()
+    size, patch_size, dim = (bound.arguments[name] for name in ("image_size", "patch_size", "dim"))
+    return _linear((size // patch_size) ** 2, 3 * patch_size**2, dim)
 
 
 def _linear(rows: int, dim: int, out: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from grr.training.micro_batch import count_kept_bytes
 
@@ -26,6 +26,10 @@ INDEXES = {"index", "index_put", "index_put_"}  # wait for the number of true el
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "unsafe_view"}
 HOST_READS = {Tensor.tolist, Tensor.cpu, Tensor.numpy}  # of a tensor on a CPU these are no operations
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # -> the places of the factors
+ATTENTION = {  # of a CPU, which torch's counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 ALIGNMENT = 8  # tensor cores are fastest where all dimensions of a product are multiples of it
 
 
@@ -36,7 +40,7 @@ class Counts(NamedTuple):
     waits: dict[str, int]  # the operation and the line -> how often the host waits there
     collectives: dict[str, int]  # name -> calls
     collective_bytes: dict[str, int]  # name -> bytes of the largest tensor of each call, summed
-    flops: int  # executed, of matrix products
+    flops: int  # executed, of matrix products; fused attention computes its scores again for the backward pass
     unaligned_flops: int  # of products that have a dimension that is not a multiple of 8; attention is not included
     kept_bytes: int  # for the backward pass, without the parameters
     host_calls: int  # of Python and C functions
@@ -81,7 +85,7 @@ def count(act: Callable[[], object], model: nn.Module) -> Counts:
 
     kept_bytes is meant for one forward and backward pass: tensors of several are added where they do not share memory.
     """
-    with FlopCounterMode(display=False) as flops, Counters() as counters:
+    with flop_counter() as flops, Counters() as counters:
         act()
     with count_kept_bytes(model) as kept:
         act()
@@ -97,6 +101,13 @@ def count(act: Callable[[], object], model: nn.Module) -> Counts:
         sum(kept.values()),
         calls.total(),
     )
+
+
+def flop_counter() -> FlopCounterMode:
+    """Returns torch's counter of FLOPs, which counts the fused attention of a CPU as it counts that of a GPU."""
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry |= ATTENTION
+    return counter
 
 
 @contextmanager

@@ -74,6 +74,9 @@ def test_it_runs_from_end_to_end_without_a_gpu(tmp_path):
     table = (tmp_path / "out/speed.md").read_text().split("\n\n")[1].splitlines()
     assert len(table) == 2 + len(rows)
     assert len({line.count("|") for line in table}) == 1
+    head, _, *lines = ([cell.strip() for cell in line.split("|")] for line in table)
+    lengths = [(line[head.index("caption")], line[head.index("padded")]) for line in lines]
+    assert lengths == [("full", "16"), ("4", str(rows[1]["padded_tokens"])), ("10", "-"), ("10", "-")]
 
 
 @pytest.mark.slow
@@ -83,6 +86,7 @@ def test_rows_for_which_there_is_no_time_are_listed(tmp_path):
     assert len(rows) == len(cases(config.load(SECTIONS, ["--config", str(CONFIGS[-1])]).get(Run)))
     assert all(row["not_measured"] == "run.seconds=0 had passed" for row in rows)
     assert done.stdout.count("not measured: run.seconds=0 had passed") == len(rows)
+    assert {row["caption_tokens"] for row in rows if row["what"] == "captions"} == {10}  # those written
 
 
 def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):

@@ -11,10 +11,20 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr.evaluation.flops import Towers, batch_flops, decoding_bytes, forward_flops, parameters, training_flops
+from grr.evaluation.flops import (
+    Towers,
+    batch_flops,
+    decoding_bytes,
+    forward_flops,
+    parameters,
+    step_flops,
+    training_flops,
+)
 from grr.models.builders import MODELS, baseline_coca, grr_coca, grr_coca_tiny
 from grr.models.open_clip import open_clip_coca
+from grr.training.counters import flop_counter
 from grr.training.random_batches import random_batches
+from grr.training.step import global_batch_step
 
 
 def counted(model: nn.Module, image_size: int, text_length: int, *, backward: bool = False) -> tuple[Towers, int]:
@@ -106,11 +116,35 @@ def test_the_formula_equals_torchs_count_at_every_preset(name):
 
 
 def test_training_costs_three_forward_passes_less_the_gradient_of_pixels():
-    image_size, patch_size = argument(grr_coca_tiny, "image_size"), argument(grr_coca_tiny, "patch_size")
+    image_size = argument(grr_coca_tiny, "image_size")
     _, total = counted(built(grr_coca_tiny), image_size, 16, backward=True)
+    assert training_flops(grr_coca_tiny) == total
     pixels = 2 * image_size**2 * 3 * argument(grr_coca_tiny, "dim")
-    assert training_flops(forward_flops(grr_coca_tiny)) - pixels == total
-    assert image_size % patch_size == 0
+    assert training_flops(grr_coca_tiny) == 3 * forward_flops(grr_coca_tiny).total - pixels
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("tokens", [None, 4])
+def test_a_step_executes_what_the_model_needs_with_scores_of_attention_again_filling_labels_and_similarities(
+    tokens, patch_dropout
+):
+    sizes = {"vocab_size": 512, "context_length": 16, "image_size": 32}
+    model = grr_coca_tiny(**sizes, patch_dropout=patch_dropout)
+    batches = random_batches(1, batch_size=8, caption_tokens=tokens, **sizes)
+    needed = step_flops(grr_coca_tiny, batches, **sizes, patch_dropout=patch_dropout)
+    head = 2 * argument(grr_coca_tiny, "dim") * sizes["vocab_size"]  # of a label
+    more = 3 * head * sum(len(batch.labels) - batch.num_labels for batch in batches)
+    assert more > 0
+    more += (
+        3 * 2 * 2 * 8 * 8 * argument(grr_coca_tiny, "dim")
+    )  # similarities of images to texts, and of texts to images
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as flops:
+        global_batch_step(model, batches, 0)
+    assert flops.get_total_flops() == needed + more
+    with flop_counter() as flops:
+        global_batch_step(model, batches, 0)
+    assert 1 <= flops.get_total_flops() / (needed + more) < 1.02
 
 
 def test_the_geglu_of_the_paper_costs_what_its_mlp_costs_but_for_a_rounded_width():

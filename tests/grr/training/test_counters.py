@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grr.training.counters import Counters, GraphCounter, count, host_calls
+from grr.training.counters import Counters, GraphCounter, count, flop_counter, host_calls
 
 X = torch.arange(6.0).reshape(2, 3)
 MASK = X > 2
@@ -87,6 +87,19 @@ def test_the_flops_of_products_are_torchs_and_those_off_8_are_named(rows, width,
     assert sum(counters.products.values()) == flops.get_total_flops()
     odd = bool(rows % 8 or width % 8 or hidden % 8)
     assert counters.unaligned_flops == odd * flops.get_total_flops()
+
+
+def test_fused_attention_on_a_cpu_costs_what_torch_counts_for_that_of_a_gpu():
+    """Two products forward, and backward four and one that computes the scores again (Dao et al. 2022)."""
+    b, h, s, t, k = 2, 3, 8, 5, 16
+    q, key, value = (torch.randn(b, h, n, k, requires_grad=True) for n in (s, t, t))
+    with flop_counter() as flops:
+        y = nn.functional.scaled_dot_product_attention(q, key, value)
+    product = 2 * b * h * s * t * k
+    assert flops.get_total_flops() == 2 * product
+    with flop_counter() as flops:
+        y.sum().backward()
+    assert flops.get_total_flops() == 5 * product
 
 
 def test_calls_of_python_and_c_are_counted_for_the_block_alone():
