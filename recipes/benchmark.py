@@ -14,7 +14,6 @@ measured. If memory does not suffice, the row says so, and the next variant foll
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from grr.cli.program import run_main
 from grr.data import Batch
+from grr.data.order import largest_divisor
 from grr.evaluation.flops import decoding_bytes, forward_flops, step_flops
 from grr.evaluation.timing import describe_machine, matmul_rate, measure, processor, read_rate, until_out_of_memory
 from grr.files.atomic import write_atomic
@@ -38,7 +38,7 @@ from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import process_group
+from grr.parallel.process_group import num_processes, process_group
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer
 from grr.training import counters
@@ -143,13 +143,13 @@ def main() -> None:
 def validate_config(cfg: config.Config) -> None:
     """Raises ValueError with everything that would fail later."""
     run, room = cfg.get(Run), cfg.model["context_length"] - 3  # the most tokens of a caption
-    processes = os.environ.get("WORLD_SIZE", "1")
     micro, tokens = run.micro_batch_size, run.written_tokens
     wrong = []
-    if processes != "1":
+    if (processes := num_processes()) != 1:
         wrong.append(f"one process is measured, got {processes}; start it without torchrun")
     if run.batch_size % micro:
-        wrong.append(f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {micro}")
+        fits = f"micro_batch_size={largest_divisor(run.batch_size, micro)} fits"
+        wrong.append(f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {micro}; {fits}")
     if not 1 <= tokens <= room:
         wrong.append(f"the model's context has room for captions of 1 to {room} tokens, got written_tokens={tokens}")
     if any(mean is not None and not 1 <= mean <= room for mean in run.caption_tokens):

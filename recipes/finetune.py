@@ -30,7 +30,7 @@ from grr.checkpoint.saver import Saver
 from grr.checkpoint.training_state import load_checkpoint, load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
-from grr.data.order import check_negatives
+from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
 from grr.inference.pretrained import (
     build_pretrained,
@@ -42,7 +42,7 @@ from grr.inference.pretrained import (
 )
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import on_rank_0, process_group
+from grr.parallel.process_group import num_processes, on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import load_tokenizer
@@ -102,6 +102,7 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"])

@@ -35,6 +35,7 @@ from grr.data import (
     text_only_accuracy,
     training_steps,
 )
+from grr.data.order import check_batches
 from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.evaluation.examples import Examples
 from grr.inference.classifiers import describe_classifier, load_parts
@@ -44,7 +45,7 @@ from grr.models.coca import CoCa
 from grr.models.heads import HEADS
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import on_rank_0, process_group
+from grr.parallel.process_group import num_processes, on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
@@ -98,10 +99,13 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_batches(run.batch_size, run.micro_batch_size, num_processes())
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     if source is None:
         check_builder(MODELS[cfg.model["name"]])
+        with torch.device("meta"):
+            cfg.build("model")  # sizes that do not fit each other are refused before the data are read
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")

@@ -27,14 +27,14 @@ from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
-from grr.data.order import check_negatives
+from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import training_examples
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, check_builder
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import on_rank_0, process_group
+from grr.parallel.process_group import num_processes, on_rank_0, process_group
 from grr.reports.training import write_report
 from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
@@ -85,7 +85,10 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     check_builder(MODELS[cfg.model["name"]])
+    with torch.device("meta"):
+        cfg.build("model")  # sizes that do not fit each other are refused before the data are read
     run = cfg.get(Run)
+    check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")

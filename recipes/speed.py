@@ -16,7 +16,6 @@ listed.
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,7 +41,7 @@ from grr.generation.generate import generate
 from grr.models.builders import MODELS
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
-from grr.parallel.process_group import process_group
+from grr.parallel.process_group import num_processes, process_group
 from grr.tokenizers import Tokenizer
 from grr.training.counters import flop_counter
 from grr.training.optim import adamw, clip_gradients
@@ -148,7 +147,7 @@ def validate_config(cfg: config.Config) -> None:
     """Raises ValueError with everything that would fail later."""
     run, room = cfg.get(Run), cfg.model["context_length"] - 3  # the most tokens of a caption
     wrong = []
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (processes := num_processes()) != 1:
         wrong.append(f"one process is measured, got {processes}; start it without torchrun")
     if not 1 <= run.written_tokens <= room:
         wrong.append(f"written_tokens must be from 1 to {room}, got {run.written_tokens}")

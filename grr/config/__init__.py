@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 
-from grr.config.check import check_section
+from grr.config.check import check_effects, check_section
 from grr.config.help import plain, reference
 from grr.config.read import COMMAND_LINE, OVERRIDE, ConfigError, Given, Mistakes, collect
 from grr.config.signature import Section, Sections
@@ -88,6 +88,7 @@ def load(sections: Sections, argv: list[str] | None = None) -> Config:
     mistakes = Mistakes()
     given = collect(options.config, options.overrides, sections, mistakes)
     checked = {name: check_section(name, sections[name], given[name], options.config, mistakes) for name in sections}
+    check_effects(checked, sections, given, mistakes)
     mistakes.refuse()
     return Config(sections, checked)
 

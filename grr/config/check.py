@@ -8,10 +8,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from grr.config.needs import without_effect
 from grr.config.ranges import out_of_range
 from grr.config.read import Given, Mistakes, did_you_mean
 from grr.config.renamed import replacement
-from grr.config.signature import REQUIRED, Section, arguments_of, spelled, words
+from grr.config.signature import REQUIRED, Section, Sections, arguments_of, spelled, words
 
 
 def check_section(section: str, function: Section, given: Given, file: str, mistakes: Mistakes) -> dict[str, Any]:
@@ -59,6 +60,25 @@ def check_section(section: str, function: Section, given: Given, file: str, mist
             place = next((place for key, (_, place) in given.items() if key in str(error)), file)
             mistakes.add(place, section, str(error))
     return {key: result[key] for key in ("name", *arguments) if key in result}
+
+
+def check_effects(
+    checked: Mapping[str, Mapping[str, Any]], functions: Sections, given: Mapping[str, Given], mistakes: Mistakes
+) -> None:
+    """Add to `mistakes` the given options that another option leaves without effect. checked: a config's sections."""
+    changed = set()
+    for section, values in checked.items():
+        function = functions[section]
+        if isinstance(function, Mapping):
+            if "name" not in values:  # a mistake already
+                continue
+            function = function[values["name"]]
+        arguments, _ = arguments_of(function)
+        known = given[section].keys() & arguments.keys() & values.keys()
+        changed |= {f"{section}.{key}" for key in known if values[key] != arguments[key].default}
+    for subject, why in without_effect(checked, changed):
+        section, key = subject.split(".")
+        mistakes.add(given[section][key][1], subject, why)
 
 
 def _fitted(value: Any, kind: Any) -> Any:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
-from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, 
 from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.data.labelled import Labelled
-from grr.data.order import Epochs, block_epochs
+from grr.data.order import Epochs, block_epochs, check_batches
 from grr.data.pairs import Pairs
 from grr.data.threads import in_thread
 from grr.files.printable import printable
@@ -111,7 +110,7 @@ def training_steps(
     are bad, or 20 in a row, or all substitutes for one; and at the call if an argument is out of range, if batch_size
     is not a multiple of world * micro_batch_size, or if it is larger than the number of images.
     """
-    _check_batches(batch_size, micro_batch_size, world)
+    check_batches(batch_size, micro_batch_size, world)
     epochs = block_epochs(pairs.groups, pairs.image_of, seed=seed, batch_size=batch_size, block=block)
     starts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
     columns = [column for start in starts for column in range(start, start + micro_batch_size)]
@@ -148,7 +147,7 @@ def validation_steps(
     have neither name nor label. A bad sample is logged and becomes such a row. Raises ValueError as `training_steps`
     does, and if there are fewer than two images.
     """
-    _check_batches(batch_size, micro_batch_size, world)
+    check_batches(batch_size, micro_batch_size, world)
     images = pairs.groups.count
     if images < 2:
         raise ValueError(
@@ -163,16 +162,6 @@ def validation_steps(
     return _steps(
         rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
     )
-
-
-def _check_batches(batch_size: int, micro_batch_size: int, world: int) -> None:
-    if batch_size <= 0 or micro_batch_size <= 0 or batch_size % (world * micro_batch_size):
-        fitting = gcd(batch_size // world, micro_batch_size) if batch_size > 0 and batch_size % world == 0 else 0
-        remedy = f"run.micro_batch_size={fitting} fits" if fitting > 0 else "change either size"
-        raise ValueError(
-            f"data: batch_size must be a multiple of processes * micro_batch_size, got {batch_size=}, "
-            f"{world=}, {micro_batch_size=}; {remedy}"
-        )
 
 
 def _steps(

@@ -50,6 +50,11 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def num_processes() -> int:
+    """Returns the number of processes that `process_group` joins, before it is called too."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
 def _begin() -> torch.device:
     """Begin the process group of `process_group`; returns this process's device."""
     device = default_device()

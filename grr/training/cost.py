@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
+from grr.data.order import largest_divisor
 from grr.parallel.memory import free_memory
 from grr.parallel.process_group import default_device, process_group
 from grr.tokenizers import Tokenizer
-from grr.training.micro_batch import USABLE, count_kept_bytes, largest_divisor
+from grr.training.micro_batch import USABLE, count_kept_bytes
 from grr.training.optim import adamw, clip_gradients
 from grr.training.step import global_batch_step
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from grr.data import Batch
+from grr.data.order import largest_divisor
 from grr.parallel.memory import free_memory_of_process
 from grr.parallel.process_group import all_max, default_device, on_rank_0
 from grr.parallel.shard import local
@@ -65,11 +66,6 @@ def choose_micro_batch_size(
         *(size, most, per_pair / 1e6, free / 1e9),
     )
     return size
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Returns the largest divisor of a number that is at most `most`; 1 if most is below 1."""
-    return max(d for d in range(1, max(1, min(number, most)) + 1) if number % d == 0)
 
 
 @contextmanager

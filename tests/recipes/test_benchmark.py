@@ -215,7 +215,7 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
     assert done.returncode != 0
     for part in (
         "benchmark: one process is measured, got 2; start it without torchrun",
-        "batch_size must be a multiple of micro_batch_size, got 9 and 8",
+        "batch_size must be a multiple of micro_batch_size, got 9 and 8; micro_batch_size=3 fits",
         "room for captions of 1 to 13 tokens, got written_tokens=14",
         "caption_tokens must be null or a mean from 1 to 13, got [0]",
     ):

@@ -202,12 +202,26 @@ def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path):
         "run.max_grad_norm=-1",
         "optimizer.lr=.nan",
         "saving.minutes=0",
+        "model.patch_dropout=1.0",
+        "loader.block=0",
     ]
     ends = several(*(command(tmp_path / "run", option) for option in wrong))
     for option, end in zip(wrong, ends, strict=True):
         key = option.partition("=")[0].partition(".")[2]
         assert end["status"] == 2, (option, end)
         assert key in end["stderr"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_and_sizes_that_do_not_fit_are_refused_before_the_data_are_read(tmp_path):
+    absent = ("data.name=folder", f"data.path={tmp_path / 'absent'}")
+    micro = command(tmp_path / "run", "run.batch_size=8", "run.micro_batch_size=5", *absent)
+    sizes = command(tmp_path / "run", "model.image_size=33", *absent)
+    first, second = several(micro, sizes)
+    assert first["status"] == second["status"] == 1
+    assert "batch_size=8, world=1, micro_batch_size=5; run.micro_batch_size=4 fits" in first["stderr"]
+    assert "image_size" in second["stderr"]
+    assert "33" in second["stderr"]
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,5 @@
 """Groups of samples of which a batch holds at most one: the captions of an image."""
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -68,22 +66,3 @@ class Groups:
 def num_batches(groups: Ints, *, batch_size: int) -> int:
     """Returns the number of batches of an epoch; groups: [n]. See `Groups.num_batches`, which also names the errors."""
     return Groups(groups).num_batches(batch_size)
-
-
-def check_negatives(batch_size: int, micro_batch_size: int | None, negatives: Literal["global", "local"]) -> None:
-    """Raise ValueError if pairs have no negatives, because the contrastive loss would be a constant 0.
-
-    Negatives are the other pairs of the global batch, or with "local" those of the micro-batch, whose size then must
-    not be None, which leaves it to the memory of the device.
-    """
-    if micro_batch_size is None and negatives == "local":
-        raise ValueError(
-            "contrastive loss: with loss.negatives=local the size of a micro-batch decides the loss, so "
-            "run.micro_batch_size must be a number, got null; set run.micro_batch_size"
-        )
-    name, size = ("batch_size", batch_size) if negatives == "global" else ("micro_batch_size", micro_batch_size)
-    if size is not None and size < 2:
-        raise ValueError(
-            f"contrastive loss: a pair needs a negative, so run.{name} must be at least 2 with "
-            f"loss.negatives={negatives}, got {size}; raise run.{name}"
-        )

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grr.data.order import largest_divisor
 from grr.models.builders import grr_coca_tiny
 from grr.training import micro_batch
-from grr.training.micro_batch import USABLE, choose_micro_batch_size, count_kept_bytes, largest_divisor
+from grr.training.micro_batch import USABLE, choose_micro_batch_size, count_kept_bytes
 from grr.training.optim import adamw
 from grr.training.random_batches import NumberTokenizer, random_batches
 from grr.training.step import global_batch_step
