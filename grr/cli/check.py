@@ -96,12 +96,11 @@ def check(
 
     # data
     opened: dict[str, Data] = {}
-    for section in sections:
-        if _returns(Pairs, cfg, sections[section], section):
-            try:
-                opened[section] = Data(section, cfg.build(section))
-            except (ValueError, OSError, ImportError) as error:
-                yield _mistake(section, error)
+    for section in data_sections(cfg, sections):
+        try:
+            opened[section] = Data(section, cfg.build(section))
+        except (ValueError, OSError, ImportError) as error:
+            yield _mistake(section, error)
 
     # model and tokenizer
     source, tokenizer, long = None, None, None
@@ -176,6 +175,11 @@ def _module(file: Path) -> ModuleType:
     finally:
         sys.path.pop(0)
     return module
+
+
+def data_sections(cfg: config.Config, sections: config.Sections) -> list[str]:
+    """Returns the sections of a config that read data."""
+    return [section for section, function in sections.items() if _returns(Pairs, cfg, function, section)]
 
 
 def _accept(cfg: config.Config) -> None: ...

@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from grr.cli.parser import add_command, count
+from grr.cli.parser import add_command, integer
 from grr.experiments import catalog
 from grr.files.printable import printable
 
@@ -34,8 +34,10 @@ def add_pack(subparsers: Any) -> None:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="an empty folder, or one of the same pack")
     parser.add_argument("--section", metavar="NAME", default="data", help="of the config; default: data")
-    parser.add_argument("--size", type=count, metavar="PIXELS", help="default: model.image_size, or 288")
-    parser.add_argument("--quality", type=count, metavar="Q", default=90, help="of the JPEG files; default: 90")
+    parser.add_argument("--size", type=integer, metavar="PIXELS", help="default: model.image_size, or 288")
+    parser.add_argument(
+        "--quality", type=integer, metavar="Q", default=90, help="of the JPEG files, 1 to 95; default: 90"
+    )
     parser.add_argument(
         "--squash", action="store_true", help="store squares, for the crop squash alone; default: the shape is kept"
     )
@@ -43,14 +45,21 @@ def add_pack(subparsers: Any) -> None:
 
 def pack_data(options: argparse.Namespace) -> int:
     """Write the data of a config's section as shards and print the counts."""
-    from grr.cli.check import read_config
-    from grr.data.formats.pack import pack
+    from grr.cli.check import data_sections, read_config
+    from grr.config.spelling import did_you_mean
+    from grr.data.formats.pack import check_pack, pack
 
     file = catalog.config_file(options.config)
-    cfg, _ = read_config(file, options.overrides, catalog.recipe_of(file))
-    if not hasattr(cfg, options.section):
-        raise ValueError(f"pack: the config must have the section {options.section}, got {', '.join(vars(cfg))}")
-    size = options.size or vars(cfg).get("model", {}).get("image_size", 288)
+    cfg, sections = read_config(file, options.overrides, catalog.recipe_of(file))
+    known = data_sections(cfg, sections)
+    if options.section not in known:
+        names = ", ".join(known) or "none, because this recipe reads no data"
+        hint = did_you_mean(options.section, known)
+        raise ValueError(
+            f"pack: --section must be a section of data, got {options.section}{hint}; those of {file} are {names}"
+        )
+    size = vars(cfg).get("model", {}).get("image_size", 288) if options.size is None else options.size
+    check_pack(size=size, quality=options.quality)  # before the data are read
     folder = Path(options.output)
     pairs = cfg.build(options.section)
     counts = pack(pairs, folder, size=size, quality=options.quality, squash=options.squash)

@@ -1,12 +1,12 @@
 """Argument parser of the command `grr`: subcommands, spelling suggestions and help texts."""
 
 import argparse
-import difflib
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from grr.config.spelling import did_you_mean
 from grr.experiments import catalog
 
 Act = Callable[[argparse.Namespace], int]  # performs a command and returns the exit status
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         words = list(args)
         if self.commands and words and not words[0].startswith("-") and words[0] not in self.commands:
             is_recipe = words[0].partition("/")[0] in [item.name for item in catalog.recipes()]
-            hint = f"; it is a recipe: grr run {words[0]} ..." if is_recipe else _did_you_mean(words[0], self.commands)
+            hint = f"; it is a recipe: grr run {words[0]} ..." if is_recipe else did_you_mean(words[0], self.commands)
             self.error(f"there is no command {words[0]!r}{hint}")
         options, unknown = super().parse_known_args(words, namespace)
         if "overrides" in options:  # argparse does not assign those that follow an option
@@ -38,12 +38,19 @@ class Parser(argparse.ArgumentParser):
             unknown = [word for word in unknown if word.startswith("-")]
         if unknown:
             known = [option for option in self._option_string_actions if option.startswith("--")]
-            self.error(f"it takes no {unknown[0]!r}{_did_you_mean(unknown[0], known)}")
+            self.error(f"it takes no {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], known)}")
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (--[\w-]+): must ", r"\1 must ", message)  # of `count`
+        message = re.sub(r"^argument (--[\w-]+): must ", r"\1 must ", message)  # of `count` and `integer`
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def integer(word: str) -> int:
+    """Read a number as the type of an argument whose range the command checks."""
+    if not word.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {word}")
+    return int(word)
 
 
 def count(word: str) -> int:
@@ -62,8 +69,3 @@ def add_command(subparsers: Any, act: Act, name: str, summary: str, details: str
     parser: Parser = subparsers.add_parser(name, help=summary, description=text)
     parser.set_defaults(command=act, prog=parser.prog)
     return parser
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

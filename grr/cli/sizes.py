@@ -39,7 +39,7 @@ def sizes(options: argparse.Namespace) -> int:
     import torch
 
     from grr.evaluation.flops import Towers, flops_are_known, forward_flops, parameters, training_flops
-    from grr.models.builders import MODELS
+    from grr.models.builders import MODELS, create_model
     from grr.models.open_clip import OPEN_CLIP_MODELS
     from grr.reports.charts import number
     from grr.reports.table import aligned
@@ -59,10 +59,10 @@ def sizes(options: argparse.Namespace) -> int:
     costs: list[list[str]] = [["GFLOPs a pair", "training", "forward", *Towers._fields]]
     unknown_flops = False
     for label, arguments in models.items():
-        builder = builders[arguments.pop("name")]
+        builder = builders[name := arguments.pop("name")]
         try:
             with torch.device("meta"):
-                towers = parameters(builder(**arguments))
+                towers = parameters(create_model(name, **arguments))
             known = flops_are_known(builder)
             length = {"text_length": options.text_length}
             flops = forward_flops(builder, **length, **arguments) if known else None

@@ -10,9 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from grr.config.needs import without_effect
 from grr.config.ranges import out_of_range
-from grr.config.read import Given, Mistakes, did_you_mean
+from grr.config.read import Given, Mistakes
 from grr.config.renamed import replacement
 from grr.config.signature import REQUIRED, Section, Sections, arguments_of, spelled, words
+from grr.config.spelling import did_you_mean
 
 
 def check_section(section: str, function: Section, given: Given, file: str, mistakes: Mistakes) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Reading a config: a YAML file and the command line, with the place that each value is from."""
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Any
 
@@ -11,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from grr.config.signature import Section, arguments_of
+from grr.config.spelling import did_you_mean
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"\w+(\.\w+)+=")  # section.key=...
@@ -128,11 +128,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _texts(part)
-
-
-def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from grr.components import num_kept
+from grr.config.spelling import check_arguments
 from grr.data import Batch
 from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
@@ -68,13 +69,15 @@ def forward_flops(
     read only the patches that patch dropout keeps. Raises TypeError for an argument that the builder does not take,
     ValueError if text_length is below 1 or if the builder is not a preset of `coca` (`flops_are_known`).
     """
+    name = getattr(builder, "__name__", str(builder))
     if not flops_are_known(builder):
-        name = getattr(builder, "__name__", builder)
         raise ValueError(
             f"forward_flops: FLOPs are known for the presets of coca only, got {name}; "
             "count those of another model with torch.utils.flop_counter.FlopCounterMode"
         )
-    bound = inspect.signature(builder).bind(**arguments)
+    signature = inspect.signature(builder)
+    check_arguments(f"forward_flops: {name}", arguments, signature.parameters, reference=f"help(grr.builders.{name})")
+    bound = signature.bind(**arguments)
     bound.apply_defaults()
     a = SimpleNamespace(**bound.arguments)
     d, n = a.dim, a.num_queries

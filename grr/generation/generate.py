@@ -1,11 +1,13 @@
 """Generation of captions by greedy search, beam search or sampling."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from grr.config.signature import arguments_of
+from grr.config.spelling import check_arguments
 from grr.generation.beam import beam_search
 from grr.generation.cpu_linear import onednn_linears
 from grr.generation.decoding_state import DecodingState
@@ -81,6 +83,11 @@ def generate(
             seed=seed,
         )
     return [tokenizer.decode(row) for row in captions.tolist()]
+
+
+def check_generation(who: str, options: Iterable[str]) -> None:
+    """Raise TypeError, with the nearest name, if one of the options is not an option of `generate`."""
+    check_arguments(f"{who}: generate", options, arguments_of(generate)[0], reference="help(grr.generate)")
 
 
 def search(

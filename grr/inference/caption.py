@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grr.data.image_files import read_images
-from grr.generation.generate import generate
+from grr.generation.generate import check_generation, generate
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome, Row, write_results
@@ -28,6 +28,7 @@ def caption_files(
     can be continued. An unreadable file does not end the run. Raises ValueError if output was written with another
     model or other options.
     """
+    check_generation("caption_files", generation or {})
     made_with = {"model": fingerprint(trained), "generation": generation or {}}
 
     def work(left: list[str]) -> Iterator[list[Row]]:
@@ -40,6 +41,7 @@ def caption_images(
     trained: Captioner, files: Iterable[str], generation: dict[str, Any] | None = None, *, batch_size: int = BATCH
 ) -> Iterator[list[Row]]:
     """Caption image files; yield the rows of a batch: {"file", "caption"}, then {"file", "error"} of bad files."""
+    check_generation("caption_images", generation or {})
     model, tokenizer, image_size, crop = trained
     device = next(model.parameters()).device
     for good, pixels, bad in read_images(files, image_size=image_size, crop=crop, batch_size=batch_size):

@@ -14,7 +14,7 @@ from grr.data.image_inputs import ImageInput, ImageInputs, each_image, named_err
 from grr.data.images import BadImage, Crop
 from grr.data.threads import in_thread
 from grr.evaluation.zero_shot import TEMPLATES, class_embeddings, class_probabilities, embed_texts
-from grr.generation.generate import generate
+from grr.generation.generate import check_generation, generate
 from grr.models.coca import CoCa, evaluating
 from grr.tokenizers import Tokenizer
 
@@ -64,7 +64,11 @@ class Captioner(NamedTuple):
         return torch.cat([empty, *(pixels for pixels, _ in self._batches("preprocess", images))])
 
     def caption(self, images: ImageInputs, **generation: Any) -> list[str]:
-        """Returns a caption for each image. generation: the options of `grr.generate`, num_beams=4 for example."""
+        """Returns a caption for each image. generation: the options of `grr.generate`, num_beams=4 for example.
+
+        Raises TypeError, with the nearest name, for an option that `grr.generate` does not have.
+        """
+        check_generation("caption", generation)
         captions: list[str] = []
         for pixels, _ in self._batches("caption", images):
             captions += generate(self.model, pixels.to(self.device), self.tokenizer, **generation)

@@ -25,7 +25,7 @@ from grr.files.digest import sha256
 from grr.files.regular import read_regular_file
 from grr.inference.captioner import Captioner
 from grr.inference.quantization import SCHEMES, Scheme, load_quantized
-from grr.models.builders import MODELS
+from grr.models.builders import MODELS, create_model
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.parallel.process_group import default_device, on_rank_0
@@ -202,7 +202,7 @@ def find_pretrained(path: str | Path) -> Pretrained:
 
 def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
     """Build the model of a description, without its weights; `changes` replace arguments: dropout=0.1."""
-    return (MODELS | OPEN_CLIP_MODELS)[source.builder](**source.arguments | changes)
+    return create_model(source.builder, **source.arguments | changes)
 
 
 def load_weights(source: Pretrained, model: nn.Module) -> None:

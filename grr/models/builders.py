@@ -3,14 +3,14 @@
 GRR-CoCa, its baseline, the original CoCa and all sizes are `coca` with other defaults, so a model is described once.
 """
 
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from grr.config.spelling import check_arguments, did_you_mean
 from grr.models.assemble import (
     MULTIPLIERS,
     T5_VOCABULARY,
@@ -412,16 +412,13 @@ def create_model(name: str, **changes: Any) -> CoCa:
     models = MODELS | OPEN_CLIP_MODELS
     if name not in models:
         raise ValueError(
-            f"create_model: name must be one of {', '.join(models)}, got {name!r}{_did_you_mean(name, models)}; "
+            f"create_model: name must be one of {', '.join(models)}, got {name!r}{did_you_mean(name, models)}; "
             "add a builder of your own to grr.builders.MODELS first"
         )
     parameters = inspect.signature(models[name]).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if unknown := [argument for argument in changes if argument not in parameters and not any_name]:
-        raise TypeError(
-            f"create_model: {name} takes no argument {unknown[0]!r}{_did_you_mean(unknown[0], parameters)}; "
-            f"help(grr.builders.{name}) lists those it takes"
-        )
+    if not any_name:
+        check_arguments(f"create_model: {name}", changes, parameters, reference=f"help(grr.builders.{name})")
     return models[name](**changes)
 
 
@@ -477,8 +474,3 @@ class _Signature(inspect.Signature):
 _BUILDERS: tuple[Callable[..., nn.Module], ...] = (vision_transformer, text_decoder, coca, grr_vit, baseline_vit)
 for _builder in (*_BUILDERS, *MODELS.values()):
     vars(_builder)["__signature__"] = _Signature.from_callable(_builder)
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

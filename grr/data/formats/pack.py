@@ -22,6 +22,7 @@ from grr.data.threads import in_thread
 from grr.files.atomic import replace_file, write_atomic
 
 STATE = "pack.json"  # what is packed, and the counts of each shard that is complete
+MAX_SIZE = 4096  # pixels; no model is trained at more, and a squashed image of a million would fill the memory
 AHEAD = 256  # images that are packed together
 OTHER = "name another folder, or delete it"
 
@@ -55,17 +56,16 @@ def pack(
     An image that cannot be read is left out with its pairs and counted. The same call continues after a kill: shards
     that are complete are not written again.
 
-    Raises ValueError for data that are not image files, for two shards of one name, and if the folder holds other data
-    or is being written.
+    Raises ValueError as `check_pack` does, for data that are not image files, for two shards of one name, and if the
+    folder holds other data or is being written.
     """
-    check_size("pack", size=size, shard_size=shard_size)
+    check_size("pack", shard_size=shard_size)
+    check_pack(size=size, quality=quality)
     if not isinstance(pairs, TarShards | ImageFiles):
         raise ValueError(
             "pack: the data must be image files or shards (folder, coco, karpathy, rocov2, webdataset), got "
             f"{type(pairs).__name__}; choose another section of the config"
         )
-    if not 1 <= quality <= 95:
-        raise ValueError(f"pack: quality must be from 1 to 95, got {quality}; 90 is a good choice")
     shards = dict(_shards(pairs, shard_size))
     of = {"fingerprint": pairs.fingerprint, "size": size, "quality": quality, "squash": squash, "shards": list(shards)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,16 @@ def pack(
         total.images, total.pairs = total.images + counts.images, total.pairs + counts.pairs
         total.skipped, total.bad = total.skipped + counts.skipped, total.bad + counts.bad
     return total
+
+
+def check_pack(*, size: int, quality: int) -> None:
+    """Raise ValueError if the images of a pack cannot have a size, from 1 to 4,096 pixels, or a quality, 1 to 95."""
+    if size not in range(1, MAX_SIZE + 1):
+        raise ValueError(
+            f"pack: size must be from 1 to {MAX_SIZE} pixels, got {size}; give the size that the model is trained at"
+        )
+    if quality not in range(1, 96):
+        raise ValueError(f"pack: quality must be from 1 to 95, got {quality}; 90 is a good choice")
 
 
 class _Images:

@@ -116,6 +116,7 @@ def test_without_arguments_grr_prints_its_help(capsys):
         ("caption model photo.png --batch-size 0", "grr caption: --batch-size must be at least 1, got 0; see"),
         ("search index fox --top 0", "grr search: --top must be at least 1, got 0; see"),
         ("sizes --text-length=-3", "grr sizes: --text-length must be at least 1, got -3; see"),
+        ("pack a --output b --size big", "grr pack: --size must be a whole number, got big; see grr pack --help"),
         ("caption model", "grr caption: the following arguments are required: IMAGES; see grr caption --help"),
     ],
 )

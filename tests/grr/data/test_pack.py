@@ -228,6 +228,30 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path):
     assert pack(raw, tmp_path / "packed", size=SIZE).images == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--section vaildation",
+            "--section must be a section of data, got vaildation (did you mean validation?); those of",
+        ),
+        ("--section model", "got model; those of"),
+        ("--section _functions", "photos.yaml are data, validation\n"),
+        ("--quality 0", "grr pack: quality must be from 1 to 95, got 0; 90 is a good choice"),
+        ("--quality 101", "grr pack: quality must be from 1 to 95, got 101; 90 is a good choice"),
+        ("--size 0", "grr pack: size must be from 1 to 4096 pixels, got 0; give the size that"),
+        ("--size 1000000", "grr pack: size must be from 1 to 4096 pixels, got 1000000; give the size that"),
+    ],
+)
+def test_an_argument_of_the_command_is_refused_before_the_data_are_read(tmp_path, capsys, words, said):
+    absent = f"data.path={tmp_path / 'absent'}"
+    assert main(["pack", "pretrain/photos", absent, "--output", str(tmp_path / "packed"), *words.split()]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("_functions") == words.count("_functions")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_packs_the_data_of_a_config_and_prints_the_next_one(tmp_path, capsys):
     write_folder(tmp_path / "raw", 6)
     (tmp_path / "raw/4.jpg").write_bytes(b"no image")

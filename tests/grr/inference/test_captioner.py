@@ -16,6 +16,7 @@ from grr.data.image_inputs import read_image
 from grr.data.images import BadImage, load_image
 from grr.evaluation.zero_shot import class_embeddings, embed_texts
 from grr.generation.generate import generate
+from grr.inference.caption import caption_files
 from grr.inference.captioner import BATCH, Captioner
 from grr.inference.classify import classify_images
 from grr.inference.pretrained import load, load_pretrained
@@ -228,6 +229,20 @@ def test_an_opened_file_is_one_image(trained, pictures, tmp_path):
     assert torch.equal(trained.preprocess([io.BytesIO(Path(pictures[0]).read_bytes())]), expected)
     with pytest.raises(ValueError, match=r"images\[0\] must be an open file, got .*closed.*; give its path"):
         trained.caption(file)
+
+
+@pytest.mark.parametrize(("option", "near"), [("beams", "num_beams"), ("max_tokens", "max_new_tokens")])
+def test_an_option_of_captions_that_is_mistyped_is_refused_with_the_nearest_before_anything_is_read(
+    trained, tmp_path, option, near
+):
+    rule = rf"generate takes no argument '{option}' \(did you mean {near}\?\); help\(grr\.generate\) lists"
+    with pytest.raises(TypeError, match=f"^caption: {rule}"):
+        trained.caption(tmp_path / "none.png", **{option: 3})
+    with pytest.raises(TypeError, match=f"^caption_files: {rule}"):
+        caption_files(trained, ["none.png"], tmp_path / "captions.jsonl", {option: 3})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="takes no argument 'model'"):  # what is passed by position is not an option
+        trained.caption([], model=3)
 
 
 def test_a_captioner_is_shown_in_one_line(trained):
