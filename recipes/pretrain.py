@@ -169,7 +169,8 @@ def main() -> int:
                 if not bar.disable and (estimate := throughput.time_left(last - step)):
                     bar.write(estimate)
             if step == run.log_every:  # the first point of the curves
-                on_rank_0(lambda: report(examples=training_examples(pairs)))
+                with throughput.paused():
+                    on_rank_0(lambda: report(examples=training_examples(pairs)))
 
             if step % validate_every == 0 or step == last:
                 with throughput.paused():

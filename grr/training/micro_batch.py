@@ -43,10 +43,12 @@ def choose_micro_batch_size(
     """Returns run["micro_batch_size"]; if it is None, the largest that fits the memory of every process, and logs it.
 
     step computes the gradients of a list of micro-batches. It is run, not compiled, on one of 2 and on one of 4 pairs
-    with the longest captions; from the memory that the two steps take follow the bytes of a pair. The size divides
-    run["batch_size"] / processes; all processes return the same. resumed: the folder of a run that continues, whose
-    config.yaml holds the size of its steps before, and which uses it again, because with another size sums round
-    otherwise.
+    with the longest captions; from the memory that the two steps take follow the bytes of a pair. A pair of a larger
+    micro-batch takes less, because what is cheap to compute is kept only while it is small
+    (`grr.components.recomputable`), so the step is run at the size found, and again while the bytes of a pair there
+    leave room for more. The size divides run["batch_size"] / processes; all processes return the same. resumed: the
+    folder of a run that continues, whose config.yaml holds the size of its steps before, and which uses it again,
+    because with another size sums round otherwise.
     """
     if run["micro_batch_size"] is not None:
         return int(run["micro_batch_size"])
@@ -56,10 +58,18 @@ def choose_micro_batch_size(
         logger.info("micro-batches have %d pairs, as in the steps before", before)
         return before
     device = default_device()
-    per_pair, fixed = _bytes(step, model, optimizer, tokenizer, device, image_size)
+    measure = partial(_bytes, step, model, optimizer, tokenizer, device, image_size)
+    if device.type == "cuda":
+        measure(PROBES[0])  # allocates workspaces as well
+    few, more = map(measure, PROBES)
+    per_pair = max(1.0, (more - few) / (PROBES[1] - PROBES[0]))
+    fixed = max(0.0, few - PROBES[0] * per_pair)
     free = free_memory_of_process(device)
     room = USABLE[device.type] * free - fixed - _bytes_to_come(optimizer, gradients=device.type != "cuda")
-    size = largest_divisor(most, -all_max(-int(room / per_pair)))
+    size, measured = _fitting(most, room, per_pair), PROBES[1] - 1
+    while measured < size < most:
+        per_pair = max(1.0, (measure(size) - fixed) / size)
+        size, measured = max(size, _fitting(most, room, per_pair)), size
     logger.info(
         "micro-batches have %d of the %d pairs that a process reads in a step: a pair takes %.1f MB, and %.1f GB of "
         "memory are free; set run.micro_batch_size to choose another size",
@@ -91,6 +101,11 @@ def _recorded(folder: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _fitting(most: int, room: float, per_pair: float) -> int:
+    """Returns the largest divisor of `most` pairs that fits the room of every process."""
+    return largest_divisor(most, -all_max(-int(room / per_pair)))
+
+
 def _bytes(
     step: Callable[[list[Batch]], object],
     model: nn.Module,
@@ -98,21 +113,19 @@ def _bytes(
     tokenizer: Tokenizer,
     device: torch.device,
     image_size: int,
-) -> tuple[float, float]:
-    """Measure the bytes that a step takes for each pair, and those that it takes for any number of pairs."""
+    n: int,
+) -> int:
+    """Measure the bytes that a step of n pairs takes."""
     lengths = {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
-    taken = {}
     with torch.compiler.set_stance("force_eager"):
-        for n in (PROBES[0], *PROBES) if device.type == "cuda" else PROBES:  # the first allocates workspaces as well
-            (batch,) = random_batches(1, batch_size=n, image_size=image_size, **lengths)
-            batch = replace(batch, classes=torch.zeros(n, dtype=torch.int64)).to(device)
-            taken[n] = _bytes_of_step(partial(step, [batch]), model, device)
-            optimizer.zero_grad(set_to_none=True)
+        (batch,) = random_batches(1, batch_size=n, image_size=image_size, **lengths)
+        batch = replace(batch, classes=torch.zeros(n, dtype=torch.int64)).to(device)
+        taken = _bytes_of_step(partial(step, [batch]), model, device)
+        optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
+        del batch
         torch.cuda.empty_cache()
-    few, more = PROBES
-    per_pair = max(1.0, (taken[more] - taken[few]) / (more - few))
-    return per_pair, max(0.0, taken[few] - few * per_pair)
+    return taken
 
 
 def _bytes_of_step(run: Callable[[], object], model: nn.Module, device: torch.device) -> int:

@@ -12,7 +12,7 @@ class Throughput:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size  # samples in a step, over all processes
-        self._calls, self._seconds = 0, 0.0  # of metrics; of a step before the last of them
+        self._calls, self._steps_timed, self._seconds = 0, 0, 0.0  # calls of metrics; since the last estimate
         self._reset()
 
     @contextmanager
@@ -39,9 +39,12 @@ class Throughput:
 
         samples_per_second: over all processes; data_wait: seconds per step; replaced: samples of this process.
         """
-        self._calls, self._seconds = self._calls + 1, (monotonic() - self._since) / self._steps
+        seconds = monotonic() - self._since
+        if self._calls:  # the first steps allocate memory, fill queues or compile
+            self._steps_timed, self._seconds = self._steps_timed + self._steps, self._seconds + seconds
+        self._calls += 1
         metrics = {
-            "samples_per_second": self._batch_size / self._seconds,
+            "samples_per_second": self._batch_size * self._steps / seconds,
             "data_wait": self._waited / self._steps,
             "replaced": self._replaced,
         }
@@ -49,13 +52,15 @@ class Throughput:
         return metrics
 
     def time_left(self, steps: int) -> str | None:
-        """Returns the time of the remaining steps in words after the second call of `metrics`, None at other times.
+        """Returns the time of the remaining steps in words after call 2, 4, 8, ... of `metrics`, None at other times.
 
-        The first call ends the steps that allocate memory, fill queues or compile, later ones repeat it.
+        It is that of the steps since the last estimate, the second half of all, because a first epoch that draws or
+        decodes what later ones find in memory is slower than the rest. The steps before the first call do not count.
         """
-        if self._calls != 2 or steps < 1:
+        if self._calls < 2 or self._calls & (self._calls - 1) or steps < 1:
             return None
-        time = duration(steps * self._seconds)
+        time = duration(steps * self._seconds / self._steps_timed)
+        self._steps_timed, self._seconds = 0, 0.0
         return f"the remaining {steps:,} steps take {time} on this machine, without validations"
 
     def _reset(self) -> None:

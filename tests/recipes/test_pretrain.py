@@ -88,6 +88,30 @@ def test_a_run_leaves_all_that_is_promised_and_its_loss_falls(whole):
     assert len(list((whole / "checkpoints").iterdir())) == 2
 
 
+SLOW_REPORTS = """
+import runpy, sys, time
+from grr.reports import training
+from grr.training import throughput
+late, write = [0.0], training.write_report
+def write_late(*words, **options):
+    late[0] += 1000.0
+    return write(*words, **options)
+training.write_report, throughput.monotonic = write_late, lambda: time.monotonic() + late[0]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_time_of_reports_and_validations_does_not_count_as_that_of_steps(tmp_path):
+    """Each page takes 1,000 seconds more, by the clock of the throughput: before step 1, at the first line, ..."""
+    words = command(tmp_path / "run", "run.max_steps=4", "run.log_every=2")[1:]
+    done = run([sys.executable, "-c", SLOW_REPORTS, *words])
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(16 / line["samples_per_second"] < 500 for line in lines)
+
+
 @pytest.mark.slow
 def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "run"

@@ -278,6 +278,30 @@ def test_an_interrupted_run_saves_and_exits_with_the_status_of_its_signal(tmp_pa
     assert not (folder / "model").exists()
 
 
+@pytest.mark.parametrize(("launcher", "status"), [("torchrun", 1), ("grr run --nproc 2", 143)])
+def test_two_processes_whose_launcher_gets_sigterm_save_and_exit_with_the_documented_status(tmp_path, launcher, status):
+    folder = tmp_path / "run"
+    words = command(folder, "run.epochs=400", "saving.every=100000", processes=2)
+    if launcher.startswith("grr"):
+        words = [sys.executable, "-m", "grr.cli", *launcher.split()[1:], *words[words.index("--standalone") + 2 :]]
+    with started(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        wait_until(lambda: len(training(folder)) > 2, process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == status, said[-2000:]
+    assert "the same command continues" in said
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    assert training(folder)[-1][0] == int(checkpoint.name.removeprefix("step_"))
+    assert not (folder / "model").exists()
+
+
 def test_workers_leave_saved_when_their_torchrun_is_killed(tmp_path):
     folder = tmp_path / "run"
     with started(

@@ -162,9 +162,7 @@ def test_the_parameters_of_each_tower_are_those_of_the_specification():
 
 
 def test_an_argument_that_the_builder_does_not_take_is_named():
-    with pytest.raises(
-        TypeError, match=r"forward_flops: grr_coca takes no argument 'dimm' \(did you mean dim\?\); help"
-    ):
+    with pytest.raises(TypeError, match=r"grr_coca takes no argument 'dimm' \(did you mean dim\?\); help"):
         forward_flops(grr_coca, dimm=64)
 
 

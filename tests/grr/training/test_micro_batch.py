@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grr.components import recompute
 from grr.data.order import largest_divisor
 from grr.models.builders import grr_coca_tiny
 from grr.training import micro_batch
@@ -62,6 +63,30 @@ def test_the_size_is_the_largest_whose_activations_fit_beside_gradients_and_opti
     assert kept(parts[0], size) <= 1.1 * room  # labels are padded to a multiple of 64, so bytes are not quite linear
     larger = [d for d in range(size + 1, 25) if 24 % d == 0]
     assert not larger or kept(parts[0], larger[0]) > 0.9 * room
+
+
+@pytest.mark.parametrize("fitting", [8.5, 12.5, 40])
+def test_pairs_of_a_larger_micro_batch_take_less_and_the_size_is_that_which_fits_them(parts, monkeypatch, fitting):
+    """From 8 pairs on, the outputs of feed-forward networks are computed again in the backward pass."""
+    model, _ = parts
+    monkeypatch.setattr(recompute, "LARGE", 8 * 16 * 2 * 4 * 64)
+    a_pair, a_small_pair = kept(model, 24) / 24, (kept(model, 4) - kept(model, 2)) / 2
+    assert a_small_pair > 1.1 * a_pair
+    weights = sum(p.nbytes for p in model.parameters())
+    room = fitting * a_pair
+    monkeypatch.setattr(micro_batch, "free_memory_of_process", lambda device: (room + 3 * weights) / USABLE["cpu"])
+    measured = []
+
+    def step(batches):
+        measured.append(len(batches[0].images))
+        global_batch_step(model, batches, seed=0)
+
+    size = choose_micro_batch_size({"micro_batch_size": None, "batch_size": 24}, step, *parts, TOKENS, 32)
+    assert size == {8.5: 8, 12.5: 12, 40: 24}[fitting]
+    assert kept(model, size) <= 1.1 * room
+    assert all(
+        kept(model, n) <= 1.1 * room for n in measured
+    )  # no step that is measured needs more memory than there is
 
 
 def test_measuring_leaves_no_gradients_no_state_and_no_other_weights(parts):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grr.data import Batch
@@ -56,22 +56,47 @@ def test_metrics_cover_the_steps_since_the_last_call_and_leave_out_validations(e
                 taken = []
 
 
-def test_the_time_left_is_that_of_the_steps_between_the_first_and_the_second_line_and_is_returned_once(monkeypatch):
+def estimates(monkeypatch, seconds, *, steps: int, log_every: int = 10) -> dict[int, str]:
+    """Returns the estimates of a run whose step k, counted from 0, takes seconds(k), by the step they are made at."""
     clock = Clock()
     monkeypatch.setattr(throughput, "monotonic", clock)
-    meter, lines = Throughput(32), []
-    for step in range(1, 41):
-        clock.now += 60.0 if step == 1 else 0.5  # the first step compiles
-        meter.step([batch(0)])
-        if step == 15:
-            with meter.paused():
-                clock.now += 100.0
-        if step % 10 == 0:
+    meter, lines, read = Throughput(32), {}, [batch(0)]
+    for step in range(1, steps + 1):
+        clock.now += seconds(step - 1)
+        meter.step(read)
+        if step % log_every == 0:
             meter.metrics()
-            lines.append(meter.time_left(500 - step))
+            if line := meter.time_left(steps - step):
+                lines[step] = line
+        if step == log_every + 5:
+            with meter.paused():  # a validation, or the first report
+                clock.now += 1000.0
+    return lines
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first_line_without_validations(monkeypatch):
+    lines = estimates(monkeypatch, lambda k: 60.0 if k == 0 else 0.5, steps=500)  # the first step compiles
     sentence = "the remaining 480 steps take about 4 minutes on this machine, without validations"
-    assert lines == [None, sentence, None, None]
+    assert lines[20] == sentence
+    assert list(lines) == [20, 40, 80, 160, 320]
     assert Throughput(32).time_left(5) is None
+
+
+@settings(max_examples=20)
+@given(first=st.integers(1, 300), slow=st.floats(1.1, 5), fast=st.floats(0.2, 1))
+def test_the_time_left_converges_on_the_true_time_after_a_slow_first_epoch(first, slow, fast):
+    steps = 3000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "duration", lambda seconds: f"<{seconds!r}>")
+        lines = estimates(patch, lambda k: slow if k < first else fast, steps=steps)
+    errors = {}
+    for step, line in lines.items():
+        true = slow * max(0, first - step) + fast * (steps - max(step, first))
+        errors[step] = abs(float(line.partition("<")[2].partition(">")[0]) / true - 1)
+    for step, error in errors.items():
+        if step >= 2 * first + 20:  # the second half of the steps so far lies behind the first epoch
+            assert error < 1e-9
+    assert errors[max(errors)] < 1e-9
 
 
 @pytest.mark.parametrize(
