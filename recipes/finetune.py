@@ -104,8 +104,11 @@ def main() -> int:
     run = cfg.get(Run)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
+    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"])
+    with torch.device("meta"):
+        freeze(build_pretrained(source, dropout=cfg.model["dropout"]), run.freeze)  # raises ValueError for other names
     report = partial(write_report, folder, title=f"{source.builder} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step; the tokenizer is the pre-trained model's

@@ -100,6 +100,7 @@ def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
+    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     if source is None:

@@ -90,6 +90,7 @@ def main() -> int:
     run = cfg.get(Run)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
+    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):

@@ -217,11 +217,13 @@ def test_batches_and_sizes_that_do_not_fit_are_refused_before_the_data_are_read(
     absent = ("data.name=folder", f"data.path={tmp_path / 'absent'}")
     micro = command(tmp_path / "run", "run.batch_size=8", "run.micro_batch_size=5", *absent)
     sizes = command(tmp_path / "run", "model.image_size=33", *absent)
-    first, second = several(micro, sizes)
-    assert first["status"] == second["status"] == 1
+    rates = command(tmp_path / "run", "optimizer.lr=1e-6", *absent)
+    first, second, third = several(micro, sizes, rates)
+    assert first["status"] == second["status"] == third["status"] == 1
     assert "batch_size=8, world=1, micro_batch_size=5; run.micro_batch_size=4 fits" in first["stderr"]
     assert "image_size" in second["stderr"]
     assert "33" in second["stderr"]
+    assert "min_lr must not be above the optimizer's lr, got min_lr=1e-05, lr=1e-06" in third["stderr"]
     assert not (tmp_path / "run").exists()
 
 
