@@ -57,7 +57,6 @@ def generate(
         min_new_tokens=min_new_tokens,
         num_beams=num_beams,
         temperature=temperature,
-        length_penalty=length_penalty,
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
@@ -160,7 +159,6 @@ def _check(
     max_new_tokens: int,
     min_new_tokens: int,
     num_beams: int,
-    length_penalty: float,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -194,10 +192,6 @@ def _check(
         (
             num_beams <= 1 or temperature == 0,
             f"beam search does not sample, got {num_beams=}, {temperature=}; leave one of them out",
-        ),
-        (
-            num_beams != 1 or length_penalty == 1,
-            f"length_penalty is for beam search, got {length_penalty=}, {num_beams=}; raise num_beams",
         ),
         (
             temperature != 0 or (top_k is None and top_p is None),

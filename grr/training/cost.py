@@ -160,7 +160,7 @@ def _step(
     if device.type == "cuda":
         torch.cuda.synchronize()
     updated = time.perf_counter()
-    return StepCost(size, computed - read, read - begun, updated - computed, sum(kept.values()) / size)
+    return StepCost(size, computed - read, read - begun, updated - computed, kept.most / size)
 
 
 def _time(run: RunPlan, measured: StepCost) -> Finding:

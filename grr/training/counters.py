@@ -42,7 +42,7 @@ class Counts(NamedTuple):
     collective_bytes: dict[str, int]  # name -> bytes of the largest tensor of each call, summed
     flops: int  # executed, of matrix products; fused attention computes its scores again for the backward pass
     unaligned_flops: int  # of products that have a dimension that is not a multiple of 8; attention is not included
-    kept_bytes: int  # for the backward pass, without the parameters
+    kept_bytes: int  # at any time for a backward pass, without the parameters, at most
     host_calls: int  # of Python and C functions
 
 
@@ -81,10 +81,7 @@ class Counters:
 
 
 def count(act: Callable[[], object], model: nn.Module) -> Counts:
-    """Count what `act` does, which is called three times. The bytes of the model's parameters do not count as kept.
-
-    kept_bytes is meant for one forward and backward pass: tensors of several are added where they do not share memory.
-    """
+    """Count what `act` does, which is called three times. The bytes of the model's parameters do not count as kept."""
     with flop_counter() as flops, Counters() as counters:
         act()
     with count_kept_bytes(model) as kept:
@@ -98,7 +95,7 @@ def count(act: Callable[[], object], model: nn.Module) -> Counts:
         dict(counters.collective_bytes),
         flops.get_total_flops(),
         counters.unaligned_flops,
-        sum(kept.values()),
+        kept.most,
         calls.total(),
     )
 

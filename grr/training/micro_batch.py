@@ -1,6 +1,7 @@
 """Size of a micro-batch: as large as memory allows, so that a step needs as few passes as possible."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,19 +79,49 @@ def choose_micro_batch_size(
     return size
 
 
+class KeptBytes:
+    """Bytes of the storages that graphs keep for their backward pass: now, and the most at any time."""
+
+    def __init__(self) -> None:
+        self.now, self.most = 0, 0
+        self._uses: Counter[int] = Counter()  # address of a storage -> saved tensors that live in it
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        self._uses[storage.data_ptr()] += 1
+        if self._uses[storage.data_ptr()] == 1:
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+
+    def remove(self, storage: torch.UntypedStorage) -> None:
+        self._uses[storage.data_ptr()] -= 1
+        if self._uses[storage.data_ptr()] == 0:
+            self.now -= storage.nbytes()
+
+
+class _Saved:
+    """A tensor that a graph keeps, counted until the graph drops it."""
+
+    def __init__(self, x: Tensor, kept: KeptBytes) -> None:
+        self.x, self.kept = x.detach(), kept  # an output would keep its own graph
+        kept.add(x.untyped_storage())
+
+    def __del__(self) -> None:
+        self.kept.remove(self.x.untyped_storage())
+
+
 @contextmanager
-def count_kept_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Count what a forward pass in the block keeps for its backward pass, without the weights: bytes by storage."""
-    kept: dict[int, int] = {}
+def count_kept_bytes(model: nn.Module) -> Iterator[KeptBytes]:
+    """Count what the code in the block keeps for backward passes, without the weights of the model."""
+    kept = KeptBytes()
     weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
 
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
+    def pack(x: Tensor) -> Tensor | _Saved:
+        return x if x.untyped_storage().data_ptr() in weights else _Saved(x, kept)
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    def unpack(saved: Tensor | _Saved) -> Tensor:
+        return saved.x if isinstance(saved, _Saved) else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield kept
 
 
@@ -129,7 +160,7 @@ def _bytes(
 
 
 def _bytes_of_step(run: Callable[[], object], model: nn.Module, device: torch.device) -> int:
-    """Returns the peak of the allocated memory of a GPU during a step; elsewhere what the step keeps for backward."""
+    """Returns the peak of the allocated memory of a GPU during a step; elsewhere that of what graphs keep."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -137,7 +168,7 @@ def _bytes_of_step(run: Callable[[], object], model: nn.Module, device: torch.de
         return torch.cuda.max_memory_allocated(device) - before
     with count_kept_bytes(model) as kept:
         run()
-    return sum(kept.values())
+    return kept.most
 
 
 def _bytes_to_come(optimizer: torch.optim.Optimizer, *, gradients: bool) -> int:

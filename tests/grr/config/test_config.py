@@ -209,9 +209,9 @@ def test_a_file_must_be_named_and_exist(tmp_path):
 
 
 def test_values_are_converted_to_the_annotated_type(tmp_path):
-    cfg = load(tmp_path, GOOD, "optimizer.lr=1e-4", "optimizer.betas=[0, 1]", "run.note='2'", "run.words=[a, b]")
+    cfg = load(tmp_path, GOOD, "optimizer.lr=1e-4", "optimizer.betas=[0, 0.5]", "run.note='2'", "run.words=[a, b]")
     assert cfg.optimizer["lr"] == 1e-4
-    assert repr(cfg.optimizer["betas"]) == "(0.0, 1.0)"
+    assert repr(cfg.optimizer["betas"]) == "(0.0, 0.5)"
     assert cfg.run["note"] == "2"
     assert cfg.run["words"] == ("a", "b")
     assert cfg.data == {"name": "folder", "path": Path("photos"), "split": "train"}  # weights is passed by code

@@ -67,7 +67,7 @@ def test_an_option_that_another_leaves_without_effect_is_refused_with_the_remedy
 def test_an_option_in_vain_is_named_beside_the_other_mistakes_and_its_default_is_none(tmp_path):
     yaml = "model: {name: grr_coca_tiny}\nrun: {patch_dropout_epochs: 3}"
     with pytest.raises(
-        ConfigError, match=r"tiny.yaml:\n  run.patch_dropout_epochs: has no .*\ncommand line:\n  model.dim"
+        ConfigError, match=r"command line:\n  model.dim: .*\n.*tiny.yaml:\n  run.patch_dropout_epochs: has no "
     ):
         load(tmp_path, yaml, "model.dim=wide")
     load(tmp_path, "model: {name: grr_coca_tiny}\nrun: {patch_dropout_epochs: null}")

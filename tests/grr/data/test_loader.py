@@ -369,7 +369,7 @@ def test_twenty_pairs_are_one_batch_of_validation():
         ({"batch_size": 8, "micro_batch_size": 5}, "run.micro_batch_size=4 fits"),
         ({"batch_size": 12, "micro_batch_size": 12, "world": 2}, "run.micro_batch_size=6 fits"),
         ({"batch_size": 12, "micro_batch_size": 1, "world": 5}, "world=5, micro_batch_size=1; run.batch_size=10 fits"),
-        ({"batch_size": 0}, "batch_size=0, world=1, micro_batch_size=4; run.batch_size=4 fits"),
+        ({"batch_size": 0}, "batch_size=0, world=1, micro_batch_size=2; run.batch_size=2 fits"),
         ({"micro_batch_size": 0}, "micro_batch_size=0; run.micro_batch_size=.* fits"),
         ({"batch_size": 14}, "batch_size=14 for 12 images; lower batch_size"),
         ({"workers": -1}, "workers must be >= 0, .*workers=-1"),
