@@ -208,7 +208,7 @@ class Copies:
 class _Lowered(torch.autograd.Function):
     """Copies as a function of a group of parameters: one node of the autograd graph for many small ones.
 
-    Not one for all, because the gradients of a node in bfloat16 take memory until the last one of them is computed.
+    Not one for all, because a node frees its gradients in bfloat16 only after all of them are cast.
     """
 
     @staticmethod
