@@ -36,6 +36,7 @@ from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
 from grr.models.coca import CoCa, MultimodalDecoder
+from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import num_processes, process_group
@@ -188,10 +189,11 @@ def training(cfg: config.Config, run: Run, device: torch.device, rates: Rates) -
 
 def training_of(variant: Variant, cfg: config.Config, run: Run, device: torch.device, rates: Rates) -> Iterator[Row]:
     """The rows of one variant. The model is freed when they end."""
+    multiple = text_multiple(device, "compile" in variant)
     model = trained_model(variant, cfg, run, device)
     optimizer = adamw(model, **cfg.optimizer)
     for tokens in run.caption_tokens:
-        batches = some_batches(cfg, run, run.batch_size // run.micro_batch_size, device, tokens)
+        batches = some_batches(cfg, run, run.batch_size // run.micro_batch_size, device, tokens, multiple)
         act = partial(step, model, optimizer, batches, run, cfg.loss)
         flops = step_flops(MODELS[cfg.model["name"]], batches, **cfg.arguments("model"))
         yield {
@@ -322,12 +324,22 @@ def loaded_model(word: str, cfg: config.Config, run: Run, device: torch.device) 
 
 
 def some_batches(
-    cfg: config.Config, run: Run, count: int, device: torch.device, caption_tokens: int | None = None
+    cfg: config.Config,
+    run: Run,
+    count: int,
+    device: torch.device,
+    caption_tokens: int | None = None,
+    text_multiple: int = 1,
 ) -> list[Batch]:
     """Random micro-batches that fit the model."""
     sizes = {key: cfg.model[key] for key in ("vocab_size", "context_length", "image_size")}
     batches = random_batches(
-        count, batch_size=run.micro_batch_size, caption_tokens=caption_tokens, seed=run.seed, **sizes
+        count,
+        batch_size=run.micro_batch_size,
+        caption_tokens=caption_tokens,
+        text_multiple=text_multiple,
+        seed=run.seed,
+        **sizes,
     )
     return [batch.to(device) for batch in batches]
 

@@ -43,6 +43,7 @@ from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_
 from grr.models.builders import MODELS, check_builder
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS
+from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import num_processes, on_rank_0, process_group
@@ -234,6 +235,7 @@ def loader_arguments(cfg: config.Config, run: Run, device: torch.device, *, imag
         "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": image_size,
         "pin_memory": device.type == "cuda",
+        "text_multiple": text_multiple(device, cfg.parallel["compile"]),
         **cfg.loader,
     }
 

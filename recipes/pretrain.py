@@ -32,6 +32,7 @@ from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import training_examples
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, check_builder
+from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import num_processes, on_rank_0, process_group
@@ -224,6 +225,7 @@ def loader_arguments(cfg: config.Config, run: Run, device: torch.device) -> dict
         "micro_batch_size": cfg.run["micro_batch_size"],
         "image_size": cfg.model["image_size"],
         "pin_memory": device.type == "cuda",
+        "text_multiple": text_multiple(device, cfg.parallel["compile"]),
         **cfg.loader,
     }
 

@@ -39,6 +39,7 @@ from grr.evaluation.timing import describe_machine, is_out_of_memory, matmul_rat
 from grr.files.atomic import write_atomic
 from grr.generation.generate import generate
 from grr.models.builders import MODELS
+from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import num_processes, process_group
@@ -209,7 +210,7 @@ def grr_training(case: Case, cfg: config.Config, run: Run, device: torch.device)
     parallelize(model, device, bf16="bf16" in case.variant, compile="compile" in case.variant)
     initialize(model, device, seed=run.seed)
     optimizer = adamw(model.train(), **cfg.optimizer)
-    batch = a_batch(case, cfg, run).to(device)
+    batch = a_batch(case, cfg, run, device)
     flops = step_flops(MODELS[cfg.model["name"]], [batch], **cfg.arguments("model"))
 
     def step() -> None:
@@ -224,7 +225,7 @@ def grr_training(case: Case, cfg: config.Config, run: Run, device: torch.device)
 def open_clip_training(case: Case, cfg: config.Config, run: Run, device: torch.device) -> Work:
     model, context_length = open_clip(cfg, device).train(), cfg.model["context_length"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batch = a_batch(case, cfg, run).to(device)
+    batch = a_batch(case, cfg, run, device)
     images = normalize(batch.images)
     texts = texts_of(batch, context_length=context_length, cls_id=cfg.model["vocab_size"] - 1)
     compiled = torch.compile(model) if "compile" in case.variant else model
@@ -247,14 +248,14 @@ def grr_captions(case: Case, cfg: config.Config, run: Run, device: torch.device)
         model = cfg.build("model")
     initialize(model.to(DTYPES[case.variant]), device, seed=run.seed)
     n, tokenizer = run.written_tokens, cast(Tokenizer, numbers(cfg))
-    images = a_batch(case, cfg, run).images.to(device)
+    images = a_batch(case, cfg, run, device).images
     write = partial(generate, model.eval(), images, tokenizer, max_new_tokens=n, min_new_tokens=n)
     return Work(write)
 
 
 def open_clip_captions(case: Case, cfg: config.Config, run: Run, device: torch.device) -> Work:
     model, tokens = open_clip(cfg, device).eval(), numbers(cfg)
-    images = normalize(a_batch(case, cfg, run).images.to(device))
+    images = normalize(a_batch(case, cfg, run, device).images)
 
     def write() -> None:
         with torch.no_grad(), autocast(case, device):
@@ -271,11 +272,19 @@ def autocast(case: Case, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if "bf16" in case.variant else nullcontext()
 
 
-def a_batch(case: Case, cfg: config.Config, run: Run) -> Batch:
-    """The same random images and captions for every package."""
+def a_batch(case: Case, cfg: config.Config, run: Run, device: torch.device) -> Batch:
+    """The same random images and captions for every package, on the device."""
     sizes = {key: cfg.model[key] for key in ("vocab_size", "context_length", "image_size")}
-    (batch,) = random_batches(1, batch_size=case.samples, caption_tokens=case.caption_tokens, seed=run.seed, **sizes)
-    return batch
+    multiple = text_multiple(device, "compile" in case.variant)
+    (batch,) = random_batches(
+        1,
+        batch_size=case.samples,
+        caption_tokens=case.caption_tokens,
+        text_multiple=multiple,
+        seed=run.seed,
+        **sizes,
+    )
+    return batch.to(device)
 
 
 def numbers(cfg: config.Config) -> NumberTokenizer:

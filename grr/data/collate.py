@@ -17,7 +17,6 @@ from torch import Tensor
 from grr.data.pairs import Texts
 
 IGNORE = -100  # the label that cross-entropy skips
-TEXT_MULTIPLE = 8  # columns; also what matrix kernels of bfloat16 are aligned to
 LABEL_MULTIPLE = 64
 LONGEST = np.iinfo(np.uint16).max  # tokens; captions beyond count as equally long
 
@@ -39,7 +38,7 @@ def undo_right_pad(x: Tensor, positions: Tensor) -> Tensor:
 class CaptionBatch(NamedTuple):
     """Captions of a batch, of few different shapes, so that a compiled step is compiled a few times only."""
 
-    ids: Tensor  # int64 [b, t]; t is a multiple of TEXT_MULTIPLE, or the context length
+    ids: Tensor  # int64 [b, t]; t is a multiple of `text_multiple`, or the context length
     positions: Tensor  # int64 [b, t], of the tokens in the tokenizer's layout
     cls_places: Tensor  # int64 [b], the column of CLS
     label_places: Tensor  # int64 [n], row * t + column of each token with a label; n is a multiple of LABEL_MULTIPLE
@@ -47,12 +46,14 @@ class CaptionBatch(NamedTuple):
     num_labels: int  # labels that are not IGNORE
 
 
-def collate_captions(rows: list[list[int]], *, pad_id: int = 0, labelled: Sequence[bool] | None = None) -> CaptionBatch:
+def collate_captions(
+    rows: list[list[int]], *, pad_id: int = 0, labelled: Sequence[bool] | None = None, text_multiple: int = 1
+) -> CaptionBatch:
     """Collate captions: b rows of s + 1 ids, as `Tokenizer.encode` returns them.
 
-    t is the number of tokens of the longest caption, rounded up, so most columns that are padding in all rows are not
-    computed. A label is the next token of the caption; a token has none where that is BOS, PAD or CLS (SPEC: equation
-    2), or where `labelled` is false for its row. Raises ValueError if there is no row.
+    t is the number of tokens of the longest caption, rounded up to a multiple of text_multiple, so columns that are
+    padding in all rows are not computed. A label is the next token of the caption; a token has none where that is BOS,
+    PAD or CLS (SPEC: equation 2), or where `labelled` is false for its row. Raises ValueError if there is no row.
     """
     if len(rows) == 0:
         raise ValueError("collate_captions: rows must have at least one caption, got none; leave out an empty batch")
@@ -64,7 +65,7 @@ def collate_captions(rows: list[list[int]], *, pad_id: int = 0, labelled: Sequen
         has_label &= torch.tensor(labelled).unsqueeze(1)
     ids, positions = right_pad(inputs, pad_id=pad_id)
     lengths = (ids != pad_id).sum(1)  # [b]
-    t = min(_round_up(int(lengths.max()), TEXT_MULTIPLE), ids.shape[1])
+    t = min(_round_up(int(lengths.max()), text_multiple), ids.shape[1])
     places = has_label.gather(1, positions)[:, :t].flatten().nonzero().squeeze(1)  # [n]
     labels = following.gather(1, positions)[:, :t].flatten()[places]
     n = len(places)

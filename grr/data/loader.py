@@ -84,6 +84,7 @@ def training_steps(
     image_size: int,
     pin_memory: bool,
     longest_first: bool = False,
+    text_multiple: int = 1,
     *,
     workers: int = 2,
     prefetch: int = 4,
@@ -104,6 +105,8 @@ def training_steps(
     global negatives its loss; each draws its dropout by its place in the new order. With local negatives the
     micro-batches would be other tasks.
 
+    text_multiple: the length of texts is rounded up to a multiple of it (`grr.parallel.compiled.text_multiple`).
+
     A bad sample (an unreadable image, an empty caption) is logged as a warning and replaced by a substitute from an
     image that the global batch does not hold. Substitutes are deterministic, and distinct while there are enough
     images. Raises ValueError, with some names, if more than max_bad_fraction of at least 100 samples of this process
@@ -119,7 +122,8 @@ def training_steps(
         arranged = LongestFirst(pairs.captions, tokenizer.encode, pad_id=tokenizer.pad_id)
         rows = (row._replace(samples=arranged(row.samples)) for row in rows)
     return _steps(
-        rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
+        *(rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, text_multiple),
+        *(workers, prefetch, crop, max_bad_fraction),
     )
 
 
@@ -132,6 +136,7 @@ def validation_steps(
     micro_batch_size: int,
     image_size: int,
     pin_memory: bool,
+    text_multiple: int = 1,
     *,
     workers: int = 2,
     prefetch: int = 4,
@@ -160,7 +165,8 @@ def validation_steps(
     epochs = block_epochs(pairs.groups, pairs.image_of, seed=0, batch_size=size, block=block)
     rows = _validation_rows(epochs, micro_batch_size, rank, world)
     return _steps(
-        rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, workers, prefetch, crop, max_bad_fraction
+        *(rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, text_multiple),
+        *(workers, prefetch, crop, max_bad_fraction),
     )
 
 
@@ -171,6 +177,7 @@ def _steps(
     micro_batch_size: int,
     image_size: int,
     pin_memory: bool,
+    text_multiple: int,
     workers: int,
     prefetch: int,
     crop: Crop,
@@ -186,7 +193,7 @@ def _steps(
     read = in_thread(partial(_read, pairs=pairs, tokenizer=tokenizer, image_size=image_size, crop=crop))
     node = ParallelMapper(IterableWrapper(_slots(rows, stop)), read, workers, method="thread", snapshot_frequency=0)
     node = Batcher(node, micro_batch_size)
-    node = ParallelMapper(node, partial(_collate, pad_id=tokenizer.pad_id), num_workers=0)
+    node = ParallelMapper(node, partial(_collate, pad_id=tokenizer.pad_id, text_multiple=text_multiple), num_workers=0)
     if pin_memory:
         node = PinMemory(node, snapshot_frequency=0)
     if workers:
@@ -299,14 +306,15 @@ def _candidates(slot: _Slot, groups: NDArray[np.int64]) -> Iterator[int]:
     yield from dict.fromkeys(chain(substitutes[column::b], substitutes[offset:], substitutes[:offset]))
 
 
-def _collate(samples: list[_Sample], pad_id: int) -> tuple[Batch | None, list[_Bad], bool]:
+def _collate(samples: list[_Sample], pad_id: int, text_multiple: int) -> tuple[Batch | None, list[_Bad], bool]:
     """Returns a micro-batch, None if a slot is empty; its bad samples; and whether it is the last of its step."""
     bad = [b for sample in samples for b in sample.bad]
     slot = samples[-1].slot
     if not all(sample.ids for sample in samples):
         return None, bad, slot.last
     kept = [sample.name != "" for sample in samples] if slot.row.validation else None
-    captions = collate_captions([sample.ids for sample in samples], pad_id=pad_id, labelled=kept)
+    ids = [sample.ids for sample in samples]
+    captions = collate_captions(ids, pad_id=pad_id, labelled=kept, text_multiple=text_multiple)
     images = torch.stack([sample.image for sample in samples])  # [b, 3, h, w]
     classes = None if samples[0].label is None else torch.tensor([sample.label for sample in samples])  # [b]
     names = [sample.name for sample in samples if sample.name]

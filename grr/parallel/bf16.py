@@ -14,7 +14,7 @@ from torch.utils import _pytree as tree
 from grr.components import Block
 from grr.parallel.aligned import Layout, layouts
 
-GROUP = 2**26  # elements of a gradient in float32, 268 MB, that are added at a time
+GROUP = 2**24  # elements: of the parameters of a node, and of gradients in float32 (67 MB) that are added at a time
 
 
 class InBFloat16:
@@ -161,11 +161,14 @@ class Copies:
         values = [self.copies[place.number] for place in places]
         if not torch.is_grad_enabled():
             return values
-        trained = [i for i, place in enumerate(places) if self.parameters[place.number].requires_grad]
-        if trained:
-            numbers = [places[i].number for i in trained]
-            inputs = [self.parameters[n] for n in dict.fromkeys(numbers)]
-            for i, value in zip(trained, _Lowered.apply(self, numbers, *inputs), strict=True):  # type: ignore[no-untyped-call]
+        where: dict[int, list[int]] = {}  # of each parameter that is trained, the indices of its values
+        for i, place in enumerate(places):
+            if self.parameters[place.number].requires_grad:
+                where.setdefault(place.number, []).append(i)
+        for group in _groups((n, self.parameters[n]) for n in where):
+            numbers = [n for n in group for _ in where[n]]
+            lowered = _Lowered.apply(self, numbers, *group.values())  # type: ignore[no-untyped-call]
+            for i, value in zip((i for n in group for i in where[n]), lowered, strict=True):
                 values[i] = value
         return values
 
@@ -203,7 +206,10 @@ class Copies:
 
 
 class _Lowered(torch.autograd.Function):
-    """Copies as a function of all parameters: one node of the autograd graph, whatever the number of parameters."""
+    """Copies as a function of a group of parameters: one node of the autograd graph for many small ones.
+
+    Not one for all, because the gradients of a node in bfloat16 take memory until the last one of them is computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, copies: Copies, numbers: Sequence[int], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
@@ -217,29 +223,28 @@ class _Lowered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         results: dict[int, Tensor] = {}
-        for group in _groups(ctx.numbers, gradients):
+        present = ((n, x) for n, x in zip(ctx.numbers, gradients, strict=True) if x is not None)
+        for group in _groups(present):
             exact = {n: torch.empty_like(ctx.inputs[n][0]) for n in group}
             pieces = (_pieces(ctx.inputs[n][1], gradient, exact[n]) for n, gradient in group.items())
             _copy_all([(new, old) for pairs in pieces for old, new in pairs])
             earlier = {n: results[n] if n in results else ctx.copies.earlier(ctx.inputs[n][0]) for n in group}
             results |= {n: exact[n] for n in group if earlier[n] is None}
-            if present := {n: x for n, x in earlier.items() if x is not None}:
-                torch._foreach_add_(list(present.values()), [exact[n] for n in present])
+            if sums := {n: x for n, x in earlier.items() if x is not None}:
+                torch._foreach_add_(list(sums.values()), [exact[n] for n in sums])
         return (None, None, *(results.get(n) for n in ctx.inputs))
 
 
-def _groups(numbers: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterator[dict[int, Tensor]]:
-    """Yield gradients by the number of their parameter, each number at most once in a group of about GROUP elements."""
+def _groups(tensors: Iterable[tuple[int, Tensor]]) -> Iterator[dict[int, Tensor]]:
+    """Yield tensors by their number, in groups of about GROUP elements that hold a number at most once."""
     group: dict[int, Tensor] = {}
     elements = 0
-    for number, gradient in zip(numbers, gradients, strict=True):
-        if gradient is None:
-            continue
+    for number, tensor in tensors:
         if number in group or elements >= GROUP:
             yield group
             group, elements = {}, 0
-        group[number] = gradient
-        elements += gradient.numel()
+        group[number] = tensor
+        elements += tensor.numel()
     if group:
         yield group
 

@@ -14,6 +14,7 @@ from grr.models.coca import CoCa, MultimodalDecoder, TextDecoder, VisionTransfor
 from grr.models.head import cross_entropies, token_losses
 
 TOWERS = (VisionTransformer, TextDecoder, MultimodalDecoder)
+TEXT_MULTIPLE = 8  # columns
 RECOMPILE_LIMIT = 256  # versions of one function; torch's own limit is 8, past which it runs uncompiled
 
 
@@ -21,7 +22,7 @@ def compile_parts(model: nn.Module, *, whole_towers: bool) -> None:
     """Compile the towers, or their blocks, and the losses of tokens, in place.
 
     In training mode, each part is compiled once for each size of a batch: images have one, texts have lengths that are
-    multiples of 8 (`collate_captions`). GradCache's first pass, without a graph, is another version. Blocks of one kind
+    multiples of 8 (`text_multiple`). GradCache's first pass, without a graph, is another version. Blocks of one kind
     share the compiled code. The number of labelled tokens may be any, from the second one on. In evaluation mode and
     with caches, as captions are written, the parts run uncompiled: sizes vary there, and hooks are called.
     """
@@ -35,6 +36,16 @@ def compile_parts(model: nn.Module, *, whole_towers: bool) -> None:
         part.forward = MethodType(compiled[type(part)], part)  # a method, which a deep copy binds anew
     if isinstance(model, CoCa):
         model.token_losses = functools.partial(token_losses, losses=torch.compile(cross_entropies))
+
+
+def compiles(device: torch.device, compile: bool | None) -> bool:
+    """Returns whether `parallelize` compiles for this argument; null is on a CUDA GPU alone."""
+    return device.type == "cuda" if compile is None else compile
+
+
+def text_multiple(device: torch.device, compile: bool | None) -> int:
+    """Returns what lengths of texts are rounded up to: texts of few lengths where each is compiled, exact elsewhere."""
+    return TEXT_MULTIPLE if compiles(device, compile) else 1
 
 
 def _parts(module: nn.Module, whole: tuple[type, ...]) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from grr.parallel.bf16 import compute_in_bf16
-from grr.parallel.compiled import compile_parts
+from grr.parallel.compiled import compile_parts, compiles
 from grr.parallel.float8 import multiply_in_float8
 from grr.parallel.memory import has_room_for_whole
 from grr.parallel.shard import METHODS, ORDER, blocks, preparations, shard_over
@@ -49,7 +49,7 @@ def parallelize(
         )
     if float8:
         multiply_in_float8(model, device)
-    if device.type == "cuda" if compile is None else compile:
+    if compiles(device, compile):
         compile_parts(model, whole_towers=world == 1 and not float8 and not activation_checkpointing)
     if world > 1:
         shape = (dp_replicate, world // dp_replicate) if dp_replicate > 1 else (world,)

@@ -37,6 +37,7 @@ def random_batches(
     context_length: int,
     image_size: int,
     caption_tokens: int | None = None,
+    text_multiple: int = 1,
     seed: int = 0,
 ) -> list[Batch]:
     """Returns `count` batches of noise with random captions.
@@ -53,5 +54,7 @@ def random_batches(
         words = torch.randint(UNK + 1, tokenizer.bos_id, (batch_size, room), generator=generator)
         rows = [tokenizer.encode(row[: int(n)].tolist()) for row, n in zip(words, lengths, strict=True)]
         images = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
-        batches.append(Batch(images, *collate_captions(rows), names=[""] * batch_size, replaced=0))
+        batches.append(
+            Batch(images, *collate_captions(rows, text_multiple=text_multiple), names=[""] * batch_size, replaced=0)
+        )
     return batches

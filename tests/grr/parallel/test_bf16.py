@@ -195,10 +195,13 @@ class Operations(TorchDispatchMode):
         self.count: Counter[str] = Counter()
         self.uneven: list[tuple[torch.Size, torch.Size]] = []
         self.products = 0
+        self.products_before_casts: list[int] = []  # of each cast of many tensors
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
         self.count[name] += 1
+        if name == "_foreach_copy_":
+            self.products_before_casts.append(self.products)
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             self.products += 1
@@ -332,6 +335,17 @@ def test_many_gradients_are_cast_a_group_at_a_time(monkeypatch):
     assert operations.count["_foreach_add_"] > 5
     for p, q in zip(whole.parameters(), grouped.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
+
+
+def test_gradients_in_bfloat16_are_cast_and_freed_before_all_are_computed(monkeypatch):
+    monkeypatch.setattr("grr.parallel.bf16.GROUP", 10_000)
+    model = built(alone)
+    loss = forward(model, *batches(1))
+    with Operations() as operations, recomputing(model):
+        loss.backward()
+    casts = operations.products_before_casts
+    assert len(casts) > 5
+    assert casts[0] < operations.products / 4
 
 
 def test_hooks_of_a_parameter_see_the_gradient_of_each_micro_batch():

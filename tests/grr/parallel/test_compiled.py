@@ -35,7 +35,7 @@ def nothing_compiled():
 def batch(*lengths: int) -> Batch:
     """Eight pairs, with captions of these numbers of tokens in turn."""
     rows = [[510, *range(3, 3 + n), 1, *[0] * (29 - n), 511, 0] for n in (*lengths * 8,)[:8]]
-    return Batch(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), *collate_captions(rows), [""] * 8, 0)
+    return Batch(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), *collate_captions(rows, text_multiple=8), [""] * 8, 0)
 
 
 def built(device: torch.device = CPU, **prepared: object) -> nn.Module:
