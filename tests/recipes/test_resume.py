@@ -214,10 +214,11 @@ def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_batches_and_sizes_that_do_not_fit_are_refused_before_the_data_are_read(tmp_path):
-    absent = ("data.name=folder", f"data.path={tmp_path / 'absent'}")
-    micro = command(tmp_path / "run", "run.batch_size=8", "run.micro_batch_size=5", *absent)
-    sizes = command(tmp_path / "run", "model.image_size=33", *absent)
-    rates = command(tmp_path / "run", "optimizer.lr=1e-6", *absent)
+    config = str(RECIPES / "configs/pretrain/openmoji.yaml")
+    absent = ("data.name=folder", f"data.path={tmp_path / 'absent'}", f"run.folder={tmp_path / 'run'}")
+    words = [sys.executable, str(RECIPES / "pretrain.py"), "--config", config, *absent]
+    micro = [*words, "run.batch_size=8", "run.micro_batch_size=5"]
+    sizes, rates = [*words, "model.image_size=33"], [*words, "optimizer.lr=1e-6"]
     first, second, third = several(micro, sizes, rates)
     assert first["status"] == second["status"] == third["status"] == 1
     assert "batch_size=8, world=1, micro_batch_size=5; run.micro_batch_size=4 fits" in first["stderr"]

@@ -417,7 +417,6 @@ def test_the_mode_of_every_module_is_restored_after_an_error(tok):
             "min_new_tokens must be from 0 to max_new_tokens, got min_new_tokens=4, max_new_tokens=3",
         ),
         ({"num_beams": 0}, "num_beams must be at least 1, got num_beams=0"),
-        ({"length_penalty": 0.5},),
         ({"temperature": -1.0}, "temperature must be at least 0, got temperature=-1.0"),
         ({"temperature": math.nan}, "temperature must be at least 0"),
         (
