@@ -44,13 +44,34 @@ def add_scale(subparsers: Any) -> None:
 
 def scale(options: argparse.Namespace) -> int:
     """Print a table with a column for each number of GPUs, a table of data, and the assumptions."""
+    from grr.config.help import reference
+    from grr.evaluation.scale import Assumptions
+    from grr.reports.table import aligned
+
+    cfg = _config(options)
+    assumed, parallel = Assumptions(**cfg.assume), cfg.parallel
+    found, refused = _estimates(cfg, options.gpus, assumed)
+    if found:
+        one = next(iter(found.values()))
+        parameters = sum(p.numel() for p in one.model.meta.parameters())
+        print(
+            f"{cfg.model['name']}: {parameters:,} parameters, {cfg.run['batch_size']:,} pairs a step, texts of "
+            f"{one.model.columns} tokens, {'bf16' if parallel['bf16'] else 'fp32'}\n\n"
+            f"{aligned(_steps(found, options.pairs, assumed))}\n"
+        )
+    print("".join(f"{line}\n\n" for line in refused), end="")
+    print(f"{aligned(_data(options.pairs, assumed))}\n\nassumed, not measured:")
+    given = {"assume": {key: (value, "") for key, value in cfg.assume.items()}}
+    print("\n".join(reference({"assume": Assumptions}, given).splitlines()[2:]))
+    return 0 if found else 1
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """Returns the config of a pre-training, with a section of assumptions, and the sizes of its tokenizer."""
     from grr import config
     from grr.cli.check import recipe_sections
     from grr.cli.sizes import with_tokenizer
-    from grr.config.help import reference
-    from grr.evaluation.scale import Assumptions, Estimate, Model, Run, estimate
-    from grr.models.builders import MODELS
-    from grr.reports.table import aligned
+    from grr.evaluation.scale import Assumptions
 
     file = catalog.config_file(options.config)
     recipe = catalog.recipe_of(file, options.recipe)
@@ -61,55 +82,29 @@ def scale(options: argparse.Namespace) -> int:
             f"{', '.join(missing)}; try grr scale pretrain/cc12m_grr"
         )
     cfg = config.load({**sections, "assume": Assumptions}, ["--config", str(file), *options.overrides])
-    if "name" not in cfg.model:
-        raise ValueError(
-            f"scale: the config must name a builder, got model.path={cfg.model.get('path')}; copy its model section to "
-            "a config of pretrain"
-        )
-    assumed = Assumptions(**cfg.assume)
     cfg.model = with_tokenizer(cfg.model, cfg.tokenizer)
+    return cfg
+
+
+def _estimates(cfg: Any, counts: list[int], assumed: Any) -> tuple[dict[int, Any], list[str]]:
+    """Returns a step for each number of GPUs, and why there is none for others."""
+    from grr.evaluation.scale import Model, Run, estimate
+    from grr.models.builders import MODELS
+
     build = partial(MODELS[cfg.model["name"]], **cfg.arguments("model"))
-    parallel = cfg.parallel
-    model = Model(
-        build,
-        cfg.model["image_size"],
-        assumed.columns or cfg.model["context_length"],
-        bf16=parallel["bf16"],
-        activation_checkpointing=parallel["activation_checkpointing"],
-    )
+    options = {key: cfg.parallel[key] for key in ("bf16", "activation_checkpointing")}
+    model = Model(build, cfg.model["image_size"], assumed.columns or cfg.model["context_length"], **options)
+    micro, kept = cfg.run["micro_batch_size"], cfg.parallel["keep_gathered"]
+    divided = {"dp_replicate": cfg.parallel["dp_replicate"], "keep_gathered": kept is True, "bf16": options["bf16"]}
     loss = {key: cfg.loss[key] for key in ("contrastive", "negatives")}
-    found, refused = dict[int, Estimate](), list[str]()
-    for gpus in options.gpus:
+    found, refused = dict[int, Any](), list[str]()
+    for gpus in counts:
         try:
-            micro, kept = cfg.run["micro_batch_size"], parallel["keep_gathered"]
-            run = Run(
-                gpus,
-                cfg.run["batch_size"],
-                micro or 1,
-                parallel["dp_replicate"],
-                kept is True,
-                parallel["bf16"],
-                **loss,
-            )
+            run = Run(gpus, cfg.run["batch_size"], micro or 1, **divided, **loss)
             found[gpus] = estimate(model, run, assumed, choose=micro is None, decide=kept is None)
         except ValueError as error:
             refused.append(f"{gpus:,} GPUs: {error}")
-    parameters = sum(p.numel() for p in model.meta.parameters())
-    print(
-        f"{cfg.model['name']}: {parameters:,} parameters, {cfg.run['batch_size']:,} pairs a step, texts of "
-        f"{model.columns} tokens, {'bf16' if parallel['bf16'] else 'fp32'}\n"
-    )
-    if found:
-        print(f"{aligned(_steps(found, options.pairs, assumed))}\n")
-    print("".join(f"{line}\n\n" for line in refused), end="")
-    print(f"{aligned(_data(options.pairs, assumed))}\n")
-    print("assumed, not measured:")
-    print(
-        "\n".join(
-            reference({"assume": Assumptions}, {"assume": {k: (v, "") for k, v in cfg.assume.items()}}).splitlines()[2:]
-        )
-    )
-    return 0 if found else 1
+    return found, refused
 
 
 def _steps(found: Any, sizes: list[int], assumed: Any) -> list[list[str]]:

@@ -210,6 +210,7 @@ def memory(model: Model, run: Run, count: Count) -> dict[str, int]:
 class Estimate(NamedTuple):
     """A step on paper."""
 
+    model: Model
     run: Run
     flops: float  # of a GPU
     memory: dict[str, int]
@@ -265,7 +266,7 @@ def estimate(model: Model, run: Run, assumed: Assumptions, *, choose: bool = Fal
         "sending": sum(ring.seconds(assumed) for ring in sent.values()),
         "reading": pairs / (assumed.cores * assumed.images),
     }
-    return Estimate(run, flops, memory(model, run, count), sent, seconds)
+    return Estimate(model, run, flops, memory(model, run, count), sent, seconds)
 
 
 def index_bytes(pairs: int, text: float) -> tuple[int, int]:
