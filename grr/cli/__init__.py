@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from grr import __version__
-from grr.cli import models, pack, recipes, sizes, tokenizer
+from grr.cli import models, pack, recipes, scale, sizes, tokenizer
 from grr.cli.parser import Act, Parser
 from grr.cli.program import attempt
 
@@ -37,6 +37,7 @@ COMMANDS = (
     models.add_embed,
     models.add_search,
     sizes.add_sizes,
+    scale.add_scale,
 )
 
 

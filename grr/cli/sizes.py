@@ -105,13 +105,17 @@ def _model_of(command: list[str]) -> Arguments:
     """The model that a recipe's command line trains, with the vocabulary size and context length of its tokenizer."""
     from omegaconf import OmegaConf
 
+    config = OmegaConf.load(command[command.index("--config") + 1])
+    config.merge_with_dotlist([word for word in command if word.startswith(("model.", "tokenizer."))])
+    return with_tokenizer(OmegaConf.to_container(config.model), dict(config.tokenizer))
+
+
+def with_tokenizer(model: Any, tokenizer: Arguments) -> Arguments:
+    """Returns the arguments of a model, with the vocabulary size and the context length of a config's tokenizer."""
     from grr.models.builders import T5_VOCABULARY
     from grr.tokenizers import open_tokenizer
 
-    config = OmegaConf.load(command[command.index("--config") + 1])
-    config.merge_with_dotlist([word for word in command if word.startswith(("model.", "tokenizer."))])
     defaults = {key: parameter.default for key, parameter in inspect.signature(open_tokenizer).parameters.items()}
-    tokenizer = defaults | dict(config.tokenizer)
+    tokenizer = defaults | tokenizer
     vocab_size = T5_VOCABULARY if tokenizer["path"] else tokenizer["vocab_size"]
-    arguments: Any = OmegaConf.to_container(config.model)
-    return {**arguments, "vocab_size": vocab_size, "context_length": tokenizer["context_length"]}
+    return {**model, "vocab_size": vocab_size, "context_length": tokenizer["context_length"]}

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+CHUNK = 2**16  # samples that are compared at a time, so that distinct groups take no memory, not even for a moment
 
 
 class Groups:
@@ -16,17 +17,18 @@ class Groups:
     def __init__(self, groups: Ints) -> None:
         self.samples = len(groups)
         self._members: Ints | None = None  # samples, group by group; None: in their own order
-        if np.any(groups[1:] < groups[:-1]):
+        self._starts: Ints | None = None  # [count + 1]; None: all groups have one size
+        self.count, ordered = _steps(groups)
+        if not ordered:
             self._members = np.argsort(groups, kind="stable")
             groups = groups[self._members]
-        begins = np.ones(self.samples, dtype=bool)  # whether a sample is the first of its group
-        np.not_equal(groups[1:], groups[:-1], out=begins[1:])
-        self.count = int(np.count_nonzero(begins))
-        self._starts: Ints | None = None  # [count + 1]; None: all groups have one size
+            self.count, _ = _steps(groups)
         if self.count == self.samples:
             self._members = None  # one order of distinct groups is as good as another
             self._sizes, self._counts = np.ones(1, dtype=np.int64), np.array([self.count])
         else:
+            begins = np.ones(self.samples, dtype=bool)  # whether a sample is the first of its group
+            np.not_equal(groups[1:], groups[:-1], out=begins[1:])
             starts = np.append(np.flatnonzero(begins), self.samples)
             self._sizes, self._counts = np.unique(np.diff(starts), return_counts=True)  # how often each size occurs
             self._starts = starts if len(self._sizes) > 1 else None
@@ -66,3 +68,13 @@ class Groups:
 def num_batches(groups: Ints, *, batch_size: int) -> int:
     """Returns the number of batches of an epoch; groups: [n]. See `Groups.num_batches`, which also names the errors."""
     return Groups(groups).num_batches(batch_size)
+
+
+def _steps(groups: Ints) -> tuple[int, bool]:
+    """Returns how often a sample is of another group than the one before it, and whether the groups are in order."""
+    count, ordered = min(1, len(groups)), True
+    for start in range(0, len(groups), CHUNK):
+        part = groups[max(0, start - 1) : start + CHUNK]
+        count += int(np.count_nonzero(part[1:] != part[:-1]))
+        ordered = ordered and bool((part[1:] >= part[:-1]).all())
+    return count, ordered

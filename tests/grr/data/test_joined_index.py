@@ -17,6 +17,7 @@ from grr.data.formats import joined_index, shard_index
 from grr.data.formats.shards import TarShards, webdataset
 from grr.data.pairs import Texts
 from grr.data.records import Records
+from grr.evaluation.scale import index_bytes
 from grr.files.columns import map_columns, write_columns
 
 PAIRS, SHARDS = 50_000, 4  # in each shard
@@ -107,6 +108,15 @@ def test_two_processes_hold_less_than_24_bytes_a_pair_of_their_splits_for_themse
     bytes_a_pair = private_bytes(shards, "train validation")
     assert all(size < 24 for size in bytes_a_pair), bytes_a_pair
     assert len(list((shards / ".grr_index").glob("*.joined"))) == 1
+
+
+def test_an_index_and_the_rows_of_a_split_take_the_bytes_that_are_on_paper(shards):
+    pairs = webdataset(shards=str(shards))
+    (file,) = (shards / ".grr_index").glob("*.joined")
+    shared, _ = index_bytes(len(pairs), (len(pairs.index["ids"]) + len(pairs.index["captions"])) / len(pairs))
+    assert 0 <= file.stat().st_size - shared < 5000  # the header, and the records of each shard
+    train = webdataset(shards=str(shards), split="train")
+    assert train._rows.nbytes + train.image_of.nbytes == index_bytes(len(train), 0)[1]
 
 
 def test_an_index_in_memory_and_a_mapped_one_are_one_data_set(shards):

@@ -21,6 +21,7 @@ from label_rows import label_rows
 from torch import Tensor
 from waiting import wait_until
 
+from grr.data import collate
 from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
@@ -507,3 +508,13 @@ def test_a_caption_is_encoded_once_for_its_place():
     assert order(np.array([0, 1, 3])).tolist() == [1, 3, 0]
     assert order(np.array([3, 0, 2, 1])).tolist() == [2, 1, 3, 0]
     assert sorted(encoded) == ["four", "fourteen", "one", "three"]
+
+
+def test_a_batch_of_many_captions_is_ordered_by_their_bytes_and_none_is_encoded(monkeypatch):
+    monkeypatch.setattr(collate, "ENCODED", 3)
+
+    def encode(caption: str) -> list[int]:
+        raise AssertionError(caption)
+
+    order = LongestFirst(["one", "three", "été", "fourteen"], encode)
+    assert order(np.array([0, 1, 2, 3])).tolist() == [3, 1, 2, 0]  # 8, 5, 5 and 3 bytes

@@ -1,6 +1,7 @@
 """A process group begins and ends with its block, and gathering is exact. Many processes: see test_step."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,23 @@ def test_one_process_has_its_own_maximum_at_once():
     with process_group():
         largest = DelayedMax()
         assert [largest(number) for number in (2, 0, 1)] == [2, 0, 1]
+
+
+LIMITS = """
+import resource
+from grr.parallel.process_group import process_group
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+with process_group():
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+
+
+def test_a_process_of_many_may_open_as_many_files_as_the_system_allows():
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", LIMITS]
+    done = subprocess.run(command, env=os.environ | torchrun, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -4,10 +4,13 @@ import functools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from collectives_worker import PAIRS
 
+from grr.evaluation.scale import Model, Ring, Run, messages
 from grr.models.builders import grr_coca_tiny
 
 WORKER = Path(__file__).parent / "collectives_worker.py"
@@ -63,3 +66,26 @@ def test_the_bytes_of_weights_and_gradients_are_those_of_the_model(processes, dp
     for row in rows(processes, dp_replicate, keep_gathered=True):  # shards of one size are a little more
         assert row["bytes"]["weights"] == pytest.approx(2 * parameters, rel=1e-3), row  # bfloat16
         assert row["bytes"]["gradients"] == pytest.approx(4 * parameters, rel=1e-3), row  # float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "dp_replicate"), WAYS)
+def test_the_messages_on_paper_are_those_of_gloo(processes, dp_replicate):
+    model = Model(partial(grr_coca_tiny, learned_temperature=True), 32, 16, bf16=True)
+    for row in measured(processes, dp_replicate):
+        kinds = {key: row[key] for key in ("keep_gathered", "contrastive", "negatives")}
+        run = Run(processes, processes * PAIRS * row["micro"], PAIRS, dp_replicate, **kinds)
+        paper = messages(model, run, embedding_dim=grr_coca_tiny().dim)
+        none = Ring(0, 0, 1, 1)
+        replicas = paper.get("replicas", none)
+        bias = 4 * run.shards if run.contrastive == "softmax" else 0  # which that loss does not read: no gradient
+        assert (row["counts"]["weights"], row["bytes"]["weights"]) == paper["weights"][:2], row
+        sent = paper["gradients"].size - bias * (1 if run.keep_gathered else run.micro_batches)
+        assert (row["counts"]["gradients"], row["bytes"]["gradients"]) == (paper["gradients"].calls, sent), row
+        embeddings, scalars = paper.get("embeddings", none), paper["scalars"]
+        assert row["counts"].get("all_gather", 0) == embeddings.calls, row
+        assert row["bytes"].get("all_gather", 0) * processes == embeddings.size, row  # counted by a process's rows
+        assert row["counts"]["all_reduce"] == scalars.calls + replicas.calls, row
+        assert row["bytes"]["all_reduce"] == scalars.size + replicas.size - (
+            bias // run.shards if replicas.calls else 0
+        ), row
