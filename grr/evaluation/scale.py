@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from grr.data import Batch
 from grr.data.collate import LABEL_MULTIPLE
 from grr.data.formats import joined_index
+from grr.data.order.sizes import largest_divisor
 from grr.parallel.bf16 import InBFloat16
 from grr.parallel.memory import PART
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import process_group
 from grr.parallel.shard import blocks
 from grr.training.contrast import CHUNK
-from grr.training.micro_batch import USABLE, largest_divisor
+from grr.training.micro_batch import USABLE
 from grr.training.step import global_batch_step
 
 PROBE = 64  # pairs of a step that is counted, where the memory is to decide the size of a micro-batch
@@ -73,7 +74,7 @@ class Run:
             raise ValueError(
                 "scale: batch_size must be a multiple of GPUs * micro_batch_size, and GPUs one of dp_replicate, got "
                 f"batch_size={self.batch_size:,}, {self.gpus:,} GPUs, micro_batch_size={self.micro_batch_size}, "
-                f"dp_replicate={self.dp_replicate}; change a size, or set run.micro_batch_size=null"
+                f"dp_replicate={self.dp_replicate}; change run.batch_size or the number of GPUs"
             )
 
     @property
