@@ -12,21 +12,21 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from grr.data import Batch
 from grr.data.collate import LABEL_MULTIPLE
 from grr.data.formats import joined_index
 from grr.data.order.sizes import largest_divisor
-from grr.parallel.bf16 import InBFloat16
+from grr.parallel.bf16 import bf16_copies
 from grr.parallel.memory import PART
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import process_group
 from grr.parallel.shard import blocks
 from grr.training.contrast import CHUNK
-from grr.training.micro_batch import USABLE
+from grr.training.counters import flop_counter
+from grr.training.micro_batch import USABLE, count_kept_bytes
 from grr.training.step import global_batch_step
 
 PROBE = 64  # pairs of a step that is counted, where the memory is to decide the size of a micro-batch
@@ -286,29 +286,21 @@ def _blocks(model: Model, name: str) -> list[nn.Module]:
 
 def _count(model: Model, pairs: int, embeds_first: bool) -> Count:
     """Run a step, forward and backward, on tensors that have a shape and no memory."""
-    kept, widths = dict[int, torch.UntypedStorage](), list[int]()
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        kept[id(storage)] = storage
-        return x
-
+    widths: list[int] = []
     with process_group(), FakeTensorMode():
         network = model.build()
         network.contrastive_pooler.register_forward_hook(lambda *call: widths.append(call[-1].shape[-1]))  # type: ignore
         parallelize(network, torch.device("cpu"), compile=False, **model.options)
         batch = _batch(pairs, model.image_size, model.columns)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), FlopCounterMode(display=False) as flops:
+        with count_kept_bytes(network) as kept, flop_counter() as flops:
             global_batch_step(network, [batch], 0)
         total = flops.get_total_flops()
         if embeds_first:
-            with FlopCounterMode(display=False) as flops:
+            with flop_counter() as flops:
                 global_batch_step(network, [batch, batch], 0)
             total = flops.get_total_flops() / 2
-    copies = network.forward.copies.copies if isinstance(network.forward, InBFloat16) else []
-    weights = {id(x.untyped_storage()) for x in (*network.parameters(), *copies)}
-    size = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
-    return Count(size / pairs, total / pairs, sum(x.nbytes for x in copies), widths[0])
+        copies = sum(x.nbytes for x in bf16_copies(network))
+    return Count(kept.most / pairs, total / pairs, copies, widths[0])
 
 
 def _batch(pairs: int, image_size: int, columns: int) -> Batch:

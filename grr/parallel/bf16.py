@@ -58,6 +58,11 @@ def compute_in_bf16(model: nn.Module, entry_points: Sequence[str]) -> None:
             setattr(model, name, InBFloat16(getattr(model, name), copies, outputs=torch.float32))
 
 
+def bf16_copies(model: nn.Module) -> list[Tensor]:
+    """Returns the copies of a model that computes in bfloat16, from its first pass on; else an empty list."""
+    return model.forward.copies.copies if isinstance(model.forward, InBFloat16) else []
+
+
 @contextmanager
 def held_in_bf16(model: nn.Module) -> Iterator[None]:
     """Keep the copies in place for many calls without gradients, where the model computes in bfloat16."""

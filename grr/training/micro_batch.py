@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grr.data import Batch
 from grr.data.order import largest_divisor
+from grr.parallel.bf16 import bf16_copies
 from grr.parallel.memory import free_memory_of_process
 from grr.parallel.process_group import all_max, default_device, on_rank_0
 from grr.parallel.shard import local
@@ -84,17 +85,17 @@ class KeptBytes:
 
     def __init__(self) -> None:
         self.now, self.most = 0, 0
-        self._uses: Counter[int] = Counter()  # address of a storage -> saved tensors that live in it
+        self._uses: Counter[int] = Counter()  # id of a storage -> saved tensors that live in it
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        self._uses[storage.data_ptr()] += 1
-        if self._uses[storage.data_ptr()] == 1:
+        self._uses[id(storage)] += 1
+        if self._uses[id(storage)] == 1:
             self.now += storage.nbytes()
             self.most = max(self.most, self.now)
 
     def remove(self, storage: torch.UntypedStorage) -> None:
-        self._uses[storage.data_ptr()] -= 1
-        if self._uses[storage.data_ptr()] == 0:
+        self._uses[id(storage)] -= 1
+        if self._uses[id(storage)] == 0:
             self.now -= storage.nbytes()
 
 
@@ -102,21 +103,23 @@ class _Saved:
     """A tensor that a graph keeps, counted until the graph drops it."""
 
     def __init__(self, x: Tensor, kept: KeptBytes) -> None:
-        self.x, self.kept = x.detach(), kept  # an output would keep its own graph
-        kept.add(x.untyped_storage())
+        self.x, self.storage, self.kept = x.detach(), x.untyped_storage(), kept  # an output would keep its own graph
+        kept.add(self.storage)
 
     def __del__(self) -> None:
-        self.kept.remove(self.x.untyped_storage())
+        self.kept.remove(self.storage)
 
 
 @contextmanager
 def count_kept_bytes(model: nn.Module) -> Iterator[KeptBytes]:
-    """Count what the code in the block keeps for backward passes, without the weights of the model."""
-    kept = KeptBytes()
-    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
+    """Count what the code in the block keeps for backward passes, without the model's weights and bfloat16 copies."""
+    kept, weights = KeptBytes(), dict[int, torch.UntypedStorage]()
 
     def pack(x: Tensor) -> Tensor | _Saved:
-        return x if x.untyped_storage().data_ptr() in weights else _Saved(x, kept)
+        if not weights:  # now, because the copies are made by the first pass
+            of_model = [*(local(p) for p in model.parameters()), *bf16_copies(model)]
+            weights.update((id(storage), storage) for storage in (w.untyped_storage() for w in of_model))
+        return x if id(x.untyped_storage()) in weights else _Saved(x, kept)
 
     def unpack(saved: Tensor | _Saved) -> Tensor:
         return saved.x if isinstance(saved, _Saved) else saved

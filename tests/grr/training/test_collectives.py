@@ -78,14 +78,15 @@ def test_the_messages_on_paper_are_those_of_gloo(processes, dp_replicate):
         paper = messages(model, run, embedding_dim=grr_coca_tiny().dim)
         none = Ring(0, 0, 1, 1)
         replicas = paper.get("replicas", none)
-        bias = 4 * run.shards if run.contrastive == "softmax" else 0  # which that loss does not read: no gradient
+        passes = 1 if run.keep_gathered else run.micro_batches  # that reduce gradients
+        once = passes - 1 if run.embeds_first else 0  # of them compute no contrastive loss, so no gradient of its
+        absent = 4 * run.shards * (once + (passes if run.contrastive == "softmax" else once))  # temperature and bias
         assert (row["counts"]["weights"], row["bytes"]["weights"]) == paper["weights"][:2], row
-        sent = paper["gradients"].size - bias * (1 if run.keep_gathered else run.micro_batches)
+        sent = paper["gradients"].size - absent
         assert (row["counts"]["gradients"], row["bytes"]["gradients"]) == (paper["gradients"].calls, sent), row
         embeddings, scalars = paper.get("embeddings", none), paper["scalars"]
         assert row["counts"].get("all_gather", 0) == embeddings.calls, row
         assert row["bytes"].get("all_gather", 0) * processes == embeddings.size, row  # counted by a process's rows
         assert row["counts"]["all_reduce"] == scalars.calls + replicas.calls, row
-        assert row["bytes"]["all_reduce"] == scalars.size + replicas.size - (
-            bias // run.shards if replicas.calls else 0
-        ), row
+        reduced = replicas.size - (absent // run.shards if replicas.calls else 0)
+        assert row["bytes"]["all_reduce"] == scalars.size + reduced, row
