@@ -35,7 +35,7 @@ def test_gradients_of_one_process_are_those_of_the_formulas_for_any_micro_batch_
     ("processes", "arguments"),
     [
         (2, {}),
-        (4, {}),
+        (4, {"cases": LEARNED}),
         (2, {"cases": LEARNED, "keep_gathered": False}),
         (4, {"cases": LEARNED, "keep_gathered": True, "dp_replicate": 2}),
     ],
