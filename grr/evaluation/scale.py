@@ -163,22 +163,24 @@ def messages(model: Model, run: Run, *, embedding_dim: int, gpus_per_node: int =
     if run.gpus == 1:
         return {}
     units = elements(model, run.shards)
-    if run.shards == 1:  # whole models need no units
-        units = [sum(units)]
     passes = 1 if run.keep_gathered else run.micro_batches
-    gathers = [passes * (1 if run.keep_gathered or i == 0 else 2) for i in range(len(units))]
-    if run.embeds_first and not run.keep_gathered:
-        embedding = {id(block) for name in ("vision_encoder", "text_decoder") for block in _blocks(model, name)}
-        for i, block in enumerate(blocks(model.meta), start=1):
-            gathers[i] += run.micro_batches * (id(block) in embedding)
-    width = 2 if run.bf16 else 4
-    shard_node, world_node = min(run.shards, gpus_per_node), min(run.gpus, gpus_per_node)
-    size = run.shards * width * sum(n * unit for n, unit in zip(gathers, units, strict=True))
-    reduced, calls = 4 * passes * sum(units), passes * len(units)
-    found = {"weights": Ring(sum(gathers), size, run.shards, shard_node)}
-    found["gradients"] = Ring(calls, run.shards * reduced, run.shards, shard_node)
+    world_node, found = min(run.gpus, gpus_per_node), dict[str, Ring]()
+    if run.shards == 1:  # whole models: nothing is gathered, and all gradients are one message
+        units = [sum(units)]
+    else:
+        gathers = [passes * (1 if run.keep_gathered or i == 0 else 2) for i in range(len(units))]
+        if run.embeds_first and not run.keep_gathered:
+            embedding = {id(block) for name in ("vision_encoder", "text_decoder") for block in _blocks(model, name)}
+            for i, block in enumerate(blocks(model.meta), start=1):
+                gathers[i] += run.micro_batches * (id(block) in embedding)
+        size = run.shards * (2 if run.bf16 else 4) * sum(n * unit for n, unit in zip(gathers, units, strict=True))
+        shard_node = min(run.shards, gpus_per_node)
+        found["weights"] = Ring(sum(gathers), size, run.shards, shard_node)
+        reduced = run.shards * 4 * passes * sum(units)
+        found["gradients"] = Ring(passes * len(units), reduced, run.shards, shard_node)
     if run.dp_replicate > 1:
-        found["replicas"] = Ring(calls, reduced, run.dp_replicate, max(1, gpus_per_node // run.shards), 2)
+        per_node = max(1, gpus_per_node // run.shards)
+        found["replicas"] = Ring(passes * len(units), 4 * passes * sum(units), run.dp_replicate, per_node, 2)
     if run.negatives == "global":
         sums = run.contrastive == "softmax"  # log-sum-exps of rows and columns
         row = 4 * (2 * embedding_dim + 1 + 2 * sums)

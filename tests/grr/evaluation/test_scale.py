@@ -13,14 +13,24 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grr.evaluation.flops import step_flops
-from grr.evaluation.scale import LOSS_TENSORS, Assumptions, Model, Ring, Run, elements, estimate, memory, messages
+from grr.evaluation.scale import (
+    LOSS_TENSORS,
+    Assumptions,
+    Count,
+    Model,
+    Ring,
+    Run,
+    estimate,
+    memory,
+    messages,
+)
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.bf16 import bf16_copies
 from grr.parallel.initialize import initialize
@@ -97,7 +107,11 @@ runs = st.builds(
 
 
 @given(run=runs.filter(lambda run: run.negatives == "global" or run.micro_batch_size > 1))
-@settings(max_examples=10)
+@example(run=Run(4, 24, 2, dp_replicate=4, keep_gathered=False))  # whole models
+@example(run=Run(8, 48, 2, dp_replicate=2, keep_gathered=False))
+@settings(
+    max_examples=20, phases=(Phase.explicit, Phase.generate)
+)  # an example takes a second: no search for a smaller one
 def test_messages_shards_and_states_are_those_of_a_step_on_any_number_of_ranks(run):
     paper = Model(build, 32, 16, bf16=run.bf16)
     with fake_ranks(run.gpus):
@@ -107,8 +121,9 @@ def test_messages_shards_and_states_are_those_of_a_step_on_any_number_of_ranks(r
         states = [local(x).nbytes for state in optimizer.state.values() for x in state.values() if x.dim()]
         del model, optimizer
     assert_counted(messages(paper, run, embedding_dim=ARGUMENTS["dim"]), run, *counters)
-    n = sum(elements(paper, run.shards))
-    assert (n, 4 * n, 8 * n) == (sum(shards), sum(gradients), sum(states))
+    held = memory(paper, run, Count(0.0, 0.0, 0, ARGUMENTS["dim"]))
+    found = tuple(held[part] for part in ("weights", "gradients", "optimizer state"))
+    assert found == (4 * sum(shards), sum(gradients), sum(states))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -172,6 +187,7 @@ def test_twice_the_rate_takes_half_the_time_and_the_longest_part_bounds_the_step
     one, two = on_paper(8), on_paper(8, tflops=2 * 989.0, images=1400.0)
     for kind in ("computing", "reading"):
         assert one.seconds[kind] == pytest.approx(2 * two.seconds[kind])
+    assert one.seconds["reading"] == pytest.approx(4096 / 8 / (12 * 700))
     assert on_paper(8, images=1e-3).bound == "reading"
     assert on_paper(8, between=1e-9, gpus_per_node=4).bound == "sending"
     assert on_paper(1, tflops=1e-9).bound == "computing"
