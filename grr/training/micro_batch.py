@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -113,19 +113,24 @@ class _Saved:
 @contextmanager
 def count_kept_bytes(model: nn.Module) -> Iterator[KeptBytes]:
     """Count what the code in the block keeps for backward passes, without the model's weights and bfloat16 copies."""
-    kept, weights = KeptBytes(), dict[int, torch.UntypedStorage]()
+    kept, weights, copies = KeptBytes(), _storages(local(p) for p in model.parameters()), _storages(())
 
     def pack(x: Tensor) -> Tensor | _Saved:
-        if not weights:  # now, because the copies are made by the first pass
-            of_model = [*(local(p) for p in model.parameters()), *bf16_copies(model)]
-            weights.update((id(storage), storage) for storage in (w.untyped_storage() for w in of_model))
-        return x if id(x.untyped_storage()) in weights else _Saved(x, kept)
+        if not copies:  # here, because the first pass makes them
+            copies.update(_storages(bf16_copies(model)))
+        of_model = id(x.untyped_storage()) in weights or id(x.untyped_storage()) in copies
+        return x if of_model else _Saved(x, kept)
 
     def unpack(saved: Tensor | _Saved) -> Tensor:
         return saved.x if isinstance(saved, _Saved) else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield kept
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Returns the storages of tensors by their ids, which stay theirs while this lives."""
+    return {id(storage): storage for storage in (x.untyped_storage() for x in tensors)}
 
 
 def _recorded(folder: Path) -> int | None:

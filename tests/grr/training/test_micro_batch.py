@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from grr.components import recompute
 from grr.data.order import largest_divisor
 from grr.models.builders import grr_coca_tiny
+from grr.parallel.parallelize import parallelize
 from grr.training import micro_batch
 from grr.training.micro_batch import USABLE, choose_micro_batch_size, count_kept_bytes
 from grr.training.optim import adamw
@@ -100,6 +101,16 @@ def test_the_bytes_of_a_step_are_those_that_graphs_keep_at_one_time():
         assert (found.now, found.most) == (2 * x.nbytes, 2 * x.nbytes)
         del both
     assert found.now == 0
+
+
+def test_bfloat16_copies_of_the_weights_are_not_counted(process_group):
+    """What is kept grows with the pairs; what any number of them keeps is less than half of the copies."""
+    model = grr_coca_tiny()
+    parallelize(model, torch.device("cpu"), bf16=True, compile=False)
+    first = kept(model, 16)  # makes the copies
+    assert kept(model, 16) == first
+    copies = sum(2 * p.numel() for p in model.parameters())
+    assert 0 <= 2 * first - kept(model, 32) < copies / 2
 
 
 def test_measuring_leaves_no_gradients_no_state_and_no_other_weights(parts):
