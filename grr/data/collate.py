@@ -37,7 +37,7 @@ def undo_right_pad(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class CaptionBatch(NamedTuple):
-    """Captions of a batch, of few different shapes, so that a compiled step is compiled a few times only."""
+    """Captions of a batch, of few different shapes where text_multiple asks for it, because each is compiled."""
 
     ids: Tensor  # int64 [b, t]; t is a multiple of `text_multiple`, or the context length
     positions: Tensor  # int64 [b, t], of the tokens in the tokenizer's layout

@@ -122,8 +122,17 @@ def training_steps(
         arranged = LongestFirst(pairs.captions, tokenizer.encode, pad_id=tokenizer.pad_id)
         rows = (row._replace(samples=arranged(row.samples)) for row in rows)
     return _steps(
-        *(rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, text_multiple),
-        *(workers, prefetch, crop, max_bad_fraction),
+        rows,
+        pairs,
+        tokenizer,
+        micro_batch_size,
+        image_size,
+        pin_memory,
+        text_multiple,
+        workers,
+        prefetch,
+        crop,
+        max_bad_fraction,
     )
 
 
@@ -165,8 +174,17 @@ def validation_steps(
     epochs = block_epochs(pairs.groups, pairs.image_of, seed=0, batch_size=size, block=block)
     rows = _validation_rows(epochs, micro_batch_size, rank, world)
     return _steps(
-        *(rows, pairs, tokenizer, micro_batch_size, image_size, pin_memory, text_multiple),
-        *(workers, prefetch, crop, max_bad_fraction),
+        rows,
+        pairs,
+        tokenizer,
+        micro_batch_size,
+        image_size,
+        pin_memory,
+        text_multiple,
+        workers,
+        prefetch,
+        crop,
+        max_bad_fraction,
     )
 
 

@@ -1,5 +1,6 @@
 """The recipe as a user meets it: a command line, a folder, a page."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from waiting import started, wait_until
 
@@ -267,3 +269,17 @@ def test_the_papers_configs_are_the_papers_and_differ_in_the_model_alone():
     for cfg in (grr, baseline):
         del cfg["run"]["folder"], cfg["model"]["name"]
     assert grr == baseline
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("compiled", "multiple"), [("true", 8), ("false", 1)])
+@pytest.mark.parametrize("name", ["pretrain/photos", "finetune/photos", "finetune_classifier/classification"])
+def test_texts_have_few_lengths_where_steps_are_compiled_for_each(name, compiled, multiple):
+    recipe = importlib.import_module(f"grr.recipes.{name.partition('/')[0]}")
+    file = str(RECIPES / "configs" / f"{name}.yaml")
+    words = ["data.path=photos", "validation.path=photos"] if name.endswith("photos") else []
+    words += ["model.path=model"] if name.startswith("finetune/") else []
+    cfg = config.load(recipe.SECTIONS, ["--config", file, f"parallel.compile={compiled}", *words])
+    size = {} if name.startswith("pretrain") else {"image_size": 32}
+    loader = recipe.loader_arguments(cfg, cfg.get(recipe.Run), torch.device("cpu"), **size)
+    assert loader["text_multiple"] == multiple

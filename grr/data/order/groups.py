@@ -18,11 +18,11 @@ class Groups:
         self.samples = len(groups)
         self._members: Ints | None = None  # samples, group by group; None: in their own order
         self._starts: Ints | None = None  # [count + 1]; None: all groups have one size
-        self.count, ordered = _steps(groups)
+        self.count, ordered = _runs(groups)
         if not ordered:
             self._members = np.argsort(groups, kind="stable")
             groups = groups[self._members]
-            self.count, _ = _steps(groups)
+            self.count, _ = _runs(groups)
         if self.count == self.samples:
             self._members = None  # one order of distinct groups is as good as another
             self._sizes, self._counts = np.ones(1, dtype=np.int64), np.array([self.count])
@@ -70,8 +70,8 @@ def num_batches(groups: Ints, *, batch_size: int) -> int:
     return Groups(groups).num_batches(batch_size)
 
 
-def _steps(groups: Ints) -> tuple[int, bool]:
-    """Returns how often a sample is of another group than the one before it, and whether the groups are in order."""
+def _runs(groups: Ints) -> tuple[int, bool]:
+    """Returns the number of runs of neighbours of one group, and whether the groups [n] are in order."""
     count, ordered = min(1, len(groups)), True
     for start in range(0, len(groups), CHUNK):
         part = groups[max(0, start - 1) : start + CHUNK]
