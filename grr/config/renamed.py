@@ -40,6 +40,7 @@ RENAMED = {
     "run.accept_changes": "saving.accept_changes",
     "model.context": "model.context_length (tokens of the longest caption) or model.num_queries (of the pooler)",
     "tokenizer.context": "tokenizer.context_length",
+    **{f"{s}.relation": f"{s}.sentences: relation for true, objects for false" for s in ("data", "validation")},
     "generation.beams": "generation.num_beams",
     "generation.max_tokens": "generation.max_new_tokens",
     "generation.min_tokens": "generation.min_new_tokens",

@@ -40,6 +40,10 @@ class Labelled(Pairs):
     def load(self, i: int, *, size: int, crop: Crop) -> Tensor:
         return self.pairs.load(i, size=size, crop=crop)
 
+    def for_epoch(self, seed: int, epoch: int) -> "Labelled":
+        pairs = self.pairs.for_epoch(seed, epoch)
+        return self if pairs is self.pairs else Labelled(pairs, self.classes, self.labels)
+
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
         return self.pairs.thumbnail(i, side=side)
 

@@ -289,6 +289,8 @@ def _slots(rows: Iterable[_Row], stop: threading.Event) -> Iterator[_Slot]:
 def _read(slot: _Slot, pairs: Pairs, tokenizer: Tokenizer, image_size: int, crop: Crop) -> _Sample:
     """Read the sample of a slot, or the first good substitute."""
     bad: list[_Bad] = []
+    if not slot.row.validation:
+        pairs = pairs.for_epoch(slot.row.seed, slot.row.epoch)
     for i in islice(_candidates(slot, pairs.image_of), 1 if slot.row.validation else MAX_TRIES):
         name, caption = pairs.ids[i], pairs.captions[i]
         try:

@@ -158,6 +158,13 @@ class Pairs(ABC):
         Raises BadImage or OSError if it cannot be read.
         """
 
+    def for_epoch(self, seed: int, epoch: int) -> "Pairs":
+        """Returns the pairs as training reads them in an epoch of a run with that seed: with the same ids and captions.
+
+        These pairs themselves, except where a data set has several pictures of an image. Validation does not call it.
+        """
+        return self
+
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
         """Read the image of pair i for a page: uint8 [3, h, w], the longer side at most `side` pixels.
 

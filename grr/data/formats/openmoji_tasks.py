@@ -45,10 +45,10 @@ def openmoji_questions(*, split: Split = "train", scenes: int = 3000, held_out: 
     """Generate four questions about each scene of two objects; the classes are the answers: objects, colours, yes, no.
 
     "what colour is the background", "what is on the left" and "... on the right" (or "at the top", "at the bottom"),
-    and "is there a fox", of which half are true. Scenes are those of `openmoji` with relation=True, split by sentence.
-    Raises as it does.
+    and "is there a fox", of which half are true. Scenes are those of `openmoji` with sentences="relation",
+    split by sentence. Raises as it does.
     """
-    pictures = openmoji(split=split, relation=True, scenes=scenes, held_out=held_out, seed=seed)
+    pictures = openmoji(split=split, sentences="relation", scenes=scenes, held_out=held_out, seed=seed)
     items = [_questions(s, random.Random(f"{seed} {s}")) for s in pictures.scenes]
     questions = [[question for question, _ in of_scene] for of_scene in items]
     answers = (answer for of_scene in items for _, answer in of_scene)
@@ -62,9 +62,9 @@ def openmoji_entailment(*, split: Split = "train", scenes: int = 3000, held_out:
 
     "a fox is on the left", "there is a fox", "there is no fox", "the background is blue": each kind of sentence belongs
     to several classes, so neither the sentence nor the image alone predicts the class. Scenes are those of `openmoji`
-    with relation=True, split by sentence. Raises as it does.
+    with sentences="relation", split by sentence. Raises as it does.
     """
-    pictures = openmoji(split=split, relation=True, scenes=scenes, held_out=held_out, seed=seed)
+    pictures = openmoji(split=split, sentences="relation", scenes=scenes, held_out=held_out, seed=seed)
     rngs = [random.Random(f"{seed} {scene}") for scene in pictures.scenes]
     hidden = [rng.randrange(2) for rng in rngs]
     sentences = [_hypotheses(*drawn) for drawn in zip(pictures.scenes, hidden, rngs, strict=True)]
