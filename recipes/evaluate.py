@@ -26,6 +26,7 @@ from grr.evaluation.evaluate import caption_scores, losses, recalls
 from grr.evaluation.examples import examples
 from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, features
 from grr.evaluation.probe import attentive_probe, linear_probe
+from grr.evaluation.relations import relation_accuracy
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
@@ -34,8 +35,9 @@ from grr.parallel.process_group import process_group
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
 from grr.tokenizers import Tokenizer
 
-Task = Literal["losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"]
-PAIRED: tuple[Task, ...] = ("losses", "retrieval", "captions")  # tasks that need images with captions
+Task = Literal["losses", "retrieval", "captions", "relations", "zero_shot", "linear_probe", "attentive_probe"]
+GENERATED: tuple[Task, ...] = ("captions", "relations")  # tasks that need generated captions
+PAIRED: tuple[Task, ...] = ("losses", "retrieval", *GENERATED)  # tasks that need images with captions
 PROBES: tuple[Task, ...] = (
     "linear_probe",
     "attentive_probe",
@@ -47,7 +49,7 @@ class Run:
     """Options of the recipe."""
 
     folder: str | None = None  # where results are written; null: the folder of the run that trained the model
-    tasks: list[Task] = field(default_factory=lambda: list(PAIRED))
+    tasks: list[Task] = field(default_factory=lambda: ["losses", "retrieval", "captions"])
     images: int | None = None  # use the first so many, with their captions; null: all
     bf16: bool = False  # compute in bfloat16
 
@@ -149,7 +151,7 @@ def validate_config(cfg: config.Config) -> None:
 
 def generation_of(cfg: config.Config) -> dict[str, Any] | None:
     """Returns the options of `generate`, None if no captions are generated."""
-    return cfg.generation if "captions" in cfg.run["tasks"] else None
+    return cfg.generation if set(GENERATED) & set(cfg.run["tasks"]) else None
 
 
 def pair_metrics(cfg: config.Config, outputs: ModelOutputs, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -161,6 +163,8 @@ def pair_metrics(cfg: config.Config, outputs: ModelOutputs, tokenizer: Tokenizer
         results["retrieval"] = recalls(outputs)
     if "captions" in cfg.run["tasks"]:
         results["captions"] = caption_scores(outputs, tokenizer)
+    if "relations" in cfg.run["tasks"]:
+        results["relations"] = relation_accuracy(outputs.references, outputs.written)
     return results
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from grr import config
 from grr.cli.program import run_main
 from grr.experiments.catalog import recipe_place
-from grr.experiments.sweep import Job, plan
+from grr.experiments.sweep import MODEL, Job, plan
 
 LOG = "log.txt"  # in the folder of a run: its output
 LAST_LINES = 15  # of the log of a failed run, to print
@@ -52,8 +52,8 @@ def main() -> None:
         raise ValueError(f"sweep: run.jobs must be at least 1, got {run.jobs}")
     jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
     check_recipes(jobs)
-    waiting = [job for job in jobs if not is_finished(job)]
-    warn_of_changed_commands([job for job in jobs if is_finished(job)])
+    waiting = [job for job in jobs if not job.finished]
+    warn_of_changed_commands([job for job in jobs if job.finished])
 
     # the grid: as many runs at a time as wanted, each as soon as the one before it is finished
     gpus = visible_gpus() if run.jobs > 1 else []
@@ -67,8 +67,8 @@ def main() -> None:
             if status is None:
                 continue
             del running[place]
-            if not signals and not is_finished(job):
-                failed[job.name] = f"ended with status {status}" if status else "ended without leaving a model"
+            if not signals and not job.finished:
+                failed[job.name] = f"ended with status {status}" if status else f"ended without leaving {job.result}"
                 bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
             bar.update(0 if signals else 1)
         for job in list(waiting):
@@ -118,7 +118,7 @@ def warn_of_changed_commands(finished: Iterable[Job]) -> None:
     """Warn of finished runs whose command has changed, because they are not run again."""
     for job in finished:
         manifest = job.folder / "manifest.json"
-        if not manifest.is_file():
+        if job.result != MODEL or not manifest.is_file():
             continue
         then = set(json.loads(manifest.read_text())["starts"][-1]["command"])
         command = job.command()
@@ -131,12 +131,8 @@ def warn_of_changed_commands(finished: Iterable[Job]) -> None:
             )
 
 
-def is_finished(job: Job) -> bool:
-    return (job.folder / "model").is_dir()
-
-
 def is_ready(job: Job) -> bool:
-    return job.after is None or is_finished(job.after)
+    return job.after is None or job.after.finished
 
 
 def visible_gpus() -> list[str]:

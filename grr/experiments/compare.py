@@ -32,6 +32,12 @@ class Metric(NamedTuple):
     factor: float = 100  # shown values are multiplied by it
 
 
+LOSSES = {
+    "loss": "CoCa loss",
+    "perplexity": "perplexity",
+    "captioning_loss": "captioning loss",
+    "contrastive_loss": "contrastive loss",
+}
 WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 RECALLS = {f"{way}_r{k}": f"R@{k} {name}, %" for way, name in WAYS.items() for k in (1, 5, 10)}
 CAPTIONS = {
@@ -44,15 +50,15 @@ CAPTIONS = {
 }
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 METRICS = [
-    Metric("CoCa loss", "loss", lower_is_better=True, factor=1),
-    Metric("perplexity", "perplexity", lower_is_better=True, factor=1),
-    Metric("contrastive loss", "contrastive_loss", lower_is_better=True, factor=1),
+    *(Metric(label, key, lower_is_better=True, factor=1) for key, label in LOSSES.items()),
     *(Metric(label, key) for key, label in RECALLS.items()),
     Metric("captions exact, %", "caption_exact"),
     Metric("accuracy, %", "accuracy"),
+    *(Metric(f"evaluation: {label}", key, "losses", lower_is_better=True, factor=1) for key, label in LOSSES.items()),
     *(Metric(f"evaluation: {label}", key, "retrieval") for key, label in RECALLS.items()),
     *(Metric(f"evaluation: {label}", key, "captions", factor=1) for key, label in CAPTIONS.items()),
     Metric("evaluation: captions exact, %", "exact", "captions"),
+    Metric("evaluation: spatial words right, %", "accuracy", "relations"),
     *(Metric(f"evaluation: {name} top {k}, %", f"top_{k}", task) for task, name in CLASSIFIERS.items() for k in (1, 5)),
 ]
 

@@ -15,6 +15,7 @@ from grr.training.log import LogLine, is_number, kept_step, read_metrics, read_s
 # These may differ between compared runs: the model, sections that a fingerprint represents, and how a run is computed.
 FREE_SECTIONS = ("model", "data", "validation")
 FREE = HOW_COMPUTED | {"run.seed", "saving.accept_changes", "tokenizer.path", "tokenizer.vocab_size"}
+SETTINGS = ("contrastive_batch", "contrastive_weight", "captioning_weight")  # of the losses of an evaluation
 FACTS = ("data", "validation", "tokenizer", "batch_size")  # of the manifest: fingerprints, and the global batch
 
 
@@ -163,6 +164,7 @@ def _pre_training(path: str | None) -> dict[str, Any]:
 
 def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the conditions of an evaluation."""
+    results = evaluation.get("results", {})
     prints = {f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint") for name in ("data", "labelled")}
     images = {"evaluation.images": (evaluation.get("data") or {}).get("images")}
     return {
@@ -170,7 +172,8 @@ def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         **images,
         "evaluation.generation": evaluation.get("generation"),
         "evaluation.precision": (evaluation.get("model") or {}).get("precision"),
-        "evaluation.tasks": sorted(evaluation.get("results", {})),
+        "evaluation.tasks": sorted(results),
+        **{f"evaluation.losses.{key}": (results.get("losses") or {}).get(key) for key in SETTINGS},
     }
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from grr.experiments import catalog as installed
 
 NAME = re.compile(r"\w+")  # no hyphen: a folder is <variant>-<seed>, and baseline-* must not match another variant
+MODEL = "model"
+EVALUATION = "evaluation.json"
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -23,9 +25,15 @@ class Job:
     words: list[str]  # a recipe and its arguments, as after `grr run`
     after: "Job | None"
 
+    result: str = MODEL  # file or folder that the recipe writes last
+
     @property
     def name(self) -> str:
         return f"{self.stage} {self.variant}-{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / self.result).exists()
 
     def command(self) -> list[str]:
         """Returns the arguments of python that start the run.
@@ -50,7 +58,8 @@ def plan(
 
     stages: "name: recipe arguments", in which {stage} is the folder of the same variant and seed in an earlier stage.
     variants: "name: key=value ...", overrides of the first stage. overrides: "stage: key=value ...", for all its runs.
-    Each run gets its folder, folder/stage/variant-seed, and its seed. Raises ValueError with all faults.
+    Each run gets its folder, folder/stage/variant-seed, and its seed; a stage of the recipe evaluate gets neither, and
+    writes into the folder of the stage that it follows, which trained the model. Raises ValueError with all faults.
     """
     faults: list[str] = []
     commands, changes = _entries("stages", stages, faults), _entries("variants", variants, faults)
@@ -83,16 +92,21 @@ def plan(
             folders = {stage: folder / stage / f"{variant}-{seed}" for stage in commands}
             earlier_job = None
             for stage, words in commands.items():
-                arguments = [
-                    *_filled(words, folders),
-                    *(change if earlier_job is None else []),
-                    *more.get(stage, []),
-                    f"run.folder={folders[stage]}",
-                    f"run.seed={seed}",
-                ]
-                earlier_job = Job(stage, variant, seed, folders[stage], arguments, earlier_job)
+                arguments = [*_filled(words, folders), *(change if earlier_job is None else []), *more.get(stage, [])]
+                if earlier_job and _recipe(words) == "evaluate":
+                    place, result = earlier_job.folder, EVALUATION
+                    arguments += [f"model.path={place}", f"run.folder={place}"]
+                else:
+                    place, result = folders[stage], MODEL
+                    arguments += [f"run.folder={place}", f"run.seed={seed}"]
+                earlier_job = Job(stage, variant, seed, place, arguments, earlier_job, result)
                 jobs.append(earlier_job)
     return jobs
+
+
+def _recipe(words: list[str]) -> str:
+    """Returns the name of the recipe of a stage: evaluate of evaluate/openmoji, evaluate and recipes/evaluate.py."""
+    return words[0].partition("/")[0] if not words[0].endswith(".py") else Path(words[0]).stem
 
 
 def _filled(words: list[str], folders: dict[str, Path]) -> list[str]:

@@ -109,6 +109,10 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
             ["mean", *(f"{scores[key]:.3f}" for key in CAPTION_METRICS), percent(scores["exact"])],
         ]
         result.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
+    if relations := results.get("relations"):
+        table = [["", "right"], ["spatial words", percent(relations["accuracy"])]]
+        note = f"captions that say as a reference where the objects are, of {relations['images']:,} images"
+        result.append(Part("Relations", table, note))
     if known := {name: results[task] for task, name in CLASSIFIERS.items() if task in results}:
         table = [["", "top 1", "top 5", "mean of classes"]]
         for name, one in known.items():
