@@ -7,7 +7,7 @@
 Prints the table, and writes it with the validation curves to comparison.md and comparison.html.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grr import config
@@ -24,6 +24,9 @@ class Run:
     models: list[str]  # "name: folders, one per seed", with wildcards; the first is the baseline
     folder: str = "runs/comparison"  # where comparison.md and comparison.html are written
     published: DataSet | None = None  # show the paper's metrics for this data set as well
+    primary: str | None = None  # the metric that decides, chosen before the runs: captioning_loss, losses.loss ...
+    secondary: list[str] = field(default_factory=list)  # further metrics, tested with Holm's correction
+    differ: list[str] = field(default_factory=list)  # conditions that belong to a model, such as optimizer.lr
     allow_differences: bool = False  # compare runs of unequal conditions, and list the differences
 
 
@@ -34,7 +37,14 @@ def main() -> None:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
     models = read_models(run.models)
-    comparison = compare(models, published=run.published, allow_differences=run.allow_differences)
+    comparison = compare(
+        models,
+        published=run.published,
+        primary=run.primary,
+        secondary=run.secondary,
+        differ=run.differ,
+        allow_differences=run.allow_differences,
+    )
     print(as_text(comparison))
     print(f"see {write_comparison(Path(run.folder), comparison)}, and comparison.md beside it")
 

@@ -9,10 +9,11 @@ WHERE = re.compile(r"\babove\b|\bto the left of\b|\bat the (?:top|bottom) (?:lef
 def relation_accuracy(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> dict[str, float]:
     """Returns the fraction of captions with the spatial words of a reference, in its order, as `accuracy`.
 
-    references[i] are the captions of image i, hypotheses[i] is the caption to score. The words are those of the built-in
-    sentences: "above", "to the left of", and "at the top left" and the three other corners. Images whose references
-    have none do not count; `images` is the number of the others. Objects and colours may be wrong: with the words
-    "above" and "to the left of", a guess is right in half of the images. Raises ValueError if no reference has any.
+    references[i] are the captions of image i, hypotheses[i] is the caption to score. The words are those of the
+    built-in sentences: "above", "to the left of", and "at the top left" and the three other corners. Images whose
+    references have none do not count; `images` is the number of the others. Objects and colours may be wrong: with the
+    words "above" and "to the left of", a guess is right in half of the images. Raises ValueError if no reference has
+    any.
     """
     spoken = [[WHERE.findall(caption) for caption in captions] for captions in references]
     right = [WHERE.findall(h) in some for h, some in zip(hypotheses, spoken, strict=True) if any(some)]

@@ -1,11 +1,13 @@
 """Comparison of models by their runs: the metrics of the paper's table 2, with their spread over seeds."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from grr.experiments.curves import steps_to_end_of
+from grr.experiments.factorial import Effect, effects
+from grr.experiments.metrics import METRICS, Metric, metric, values
 from grr.experiments.runs import RunRecord, differences
-from grr.experiments.statistics import Difference, Spread, difference, spread
-from grr.training.log import is_number
+from grr.experiments.statistics import Difference, Spread, difference, holm, spread
 
 DataSet = Literal["CC12M", "MSCOCO", "ROCOv2", "Flickr30k"]
 
@@ -22,53 +24,22 @@ PUBLISHED: dict[DataSet, dict[str, tuple[float, float, float]]] = {
 }  # fmt: skip
 
 
-class Metric(NamedTuple):
-    """Metric of a run: of its best validation, or of a task of its evaluation."""
-
-    label: str
-    key: str
-    task: str | None = None
-    lower_is_better: bool = False
-    factor: float = 100  # shown values are multiplied by it
-
-
-LOSSES = {
-    "loss": "CoCa loss",
-    "perplexity": "perplexity",
-    "captioning_loss": "captioning loss",
-    "contrastive_loss": "contrastive loss",
-}
-WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
-RECALLS = {f"{way}_r{k}": f"R@{k} {name}, %" for way, name in WAYS.items() for k in (1, 5, 10)}
-CAPTIONS = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr-D",
-}
-CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
-METRICS = [
-    *(Metric(label, key, lower_is_better=True, factor=1) for key, label in LOSSES.items()),
-    *(Metric(label, key) for key, label in RECALLS.items()),
-    Metric("captions exact, %", "caption_exact"),
-    Metric("accuracy, %", "accuracy"),
-    *(Metric(f"evaluation: {label}", key, "losses", lower_is_better=True, factor=1) for key, label in LOSSES.items()),
-    *(Metric(f"evaluation: {label}", key, "retrieval") for key, label in RECALLS.items()),
-    *(Metric(f"evaluation: {label}", key, "captions", factor=1) for key, label in CAPTIONS.items()),
-    Metric("evaluation: captions exact, %", "exact", "captions"),
-    Metric("evaluation: spatial words right, %", "accuracy", "relations"),
-    *(Metric(f"evaluation: {name} top {k}, %", f"top_{k}", task) for task, name in CLASSIFIERS.items() for k in (1, 5)),
-]
-
-
 class Line(NamedTuple):
     """Values of a metric for all models, and the difference of each from the first."""
 
     metric: Metric
     spreads: list[Spread | None]  # None: not measured
     differences: list[Difference | None]
+
+
+class Endpoint(NamedTuple):
+    """Difference of a model from the first in a metric that was chosen before the runs."""
+
+    model: str
+    metric: Metric
+    primary: bool
+    difference: Difference | None  # None: one of the models does not have the metric
+    holm_p: float | None  # p of the t-test, corrected for the number of secondary metrics; None for the primary one
 
 
 class Comparison(NamedTuple):
@@ -78,45 +49,76 @@ class Comparison(NamedTuple):
     lines: list[Line]
     published: DataSet | None
     unequal: list[str]  # conditions, other than the model, in which the runs differ; show them beside the metrics
+    endpoints: list[Endpoint]  # of each model but the first, if a primary metric was chosen
+    factorial: list[tuple[Metric, list[Effect]]]  # if the models are all combinations of some changes
+    reached: dict[str, list[float | None]]  # model -> for each seed the step where it is at the first model's end
 
 
 def compare(
-    models: Mapping[str, Sequence[RunRecord]], *, published: DataSet | None = None, allow_differences: bool = False
+    models: Mapping[str, Sequence[RunRecord]],
+    *,
+    published: DataSet | None = None,
+    primary: str | None = None,
+    secondary: Sequence[str] = (),
+    differ: Sequence[str] = (),
+    allow_differences: bool = False,
 ) -> Comparison:
     """Compare the runs of models with those of the first: means, spreads over seeds, and paired differences.
 
-    published: a data set whose metrics in the paper are shown as well. Raises ValueError if there are fewer than two
-    models, or, without allow_differences, if runs differ in conditions other than the model or are not finished; the
-    message lists all differences.
+    published: a data set whose metrics in the paper are shown as well. primary, secondary: names of metrics
+    (`grr.experiments.metrics.metric`) that are tested; the p values of secondary ones are corrected for their number.
+    differ: conditions that belong to a model, such as optimizer.lr where it was chosen for each.
+    Raises ValueError if there are fewer than two models, or, without allow_differences, if runs differ in conditions
+    other than the model or are not finished; the message lists all differences.
     """
     if len(models) < 2:
         raise ValueError(
             f"compare: there must be at least two models, got {', '.join(models) or 'none'}; add one to run.models"
         )
-    unequal = differences(models)
+    if secondary and primary is None:
+        raise ValueError(f"compare: secondary metrics need a primary one, got {', '.join(secondary)}; set run.primary")
+    tested = [metric(name) for name in ([primary] if primary else []) + list(secondary)]
+    unequal = differences(models, differ)
     if unequal and not allow_differences:
         raise ValueError(
             "compare: the runs differ in more than their models, so their metrics do not compare these; train them "
             "under equal conditions, or set run.allow_differences=true to see the metrics below these lines:"
             + "".join(f"\n  {line}" for line in unequal)
         )
-    lines = []
-    for metric in METRICS:
-        base, *others = (
-            {run.seed: x for run in runs if is_number(x := _value(run, metric))} for runs in models.values()
-        )
-        if base or any(others):
-            lines.append(
-                Line(
-                    metric,
-                    [spread(list(values.values())) if values else None for values in (base, *others)],
-                    [difference(values, base) if values and base else None for values in others],
-                )
-            )
-    return Comparison(models, lines, published, unequal)
+    lines = [line for one in METRICS if (line := _line(models, one))]
+    first, *others = models.items()
+    return Comparison(
+        models,
+        lines,
+        published,
+        unequal,
+        [endpoint for name, _ in others for endpoint in _endpoints(models, name, tested)],
+        [(one, found) for one in tested if (found := effects(models, [values(runs, one) for runs in models.values()]))],
+        {name: steps_to_end_of(runs, first[1], tested[0].key) for name, runs in others if tested},
+    )
 
 
-def _value(run: RunRecord, metric: Metric) -> Any:
-    if metric.task is None:
-        return run.best.get(metric.key)
-    return run.evaluation.get("results", {}).get(metric.task, {}).get(metric.key)
+def _line(models: Mapping[str, Sequence[RunRecord]], one: Metric) -> Line | None:
+    """Returns the values of a metric, None if no run has it."""
+    base, *others = (values(runs, one) for runs in models.values())
+    if not base and not any(others):
+        return None
+    return Line(
+        one,
+        [spread(list(of_model.values())) if of_model else None for of_model in (base, *others)],
+        [difference(of_model, base) if of_model and base else None for of_model in others],
+    )
+
+
+def _endpoints(models: Mapping[str, Sequence[RunRecord]], name: str, tested: Sequence[Metric]) -> list[Endpoint]:
+    """Returns the tests of a model against the first: of the primary metric, which is the first of `tested`, and of
+    the others."""
+    base = next(iter(models.values()))
+    found: list[Difference | None] = []
+    for one in tested:
+        of_model, of_base = values(models[name], one), values(base, one)
+        found.append(difference(of_model, of_base) if of_model and of_base else None)
+    known = [d for d in found[1:] if d is not None and d.p is not None]
+    corrected = iter(holm([d.p for d in known if d.p is not None]))
+    ps = [next(corrected) if i and d in known else None for i, d in enumerate(found)]
+    return [Endpoint(name, one, i == 0, d, ps[i]) for i, (one, d) in enumerate(zip(tested, found, strict=True))]

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,11 @@ def read_models(models: Sequence[str]) -> dict[str, list[RunRecord]]:
     return result
 
 
-def differences(models: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+def differences(models: Mapping[str, Sequence[RunRecord]], of_model: Collection[str] = ()) -> list[str]:
     """Returns the conditions, other than the model, in which runs differ: a line per run and key, with both values.
 
-    Every run is held against the first; its model, against the first of its own. Runs that are not finished, and
-    evaluations that some runs have and others not, count as differences.
+    Every run is held against the first; its model, and the conditions in of_model, against the first of its own. Runs
+    that are not finished, and evaluations that some runs have and others not, count as differences.
     """
     lines = []
     reference = next(run for runs in models.values() for run in runs)
@@ -121,9 +121,16 @@ def differences(models: Mapping[str, Sequence[RunRecord]]) -> list[str]:
         for run in runs:
             if not run.finished:
                 lines.append(f"{run.folder}: is not finished, because it does not have model/")
-            lines += _unequal(run, run.conditions, reference, reference.conditions)
-            lines += _unequal(run, _named("model", run.model), runs[0], _named("model", runs[0].model))
+            own, every = _split(run, of_model)
+            lines += _unequal(run, every, reference, _split(reference, of_model)[1])
+            lines += _unequal(run, own, runs[0], _split(runs[0], of_model)[0])
     return lines
+
+
+def _split(run: RunRecord, of_model: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the conditions that belong to the model of a run, and those that all runs should share."""
+    own = {key: value for key, value in run.conditions.items() if key in of_model}
+    return {**own, **_named("model", run.model)}, {k: v for k, v in run.conditions.items() if k not in of_model}
 
 
 def _unequal(run: RunRecord, values: Mapping[str, Any], other: RunRecord, others: Mapping[str, Any]) -> Iterator[str]:

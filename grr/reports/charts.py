@@ -90,14 +90,14 @@ def chart(
 
     axes = f"<text class=unit x={LEFT} y={TOP - 16}>{escape(unit)}</text>"
     axes += f"<text class=unit-of-steps x={RIGHT} y={BOTTOM + 31}>optimizer step</text>"
-    ticks = _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high)
-    scientific = any(0 < abs(tick) < 1e-3 for tick in ticks)
-    for tick in ticks:
-        text = f'<text x={LEFT - 7} y={y(tick):.2f} dy=".35em">{_tick(tick, scientific=scientific)}</text>'
+    marks = log_ticks(y_low, y_high) if log else ticks(y_low, y_high)
+    scientific = any(0 < abs(tick) < 1e-3 for tick in marks)
+    for tick in marks:
+        text = f'<text x={LEFT - 7} y={y(tick):.2f} dy=".35em">{tick_label(tick, scientific=scientific)}</text>'
         axes += f'<g class=tick><path d="M{LEFT} {y(tick):.2f}H{RIGHT}"/>{text}</g>'
-    for tick in _ticks(0, x_high):
+    for tick in ticks(0, x_high):
         if tick == int(tick):
-            axes += f"<text class=step x={x(tick):.2f} y={BOTTOM + 17}>{_tick(tick)}</text>"
+            axes += f"<text class=step x={x(tick):.2f} y={BOTTOM + 17}>{tick_label(tick)}</text>"
     kept = best_step is not None and best_step <= x_high
     axes += _levels(levels, y, "right" if kept and x(best_step or 0) < (LEFT + RIGHT) / 2 else "left")
     if best_step is not None and kept:
@@ -198,7 +198,7 @@ def _range(values: Floats, *, log: bool, low: float | None, high: float | None) 
     return float(least - margin if low is None else low), float(most + margin if high is None else high)
 
 
-def _ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     """About so many round numbers between two ends, 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / about
     if raw <= 0:
@@ -208,16 +208,17 @@ def _ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     return [float(f"{k * apart:.12g}") for k in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """About three to six round numbers between two ends of a logarithmic axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [t for p in powers for m in steps if low <= (t := m * 10.0**p) <= high]
-        if 3 <= len(ticks) <= 6:
-            return ticks
-    return ticks[:: math.ceil(len(ticks) / 6)] if len(ticks) > 6 else _ticks(low, high)
+        marks = [t for p in powers for m in steps if low <= (t := m * 10.0**p) <= high]
+        if 3 <= len(marks) <= 6:
+            return marks
+    return marks[:: math.ceil(len(marks) / 6)] if len(marks) > 6 else ticks(low, high)
 
 
-def _tick(value: float, *, scientific: bool = False) -> str:
+def tick_label(value: float, *, scientific: bool = False) -> str:
     """The label of a tick; scientific: in the notation 5e−4, which all ticks of an axis have or none has."""
     if scientific and value:
         mantissa, exponent = f"{value:.10e}".split("e")

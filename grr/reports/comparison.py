@@ -7,12 +7,15 @@ from statistics import fmean
 from typing import Any
 
 from grr.evaluation.flops import flops_are_known, forward_flops
-from grr.experiments.compare import PUBLISHED, Comparison, Metric
+from grr.experiments.compare import PUBLISHED, Comparison
+from grr.experiments.metrics import Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
 from grr.files.atomic import write_atomic
 from grr.models.builders import MODELS
 from grr.reports.charts import COLORS, Level, Series, chart, series
+from grr.reports.endpoints import experiment_tables
+from grr.reports.figures import curves_figure, differences_figure
 from grr.reports.page import header, section, write_page
 from grr.reports.table import Table, aligned, html, markdown
 from grr.training.log import is_number
@@ -31,18 +34,34 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> Path:
-    """Write folder/comparison.md and folder/comparison.html, and return the path of the page."""
+    """Write folder/comparison.md, comparison.html and, with a primary metric, its figures; return the path of the page.
+
+    comparison_curves.svg has the validation curves of the primary metric, comparison_differences.svg its tests.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "comparison.md", as_markdown(comparison))
+    for name, figure in figures(comparison).items():
+        write_atomic(folder / name, figure)
     title = " · ".join(comparison.models)
     return write_page(
         folder / "comparison.html",
         title,
         _header(title, comparison),
         _numbers(comparison),
+        _endpoints(comparison),
         _curves(comparison.models),
         _what_was_run(comparison),
     )
+
+
+def figures(comparison: Comparison) -> dict[str, str]:
+    """Returns the figures of a comparison with a primary metric, by the names of their files."""
+    if not comparison.endpoints:
+        return {}
+    primary = comparison.endpoints[0].metric
+    drawn = {"comparison_curves.svg": curves_figure(comparison, primary)}
+    drawn["comparison_differences.svg"] = differences_figure(comparison)
+    return {name: figure for name, figure in drawn.items() if figure}
 
 
 # The tables
@@ -224,6 +243,7 @@ def _written(comparison: Comparison, table: Callable[[Table], str], bullet: str)
             *(warning if comparison.unequal else []),
             table(result_table(comparison)),
             "",
+            *(line for one in experiment_tables(comparison) for line in (one.title + ":", "", table(one.table), "")),
             *(bullet + line for line in verdicts(comparison) + notes(comparison)),
             "",
             *([table(models), ""] if len(models) > 1 else []),
@@ -248,6 +268,12 @@ def _numbers(comparison: Comparison) -> str:
     return section(
         "Results", "", f"{warning}{sentences}{html(result_table(comparison), stacked=True)}{_list(notes(comparison))}"
     )
+
+
+def _endpoints(comparison: Comparison) -> str:
+    """The tests of the endpoints, the factorial analysis and the figures; nothing without a primary metric."""
+    tables = "".join(f"<h3>{escape(one.title)}</h3>{html(one.table)}" for one in experiment_tables(comparison))
+    return section("Endpoints", "", tables + "".join(figures(comparison).values()))
 
 
 def _curves(models: Mapping[str, Sequence[RunRecord]]) -> str:

@@ -1,0 +1,149 @@
+"""Figures of a comparison as SVG files: learning curves, and differences with their intervals."""
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from statistics import fmean
+from typing import NamedTuple
+
+from grr.experiments.compare import Comparison
+from grr.experiments.metrics import Metric
+from grr.experiments.runs import RunRecord
+from grr.experiments.statistics import Difference
+from grr.reports.charts import log_ticks, tick_label, ticks
+from grr.training.log import is_number
+
+WIDTH, HEIGHT = 720, 300  # of a figure, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 56, 704, 34, 254  # of the plot of curves
+NAMES = 300  # room for the labels of differences
+ROW = 30  # height of one difference
+LIGHT = ("#196fcf", "#c05d17", "#005041", "#82537b", "#8b897b", "#790a30", "#63874e", "#70686a", "#8d4a27", "#0051a2")
+DARK = ("#7093b5", "#df915e", "#56e3c3", "#eebdfe", "#ecc14f", "#d98aee", "#6f8e1e", "#7c74d1", "#b7a593", "#7fbbc4")
+
+
+class Row(NamedTuple):
+    """A difference to draw, in percent of the first model's mean."""
+
+    label: str
+    difference: Difference
+    scale: float  # percent of the first model's mean in a unit of the metric
+
+
+def curves_figure(comparison: Comparison, metric: Metric) -> str:
+    """Returns the validation curves of a metric of the log: a thin line for each seed, a thick one for their mean."""
+    curves = {name: [_points(run, metric) for run in runs] for name, runs in comparison.models.items()}
+    values = [y for of_model in curves.values() for points in of_model for _, y in points]
+    if not values or metric.task is not None:
+        return ""
+    log = min(values) > 0 and max(values) / min(values) > 5
+    low, high = (min(values), max(values)) if log else (min(values) - 0.05 * _span(values), max(values))
+    last = max(x for of_model in curves.values() for points in of_model for x, _ in points)
+
+    def x(step: float) -> float:
+        return LEFT + step / last * (RIGHT - LEFT)
+
+    def y(value: float) -> float:
+        part = math.log(value / low) / math.log(high / low) if log else (value - low) / ((high - low) or 1)
+        return BOTTOM - part * (BOTTOM - TOP)
+
+    body = f'<text x="{LEFT}" y="18">{escape(metric.label)}, validation{" (logarithmic)" if log else ""}</text>'
+    for tick in log_ticks(low, high) if log else ticks(low, high):
+        body += f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{RIGHT}"/>'
+        body += f'<text class="end" x="{LEFT - 6}" y="{y(tick) + 4:.1f}">{tick_label(tick)}</text>'
+    for tick in ticks(0, last):
+        body += f'<text class="middle" x="{x(tick):.1f}" y="{BOTTOM + 18}">{tick_label(tick)}</text>'
+    body += f'<text class="end" x="{RIGHT}" y="{BOTTOM + 36}">optimizer step</text>'
+    legend = LEFT
+    for i, (name, of_model) in enumerate(curves.items()):
+        for points in of_model:
+            body += _line(points, x, y, f"thin c{i % len(LIGHT)}")
+        body += _line(_mean(of_model), x, y, f"thick c{i % len(LIGHT)}")
+        body += f'<path class="thick c{i % len(LIGHT)}" d="M{legend} {BOTTOM + 32}h18"/>'
+        body += f'<text x="{legend + 24}" y="{BOTTOM + 36}">{escape(name)}</text>'
+        legend += 44 + 7 * len(name)
+    return _svg(body, HEIGHT)
+
+
+def differences_figure(comparison: Comparison) -> str:
+    """Returns the differences of the endpoints from the first model, or, of a factorial design, the effects on the
+    primary metric: the mean with its 95 % interval, in percent of the first model's mean."""
+    base = {line.metric.name: line.spreads[0] for line in comparison.lines}
+    rows = []
+    for endpoint in comparison.endpoints if not comparison.factorial else ():
+        spread, difference = base.get(endpoint.metric.name), endpoint.difference
+        if spread and spread.mean and difference and difference.interval:
+            label = f"{endpoint.metric.label.removesuffix(', %')}"
+            label = label if len(comparison.models) == 2 else f"{endpoint.model}: {label}"
+            rows.append(Row(label, difference, 100 / spread.mean))
+    for metric, effects in comparison.factorial[:1]:
+        spread = base.get(metric.name)
+        for effect in effects if spread and spread.mean else ():
+            label = " × ".join(f"{f.changed}" for f in effect.factors)
+            rows.append(Row(label, effect.difference, 100 / spread.mean if spread else 0))
+    return _forest(rows) if rows else ""
+
+
+def _forest(rows: Sequence[Row]) -> str:
+    """Returns a row for each difference: its label, its interval as a line, and its mean as a dot."""
+    ends = [row.scale * end for row in rows for end in row.difference.interval or ()] + [0.0]
+    low, high = min(ends) - 0.05 * _span(ends), max(ends) + 0.05 * _span(ends)
+    bottom = TOP + ROW * len(rows)
+
+    def x(percent: float) -> float:
+        return NAMES + (percent - low) / (high - low) * (RIGHT - NAMES)
+
+    body = f'<text x="{NAMES}" y="18">change against the first model, %, and its 95 % interval</text>'
+    for tick in ticks(low, high):
+        kind = "zero" if tick == 0 else "grid"
+        body += f'<path class="{kind}" d="M{x(tick):.1f} {TOP}V{bottom}"/>'
+        body += f'<text class="middle" x="{x(tick):.1f}" y="{bottom + 18}">{tick_label(tick)}</text>'
+    for i, (label, difference, scale) in enumerate(rows):
+        if difference.interval is None:
+            continue
+        y = TOP + ROW * (i + 0.5)
+        start, end = (x(scale * bound) for bound in difference.interval)
+        body += f'<text class="end" x="{NAMES - 12}" y="{y + 4}">{escape(label)}</text>'
+        body += f'<path class="thick c0" d="M{start:.1f} {y}H{end:.1f}"/>'
+        body += f'<circle class="c0" cx="{x(scale * difference.mean):.1f}" cy="{y}" r="4.5"/>'
+    return _svg(body, bottom + 28)
+
+
+def _svg(body: str, height: float) -> str:
+    """Returns a file of a figure, which follows the reader's choice of a light or dark theme."""
+    colors = "".join(f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(LIGHT))
+    dark = "".join(f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(DARK))
+    style = (
+        "text{font:12px system-ui,sans-serif;fill:#23262b}.end{text-anchor:end}.middle{text-anchor:middle}"
+        "path{stroke-linecap:round;stroke-linejoin:round}path.thin{stroke-width:.75;opacity:.5}"
+        f".grid{{stroke:#e7e3dc}}.zero{{stroke:#6a6f78}}{colors}path,path[class]{{fill:none}}path.thick{{stroke-width:2}}"
+        "rect{fill:#fff}"
+        f"@media (prefers-color-scheme:dark){{text{{fill:#e4e2dd}}rect{{fill:#16181b}}.grid{{stroke:#30343a}}{dark}"
+        "path,path[class]{fill:none}}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+        f'<style>{style}</style><rect width="{WIDTH}" height="{height}"/>{body}</svg>\n'
+    )
+
+
+def _line(
+    points: Sequence[tuple[float, float]], x: Callable[[float], float], y: Callable[[float], float], kind: str
+) -> str:
+    places = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
+    return f'<path class="{kind}" d="M{places}"/>' if points else ""
+
+
+def _points(run: RunRecord, metric: Metric) -> list[tuple[float, float]]:
+    rows = (row for row in run.validations if is_number(row.get(metric.key)))
+    return [(float(row["step"]), float(row[metric.key]) * metric.factor) for row in rows]
+
+
+def _mean(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Returns the mean of some curves at the steps that all have."""
+    by_step = [dict(points) for points in curves]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    return [(step, fmean(points[step] for points in by_step)) for step in steps]
+
+
+def _span(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) or abs(max(values)) or 1.0
