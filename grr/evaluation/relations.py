@@ -15,8 +15,8 @@ def relation_accuracy(references: Sequence[Sequence[str]], hypotheses: Sequence[
     words "above" and "to the left of", a guess is right in half of the images. Raises ValueError if no reference has
     any.
     """
-    spoken = [[WHERE.findall(caption) for caption in captions] for captions in references]
-    right = [WHERE.findall(h) in some for h, some in zip(hypotheses, spoken, strict=True) if any(some)]
+    spoken = [[words for caption in captions if (words := WHERE.findall(caption))] for captions in references]
+    right = [WHERE.findall(h) in some for h, some in zip(hypotheses, spoken, strict=True) if some]
     if not right:
         raise ValueError(
             "relation_accuracy: a reference must have spatial words (above, to the left of, at the top left ...), got "

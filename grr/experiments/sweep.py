@@ -106,7 +106,8 @@ def plan(
 
 def _recipe(words: list[str]) -> str:
     """Returns the name of the recipe of a stage: evaluate of evaluate/openmoji, evaluate and recipes/evaluate.py."""
-    return words[0].partition("/")[0] if not words[0].endswith(".py") else Path(words[0]).stem
+    name = words[2] if words[0] == "--nproc" and len(words) > 2 else words[0]
+    return Path(name).stem if name.endswith(".py") else name.partition("/")[0]
 
 
 def _filled(words: list[str], folders: dict[str, Path]) -> list[str]:

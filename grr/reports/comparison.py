@@ -218,8 +218,8 @@ def verdicts(comparison: Comparison) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """Sentences that explain the table."""
     lines = [
-        "The numbers of a run are those of its validation with the lowest CoCa loss; of a fine-tuning, its last ones; "
-        "of a classifier, whose loss is another, those of its validation with the highest accuracy.",
+        "The numbers of a run are those of the weights that it saved: of its lowest CoCa loss, of its last step with "
+        "run.keep_model=last and after fine-tuning, and of the highest accuracy of a classifier.",
         "± behind a value is the standard deviation over seeds; behind a difference, the standard error of its mean.",
         "* the 95 % interval of the difference excludes zero (t-test over seeds), which by chance it does for one of "
         "twenty numbers that do not differ. ? there are too few seeds to know.",

@@ -33,17 +33,18 @@ def experiment_tables(comparison: Comparison) -> list[Titled]:
 
 def endpoint_table(comparison: Comparison) -> Table:
     """A row for each tested metric of each model: its difference from the first model and the tests."""
-    rows = [["", "endpoint", "difference", "95 % interval", "t-test", "sign flips", "Holm"]]
+    rows = [["", "difference", "95 % interval", "t-test", "sign flips", "Holm"]]
     for endpoint in comparison.endpoints:
         kind = "primary" if endpoint.primary else "secondary"
-        label = f"{endpoint.metric.label} ({kind})"
+        of_model = f"{endpoint.model}: " if len(comparison.models) > 2 else ""
+        label = f"{of_model}{endpoint.metric.label} ({kind})"
         difference, metric = endpoint.difference, endpoint.metric
         if difference is None or difference.interval is None:
-            rows.append([endpoint.model, label, "–", "–", "–", "–", "–"])
+            rows.append([label, "–", "–", "–", "–", "–"])
             continue
         cells = [_signed(difference.mean, metric), _interval(difference, metric)]
         ps = (difference.p, difference.sign_flip_p, endpoint.holm_p)
-        rows.append([endpoint.model, label, *cells, *map(_p, ps)])
+        rows.append([label, *cells, *map(_p, ps)])
     return rows
 
 

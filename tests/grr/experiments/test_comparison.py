@@ -1,5 +1,6 @@
 """A comparison gives the numbers of the logs, refuses what may not be compared, and claims no more than it knows."""
 
+import itertools
 import json
 import math
 import re
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from grr.experiments.runs import FREE, differences, read_models, read_run
 from grr.reports.comparison import (
     as_markdown,
     as_text,
+    figures,
     model_table,
     result_table,
     run_table,
@@ -27,6 +30,8 @@ from grr.reports.comparison import (
 )
 from grr.training.log import MetricsLog, write_manifest
 
+SVG = "{http://www.w3.org/2000/svg}"
+TAGS = ("svg", "style", "rect", "path", "text", "circle")
 HOSTILE = """</title><script>alert(1)</script><img src=x onerror="alert(1)">' " &amp; |"""
 CONFIG: dict[str, Any] = {
     "run": {"folder": "runs/x", "seed": 0, "epochs": 2, "max_steps": None, "micro_batch_size": 8, "max_grad_norm": 1.0},
@@ -420,3 +425,148 @@ def test_markdown_and_terminal_say_the_same(tmp_path):
     assert words == [word for word in marked.replace("|", " ").split() if not set(word) <= {"-", ":"}]
     write_comparison(tmp_path / "out", comparison)
     assert (tmp_path / "out/comparison.md").read_text() == marked
+
+
+ENDPOINTS: dict[str, Any] = {
+    "primary": "captioning_loss",
+    "secondary": ["contrastive_loss", "captions.cider", "retrieval.text_to_image_r1"],
+}
+
+
+def judged(cider: float, recall: float) -> dict[str, Any]:
+    return {**JUDGED, "results": {"captions": {"cider": cider}, "retrieval": {"text_to_image_r1": recall}}}
+
+
+def with_endpoints(folder: Path, names: Sequence[str], values: np.ndarray) -> dict:
+    """Runs with values [model, seed, endpoint] in the order of ENDPOINTS, the losses falling to them from 10."""
+    for name, of_model in zip(names, values, strict=True):
+        for seed, (caption, contrast, cider, recall) in enumerate(of_model.tolist()):
+            run = make_run(
+                folder / f"{name}-{seed}", seed, losses=[], model={"vision_norm": name}, judged=judged(cider, recall)
+            )
+            log = MetricsLog(run)
+            for step, part in ((10, 0.0), (20, 0.5), (30, 1.0)):
+                losses = {
+                    "captioning_loss": 10 + part * (caption - 10),
+                    "contrastive_loss": contrast,
+                    "loss": 30 - step,
+                }
+                log.write(split="validation", step=step, **losses)
+            log.close()
+    return read_models([f"{name}: {folder}/{name}-*" for name in names])
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 99), runs=st.integers(2, 7))
+def test_endpoints_have_the_tests_of_scipy_and_secondary_ones_are_corrected_for_their_number(
+    tmp_path_factory, seed, runs
+):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(seed).uniform(0.1, 5, (3, runs, 4))
+    models = with_endpoints(tmp_path_factory.mktemp("runs"), ["base", "one", "two"], values)
+    comparison = compare(models, **ENDPOINTS)
+    assert [(e.model, e.metric.name) for e in comparison.endpoints] == [
+        (model, name) for model in ("one", "two") for name in (ENDPOINTS["primary"], *ENDPOINTS["secondary"])
+    ]
+    for m, of_model in ((1, comparison.endpoints[:4]), (2, comparison.endpoints[4:])):
+        ps = [scipy_stats.ttest_rel(values[m, :, k], values[0, :, k]).pvalue for k in range(4)]
+        assert [e.difference.p for e in of_model] == pytest.approx(ps)
+        assert [e.primary for e in of_model] == [True, False, False, False]
+        assert of_model[0].holm_p is None
+        assert min(e.holm_p for e in of_model[1:]) == pytest.approx(min(1, 3 * min(ps[1:])))
+        assert max(e.holm_p for e in of_model[1:]) >= max(ps[1:]) * (1 - 1e-9)
+        assert all((e.difference.sign_flip_p is not None) == (runs >= 6) for e in of_model)
+        for i, found in enumerate(comparison.reached[["one", "two"][m - 1]]):
+            ours, theirs = values[m, i, 0], values[0, i, 0]
+            if ours > theirs:
+                assert found is None
+            else:
+                assert found == pytest.approx(10 + 20 * (10 - theirs) / (10 - ours))
+
+
+def test_the_page_and_the_texts_show_the_endpoints_and_figures_are_files_beside_them(tmp_path):
+    values = np.random.default_rng(0).uniform(1, 2, (2, 6, 4))
+    comparison = compare(with_endpoints(tmp_path / "runs", ["base", "grr"], values), **ENDPOINTS)
+    page = write_comparison(tmp_path / "out", comparison).read_text()
+    mean = values[1, :, 0].mean() - values[0, :, 0].mean()
+    for text in (page, as_text(comparison), as_markdown(comparison)):
+        assert "captioning loss (primary)" in text
+        assert "evaluation: CIDEr-D (secondary)" in text
+        assert f"{mean:+.4f}".replace("-", "−") in text
+    curves, differences = (
+        ElementTree.parse(tmp_path / "out" / f"comparison_{name}.svg").getroot() for name in ("curves", "differences")
+    )
+    kinds = [path.get("class") for path in curves.iter(f"{SVG}path")]
+    assert (kinds.count("thin c0"), kinds.count("thin c1")) == (6, 6)
+    dots = [float(dot.get("cx")) for dot in differences.iter(f"{SVG}circle")]
+    percent = [100 * e.difference.mean / values[0, :, k].mean() for k, e in enumerate(comparison.endpoints)]
+    assert np.corrcoef(dots, percent)[0, 1] == pytest.approx(1, abs=1e-3)  # one axis for all rows
+    assert page.count("<svg xmlns") == 2
+    assert "comparison_curves.svg" not in {p.name for p in write_plain(tmp_path, comparison.models).iterdir()}
+
+
+def write_plain(folder: Path, models: dict) -> Path:
+    """The folder of a comparison without endpoints."""
+    return write_comparison(folder / "plain", compare(models)).parent
+
+
+def test_names_in_figures_are_text_and_a_complete_design_has_its_effects(tmp_path):
+    values = np.random.default_rng(0).uniform(1, 2, (2, 3, 4))
+    models = with_endpoints(tmp_path, ["base", "grr"], values)
+    hostile = dict(zip([HOSTILE, "GRR"], models.values(), strict=True))
+    for figure in figures(compare(hostile, **ENDPOINTS)).values():
+        root = ElementTree.fromstring(figure)
+        assert {element.tag for element in root.iter()} <= {f"{SVG}{tag}" for tag in TAGS}
+    assert HOSTILE in "".join(
+        ElementTree.fromstring(figures(compare(hostile, **ENDPOINTS))["comparison_curves.svg"]).itertext()
+    )
+
+    for norm, position in itertools.product(("layernorm", "rmsnorm"), ("sinusoidal", "rope")):
+        for seed in range(2):
+            arguments = {"vision_norm": norm, "vision_position": position}
+            changed = (norm == "rmsnorm") + 2 * (position == "rope")
+            make_run(
+                tmp_path / "design" / f"{norm}_{position}-{seed}", seed, [9.0 - changed - 0.1 * seed], model=arguments
+            )
+    patterns = [
+        f"{n}_{p}: {tmp_path}/design/{n}_{p}-*" for n in ("layernorm", "rmsnorm") for p in ("sinusoidal", "rope")
+    ]
+    comparison = compare(read_models(patterns), primary="loss")
+    [(_, found)] = comparison.factorial
+    assert [e.difference.mean for e in found] == pytest.approx([-1, -2, 0])
+    for text in (as_text(comparison), as_markdown(comparison)):
+        assert re.search(r"rope instead of sinusoidal\W+−2.0000", text)
+        assert re.search(r"rmsnorm × rope\W+\+?0.0000|rmsnorm × rope\W+−0.0000", text)
+    assert figures(comparison)["comparison_differences.svg"].count("<circle") == 3
+
+
+def test_conditions_that_belong_to_a_model_may_differ_between_models_and_not_within_one(tmp_path):
+    make_run(tmp_path / "base-0", config={"optimizer": {"lr": 1e-3}})
+    make_run(tmp_path / "grr-0", config={"optimizer": {"lr": 2e-3}})
+    patterns = [f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"]
+    compare(read_models(patterns), differ=["optimizer.lr"])
+    with pytest.raises(ValueError, match=r"optimizer.lr is 0.002"):
+        compare(read_models(patterns), differ=["schedule.min_lr"])
+    make_run(tmp_path / "grr-1", 1, config={"optimizer": {"lr": 4e-3}})
+    with pytest.raises(ValueError, match=r"grr-1: optimizer.lr is 0.004, in \S+/grr-0 it is 0.002"):
+        compare(read_models(patterns), differ=["optimizer.lr"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"primary": "captoining_loss"}, r"one of loss, .*, got 'captoining_loss' \(did you mean captioning_loss\?\)"),
+        ({"secondary": ["loss"]}, r"secondary metrics need a primary one, got loss; set run.primary"),
+    ],
+)
+def test_metrics_that_do_not_exist_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(two_models(tmp_path, [1.0], [1.0]), **options)
+
+
+def test_evaluations_with_other_contrastive_batches_are_not_compared(tmp_path):
+    for name, batch in (("base-0", 500), ("grr-0", 250)):
+        results = {"losses": {"contrastive_batch": batch, "contrastive_loss": 1.0}}
+        make_run(tmp_path / name, judged={**JUDGED, "results": results})
+    with pytest.raises(ValueError, match=r"evaluation.losses.contrastive_batch is 250, in \S+/base-0 it is 500"):
+        compare(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"]))

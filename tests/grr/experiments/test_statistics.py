@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.experiments.statistics import difference, spread, two_sided_p
+from grr.experiments.statistics import difference, holm, paired, sign_flip_p, spread, two_sided_p
 
-pytest.importorskip("scipy", reason='pip install "grr-coca[compare]"')
+scipy_stats = pytest.importorskip("scipy.stats", reason='pip install "grr-coca[compare]"')
 values = st.floats(-100, 100)
 by_seed = st.dictionaries(st.integers(0, 9), values, min_size=1, max_size=6)
 
@@ -59,6 +59,56 @@ def test_equal_models_differ_beyond_the_spread_once_in_twenty_comparisons(shared
     seeds = range(runs), range(runs) if shared else range(10, 10 + runs)
     said = [difference(*({s: rng.gauss(0, 1) for s in side} for side in seeds)).beyond_spread for _ in range(4000)]
     assert 0.03 < sum(said) / len(said) < 0.065  # 5 %; Welch's rounded degrees of freedom say so a little less often
+
+
+@given(numbers=st.lists(values, min_size=2, max_size=9))
+def test_the_interval_is_scipys_and_excludes_zero_where_the_difference_is_beyond_the_spread(numbers):
+    found = paired(numbers)
+    assert found.interval is not None
+    if found.error:
+        expected = scipy_stats.t.interval(0.95, len(numbers) - 1, loc=np.mean(numbers), scale=scipy_stats.sem(numbers))
+        assert found.interval == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert found.beyond_spread == (not found.interval[0] <= 0 <= found.interval[1])
+    else:
+        assert found.interval == (found.mean, found.mean)
+
+
+@given(numbers=st.lists(st.integers(-50, 50), min_size=2, max_size=9))
+def test_flips_of_signs_are_those_of_scipys_permutation_test(numbers):
+    expected = scipy_stats.permutation_test((numbers,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip_p(numbers) == pytest.approx(expected.pvalue)
+    assert sign_flip_p(numbers) >= 2 / 2 ** len(numbers) or not any(numbers)
+    assert sign_flip_p([-x for x in numbers]) == sign_flip_p(numbers)
+
+
+def test_flips_of_many_signs_are_drawn_and_agree_with_all_of_them():
+    rng = np.random.default_rng(0)
+    for n, shift in ((16, 0.3), (17, 0.3), (40, 0.2)):
+        numbers = rng.normal(shift, 1, n)
+        drawn = scipy_stats.permutation_test(
+            (numbers,), np.mean, permutation_type="samples", n_resamples=20_000, rng=rng
+        )
+        assert sign_flip_p(numbers) == pytest.approx(drawn.pvalue, abs=0.02)
+
+
+@pytest.mark.parametrize("seeds", [6, 8])
+def test_flips_of_signs_find_an_effect_that_does_not_exist_in_at_most_one_of_twenty_experiments(seeds):
+    rng = np.random.default_rng(0)
+    found = [sign_flip_p(rng.standard_t(2, seeds)) < 0.05 for _ in range(2000)]  # heavy tails
+    assert 0.02 < np.mean(found) < 0.06
+    assert paired([1.0] * 5 + [1.5]).sign_flip_p == 2 / 2**6
+    assert paired([1.0] * 4).sign_flip_p is None  # 1/8 at the lowest
+
+
+@given(ps=st.lists(st.floats(0, 1), max_size=7), level=st.floats(0.001, 0.999))
+def test_holms_procedure_rejects_what_its_steps_reject(ps, level):
+    rejected = set()
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        if ps[i] * (len(ps) - rank) > level:
+            break
+        rejected.add(i)
+    assert {i for i, p in enumerate(holm(ps)) if p <= level} == rejected
+    assert all(p <= q <= 1 for p, q in zip(ps, holm(ps), strict=True))
 
 
 def test_a_difference_far_beyond_the_spread_is_seen():

@@ -146,3 +146,19 @@ def test_a_stage_cannot_start_another_program(word, tmp_path, monkeypatch):
         ValueError, match=r"there is no recipe or config|a stage must start an installed recipe, or one"
     ):
         started(word.format(outside=tmp_path / "outside.py"))
+
+
+@pytest.mark.parametrize("recipe", ["evaluate/openmoji", "--nproc 2 evaluate/openmoji", "recipes/evaluate.py"])
+def test_an_evaluation_reads_and_writes_the_folder_of_the_stage_that_it_follows(recipe, tmp_path):
+    stages = [PRETRAIN, f"score: {recipe} run.images=5"]
+    train, score = plan(tmp_path, stages, ["a: model.dim=2"], [3], ["score: run.bf16=true"])
+    assert score.after is train
+    assert score.folder == train.folder == tmp_path / "pretrain/a-3"
+    given = [f"model.path={train.folder}", f"run.folder={train.folder}"]
+    assert score.words == [*recipe.split(), "run.images=5", "run.bf16=true", *given]
+    train.folder.mkdir(parents=True)
+    assert not train.finished
+    (train.folder / "model").mkdir()
+    assert (train.finished, score.finished) == (True, False)
+    (train.folder / "evaluation.json").touch()
+    assert score.finished
