@@ -5,7 +5,7 @@
 
 Each run is a separate command, and writes folder/stage/variant-seed with its output in log.txt. The same command,
 submitted again, skips runs that have finished and continues the others. After Ctrl-C or SIGTERM the runs save and exit;
-a second signal kills them.
+a second signal kills them. After a kill -9 they run on, and the same command waits for them.
 """
 
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grr import config
+from grr.checkpoint.run_lock import is_held
 from grr.cli.program import run_main
 from grr.experiments.catalog import recipe_place
 from grr.experiments.sweep import MODEL, Job, plan
@@ -58,6 +59,7 @@ def main() -> None:
     # the grid: as many runs at a time as wanted, each as soon as the one before it is finished
     gpus = visible_gpus() if run.jobs > 1 else []
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by index, below run.jobs
+    others = [job for job in waiting if job.result == MODEL and is_held(job.folder)]  # of a sweep that was killed
     failed: dict[str, str] = {}  # name of a run -> cause
     signals, passed_on = collect_signals(), 0
     bar, shown = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0), ""
@@ -68,19 +70,25 @@ def main() -> None:
                 continue
             del running[place]
             if not signals and not job.finished:
-                failed[job.name] = f"ended with status {status}" if status else f"ended without leaving {job.result}"
+                failed[job.name] = f"ended with status {status}" if status else f"ended without writing {job.result}"
                 bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
             bar.update(0 if signals else 1)
+        for job in [job for job in others if not is_held(job.folder)]:
+            others.remove(job)
+            if job.finished:
+                waiting.remove(job)
+                bar.update()
         for job in list(waiting):
             if job.after and job.after.name in failed:
                 waiting.remove(job)
                 failed[job.name] = f"was not started, since {job.after.name} failed"
                 bar.update()
-        while len(running) < run.jobs and not signals and (ready := [job for job in waiting if is_ready(job)]):
-            waiting.remove(ready[0])
+        ready = [job for job in waiting if is_ready(job) and job not in others]
+        while len(running) + len(others) < run.jobs and not signals and ready:
+            waiting.remove(job := ready.pop(0))
             place = min(set(range(run.jobs)) - running.keys())
-            running[place] = ready[0], start(ready[0], gpus[place % len(gpus)] if gpus else None)
-        if (now := ", ".join(job.name for job, _ in running.values())) != shown:
+            running[place] = job, start(job, gpus[place % len(gpus)] if gpus else None)
+        if (now := ", ".join(job.name for job in [*(job for job, _ in running.values()), *others])) != shown:
             bar.set_postfix_str(now)
             shown = now
         if len(signals) > passed_on:

@@ -23,10 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs/sweep").glob("*.yaml"))
 RECIPE = '''
 """A program that behaves as a recipe does, and as it is told: {do: fail | wait | nothing | train}."""
-import json, os, pathlib, signal, sys, time
+import fcntl, json, os, pathlib, signal, sys, time
 
 given = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = pathlib.Path(given["run.folder"])
+lock = (folder / ".lock").open("a")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 began = time.time()
@@ -129,7 +131,7 @@ def test_a_run_that_fails_is_named_with_its_last_lines_and_the_others_go_on(grid
 def test_a_run_that_ends_without_a_model_is_no_finished_one(grid):
     done = run(grid, "run.overrides=['first: do=nothing']", "run.seeds=[0]")
     assert done.returncode == 1
-    assert "first a-0 ended without leaving a model\n" in done.stderr
+    assert "first a-0 ended without writing model\n" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -153,6 +155,36 @@ def test_asked_to_stop_it_lets_its_runs_save_and_the_same_command_continues(grid
     done = run(grid, "run.jobs=2", "run.overrides=['first: do=wait']", CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 0
     assert finished(grid) == EVERY
+
+
+@pytest.mark.parametrize("ends", ["before the next sweep", "during it", "without a model"])
+def test_runs_of_a_sweep_that_was_killed_run_on_and_the_same_command_waits_for_them(grid, ends):
+    words = sweep(grid, "run.jobs=2", "run.overrides=['first: do=wait']")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with started(words, cwd=grid, env=environment, **output) as process:
+        wait_until(lambda: sum(" of " in x.read_text() for x in grid.glob("runs/*/*/log.txt")) == 2, process)
+        process.kill()
+        process.communicate(timeout=20)
+    left = {path: path.parent.name for path in grid.glob("runs/first/*/log.txt")}
+    assert len(left) == 2
+    if ends == "before the next sweep":
+        (grid / "mended").touch()
+        wait_until(lambda: len(finished(grid)) == 2)
+    with started(words, cwd=grid, env=environment, **output) as process:
+        if ends != "before the next sweep":
+            time.sleep(1.5)
+            assert process.poll() is None
+            assert len(list(grid.glob("runs/*/*/log.txt"))) == 2  # both places are taken
+        if ends == "without a model":
+            for folder in (path.parent for path in left):
+                subprocess.run(["pkill", "-KILL", "-f", f"run.folder={folder.relative_to(grid)}"], check=True)
+        (grid / "mended").touch()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert finished(grid) == EVERY
+    for log, name in left.items():
+        assert log.read_text().count(f" of {name} on") == (2 if ends == "without a model" else 1)
 
 
 def test_asked_twice_it_kills_runs_that_do_not_listen(grid):
