@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from grr import config
-from grr.experiments.sweep import plan
+from grr.experiments.metrics import metric
+from grr.experiments.sweep import MODEL, Job, plan
 from grr.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,20 +101,47 @@ def test_a_folder_that_is_not_there_is_named(compare):
     assert f"no folder matches nowhere/a-* (a) in {ROOT}" in done.stderr
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_compares_what_the_sweep_of_its_name_leaves(file, monkeypatch):
+@pytest.fixture(scope="module")
+def planned() -> list[Job]:
+    """The runs that all sweeps leave, but those that only choose a learning rate."""
+    jobs = []
+    for file in sorted((RECIPES / "configs/sweep").glob("*.yaml")):
+        grid = yaml.safe_load(file.read_text())["run"]
+        if not file.stem.endswith("_lr"):
+            jobs += plan(Path(grid["folder"]), grid["stages"], grid["variants"], grid["seeds"])
+    models = [job for job in jobs if job.result == MODEL]
+    return [job for job in models if not any(later.after is job and later.result == MODEL for later in models)]
+
+
+def compared(file: Path, planned: list[Job], monkeypatch) -> list[list[Job]]:
+    """The planned runs of each model of a config."""
     monkeypatch.syspath_prepend(str(RECIPES))
     import compare
-    import sweep
 
     run = config.load(compare.SECTIONS, ["--config", str(file)]).get(compare.Run)
-    grid = config.load(sweep.SECTIONS, ["--config", str(RECIPES / "configs/sweep" / file.name)]).get(sweep.Run)
+    patterns = [entry.partition(": ")[2] for entry in run.models]
+    return [[job for job in planned if job.folder.match(pattern)] for pattern in patterns]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_compares_runs_that_sweeps_leave_each_model_with_one_variant(file, planned, monkeypatch):
     assert f"\n# python recipes/compare.py --config recipes/configs/compare/{file.name}\n" in file.read_text()
-    jobs = plan(Path(grid.folder), grid.stages, grid.variants, grid.seeds)
-    last = [job for job in jobs if job.stage == jobs[-1].stage]
-    compared = []
-    for entry in run.models:
-        runs = [job for job in last if job.folder.match(entry.partition(": ")[2])]
-        assert [job.seed for job in runs] == grid.seeds
-        compared += {job.variant for job in runs}
-    assert sorted(compared) == sorted({job.variant for job in jobs})
+    models = compared(file, planned, monkeypatch)
+    for runs in models:
+        assert len({(job.folder.parent, job.variant) for job in runs}) == 1
+        assert len(runs) > 1
+    folders = [job.folder for runs in models for job in runs]
+    assert len(set(folders)) == len(folders)
+
+
+def test_every_variant_of_a_sweep_is_compared(planned, monkeypatch):
+    seen = {job.folder for file in CONFIGS for runs in compared(file, planned, monkeypatch) for job in runs}
+    assert [str(job.folder) for job in planned if job.folder not in seen] == []
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in CONFIGS if "primary" in file.read_text()], ids=lambda file: file.stem
+)
+def test_endpoints_of_configs_exist(file):
+    run = yaml.safe_load(file.read_text())["run"]
+    assert len({metric(name) for name in (run["primary"], *run["secondary"])}) == 1 + len(run["secondary"])
