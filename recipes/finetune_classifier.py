@@ -29,6 +29,7 @@ from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
 from grr.data import (
     LABELLED,
+    augmented,
     check_classes,
     pair_counts,
     steps_per_epoch,
@@ -89,6 +90,7 @@ SECTIONS: config.Sections = {
     "data": LABELLED,
     "validation": LABELLED,
     "loader": training_steps,
+    "augment": augmented,
     "loss": classification_step,
     "optimizer": adamw,
     "schedule": warmup_cosine,
@@ -168,7 +170,8 @@ def main() -> int:
         last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
         validate_every = run.validate_every or per_epoch
         reading = {"image_size": arguments["image_size"], "crop": cfg.loader["crop"]}
-        batches = training_steps(pairs, tokenizer, seed=run.seed, start_step=step, **loader)
+        changed = augmented(pairs, **cfg.augment)
+        batches = training_steps(changed, tokenizer, seed=run.seed, start_step=step, **loader)
         bar = tqdm(total=last, initial=step, unit="step", smoothing=0.1, disable=dist.get_rank() > 0)
         throughput, finite = Throughput(run.batch_size), FiniteCheck(folder)
         while step < last and not (run.patience and step - max(0, best["best_step"]) >= run.patience * validate_every):

@@ -26,7 +26,7 @@ from grr.checkpoint.saver import Saver
 from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
-from grr.data import DATASETS, InMemory, Pairs, pair_counts, steps_per_epoch, training_steps
+from grr.data import DATASETS, InMemory, Pairs, augmented, pair_counts, steps_per_epoch, training_steps
 from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import training_examples
@@ -75,6 +75,7 @@ SECTIONS: config.Sections = {
     "data": DATASETS,
     "validation": DATASETS,
     "loader": training_steps,
+    "augment": augmented,
     "loss": global_batch_step,
     "optimizer": adamw,
     "schedule": warmup_cosine,
@@ -207,7 +208,9 @@ def main() -> int:
 def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
     """Returns the training pairs and the validation pairs."""
     pairs, held_out = cfg.build("data"), cfg.build("validation")
-    return (InMemory(pairs), InMemory(held_out)) if run.in_memory else (pairs, held_out)
+    if run.in_memory:
+        pairs, held_out = InMemory(pairs), InMemory(held_out)
+    return augmented(pairs, **cfg.augment), held_out
 
 
 def patch_dropout_at(epoch: int, cfg: config.Config, run: Run) -> float:

@@ -21,6 +21,9 @@ ADDED = {  # options that older versions did not have, with the value that chang
     "model.patch_dropout": 0.0,
     "run.patch_dropout_epochs": None,
     "loader.block": None,
+    "augment.crop_area": 1.0,
+    "augment.flip": 0.0,
+    "augment.color_jitter": 0.0,
 }
 
 RENAMED = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from grr.data.augment import augmented
 from grr.data.formats.annotations import coco, karpathy
 from grr.data.formats.image_folder import image_folder
 from grr.data.formats.openmoji import openmoji
@@ -41,6 +42,7 @@ __all__ = [
     "InMemory",
     "Labelled",
     "Pairs",
+    "augmented",
     "check_classes",
     "epoch_order",
     "pair_counts",

@@ -89,8 +89,24 @@ def read_models(models: Sequence[str]) -> dict[str, list[RunRecord]]:
     Raises ValueError if an entry has no name, a name occurs twice, no folder matches, a folder does not hold a run, or
     two runs of a model have the same seed.
     """
+    result = read_groups(models)
+    for name, runs in result.items():
+        for one, other in itertools.pairwise(runs):
+            if one.seed == other.seed:
+                raise ValueError(
+                    f"read_models: {one.folder} and {other.folder} ({name}) both have the seed "
+                    f"{one.seed}; narrow the pattern to the folders of one model"
+                )
+    return result
+
+
+def read_groups(groups: Sequence[str]) -> dict[str, list[RunRecord]]:
+    """Read the runs of each group, sorted by seed, which may be of several models. groups: as in `read_models`.
+
+    Raises ValueError as it does, except for equal seeds.
+    """
     result: dict[str, list[RunRecord]] = {}
-    for entry in models:
+    for entry in groups:
         name, colon, pattern = (part.strip() for part in entry.partition(":"))
         if not (name and colon and pattern) or name in result:
             raise ValueError(f'read_models: each model must be "name: folders" with a unique name, got {entry!r}')
@@ -98,14 +114,7 @@ def read_models(models: Sequence[str]) -> dict[str, list[RunRecord]]:
         folders = sorted(p for p in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if p.is_dir())
         if not folders:
             raise ValueError(f"read_models: no folder matches {pattern} ({name}) in {Path.cwd()}; check run.models")
-        runs = sorted((read_run(folder) for folder in folders), key=lambda run: run.seed)
-        for one, other in itertools.pairwise(runs):
-            if one.seed == other.seed:
-                raise ValueError(
-                    f"read_models: {one.folder} and {other.folder} ({name}) both have the seed "
-                    f"{one.seed}; narrow the pattern to the folders of one model"
-                )
-        result[name] = runs
+        result[name] = sorted((read_run(folder) for folder in folders), key=lambda run: run.seed)
     return result
 
 

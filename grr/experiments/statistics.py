@@ -107,12 +107,20 @@ def two_sided_p(t: float, freedom: int) -> float:
     return float(2 * _special().stdtr(freedom, -abs(t)))
 
 
+def student_quantile(p: float, freedom: int) -> float:
+    """Returns the number below which Student's t with these degrees of freedom is with probability p.
+
+    Raises ImportError without SciPy.
+    """
+    return float(_special().stdtrit(freedom, p))
+
+
 def _special() -> Any:
     try:
         import scipy.special
     except ImportError as error:
         raise ImportError(
-            'two_sided_p: comparing models needs SciPy, which is not installed; pip install "grr-coca[compare]"'
+            'statistics: comparing models needs SciPy, which is not installed; pip install "grr-coca[compare]"'
         ) from error
     return scipy.special
 
@@ -120,5 +128,5 @@ def _special() -> Any:
 def _tested(mean: float, error: float, freedom: int, *, pairs: int) -> Difference:
     if error == 0:  # the same difference for every seed
         return Difference(mean, error, 0.0 if mean else 1.0, pairs, (mean, mean))
-    half = float(_special().stdtrit(freedom, 1 - LEVEL / 2)) * error
+    half = student_quantile(1 - LEVEL / 2, freedom) * error
     return Difference(mean, error, two_sided_p(mean / error, freedom), pairs, (mean - half, mean + half))

@@ -15,6 +15,7 @@ from grr.training.log import is_number
 
 WIDTH, HEIGHT = 720, 300  # of a figure, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 56, 704, 34, 254  # of the plot of curves
+COLORS = 10  # classes c0 to c9
 NAMES = 300  # room for the labels of differences
 ROW = 30  # height of one difference
 LIGHT = ("#196fcf", "#c05d17", "#005041", "#82537b", "#8b897b", "#790a30", "#63874e", "#70686a", "#8d4a27", "#0051a2")
@@ -61,7 +62,7 @@ def curves_figure(comparison: Comparison, metric: Metric) -> str:
         body += f'<path class="thick c{i % len(LIGHT)}" d="M{legend} {BOTTOM + 32}h18"/>'
         body += f'<text x="{legend + 24}" y="{BOTTOM + 36}">{escape(name)}</text>'
         legend += 44 + 7 * len(name)
-    return _svg(body, HEIGHT)
+    return svg(body, HEIGHT)
 
 
 def differences_figure(comparison: Comparison) -> str:
@@ -105,10 +106,10 @@ def _forest(rows: Sequence[Row]) -> str:
         body += f'<text class="end" x="{NAMES - 12}" y="{y + 4}">{escape(label)}</text>'
         body += f'<path class="thick c0" d="M{start:.1f} {y}H{end:.1f}"/>'
         body += f'<circle class="c0" cx="{x(scale * difference.mean):.1f}" cy="{y}" r="4.5"/>'
-    return _svg(body, bottom + 28)
+    return svg(body, bottom + 28)
 
 
-def _svg(body: str, height: float) -> str:
+def svg(body: str, height: float) -> str:
     """Returns a file of a figure, which follows the reader's choice of a light or dark theme."""
     colors = "".join(f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(LIGHT))
     dark = "".join(f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(DARK))

@@ -136,6 +136,11 @@ def test_every_config_compares_runs_that_sweeps_leave_each_model_with_one_varian
 
 def test_every_variant_of_a_sweep_is_compared(planned, monkeypatch):
     seen = {job.folder for file in CONFIGS for runs in compared(file, planned, monkeypatch) for job in runs}
+    for file in (RECIPES / "configs/scaling_law").glob("*.yaml"):
+        patterns = [entry.partition(": ")[2] for entry in yaml.safe_load(file.read_text())["run"]["groups"]]
+        groups = [[job.folder for job in planned if job.folder.match(pattern)] for pattern in patterns]
+        assert all(len(group) >= 9 for group in groups)
+        seen |= set().union(*groups)
     assert [str(job.folder) for job in planned if job.folder not in seen] == []
 
 

@@ -59,6 +59,7 @@ CHANGES = {
     "loss.negatives": ("global", "local"),
     "loss.captioning_weight": (2.0, 100.0),
     "loader.crop": ("squash", "center"),
+    "augment.flip": (0.0, 0.5),
     "optimizer.lr": (0.001, 0.002),
     "optimizer.weight_decay": (0.001, 0.9),
     "schedule.min_lr": (1e-05, 2e-05),
@@ -109,6 +110,20 @@ def test_patch_dropout_ends_with_its_epochs_also_in_a_resumed_run(tmp_path):
     assert "run.patch_dropout_epochs is 1 in the checkpoint and None in the config" in ends[-1]["stderr"]
     described = json.loads((once / "model/config.json").read_text())
     assert "patch_dropout" not in described["arguments"]
+
+
+def test_a_resumed_run_reads_the_pictures_and_the_random_crops_of_one_that_was_not_stopped(tmp_path):
+    fresh = ("data.pictures=fresh", "augment.crop_area=0.5", "augment.color_jitter=0.2")
+    plain, once, stopped = (tmp_path / name for name in ("plain", "once", "stopped"))
+    ends = several(
+        command(plain, *LONGER, *fresh[:1]),
+        command(once, *LONGER, *fresh),
+        command(stopped, *SHORT, *fresh),
+        command(stopped, *LONGER, *fresh, "run.in_memory=true", "loader.workers=0"),
+    )
+    assert [end["status"] for end in ends] == [0, 0, 0, 0], ends
+    assert training(stopped) == training(once)
+    assert training(once)[0] != training(plain)[0]
 
 
 def test_a_micro_batch_size_that_is_left_to_the_memory_is_written_down_and_used_again(tmp_path):

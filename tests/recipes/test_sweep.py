@@ -29,6 +29,7 @@ given = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = pathlib.Path(given["run.folder"])
 lock = (folder / ".lock").open("a")
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+(folder / "pid").write_text(str(os.getpid()))
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 began = time.time()
@@ -178,7 +179,7 @@ def test_runs_of_a_sweep_that_was_killed_run_on_and_the_same_command_waits_for_t
             assert len(list(grid.glob("runs/*/*/log.txt"))) == 2  # both places are taken
         if ends == "without a model":
             for folder in (path.parent for path in left):
-                subprocess.run(["pkill", "-KILL", "-f", f"run.folder={folder.relative_to(grid)}"], check=True)
+                os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
         (grid / "mended").touch()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
