@@ -1,4 +1,4 @@
-"""Fit scaling laws: how a loss falls with parameters and samples, for each group of runs.
+"""Fit scaling laws: how a loss falls with parameters and samples.
 
     python recipes/scaling_law.py --config recipes/configs/scaling_law/claim_scaling.yaml
 
