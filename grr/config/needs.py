@@ -19,6 +19,9 @@ NEEDS = {
     "model.logit_bias": Need("loss.contrastive", "is sigmoid", lambda loss: loss == "sigmoid"),
     "optimizer.decay_all": Need("optimizer.weight_decay", "is above 0", lambda decay: decay > 0),
     "generation.length_penalty": Need("generation.num_beams", "is above 1", lambda num_beams: num_beams > 1),
+    "loader.prefetch": Need("loader.workers", "is above 0", lambda workers: workers > 0),
+    "control.factor": Need("control.regimes", "is above 1", lambda regimes: regimes > 1),
+    "generation.seed": _SAMPLING,
     "generation.top_k": _SAMPLING,
     "generation.top_p": _SAMPLING,
 }

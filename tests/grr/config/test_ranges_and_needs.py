@@ -35,13 +35,18 @@ IN_VAIN = [
     ),
     ("optimizer.decay_all=false", "False with optimizer.weight_decay=0.0; set", "optimizer.weight_decay=0.01"),
     ("generation.length_penalty=0.5", "0.5 with generation.num_beams=1; set", "generation.num_beams=2"),
+    ("loader.prefetch=8", "8 with loader.workers=0; set", "loader.workers=3"),
+    ("control.factor=10.0", "10.0 with control.regimes=1; set", "control.regimes=2"),
+    ("generation.seed=3", "3 with generation.temperature=0.0; set", "generation.temperature=0.7"),
     ("generation.top_k=5", "5 with generation.temperature=0.0; set", "generation.temperature=0.7"),
     ("generation.top_p=0.5", "0.5 with generation.temperature=0.0; set", "generation.temperature=0.7"),
 ]
 PRETRAIN, _ = recipe_sections(catalog.RECIPES / "pretrain.py")
 SECTIONS = {key: PRETRAIN[key] for key in ("run", "model", "loader", "loss", "optimizer", "schedule")}
 SECTIONS |= {"generation": generate}
-UNDECAYED = "model: {name: grr_coca_tiny}\noptimizer: {weight_decay: 0.0}"
+FINETUNE, _ = recipe_sections(catalog.RECIPES / "finetune.py")
+SECTIONS |= {"control": FINETUNE["control"]}
+BASE = "model: {name: grr_coca_tiny}\noptimizer: {weight_decay: 0.0}\nloader: {workers: 0}\ncontrol: {regimes: 1}"
 
 
 def load(tmp_path: Path, yaml: str, *overrides: str) -> config.Config:
@@ -52,16 +57,16 @@ def load(tmp_path: Path, yaml: str, *overrides: str) -> config.Config:
 @pytest.mark.parametrize(("override", "message"), NUMBERS)
 def test_a_number_out_of_range_is_refused_when_the_config_is_read(tmp_path, override, message):
     with pytest.raises(ConfigError, match=f"command line:\n  {override.partition('=')[0]}: {message}$"):
-        load(tmp_path, UNDECAYED, override)
+        load(tmp_path, BASE, override)
 
 
 @pytest.mark.parametrize(("option", "message", "remedy"), IN_VAIN)
 def test_an_option_that_another_leaves_without_effect_is_refused_with_the_remedy(tmp_path, option, message, remedy):
     key, _, value = option.partition("=")
     with pytest.raises(ConfigError, match=f"command line:\n  {key}: has no effect unless .*, got {message}"):
-        load(tmp_path, UNDECAYED, option)
+        load(tmp_path, BASE, option)
     section, name = key.split(".")
-    assert str(vars(load(tmp_path, UNDECAYED, option, remedy))[section][name]).lower() == value
+    assert str(vars(load(tmp_path, BASE, option, remedy))[section][name]).lower() == value
 
 
 def test_an_option_in_vain_is_named_beside_the_other_mistakes_and_its_default_is_none(tmp_path):
