@@ -191,13 +191,16 @@ def _printed(numbers: tuple[float, float, float] | None) -> list[str]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """A sentence for each model but the first: its better and worse metrics, beyond the spread over seeds."""
+    """A sentence for each model but the first: its better and worse metrics, beyond the spread over seeds.
+
+    Where endpoints were chosen it is about these alone.
+    """
     base, *others = comparison.models
+    chosen = {endpoint.metric.name for endpoint in comparison.endpoints}
+    lines = [line for line in comparison.lines if not chosen or line.metric.name in chosen]
     sentences = []
     for i, name in enumerate(others):
-        differences = [
-            (line.metric, difference) for line in comparison.lines if (difference := line.differences[i]) is not None
-        ]
+        differences = [(line.metric, difference) for line in lines if (difference := line.differences[i]) is not None]
         groups: dict[str, list[str]] = {}
         for metric, difference in differences:
             group = "of unknown spread"

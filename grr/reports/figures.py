@@ -73,7 +73,8 @@ def differences_figure(comparison: Comparison) -> str:
     for endpoint in comparison.endpoints if not comparison.factorial else ():
         spread, difference = base.get(endpoint.metric.name), endpoint.difference
         if spread and spread.mean and difference and difference.interval:
-            label = f"{endpoint.metric.label.removesuffix(', %')}"
+            arrow = "↓" if endpoint.metric.lower_is_better else "↑"
+            label = f"{endpoint.metric.label.removesuffix(', %')} {arrow}"
             label = label if len(comparison.models) == 2 else f"{endpoint.model}: {label}"
             rows.append(Row(label, difference, 100 / spread.mean))
     for metric, effects in comparison.factorial[:1]:
@@ -81,10 +82,10 @@ def differences_figure(comparison: Comparison) -> str:
         for effect in effects if spread and spread.mean else ():
             label = " × ".join(f"{f.changed}" for f in effect.factors)
             rows.append(Row(label, effect.difference, 100 / spread.mean if spread else 0))
-    return _forest(rows) if rows else ""
+    return _forest(rows, next(iter(comparison.models))) if rows else ""
 
 
-def _forest(rows: Sequence[Row]) -> str:
+def _forest(rows: Sequence[Row], first: str) -> str:
     """Returns a row for each difference: its label, its interval as a line, and its mean as a dot."""
     ends = [row.scale * end for row in rows for end in row.difference.interval or ()] + [0.0]
     low, high = min(ends) - 0.05 * _span(ends), max(ends) + 0.05 * _span(ends)
@@ -93,7 +94,7 @@ def _forest(rows: Sequence[Row]) -> str:
     def x(percent: float) -> float:
         return NAMES + (percent - low) / (high - low) * (RIGHT - NAMES)
 
-    body = f'<text x="{NAMES}" y="18">change against the first model, %, and its 95 % interval</text>'
+    body = f'<text x="{NAMES}" y="18">change against {escape(first)}, %, and its 95 % interval</text>'
     for tick in ticks(low, high):
         kind = "zero" if tick == 0 else "grid"
         body += f'<path class="{kind}" d="M{x(tick):.1f} {TOP}V{bottom}"/>'
