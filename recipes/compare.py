@@ -4,7 +4,8 @@
     python recipes/compare.py --config recipes/configs/compare/ablation.yaml \\
         run.models='["Baseline CoCa: runs/ablation/finetune/baseline-*", "GRR-CoCa: runs/ablation/finetune/grr-*"]'
 
-Prints the table, and writes it with the validation curves to comparison.md and comparison.html.
+Prints the table, and writes it with the validation curves to comparison.md and comparison.html, and the values of all
+runs to comparison.csv.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class Run:
     """Options of the recipe."""
 
     models: list[str]  # "name: folders, one per seed", with wildcards; the first is the baseline
-    folder: str = "runs/comparison"  # where comparison.md and comparison.html are written
+    folder: str = "runs/comparison"  # where the tables, the page and the figures are written
     published: DataSet | None = None  # show the paper's metrics for this data set as well
     primary: str | None = None  # the metric that decides, chosen before the runs: captioning_loss, losses.loss ...
     secondary: list[str] = field(default_factory=list)  # further metrics, tested with Holm's correction

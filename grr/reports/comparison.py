@@ -1,5 +1,7 @@
 """A comparison of runs for a terminal, for a Markdown file, and as a page with the validation curves."""
 
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 from grr.evaluation.flops import flops_are_known, forward_flops
 from grr.experiments.compare import PUBLISHED, Comparison
-from grr.experiments.metrics import Metric
+from grr.experiments.metrics import Metric, values
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference, Spread
 from grr.files.atomic import write_atomic
@@ -33,13 +35,27 @@ def as_markdown(comparison: Comparison) -> str:
     return _written(comparison, markdown, "- ")
 
 
+def as_csv(comparison: Comparison) -> str:
+    """The values of all metrics, a row for each run, in full precision, for other programs."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    metrics = [line.metric for line in comparison.lines]
+    writer.writerow(["model", "seed", "step", *(metric.name for metric in metrics)])
+    for name, runs in comparison.models.items():
+        for run in runs:
+            found = [values([run], metric).get(run.seed, "") for metric in metrics]
+            writer.writerow([name, run.seed, run.best_step, *found])
+    return text.getvalue()
+
+
 def write_comparison(folder: Path, comparison: Comparison) -> Path:
-    """Write folder/comparison.md, comparison.html and, with a primary metric, its figures; return the path of the page.
+    """Write folder/comparison.md, .csv, .html and, with a primary metric, its figures; return the path of the page.
 
     comparison_curves.svg has the validation curves of the primary metric, comparison_differences.svg its tests.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "comparison.md", as_markdown(comparison))
+    write_atomic(folder / "comparison.csv", as_csv(comparison))
     for name, figure in figures(comparison).items():
         write_atomic(folder / name, figure)
     title = " · ".join(comparison.models)

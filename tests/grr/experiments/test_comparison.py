@@ -1,5 +1,6 @@
 """A comparison gives the numbers of the logs, refuses what may not be compared, and claims no more than it knows."""
 
+import csv
 import itertools
 import json
 import math
@@ -508,6 +509,18 @@ def test_the_page_and_the_texts_show_the_endpoints_and_figures_are_files_beside_
 def write_plain(folder: Path, models: dict) -> Path:
     """The folder of a comparison without endpoints."""
     return write_comparison(folder / "plain", compare(models)).parent
+
+
+def test_the_csv_has_every_metric_of_every_run_in_full_precision(tmp_path):
+    values = np.random.default_rng(0).uniform(1, 2, (2, 3, 4))
+    comparison = compare(with_endpoints(tmp_path / "runs", ["base", "grr"], values), **ENDPOINTS)
+    write_comparison(tmp_path / "out", comparison)
+    rows = list(csv.DictReader((tmp_path / "out/comparison.csv").open(newline="")))
+    assert [(row["model"], row["seed"], row["step"]) for row in rows] == [
+        (name, str(seed), "30") for name in ("base", "grr") for seed in range(3)
+    ]
+    names = (ENDPOINTS["primary"], *ENDPOINTS["secondary"])
+    assert [[float(row[name]) for name in names] for row in rows] == values.reshape(6, 4).tolist()
 
 
 def test_names_in_figures_are_text_and_a_complete_design_has_its_effects(tmp_path):
