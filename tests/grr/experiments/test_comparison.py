@@ -520,7 +520,8 @@ def test_the_csv_has_every_metric_of_every_run_in_full_precision(tmp_path):
         (name, str(seed), "30") for name in ("base", "grr") for seed in range(3)
     ]
     names = (ENDPOINTS["primary"], *ENDPOINTS["secondary"])
-    assert [[float(row[name]) for name in names] for row in rows] == values.reshape(6, 4).tolist()
+    found = np.array([[float(row[name]) for name in names] for row in rows])
+    np.testing.assert_allclose(found, values.reshape(6, 4), rtol=1e-15)
 
 
 def test_names_in_figures_are_text_and_a_complete_design_has_its_effects(tmp_path):
