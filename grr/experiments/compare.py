@@ -94,8 +94,13 @@ def compare(
         unequal,
         [endpoint for name, _ in others for endpoint in _endpoints(models, name, tested)],
         [(one, found) for one in tested if (found := effects(models, [values(runs, one) for runs in models.values()]))],
-        {name: steps_to_end_of(runs, first[1], tested[0].key) for name, runs in others if tested},
+        {name: steps_to_end_of(runs, first[1], tested[0].key) for name, runs in others if tested and _falls(tested[0])},
     )
+
+
+def _falls(one: Metric) -> bool:
+    """Returns whether a metric is in the validations of the log, and smaller values are better."""
+    return one.task is None and one.lower_is_better
 
 
 def _line(models: Mapping[str, Sequence[RunRecord]], one: Metric) -> Line | None:

@@ -1,7 +1,9 @@
 """Figures of a comparison as SVG files: learning curves, and differences with their intervals."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from html import escape
 from statistics import fmean
 from typing import NamedTuple
@@ -10,16 +12,15 @@ from grr.experiments.compare import Comparison
 from grr.experiments.metrics import Metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.statistics import Difference
-from grr.reports.charts import log_ticks, tick_label, ticks
+from grr.reports.charts import COLORS, log_ticks, tick_label, ticks
+from grr.reports.page import HERE
 from grr.training.log import is_number
 
 WIDTH, HEIGHT = 720, 300  # of a figure, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 56, 704, 34, 254  # of the plot of curves
-COLORS = 10  # classes c0 to c9
+LIGHT, DARK = 0, 1  # themes
 NAMES = 300  # room for the labels of differences
 ROW = 30  # height of one difference
-LIGHT = ("#196fcf", "#c05d17", "#005041", "#82537b", "#8b897b", "#790a30", "#63874e", "#70686a", "#8d4a27", "#0051a2")
-DARK = ("#7093b5", "#df915e", "#56e3c3", "#eebdfe", "#ecc14f", "#d98aee", "#6f8e1e", "#7c74d1", "#b7a593", "#7fbbc4")
 
 
 class Row(NamedTuple):
@@ -57,9 +58,9 @@ def curves_figure(comparison: Comparison, metric: Metric) -> str:
     legend = LEFT
     for i, (name, of_model) in enumerate(curves.items()):
         for points in of_model:
-            body += _line(points, x, y, f"thin c{i % len(LIGHT)}")
-        body += _line(_mean(of_model), x, y, f"thick c{i % len(LIGHT)}")
-        body += f'<path class="thick c{i % len(LIGHT)}" d="M{legend} {BOTTOM + 32}h18"/>'
+            body += _line(points, x, y, f"thin c{i % len(COLORS)}")
+        body += _line(_mean(of_model), x, y, f"thick c{i % len(COLORS)}")
+        body += f'<path class="thick c{i % len(COLORS)}" d="M{legend} {BOTTOM + 32}h18"/>'
         body += f'<text x="{legend + 24}" y="{BOTTOM + 36}">{escape(name)}</text>'
         legend += 44 + 7 * len(name)
     return svg(body, HEIGHT)
@@ -111,21 +112,37 @@ def _forest(rows: Sequence[Row], first: str) -> str:
 
 
 def svg(body: str, height: float) -> str:
-    """Returns a file of a figure, which follows the reader's choice of a light or dark theme."""
-    colors = "".join(f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(LIGHT))
-    dark = "".join(f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(DARK))
-    style = (
-        "text{font:12px system-ui,sans-serif;fill:#23262b}.end{text-anchor:end}.middle{text-anchor:middle}"
-        "path{stroke-linecap:round;stroke-linejoin:round}path.thin{stroke-width:.75;opacity:.5}"
-        f".grid{{stroke:#e7e3dc}}.zero{{stroke:#6a6f78}}{colors}path,path[class]{{fill:none}}path.thick{{stroke-width:2}}"
-        "rect{fill:#fff}"
-        f"@media (prefers-color-scheme:dark){{text{{fill:#e4e2dd}}rect{{fill:#16181b}}.grid{{stroke:#30343a}}{dark}"
-        "path,path[class]{fill:none}}"
+    """Returns a file of a figure, in the colours of the pages: light or dark, as the reader's system is."""
+    light, dark = (_colors(theme) for theme in (LIGHT, DARK))
+    # every rule names .figure, so that a figure inside a page changes nothing else on it
+    style = _scoped(
+        "text{font:12px system-ui,sans-serif}.end{text-anchor:end}.middle{text-anchor:middle}"
+        "path{fill:none;stroke-linecap:round;stroke-linejoin:round}.thin{stroke-width:.75;opacity:.5}.thick{stroke-width:2}"
+        + light
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
-        f'<style>{style}</style><rect width="{WIDTH}" height="{height}"/>{body}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}"><style>{style}@media (prefers-color-scheme:dark){{{_scoped(dark)}}}</style>'
+        f'<rect width="{WIDTH}" height="{height}"/>{body}</svg>\n'
     )
+
+
+def _colors(theme: int) -> str:
+    """Returns the rules of the colours of a theme."""
+    known = {name: found[theme] for name in ("card", "ink", "soft", "line", *COLORS) if (found := _palette(name))}
+    series = "".join(f"circle.c{i}{{fill:{known[c]}}}path.c{i}{{stroke:{known[c]}}}" for i, c in enumerate(COLORS))
+    axes = f".grid{{stroke:{known['line']}}}.zero{{stroke:{known['soft']}}}"
+    return f"text{{fill:{known['ink']}}}rect{{fill:{known['card']}}}{axes}{series}"
+
+
+@cache
+def _palette(name: str) -> list[str]:
+    """Returns the values of a colour of the style sheet of pages: light, dark."""
+    return re.findall(rf"--{name}: (#[0-9a-f]+)", (HERE / "page.css").read_text(encoding="utf-8"))
+
+
+def _scoped(rules: str) -> str:
+    return re.sub(r"(^|})(?=[^}])", r"\1.figure ", rules)
 
 
 def _line(

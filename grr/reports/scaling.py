@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from grr.experiments.scaling import Exponent, ScalingLaw
-from grr.reports.charts import log_ticks, tick_label
-from grr.reports.figures import BOTTOM, COLORS, HEIGHT, LEFT, RIGHT, TOP, svg
+from grr.reports.charts import COLORS, log_ticks, tick_label
+from grr.reports.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, svg
 from grr.reports.table import Table
 
 
@@ -46,7 +46,7 @@ def scaling_figure(
     body += f'<text class="end" x="{RIGHT}" y="{BOTTOM + 36}">training samples</text>'
     legend = LEFT
     for i, (name, of_group) in enumerate(points.items()):
-        color, law = f"c{i % COLORS}", laws[name]
+        color, law = f"c{i % len(COLORS)}", laws[name]
         for size in sorted({size for size, _, _ in of_group}):
             seen = [samples for s, samples, _ in of_group if s == size]
             ends = (f"{x(n):.1f} {y(_loss(law, size, n)):.1f}" for n in (min(seen), max(seen)))

@@ -503,6 +503,12 @@ def test_the_page_and_the_texts_show_the_endpoints_and_figures_are_files_beside_
     percent = [100 * e.difference.mean / values[0, :, k].mean() for k, e in enumerate(comparison.endpoints)]
     assert np.corrcoef(dots, percent)[0, 1] == pytest.approx(1, abs=1e-3)  # one axis for all rows
     assert page.count("<svg xmlns") == 2
+    for rules in re.findall(r"<style>(.*?)</style>", page)[-2:]:  # a rule of a figure is for that figure
+        selectors = re.findall(r"(?:^|[{}])([^{}]+)\{", rules.replace("@media (prefers-color-scheme:dark){", "}"))
+        assert selectors
+        assert all(selector.startswith(".figure ") for selector in selectors)
+    primary = {"primary": "captions.cider"}
+    assert compare(comparison.models, **primary).reached == {}
     assert "comparison_curves.svg" not in {p.name for p in write_plain(tmp_path, comparison.models).iterdir()}
 
 
