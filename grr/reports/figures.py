@@ -116,13 +116,14 @@ def svg(body: str, height: float) -> str:
     light, dark = (_colors(theme) for theme in (LIGHT, DARK))
     # every rule names .figure, so that a figure inside a page changes nothing else on it
     style = _scoped(
-        "text{font:12px system-ui,sans-serif}.end{text-anchor:end}.middle{text-anchor:middle}"
+        "text{font:12px system-ui,sans-serif;text-anchor:start}.end{text-anchor:end}.middle{text-anchor:middle}"
         "path{fill:none;stroke-linecap:round;stroke-linejoin:round}.thin{stroke-width:.75;opacity:.5}.thick{stroke-width:2}"
         + light
     )
+    style += f"@media (prefers-color-scheme:dark){{{_scoped(dark)}}}"
+    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" style="max-width:{WIDTH}px"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'height="{height}"><style>{style}@media (prefers-color-scheme:dark){{{_scoped(dark)}}}</style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" {size}><style>{style}</style>'
         f'<rect width="{WIDTH}" height="{height}"/>{body}</svg>\n'
     )
 
