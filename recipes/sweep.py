@@ -39,7 +39,9 @@ class Run:
     stages: list[str]  # "name: RECIPE/CONFIG arguments" as for grr run, in order; {name} is an earlier stage's folder
     variants: list[str]  # "name: key=value ...", overrides of the first stage
     seeds: list[int] = field(default_factory=lambda: [0])
-    jobs: int = 1  # concurrent runs; if more than one, each gets one GPU in turn
+    jobs: int | None = (
+        1  # concurrent runs, each with a GPU of its own or a part of the cores; null: one for each of these
+    )
     overrides: list[str] = field(default_factory=list)  # "stage: key=value ...", for all runs of a stage
 
 
@@ -49,7 +51,7 @@ SECTIONS: config.Sections = {"run": Run}
 def main() -> None:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
-    if run.jobs < 1:
+    if run.jobs is not None and run.jobs < 1:
         raise ValueError(f"sweep: run.jobs must be at least 1, got {run.jobs}")
     jobs = plan(Path(run.folder), run.stages, run.variants, run.seeds, run.overrides)
     check_recipes(jobs)
@@ -57,8 +59,9 @@ def main() -> None:
     warn_of_changed_commands([job for job in jobs if job.finished])
 
     # the grid: as many runs at a time as wanted, each as soon as the one before it is finished
-    gpus = visible_gpus() if run.jobs > 1 else []
-    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by index, below run.jobs
+    gpus = visible_gpus() if run.jobs != 1 else []
+    places = run.jobs or len(gpus) or available_cores()
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by index, below places
     others = [job for job in waiting if job.result == MODEL and is_held(job.folder)]  # of a sweep that was killed
     failed: dict[str, str] = {}  # name of a run -> cause
     signals, passed_on = collect_signals(), 0
@@ -84,10 +87,10 @@ def main() -> None:
                 failed[job.name] = f"was not started, since {job.after.name} failed"
                 bar.update()
         ready = [job for job in waiting if is_ready(job) and job not in others]
-        while len(running) + len(others) < run.jobs and not signals and ready:
+        while len(running) + len(others) < places and not signals and ready:
             waiting.remove(job := ready.pop(0))
-            place = min(set(range(run.jobs)) - running.keys())
-            running[place] = job, start(job, gpus[place % len(gpus)] if gpus else None)
+            place = min(set(range(places)) - running.keys())
+            running[place] = job, start(job, places, gpus[place % len(gpus)] if gpus else None)
         if (now := ", ".join(job.name for job in [*(job for job, _ in running.values()), *others])) != shown:
             bar.set_postfix_str(now)
             shown = now
@@ -151,10 +154,20 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
-    """Start a run in a new session, so that Ctrl-C reaches it only through this process; append to its log."""
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start(job: Job, places: int, gpu: str | None) -> subprocess.Popen[bytes]:
+    """Start a run in a new session, so that Ctrl-C reaches it only through this process; append to its log.
+
+    Runs side by side share the cores: threads of several runs on one core would wait for each other.
+    """
     words = [sys.executable, *job.command()]
     environment = {**os.environ, "TQDM_MININTERVAL": "10", "PYTHONUNBUFFERED": "1"}
+    if places > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // places)))
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     job.folder.mkdir(parents=True, exist_ok=True)

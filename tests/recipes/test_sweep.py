@@ -33,6 +33,7 @@ fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 began = time.time()
+print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
 print("seed", given["run.seed"], "of", folder.name, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if given["do"] == "fail" and not pathlib.Path("mended").exists():
     print("step 1\\rstep 2\\rstep 3")
@@ -105,6 +106,20 @@ def test_no_more_runs_at_a_time_than_jobs_and_each_alone_on_its_gpu(grid, jobs):
     assert max(at_once) == jobs
     devices = {path.read_text().split()[-1] for path in grid.glob("runs/*/*/log.txt")}
     assert devices == ({"4,7,9"} if jobs == 1 else {"4", "7", "9"})
+
+
+@pytest.mark.parametrize(("jobs", "gpus", "at_once"), [("null", "4,7,9", 3), ("null", "", None), ("2", "", 2)])
+def test_runs_side_by_side_have_a_gpu_or_a_part_of_the_cores_each(grid, jobs, gpus, at_once):
+    cores = len(os.sched_getaffinity(0))
+    at_once = at_once or cores
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"CUDA_VISIBLE_DEVICES": gpus}
+    words = sweep(grid, f"run.jobs={jobs}", f"run.seeds={list(range(at_once))}")
+    done = subprocess.run(words, cwd=grid, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    threads = {path.read_text().split("\nthreads ")[1].split()[0] for path in grid.glob("runs/*/*/log.txt")}
+    assert threads == {str(max(1, cores // at_once)) if at_once > 1 else "None"}
+    spans = [json.loads(path.read_text()) for path in grid.glob("runs/*/*/times.json")]
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) == at_once
 
 
 def test_a_run_that_fails_is_named_with_its_last_lines_and_the_others_go_on(grid):
