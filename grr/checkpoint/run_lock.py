@@ -1,12 +1,12 @@
 """The lock that keeps a run's folder to one writer."""
 
-import fcntl
 import os
 import socket
 import time
 from pathlib import Path
 from typing import IO, Self
 
+from grr.files.lock import lock
 from grr.parallel.process_group import on_rank_0
 
 
@@ -14,7 +14,7 @@ def is_held(folder: Path) -> bool:
     """Returns whether a run on this machine holds the folder."""
     try:
         with (folder / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno())
     except BlockingIOError:
         return True
     except FileNotFoundError:
@@ -57,7 +57,7 @@ class RunLock:
         deadline = time.monotonic() + patience
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno())
                 break
             except BlockingIOError:
                 if time.monotonic() < deadline:

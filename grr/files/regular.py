@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+# of POSIX: opening does not block, or make a terminal the process's own; of Windows: bytes as they are
+FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -22,7 +24,7 @@ def open_regular_file(path: str | Path) -> BinaryIO:
     may have effects. Raises OSError, with the reason in `strerror`, for these and for a file that cannot be opened.
     """
     _check_regular(os.stat(path), path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    descriptor = os.open(path, FLAGS)
     try:
         _check_regular(os.fstat(descriptor), path)  # the path may have been replaced since os.stat
         return open(descriptor, "rb")

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -76,8 +75,10 @@ def _allow_open_files() -> None:
 
     The soft limit is often 1,024, which a thousand processes reach in the first group.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # a system may refuse its own limit
+    with suppress(ImportError, ValueError, OSError):  # Windows has none; a system may refuse its own limit
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 

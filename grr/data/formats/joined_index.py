@@ -1,7 +1,6 @@
 """Index of many shards as one file, which the processes of a host map into memory and share."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ from grr.data.formats.shard_index import Index, cache_folder, make_cache_folder,
 from grr.data.records import Records
 from grr.files.atomic import replace_file
 from grr.files.columns import map_columns, write_columns
+from grr.files.lock import lock
 
 LAYOUT = 1  # of a joined index; a file of another layout has another name
 SUFFIX = ".joined"
@@ -198,7 +198,7 @@ def _one_process(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -1,6 +1,5 @@
 """Data sets rewritten as tar shards of small JPEG files, which decode faster; `webdataset` reads them."""
 
-import fcntl
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ from grr.data.images import BadImage, check_size, shrink_file
 from grr.data.pairs import ImageFiles, Pairs
 from grr.data.threads import in_thread
 from grr.files.atomic import replace_file, write_atomic
+from grr.files.lock import lock
 
 STATE = "pack.json"  # what is packed, and the counts of each shard that is complete
 MAX_SIZE = 4096  # pixels; no model is trained at more, and a squashed image of a million would fill the memory
@@ -69,9 +69,9 @@ def pack(
     shards = dict(_shards(pairs, shard_size))
     of = {"fingerprint": pairs.fingerprint, "size": size, "quality": quality, "squash": squash, "shards": list(shards)}
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    held = os.open(folder, os.O_RDONLY)
     try:
-        _lock(lock, folder)
+        _lock(held, folder)
         done = _resume(folder, of)
         with ThreadPoolExecutor() as pool, tqdm(total=pairs.groups.count, desc="pack", unit="image", delay=1) as bar:
             for name, images in shards.items():
@@ -82,7 +82,7 @@ def pack(
                 else:
                     bar.update(len(images))
     finally:
-        os.close(lock)
+        os.close(held)
     total = Counts()
     for counts in done.values():
         total.images, total.pairs = total.images + counts.images, total.pairs + counts.pairs
@@ -143,7 +143,7 @@ def _shards(pairs: TarShards | ImageFiles, shard_size: int) -> Iterator[tuple[st
 
 def _lock(descriptor: int, folder: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError:
         raise ValueError(f"pack: {folder} is being written by another process; wait for it, or end it") from None
 
