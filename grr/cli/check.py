@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from grr import config
+from grr.config.signature import arguments_of
 from grr.data import Labelled, Pairs, check_classes, steps_per_epoch, training_steps, validation_steps
 from grr.data.images import Crop
 from grr.data.inspect import (
@@ -195,9 +196,11 @@ def _mistake(what: str, error: Exception) -> Finding:
 
 
 def _returns(kind: type, cfg: config.Config, function: config.Section, section: str) -> bool:
-    """Returns whether the function that a section chose is annotated as returning such a thing."""
+    """Returns whether the function that a section chose makes such a thing, by its annotation, of its options alone."""
     if isinstance(function, Mapping):
         function = function[_section(cfg, section)["name"]]
+    if arguments_of(function)[1]:  # such as `augmented`, which changes pairs that it gets
+        return False
     result = None if inspect.isclass(function) else inspect.signature(function, eval_str=True).return_annotation
     return inspect.isclass(result) and issubclass(result, kind)
 
