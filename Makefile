@@ -29,5 +29,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    $(PYTHON) has no module venv; install it (on Debian and Ubuntu: apt-get install python3-venv), or $(ANOTHER)))
 	@echo "Installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -1,6 +1,6 @@
 """Run recipes one after the other in this process: a JSON list of command lines in, their ends out.
 
-The ends are a JSON list of {"status", "stderr"}. It saves the start of a process for each.
+The ends are a JSON list of {"status", "stderr"}. It saves the imports of a process for each.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sys
 import torch.distributed as dist
 
 ends = []
-for words in json.loads(sys.stdin.read()):
+for words in json.loads(sys.argv[1]):
     sys.argv = words
     said = io.StringIO()
     status: object = 0

@@ -1,15 +1,14 @@
 """The benchmark: the laws of the numbers that it writes, whatever their size, and the configs that it refuses."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from label_rows import label_rows
+from programs import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,11 +27,6 @@ from benchmark import SECTIONS, Run, some_batches  # noqa: E402
 def load(file: Path, *overrides: str) -> config.Config:
     words = ["--config", str(file), *overrides]
     return config.load(SECTIONS, words)
-
-
-def run(words: list[str], **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
 # --- the work of a row ---------------------------------------------------------------------------------------------
@@ -65,7 +59,7 @@ def measured(tmp_path_factory) -> tuple[dict, str, Path]:
     shutil.copytree(RECIPES, folder / "mine", ignore=shutil.ignore_patterns("__pycache__"))
     words = ["mine/benchmark.py", "--config", "mine/configs/benchmark/tiny.yaml", "run.folder=out"]
     few = ["run.iterations=2", "run.variants=[fp32, bf16, bf16 checkpoint]"]
-    done = run([sys.executable, *words, *few], cwd=folder)
+    done = run([*words, *few], cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out/benchmark.json").read_text()), done.stdout, folder / "out"
 
@@ -124,7 +118,7 @@ def test_captions_read_half_as_many_bytes_in_half_the_precision_however_many_the
 @pytest.mark.slow
 def test_counts_alone_are_written_with_the_lines_that_wait(tmp_path):
     words = [str(RECIPES / "benchmark.py"), "--config", str(RECIPES / "configs/benchmark/tiny.yaml")]
-    done = run([sys.executable, *words, "run.parts=[counts]", "run.variants=[bf16]", "run.folder=out"], cwd=tmp_path)
+    done = run([*words, "run.parts=[counts]", "run.variants=[bf16]", "run.folder=out"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert [row["waits"] for row in result["counts"]] == [{}, {}]
@@ -173,7 +167,7 @@ def test_what_memory_does_not_suffice_for_is_a_row_and_the_next_variant_follows(
         "run.num_beams=[1]",
         "run.folder=out",
     ]
-    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
+    done = run([str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out/benchmark.json").read_text())
     lacking = [(row["what"], row["variant"]) for row in result["rows"] if "out_of_memory" in row]
@@ -209,9 +203,7 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
     words = ["run.batch_size=9", "run.written_tokens=14", "run.caption_tokens=[0]"]
     tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
     under_torchrun = {"RANK": "0", "WORLD_SIZE": "2"}
-    done = run(
-        [sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path, env=under_torchrun
-    )
+    done = run([str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path, **under_torchrun)
     assert done.returncode != 0
     for part in (
         "benchmark: one process is measured, got 2; start it without torchrun",
@@ -227,7 +219,7 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path):
 def test_float8_is_refused_where_the_hardware_cannot(tmp_path):
     tiny = str(RECIPES / "configs/benchmark/tiny.yaml")
     words = ["run.variants=[bf16 float8]", "run.parts=[training]", "run.iterations=1"]
-    done = run([sys.executable, str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
+    done = run([str(RECIPES / "benchmark.py"), "--config", tiny, *words], cwd=tmp_path)
     assert done.returncode != 0
     assert "multiply_in_float8: " in done.stderr
 

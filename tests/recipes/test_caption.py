@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from programs import run
 from waiting import started, wait_until
 
 from grr import config
@@ -202,7 +203,7 @@ def test_a_copied_recipe_that_is_killed_goes_on_by_the_same_command(colour_run, 
     with output.open("ab") as lines:
         lines.write(b'{"file": "mine/239.png", "capt')
 
-    done = subprocess.run(command, timeout=120, **options)
+    done = run(command[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_results(output)
     assert rows[: len(before)] == before

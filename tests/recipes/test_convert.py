@@ -1,16 +1,15 @@
 """A checkpoint of open_clip becomes a folder that opens by the same one call as every model."""
 
 import importlib.util
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from programs import run
 from safetensors.torch import save_file
 
 from grr.data.images import to_tensor
@@ -153,14 +152,7 @@ def test_the_folder_opens_by_the_one_call_and_holds_the_model(files, tmp_path, m
 @pytest.mark.slow
 def test_a_copied_recipe_runs_from_another_folder(files, tmp_path):
     shutil.copy(RECIPE, tmp_path / "mine.py")
-    done = subprocess.run(
-        [sys.executable, "mine.py", *words(files, Path("models/coca"))],
-        cwd=tmp_path,
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run(["mine.py", *words(files, Path("models/coca"))], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert find_pretrained(tmp_path / "models/coca").builder == "open_clip_coca_vit_b_32"
 

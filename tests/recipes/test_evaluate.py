@@ -1,13 +1,13 @@
 """The recipe as a user meets it: a run that was trained, one command, numbers and a page beside it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -49,19 +49,11 @@ TRAINING = [
 ]
 
 
-def run(*words: object, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=cwd,
-    )
+def run(*words: object, **options) -> subprocess.CompletedProcess:
+    return programs.run([str(word) for word in words], **options)
 
 
-def evaluate(*overrides: str, processes: int = 0) -> str:
+def evaluate(*overrides: str, processes: int = 1) -> str:
     command = RECIPES / "evaluate.py", "--config", RECIPES / "configs/evaluate/openmoji.yaml"
     done = run(*command, *overrides, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]

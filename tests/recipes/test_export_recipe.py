@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from PIL import Image
@@ -57,7 +58,8 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
 def test_a_copied_recipe_writes_a_folder_that_captions_without_torch(model_folder, tmp_path):
     shutil.copy(RECIPE, tmp_path / "mine.py")
     config = "--config", str(CONFIGS[0])
-    done = run("mine.py", *config, f"model.path={model_folder}", "run.folder=out", "run.pixels=float32", cwd=tmp_path)
+    options = [f"model.path={model_folder}", "run.folder=out", "run.pixels=float32"]
+    done = programs.run(["mine.py", *config, *options], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [line.split()[0] for line in done.stderr.splitlines()]
     assert steps == ["tracing", "writing", "writing"] * 3, done.stderr  # and no warning of torch

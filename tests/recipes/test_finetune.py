@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from programs import run
 from safetensors.torch import load_file
 
 from grr import config
@@ -100,17 +98,12 @@ def frozen(start, tmp_path_factory) -> Path:
     return folder
 
 
-def command(start: Path, folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> list[str]:
+def command(start: Path, folder: Path, *overrides: str, killer: tuple[str, ...] = ()) -> list[str]:
     file = folder.parent / "config.yaml"
     sections = {**FIVE_STEPS, "model": {"path": str(start)}}
     sections["run"] = {**FIVE_STEPS["run"], "folder": str(folder)}
     file.write_text(yaml.safe_dump(sections))
-    return [sys.executable, *launcher, str(RECIPE), "--config", str(file), *overrides]
-
-
-def run(words: list[str]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    return [*killer, str(RECIPE), "--config", str(file), *overrides]
 
 
 def lines(folder: Path, split: str) -> list[dict]:
@@ -199,7 +192,7 @@ def test_disturbed_at_its_worst_moments_the_same_command_continues_bit_for_bit(w
         ("save_checkpoint", f"checkpoints/step_{reset}", signal.SIGKILL),  # a reset that is, and nothing behind it
     ]
     for function, place, number in moments:
-        done = run(command(start, folder, launcher=(str(KILLER), function, place, str(int(number)))))
+        done = run(command(start, folder, killer=(str(KILLER), function, place, str(int(number)))))
         assert done.returncode == (143 if number == signal.SIGTERM else -number), done.stderr[-3000:]
         if number == signal.SIGTERM:
             assert "stopped after step 4; the same command continues" in done.stderr
@@ -256,8 +249,7 @@ def test_a_finished_run_that_is_asked_for_another_end_comes_to_it(frozen, start,
 
 @pytest.mark.slow
 def test_two_processes_tune_as_one(frozen, start, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = run(command(start, tmp_path / "run", *FROZEN, "run.epochs=1", launcher=launcher))
+    done = run(command(start, tmp_path / "run", *FROZEN, "run.epochs=1"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for split, count in (("train", 5), ("validation", 2)):
         ours, theirs = lines(tmp_path / "run", split), lines(frozen, split)[:count]

@@ -1,11 +1,10 @@
 """Runs in float8, which a CPU emulates: killed and continued, on one process and on two, beside a run in float32."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import yaml
 
@@ -45,25 +44,11 @@ SECTIONS = {
 LOW = ("parallel.float8=true",)  # emulated
 
 
-def run(
-    recipe: str, folder: Path, *words: str, sections: dict = SECTIONS, processes: int = 0
-) -> subprocess.CompletedProcess:
+def run(recipe: str, folder: Path, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
     file = folder.parent / f"{recipe}.yaml"
-    file.write_text(yaml.safe_dump(sections))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    command = [
-        sys.executable,
-        *launcher,
-        str(EMULATED),
-        str(RECIPES / recipe),
-        "--config",
-        str(file),
-        f"run.folder={folder}",
-        *words,
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    file.write_text(yaml.safe_dump(SECTIONS))
+    command = [str(EMULATED), str(RECIPES / recipe), "--config", str(file), f"run.folder={folder}", *words]
+    return programs.run(command, processes=processes)
 
 
 def lines(folder: Path, split: str, *keys: str) -> list[tuple]:

@@ -5,9 +5,6 @@ A run here has one global batch, all of its data, so that its loss does not depe
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from programs import run
 from torch import Tensor, nn
 
 from grr import config
@@ -234,9 +232,7 @@ def train(house: House, recipe: str, name: str, data: Pictures, *, dropout: floa
         cfg["control"] = {"patience": 100}
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(cfg))
-    words = [sys.executable, str(RECIPES / f"{recipe}.py"), "--config", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    done = run([str(RECIPES / f"{recipe}.py"), "--config", str(file)])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

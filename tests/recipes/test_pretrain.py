@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from programs import run
 from waiting import started, wait_until
 
 from grr import config
@@ -42,13 +43,19 @@ SMALL = [
 ]
 
 
-def command(folder: Path, *overrides: str, processes: int = 0, recipe: Path = RECIPES / "pretrain.py") -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+def command(folder: Path, *overrides: str, recipe: Path = RECIPES / "pretrain.py") -> list[str]:
     arguments = ["--config", str(recipe.parent / "configs/pretrain/openmoji.yaml"), *SMALL, f"run.folder={folder}"]
-    return [sys.executable, *launcher, str(recipe), *arguments, *overrides]
+    return [str(recipe), *arguments, *overrides]
 
 
-def run(words: list[str], **options) -> subprocess.CompletedProcess:
+def python(*words: str, processes: int = 0) -> list[str]:
+    """A command line, for subprocess."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *launcher, *words]
+
+
+def anew(words: list[str], **options) -> subprocess.CompletedProcess:
+    """Run a command line in a process that imports all anew."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
 
@@ -106,8 +113,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_the_time_of_reports_and_validations_does_not_count_as_that_of_steps(tmp_path):
     """Each page takes 1,000 seconds more, by the clock of the throughput: before step 1, at the first line, ..."""
-    words = command(tmp_path / "run", "run.max_steps=4", "run.log_every=2")[1:]
-    done = run([sys.executable, "-c", SLOW_REPORTS, *words])
+    (tmp_path / "slow_reports.py").write_text(SLOW_REPORTS)
+    words = command(tmp_path / "run", "run.max_steps=4", "run.log_every=2")
+    done = run([str(tmp_path / "slow_reports.py"), *words])
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in read_metrics(tmp_path / "run") if line["split"] == "train"]
     assert [line["step"] for line in lines] == [2, 4]
@@ -118,7 +126,9 @@ def test_the_time_of_reports_and_validations_does_not_count_as_that_of_steps(tmp
 def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with started(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+    with started(
+        python(*command(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
         wait_until(lambda: len(training(folder)) >= 7, process)
     assert 7 <= len(training(folder)) < 15
     done = run(command(folder))
@@ -133,7 +143,7 @@ def test_asked_to_stop_it_saves_leaves_and_continues(whole, tmp_path):
     folder = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with started(
-        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        python(*command(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         wait_until(lambda: training(folder), process)
         process.send_signal(signal.SIGTERM)
@@ -160,7 +170,8 @@ def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_lines_and_
 def test_many_processes_and_any_micro_batch_size_train_as_one(whole, tmp_path, processes, micro_batch_size):
     """Dropout and all: samples draw by their place in the global batch."""
     words = ["run.max_steps=5", f"run.micro_batch_size={micro_batch_size}"]
-    done = run(command(tmp_path / "run", *words, processes=processes))
+    words = command(tmp_path / "run", *words)
+    done = anew(python(*words, processes=processes)) if processes else run(words)
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(training(tmp_path / "run"), training(whole)[:5], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -178,20 +189,18 @@ def test_a_copied_recipe_trains_from_another_folder(tmp_path):
 @pytest.mark.slow
 def test_a_recipe_copied_out_of_the_installed_wheel_trains(tmp_path):
     top = RECIPES.parent
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(top), "-w", str(tmp_path / "wheel")]
-    done = run(build)
+    done = anew(python("-m", "pip", "wheel", "--quiet", "--no-deps", str(top), "-w", str(tmp_path / "wheel")))
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
-    done = run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
-    )
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    done = anew(python(*install))
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree(tmp_path / "site/grr/recipes", tmp_path / "mine")
     only_wheel = {"PYTHONPATH": str(tmp_path / "site")}  # stands before the checkout that the tests were installed from
-    where = run([sys.executable, "-c", "import grr; print(grr.__file__)"], cwd=tmp_path, env=only_wheel).stdout
+    where = anew(python("-c", "import grr; print(grr.__file__)"), cwd=tmp_path, env=only_wheel).stdout
     assert where.startswith(str(tmp_path / "site"))
     words = command(tmp_path / "run", "run.max_steps=3", recipe=tmp_path / "mine/pretrain.py")
-    done = run(words, cwd=tmp_path, env=only_wheel)
+    done = anew(python(*words), cwd=tmp_path, env=only_wheel)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(training(tmp_path / "run")) == 3
 
@@ -230,7 +239,7 @@ def test_three_mistakes_are_three_lines_and_nothing_starts(tmp_path):
     text = (RECIPES / "configs/pretrain/openmoji.yaml").read_text()
     text = text.replace("  lr: 1e-3", "  lrr: 1e-3").replace("  epochs: 14", "  epochs: ten")
     (tmp_path / "wrong.yaml").write_text(text.replace("name: grr_coca", "name: grr_cocoa"))
-    done = run([sys.executable, str(RECIPES / "pretrain.py"), "--config", str(tmp_path / "wrong.yaml")], cwd=tmp_path)
+    done = run([str(RECIPES / "pretrain.py"), "--config", str(tmp_path / "wrong.yaml")], cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     for part in (

@@ -1,12 +1,12 @@
 """Smaller models as a user makes them: one command, folders that open, a table of what each variant costs."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -39,17 +39,8 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def run(recipe: Path, cwd: Path, *words: str, file: str = "openmoji") -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        str(recipe),
-        "--config",
-        str(RECIPE.parent / f"configs/quantize/{file}.yaml"),
-        *words,
-        *SMALL,
-    ]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    config = str(RECIPE.parent / f"configs/quantize/{file}.yaml")
+    return programs.run([str(recipe), "--config", config, *words, *SMALL], cwd=cwd)
 
 
 @pytest.mark.slow

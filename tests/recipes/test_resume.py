@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from programs import run
 from safetensors.torch import load_file
-from test_pretrain import RECIPES, command, run, training
+from test_pretrain import RECIPES, command, python, training
 from waiting import started, wait_until
 
 from grr.checkpoint.step_folders import latest_checkpoint
@@ -25,14 +26,7 @@ LONGER = ("run.max_steps=6", "saving.every=2")
 
 def several(*commands: list[str]) -> list[dict]:
     """The ends of some command lines, run in one process: exit status and standard error."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("several_runs.py"))],
-        text=True,
-        timeout=600,
-        input=json.dumps([words[1:] for words in commands]),
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run([str(Path(__file__).with_name("several_runs.py")), json.dumps(commands)], timeout=600)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ENDS ")] or [done.stderr[-3000:]]
     return json.loads(line.removeprefix("ENDS "))
 
@@ -231,7 +225,7 @@ def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path):
 def test_batches_and_sizes_that_do_not_fit_are_refused_before_the_data_are_read(tmp_path):
     config = str(RECIPES / "configs/pretrain/openmoji.yaml")
     absent = ("data.name=folder", f"data.path={tmp_path / 'absent'}", f"run.folder={tmp_path / 'run'}")
-    words = [sys.executable, str(RECIPES / "pretrain.py"), "--config", config, *absent]
+    words = [str(RECIPES / "pretrain.py"), "--config", config, *absent]
     micro = [*words, "run.batch_size=8", "run.micro_batch_size=5"]
     sizes, rates = [*words, "model.image_size=33"], [*words, "optimizer.lr=1e-6"]
     first, second, third = several(micro, sizes, rates)
@@ -279,7 +273,7 @@ def test_the_model_is_the_best_one_or_the_last_as_asked(tmp_path):
 def test_an_interrupted_run_saves_and_exits_with_the_status_of_its_signal(tmp_path, number, status):
     folder = tmp_path / "run"
     with started(
-        command(folder, "run.epochs=400"),
+        python(*command(folder, "run.epochs=400")),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -299,9 +293,11 @@ def test_an_interrupted_run_saves_and_exits_with_the_status_of_its_signal(tmp_pa
 @pytest.mark.parametrize(("launcher", "status"), [("torchrun", 1), ("grr run --nproc 2", 143)])
 def test_two_processes_whose_launcher_gets_sigterm_save_and_exit_with_the_documented_status(tmp_path, launcher, status):
     folder = tmp_path / "run"
-    words = command(folder, "run.epochs=400", "saving.every=100000", processes=2)
+    words = command(folder, "run.epochs=400", "saving.every=100000")
     if launcher.startswith("grr"):
-        words = [sys.executable, "-m", "grr.cli", *launcher.split()[1:], *words[words.index("--standalone") + 2 :]]
+        words = [sys.executable, "-m", "grr.cli", *launcher.split()[1:], *words]
+    else:
+        words = python(*words, processes=2)
     with started(
         words,
         stdout=subprocess.DEVNULL,
@@ -323,7 +319,7 @@ def test_two_processes_whose_launcher_gets_sigterm_save_and_exit_with_the_docume
 def test_workers_leave_saved_when_their_torchrun_is_killed(tmp_path):
     folder = tmp_path / "run"
     with started(
-        command(folder, "run.epochs=400", "saving.every=100000", processes=2),
+        python(*command(folder, "run.epochs=400", "saving.every=100000"), processes=2),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -338,7 +334,7 @@ def test_workers_leave_saved_when_their_torchrun_is_killed(tmp_path):
     assert checkpoint is not None
     assert training(folder)[-1][0] == int(checkpoint.name.removeprefix("step_"))
     assert read_starts(folder)[-1]["world_size"] == 2
-    done = run(command(folder, f"run.max_steps={training(folder)[-1][0] + 1}", processes=2))
+    done = run(command(folder, f"run.max_steps={training(folder)[-1][0] + 1}"), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

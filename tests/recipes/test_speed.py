@@ -1,12 +1,12 @@
 """The comparison of speed with open_clip: what it measures, in which order, and what it writes down."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from grr import config
 from grr.evaluation.peer import OpenClipCoCa, texts_of
@@ -20,9 +20,7 @@ from speed import SECTIONS, Run, cases, validate_config  # noqa: E402
 
 def measure(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
     tiny = str(RECIPES / "configs/speed/tiny.yaml")
-    command = [sys.executable, str(RECIPES / "speed.py"), "--config", tiny, "run.folder=out", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    done = run([str(RECIPES / "speed.py"), "--config", tiny, "run.folder=out", *words], cwd=folder, timeout=600)
     file = folder / "out/speed.json"
     return done, json.loads(file.read_text())["rows"] if file.exists() else []
 

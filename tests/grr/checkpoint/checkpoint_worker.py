@@ -95,7 +95,7 @@ def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
 
 
 def run(folder: Path) -> None:
-    """Both torchrun tests: the first launch trains and saves, any launch loads, checks and trains on."""
+    """The test of several ranks: the first launch trains and saves, any launch loads, checks and trains on."""
     dist.init_process_group("gloo")
     report: dict[str, Any] = {}
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -585,12 +586,10 @@ def test_signals_ask_for_a_stop_and_a_second_interrupt_insists(sharded: bool) ->
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_on_one_two_and_four(tmp_path: Path) -> None:
-    """Two launches of torchrun, each checking all that needs several ranks; the single process is this one."""
+    """Two groups of processes, each checking all that needs several ranks; the single process is this one."""
     reports = []
     for ranks in (2, 4):
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(WORKER), str(tmp_path)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-m", *command], check=True, env=environment, timeout=300)
+        run([str(WORKER), str(tmp_path)], processes=ranks).check_returncode()
         reports.append(json.loads((tmp_path / f"report_{ranks}.json").read_text()))
     on_two, on_four = reports
     first = on_two[0]

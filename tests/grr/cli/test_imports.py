@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from grr.cli import main
 from grr.cli.imports import import_modules
@@ -39,14 +40,7 @@ def folder(tmp_path, colour_run) -> Path:
 
 
 def grr(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "grr.cli", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
+    return run(["-m", "grr.cli", *words], cwd=folder, **variables)
 
 
 @pytest.mark.parametrize("module", ["my_models", "my_models.py"])

@@ -4,7 +4,6 @@ import functools
 import inspect
 import re
 import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import run
 
 from grr import config
 from grr.cli.check import recipe_sections
@@ -315,15 +315,7 @@ run_main(main)
 def recipe(tmp_path: Path, *arguments: str, rank: str = "0") -> subprocess.CompletedProcess[str]:
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "tiny.yaml").write_text("run: {steps: 3}\nmodel: {name: grr_coca_tiny}")
-    return subprocess.run(
-        [sys.executable, "recipe.py", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"RANK": rank, "OMP_NUM_THREADS": "1"},
-        check=False,
-        timeout=120,
-    )
+    return run(["recipe.py", *arguments], cwd=tmp_path, RANK=rank)
 
 
 def test_a_recipe_with_a_bad_config_prints_the_mistake_and_exits_2(tmp_path):

@@ -279,16 +279,16 @@ def test_blocks_keep_the_laws_of_an_order_and_the_samples_of_a_window_are_those_
 
 
 def test_a_sample_is_equally_likely_in_any_batch_and_left_out_of_blocks():
-    """1,500 epochs of 103 samples in batches of 5: each is in each of 20 batches in a 5/103 of them."""
-    epochs = BlockEpochs(np.arange(103), seed=0, batch_size=5, block=2)
-    assert epochs.window == 6
-    counts = np.zeros((103, 20))
-    for epoch in range(1_500):
-        counts[epochs.batches(epoch), np.arange(20)[:, None]] += 1
-    mean = 1_500 * 5 / 103
+    """600 epochs of 91 samples in batches of 12, in windows of 2, 2 and 3: each is in each of 7 in a 12/91 of them."""
+    epochs = BlockEpochs(np.arange(91), seed=0, batch_size=12, block=2)
+    assert (epochs.window, epochs.num_batches) == (2, 7)
+    counts = np.zeros((91, 7))
+    for epoch in range(600):
+        counts[epochs.batches(epoch), np.arange(7)[:, None]] += 1
+    mean = 600 * 12 / 91
     assert np.abs(counts - mean).max() < 5.5 * mean**0.5
-    left_out = 1_500 - counts.sum(1)
-    assert np.abs(left_out - 1_500 * 3 / 103).max() < 5.5 * (1_500 * 3 / 103) ** 0.5
+    left_out = 600 - counts.sum(1)
+    assert np.abs(left_out - 600 * 7 / 91).max() < 5.5 * (600 * 7 / 91) ** 0.5
 
 
 def test_an_image_with_more_captions_than_a_window_has_batches_is_refused():

@@ -1,8 +1,6 @@
 """Outputs of a model on pairs, against plain calls of the model per pair, and on any number of processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from evaluate_worker import SEEN, Noise, a_model, colours, several_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run
 
 from grr.data.images import normalize
 from grr.evaluation.outputs import BATCH, compute_outputs, features, over_images
@@ -130,11 +129,7 @@ def test_two_processes_compute_the_numbers_of_one_bit_for_bit(tmp_path):
     """Bad images, several captions an image, a sharded model, and numbers of batches that processes do not divide."""
 
     def result(processes: int) -> dict:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        )
-        command = [sys.executable, *launcher, str(WORKER), str(tmp_path / str(processes))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = run([str(WORKER), str(tmp_path / str(processes))], processes=processes)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         assert lines, done.stderr[-3000:]
         return json.loads(lines[0].removeprefix("RESULT "))

@@ -3,13 +3,12 @@
 import copy
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from parallelize_worker import OPTIONS, PAIRWISE, SUBSETS, differences, emulated_float8, expected
+from programs import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -34,8 +33,7 @@ ROUNDING = {"float32": (2e-6, 2e-5), "bf16": (1e-3, 0.04), "float8": (3e-3, 0.3)
 def test_every_way_to_prepare_a_model_gives_its_losses_and_gradients(processes):
     """With dropout, two micro-batches a process, and more labelled tokens in each than a chunk of the head."""
     pytest.importorskip("torchao", reason='pip install "grr-coca[quantize]"')
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(WORKER)], capture_output=True, text=True, timeout=900)
+    done = run([str(WORKER)], processes=processes, timeout=900)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     rows = json.loads(lines[0].removeprefix("RESULT "))

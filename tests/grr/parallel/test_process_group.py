@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from programs import run
 
 from grr.parallel.process_group import DelayedMax, all_rows, all_sum, default_device, process_group
 
@@ -68,9 +69,8 @@ def test_a_process_of_many_may_open_as_many_files_as_the_system_allows():
 
 @pytest.mark.slow
 def test_a_delayed_maximum_of_two_processes_does_not_wait_for_the_other(tmp_path):
-    worker = [Path(__file__).parent / "delayed_max_worker.py", tmp_path / "store"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(command + worker, capture_output=True, text=True, timeout=300)
+    worker = Path(__file__).parent / "delayed_max_worker.py"
+    done = run([str(worker), str(tmp_path / "store")], processes=2)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     assert json.loads(lines[0].removeprefix("RESULT ")) == [[0, 0, 3, 2, 5, 0]] * 2

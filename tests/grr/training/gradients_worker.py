@@ -6,6 +6,7 @@ losses and gradients are from those of one process that reads the whole batch at
 and similarities.
 """
 
+import functools
 import gc
 import json
 import sys
@@ -71,8 +72,8 @@ def a_model(*, learned: bool, dropout: float, prepared: dict[str, Any] | None) -
     return model
 
 
-def formula(model: nn.Module, *, size: int, contrastive: str, negatives: str) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses and gradients of the whole batch, written out; with local negatives, of micro-batches of a size."""
+def formula(model: nn.Module, cut: int, contrastive: str) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses and gradients of the whole batch, written out; each pair is compared with those of its `cut` pairs."""
     images, rows = global_batch()
     whole = torch.tensor(rows)  # [n, 17]
     keys = fold_in(derive_seed(SEED), torch.arange(PAIRS))
@@ -80,7 +81,6 @@ def formula(model: nn.Module, *, size: int, contrastive: str, negatives: str) ->
     log_p = output.logits.log_softmax(-1).gather(2, whole[:, 1:].unsqueeze(2))[..., 0]  # [n, 16]
     learned = (whole[:, 1:] != 0) & (whole[:, 1:] != 511)  # neither PAD nor CLS
     captioning = -log_p[learned].mean()
-    cut = size if negatives == "local" else PAIRS
     losses = []
     for image, text in zip(output.image_embeddings.split(cut), output.text_embeddings.split(cut), strict=True):
         z = image @ text.T * output.scale  # [cut, cut]
@@ -106,14 +106,17 @@ def measured(cases: list[dict[str, Any]] = CASES, **prepared: Any) -> list[dict[
     for learned, dropout in sorted({(case["learned"], case["dropout"]) for case in cases}):
         plain, ours = (a_model(learned=learned, dropout=dropout, prepared=how) for how in (None, prepared))
         chosen = [case for case in cases if (case["learned"], case["dropout"]) == (learned, dropout)]
+        of_formula = functools.cache(functools.partial(formula, plain))  # global negatives: one for all sizes
         for case, size in product(chosen, sizes):
             loss = {key: case[key] for key in ("contrastive", "negatives")}
             if loss["negatives"] == "local" and size == 1:
                 continue  # a pair alone has nothing to be contrasted with
-            losses, exact = formula(plain, size=size, **loss)
             ours.zero_grad(set_to_none=True)
             found = global_batch_step(ours, micro_batches(size), SEED, **loss).read()
             mine = gradients(ours)
+            if dist.get_rank() > 0:
+                continue  # rank 0 compares
+            losses, exact = of_formula(size if loss["negatives"] == "local" else PAIRS, loss["contrastive"])
             assert mine.keys() == exact.keys()
             largest = max(g.abs().max() for g in exact.values())
             rows.append(

@@ -1,12 +1,11 @@
 """Clipping is torch's clip_grad_norm_, with one all-reduce and without reading the norm."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 from torch import nn
 
 from grr.training.optim import clip_gradients
@@ -18,8 +17,7 @@ TOLERANCE = {"float32": 1e-6, "float64": 1e-12, "bfloat16": 2e-2}
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_clipping_is_that_of_torch_for_any_placement_and_dtype_with_one_all_reduce(processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", WORKER]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run([str(WORKER)], processes=processes)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     rows = json.loads(lines[0].removeprefix("RESULT "))

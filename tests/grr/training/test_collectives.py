@@ -2,13 +2,12 @@
 
 import functools
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 from collectives_worker import PAIRS
+from programs import run
 
 from grr.evaluation.scale import Model, Ring, Run, messages
 from grr.models.builders import grr_coca_tiny
@@ -19,9 +18,7 @@ WAYS = [(2, 1), (4, 2)]  # processes, copies of the model
 
 @functools.cache
 def measured(processes: int, dp_replicate: int) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(WORKER), json.dumps({"dp_replicate": dp_replicate})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = run([str(WORKER), json.dumps({"dp_replicate": dp_replicate})], processes=processes, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))

@@ -1,8 +1,6 @@
 """The chunked contrastive losses are the plain ones, in value and gradient, and hold no more logits than a chunk."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -102,8 +101,7 @@ def test_a_loss_compiles_as_one_graph(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_mean_over_processes_is_the_loss_and_gradient_of_one(processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", WORKER]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run([str(WORKER)], processes=processes)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     rows = json.loads(lines[0].removeprefix("RESULT "))

@@ -1,12 +1,11 @@
 """Every gradient of a step in float64 is that of one formula, for any processes, micro-batches and dropout."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from gradients_worker import CASES, PAIRS, measured
+from programs import run
 
 WORKER = Path(__file__).parent / "gradients_worker.py"
 
@@ -41,9 +40,7 @@ def test_gradients_of_one_process_are_those_of_the_formulas_for_any_micro_batch_
     ],
 )
 def test_gradients_of_many_processes_are_those_of_the_formulas_for_any_micro_batch_size(processes, arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(WORKER), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = run([str(WORKER), json.dumps(arguments)], processes=processes, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     assert_exact(json.loads(lines[0].removeprefix("RESULT ")), processes, arguments.get("cases", CASES))

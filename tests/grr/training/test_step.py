@@ -2,10 +2,9 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,11 +134,7 @@ def test_the_captioning_loss_of_an_evaluation_is_the_mean_over_all_tokens():
 
 @functools.cache
 def run(processes: int, **arguments: object) -> dict:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(WORKER), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = programs.run([str(WORKER), json.dumps(arguments)], processes=processes)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))
