@@ -39,9 +39,7 @@ class Run:
     stages: list[str]  # "name: RECIPE/CONFIG arguments" as for grr run, in order; {name} is an earlier stage's folder
     variants: list[str]  # "name: key=value ...", overrides of the first stage
     seeds: list[int] = field(default_factory=lambda: [0])
-    jobs: int | None = (
-        1  # concurrent runs, each with a GPU of its own or a part of the cores; null: one for each of these
-    )
+    jobs: int | None = 1  # concurrent runs, each with one GPU or a part of the cores; null: as many as these
     overrides: list[str] = field(default_factory=list)  # "stage: key=value ...", for all runs of a stage
 
 

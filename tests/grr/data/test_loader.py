@@ -26,11 +26,12 @@ from grr.data.collate import IGNORE, LongestFirst, collate_captions
 from grr.data.images import BadImage
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
 from grr.data.order import BlockEpochs, Groups, epoch_order
+from grr.data.pairs import Pairs
 from grr.training.step import seed_dropout
 
 
 @dataclass
-class Painted:
+class Painted(Pairs):
     """Pairs whose images each have another colour; some raise errors, and loading takes `seconds` times 0 to 2."""
 
     captions: list[str]
