@@ -22,10 +22,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grr import config
-from grr.checkpoint.run_lock import is_held
 from grr.cli.program import run_main
 from grr.experiments.catalog import recipe_place
 from grr.experiments.sweep import MODEL, Job, plan
+from grr.files.lock import is_locked
 
 LOG = "log.txt"  # in the folder of a run: its output
 LAST_LINES = 15  # of the log of a failed run, to print
@@ -60,7 +60,7 @@ def main() -> None:
     gpus = visible_gpus() if run.jobs != 1 else []
     places = run.jobs or len(gpus) or available_cores()
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by index, below places
-    others = [job for job in waiting if job.result == MODEL and is_held(job.folder)]  # of a sweep that was killed
+    others = [job for job in waiting if is_held(job)]  # of a sweep that was killed
     failed: dict[str, str] = {}  # name of a run -> cause
     signals, passed_on = collect_signals(), 0
     bar, shown = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0), ""
@@ -74,7 +74,7 @@ def main() -> None:
                 failed[job.name] = f"ended with status {status}" if status else f"ended without writing {job.result}"
                 bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
             bar.update(0 if signals else 1)
-        for job in [job for job in others if not is_held(job.folder)]:
+        for job in [job for job in others if not is_held(job)]:
             others.remove(job)
             if job.finished:
                 waiting.remove(job)
@@ -138,6 +138,11 @@ def warn_of_changed_commands(finished: Iterable[Job]) -> None:
                 f"then, {shlex.join(sorted(now - then)) or 'nothing'} now; remove {job.folder} to run it again",
                 file=sys.stderr,
             )
+
+
+def is_held(job: Job) -> bool:
+    """Returns whether a run of this job is going on, such as one that a sweep left when it was killed."""
+    return job.result == MODEL and is_locked(job.folder / ".lock")
 
 
 def is_ready(job: Job) -> bool:

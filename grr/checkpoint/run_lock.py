@@ -10,18 +10,6 @@ from grr.files.lock import lock
 from grr.parallel.process_group import on_rank_0
 
 
-def is_held(folder: Path) -> bool:
-    """Returns whether a run on this machine holds the folder."""
-    try:
-        with (folder / ".lock").open() as file:
-            lock(file.fileno())
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
-
-
 class RunLock:
     """Hold folder/.lock for this run until release, the end of a with statement, or the end of rank 0.
 

@@ -308,3 +308,11 @@ def test_the_ablation_holds_every_combination_of_the_papers_three_changes(monkey
     assert {
         name: chosen(**model) for name, model in _variants(Path("recipes/configs/sweep/ablation.yaml")).items()
     } == expected
+
+
+def test_a_sweep_starts_without_torch_which_takes_seconds_to_import():
+    words = [sys.executable, "-X", "importtime", str(ROOT / "recipes/sweep.py"), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "omegaconf" in imported
+    assert "torch" not in imported
