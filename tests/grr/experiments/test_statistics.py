@@ -61,7 +61,7 @@ def test_equal_models_differ_beyond_the_spread_once_in_twenty_comparisons(shared
     assert 0.03 < sum(said) / len(said) < 0.065  # 5 %; Welch's rounded degrees of freedom say so a little less often
 
 
-@given(numbers=st.lists(values, min_size=2, max_size=9))
+@given(numbers=st.lists(values.map(lambda x: round(x, 9)), min_size=2, max_size=9))  # SciPy's scale becomes 0 below
 def test_the_interval_is_scipys_and_excludes_zero_where_the_difference_is_beyond_the_spread(numbers):
     found = paired(numbers)
     assert found.interval is not None
