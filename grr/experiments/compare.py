@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from grr.config.spelling import did_you_mean
 from grr.experiments.curves import steps_to_end_of
 from grr.experiments.factorial import Effect, effects
 from grr.experiments.metrics import METRICS, Metric, metric, values
@@ -68,8 +69,9 @@ def compare(
     published: a data set whose metrics in the paper are shown as well. primary, secondary: names of metrics
     (`grr.experiments.metrics.metric`) that are tested; the p values of secondary ones are corrected for their number.
     differ: conditions that belong to a model, such as optimizer.lr where it was chosen for each.
-    Raises ValueError if there are fewer than two models, or, without allow_differences, if runs differ in conditions
-    other than the model or are not finished; the message lists all differences.
+    Raises ValueError if there are fewer than two models, if a metric or a condition does not exist or is named twice,
+    or, without allow_differences, if runs differ in conditions other than the model or are not finished; the message
+    lists all differences.
     """
     if len(models) < 2:
         raise ValueError(
@@ -77,7 +79,14 @@ def compare(
         )
     if secondary and primary is None:
         raise ValueError(f"compare: secondary metrics need a primary one, got {', '.join(secondary)}; set run.primary")
-    tested = [metric(name) for name in ([primary] if primary else []) + list(secondary)]
+    names = ([primary] if primary else []) + list(secondary)
+    if len(set(names)) < len(names):
+        raise ValueError(f"compare: a metric must be an endpoint once, got {', '.join(names)}; remove the repeated one")
+    known = {key for runs in models.values() for run in runs for key in run.conditions}
+    if unknown := [key for key in differ if key not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"compare: differ must name conditions of the runs, got {', '.join(unknown)}{hint}")
+    tested = [metric(name) for name in names]
     unequal = differences(models, differ)
     if unequal and not allow_differences:
         raise ValueError(

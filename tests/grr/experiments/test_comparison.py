@@ -566,7 +566,7 @@ def test_conditions_that_belong_to_a_model_may_differ_between_models_and_not_wit
     patterns = [f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"]
     compare(read_models(patterns), differ=["optimizer.lr"])
     with pytest.raises(ValueError, match=r"optimizer.lr is 0.002"):
-        compare(read_models(patterns), differ=["schedule.min_lr"])
+        compare(read_models(patterns), differ=["schedule.warmup_steps"])
     make_run(tmp_path / "grr-1", 1, config={"optimizer": {"lr": 4e-3}})
     with pytest.raises(ValueError, match=r"grr-1: optimizer.lr is 0.004, in \S+/grr-0 it is 0.002"):
         compare(read_models(patterns), differ=["optimizer.lr"])
@@ -576,6 +576,8 @@ def test_conditions_that_belong_to_a_model_may_differ_between_models_and_not_wit
     ("options", "message"),
     [
         ({"primary": "captoining_loss"}, r"one of loss, .*, got 'captoining_loss' \(did you mean captioning_loss\?\)"),
+        ({"primary": "loss", "secondary": ["loss"]}, r"an endpoint once, got loss, loss; remove the repeated one"),
+        ({"differ": ["optimizer.lrr"]}, r"conditions of the runs, got optimizer.lrr \(did you mean optimizer.lr\?\)"),
         ({"secondary": ["loss"]}, r"secondary metrics need a primary one, got loss; set run.primary"),
     ],
 )
