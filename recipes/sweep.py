@@ -8,6 +8,7 @@ submitted again, skips runs that have finished and continues the others. After C
 a second signal kills them. After a kill -9 they run on, and the same command waits for them.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ from grr import config
 from grr.cli.program import run_main
 from grr.experiments.catalog import recipe_place
 from grr.experiments.sweep import MODEL, Job, plan
-from grr.files.lock import is_locked
+from grr.files.lock import is_locked, lock
 
 LOG = "log.txt"  # in the folder of a run: its output
 LAST_LINES = 15  # of the log of a failed run, to print
@@ -60,7 +61,7 @@ def main() -> None:
     gpus = visible_gpus() if run.jobs != 1 else []
     places = run.jobs or len(gpus) or available_cores()
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by index, below places
-    others = [job for job in waiting if is_held(job)]  # of a sweep that was killed
+    others = [job for job in waiting if is_ready(job) and is_going_on(job)]  # of a sweep that was killed
     failed: dict[str, str] = {}  # name of a run -> cause
     signals, passed_on = collect_signals(), 0
     bar, shown = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0), ""
@@ -74,7 +75,7 @@ def main() -> None:
                 failed[job.name] = f"ended with status {status}" if status else f"ended without writing {job.result}"
                 bar.write(f"{job.name} {failed[job.name]}; see {job.folder / LOG}")
             bar.update(0 if signals else 1)
-        for job in [job for job in others if not is_held(job)]:
+        for job in [job for job in others if not is_going_on(job)]:
             others.remove(job)
             if job.finished:
                 waiting.remove(job)
@@ -140,9 +141,9 @@ def warn_of_changed_commands(finished: Iterable[Job]) -> None:
             )
 
 
-def is_held(job: Job) -> bool:
-    """Returns whether a run of this job is going on, such as one that a sweep left when it was killed."""
-    return job.result == MODEL and is_locked(job.folder / ".lock")
+def is_going_on(job: Job) -> bool:
+    """Returns whether a process that a sweep started for this job has not ended."""
+    return is_locked(job.folder / LOG)
 
 
 def is_ready(job: Job) -> bool:
@@ -165,6 +166,7 @@ def available_cores() -> int:
 def start(job: Job, places: int, gpu: str | None) -> subprocess.Popen[bytes]:
     """Start a run in a new session, so that Ctrl-C reaches it only through this process; append to its log.
 
+    The run inherits the lock of its log, which ends with it, and not with this process.
     Runs side by side share the cores: threads of several runs on one core would wait for each other.
     """
     words = [sys.executable, *job.command()]
@@ -175,6 +177,8 @@ def start(job: Job, places: int, gpu: str | None) -> subprocess.Popen[bytes]:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOG).open("ab") as log:
+        with contextlib.suppress(OSError):  # where a file system has no locks, there is none
+            lock(log.fileno())
         log.write(f"\n$ {shlex.join(words)}\n".encode())
         log.flush()
         return subprocess.Popen(

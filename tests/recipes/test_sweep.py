@@ -23,12 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs/sweep").glob("*.yaml"))
 RECIPE = '''
 """A program that behaves as a recipe does, and as it is told: {do: fail | wait | nothing | train}."""
-import fcntl, json, os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 
 given = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = pathlib.Path(given["run.folder"])
-lock = (folder / ".lock").open("a")
-fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+(folder / "going_on").touch(exist_ok=False)  # fails if the run was started twice
 (folder / "pid").write_text(str(os.getpid()))
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -36,6 +35,7 @@ began = time.time()
 print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
 print("seed", given["run.seed"], "of", folder.name, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if given["do"] == "fail" and not pathlib.Path("mended").exists():
+    (folder / "going_on").unlink()
     print("step 1\\rstep 2\\rstep 3")
     raise SystemExit("the disk is full")
 while given["do"] == "wait" and not asked and not pathlib.Path("mended").exists() and time.time() < began + 60:
@@ -47,6 +47,7 @@ elif given["do"] != "nothing":
         assert (pathlib.Path(given["path"]) / "model").is_dir()
     time.sleep(0.3)
     (folder / "model").mkdir()
+(folder / "going_on").unlink()
 (folder / "times.json").write_text(json.dumps([began, time.time()]))
 '''
 
@@ -187,14 +188,17 @@ def test_runs_of_a_sweep_that_was_killed_run_on_and_the_same_command_waits_for_t
     if ends == "before the next sweep":
         (grid / "mended").touch()
         wait_until(lambda: len(finished(grid)) == 2)
-    with started(words, cwd=grid, env=environment, **output) as process:
+    places = 3 if ends == "during it" else 2  # of which two are taken
+    with started([*words, f"run.jobs={places}"], cwd=grid, env=environment, **output) as process:
         if ends != "before the next sweep":
+            wait_until(lambda: len(list(grid.glob("runs/*/*/log.txt"))) == places, process)
             time.sleep(1.5)
             assert process.poll() is None
-            assert len(list(grid.glob("runs/*/*/log.txt"))) == 2  # both places are taken
+            assert len(list(grid.glob("runs/*/*/log.txt"))) == places
         if ends == "without a model":
             for folder in (path.parent for path in left):
                 os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+                (folder / "going_on").unlink()
         (grid / "mended").touch()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
