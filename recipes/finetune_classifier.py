@@ -31,6 +31,7 @@ from grr.data import (
     LABELLED,
     augmented,
     check_classes,
+    check_disjoint,
     pair_counts,
     steps_per_epoch,
     text_only_accuracy,
@@ -114,6 +115,7 @@ def main() -> int:
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")
         check_classes(pairs, held_out)
+        check_disjoint(pairs, held_out)
         if source is not None:
             cfg.tokenizer |= {"path": str(source.tokenizer), "context_length": source.arguments["context_length"]}
             tell_of_other_crop(source, cfg.loader["crop"])

@@ -26,7 +26,7 @@ from grr.checkpoint.saver import Saver
 from grr.checkpoint.step_folders import has_checkpoints
 from grr.checkpoint.training_state import load_checkpoint_weights
 from grr.cli.program import run_main
-from grr.data import DATASETS, InMemory, Pairs, augmented, pair_counts, steps_per_epoch, training_steps
+from grr.data import DATASETS, InMemory, Pairs, augmented, check_disjoint, pair_counts, steps_per_epoch, training_steps
 from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import training_examples
@@ -208,6 +208,7 @@ def main() -> int:
 def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:
     """Returns the training pairs and the validation pairs."""
     pairs, held_out = cfg.build("data"), cfg.build("validation")
+    check_disjoint(pairs, held_out)
     if run.in_memory:
         pairs, held_out = InMemory(pairs), InMemory(held_out)
     return augmented(pairs, **cfg.augment), held_out

@@ -6,7 +6,7 @@ from grr.data.augment import augmented
 from grr.data.formats.annotations import coco, karpathy
 from grr.data.formats.image_folder import image_folder
 from grr.data.formats.openmoji import openmoji
-from grr.data.formats.openmoji_tasks import openmoji_classes, openmoji_entailment, openmoji_questions
+from grr.data.formats.openmoji_tasks import check_disjoint, openmoji_classes, openmoji_entailment, openmoji_questions
 from grr.data.formats.shards import webdataset
 from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.tables import folder, rocov2
@@ -44,6 +44,7 @@ __all__ = [
     "Pairs",
     "augmented",
     "check_classes",
+    "check_disjoint",
     "epoch_order",
     "pair_counts",
     "steps_per_epoch",

@@ -70,7 +70,7 @@ def test_a_run_is_resumed_with_what_defines_it_and_with_nothing_else(begun, tmp_
         command(folder, *LONGER, f"{key}={new}")
         for folder, (key, (_, new)) in zip(folders, CHANGES.items(), strict=False)
     ]
-    commands.append(command(folders[-1], *LONGER, "validation.held_out=24"))
+    commands.append(command(folders[-1], *LONGER, "validation.held_out=16"))
     commands.append(command(allowed, *LONGER, "run.micro_batch_size=8", "saving.keep=1", "loader.workers=0"))
     *ends, last, taken = several(*commands)
     for (key, (old, new)), end, folder in zip(CHANGES.items(), ends, folders, strict=False):

