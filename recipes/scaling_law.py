@@ -35,7 +35,7 @@ def main() -> None:
     run = cfg.get(Run)
     fitted = metric(run.metric)
     groups = read_groups(run.groups)
-    laws = {name: scaling_law(runs, fitted) for name, runs in groups.items()}
+    laws = {name: scaling_law(runs, fitted, name) for name, runs in groups.items()}
     points = {name: scaling_points(runs, fitted) for name, runs in groups.items()}
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)

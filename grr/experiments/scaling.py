@@ -40,23 +40,24 @@ def scaling_points(runs: Sequence[RunRecord], metric: Metric) -> list[tuple[int,
     ]
 
 
-def scaling_law(runs: Sequence[RunRecord], metric: Metric) -> ScalingLaw:
+def scaling_law(runs: Sequence[RunRecord], metric: Metric, name: str = "runs") -> ScalingLaw:
     """Fit a power law in two variables to runs of several sizes, by least squares of the logarithms.
 
     Parameters are those of the manifest; samples are optimizer steps times pairs of a step. Intervals are those of the
     linear model with independent errors of equal size (Student's t). Without a term for the lowest possible loss the
-    exponents hold for the sizes that were run. Source: Kaplan et al. 2020, section 1.2, as a product of both laws.
-    Raises ValueError if fewer than four runs have the metric, a value is not positive, or all sizes, or all numbers of
-    samples, are equal.
+    exponents hold for the sizes that were run. name: of the runs, for messages. Source: Kaplan et al. 2020, section
+    1.2, as a product of both laws. Raises ValueError if fewer than four runs have the metric, a value is not positive,
+    or all sizes, or all numbers of samples, are equal.
     """
     points = scaling_points(runs, metric)
     if len(points) < MIN_RUNS or any(value <= 0 for *_, value in points):
         raise ValueError(
-            f"scaling_law: there must be at least {MIN_RUNS} runs with a positive {metric.label}, got {len(points)}"
+            f"scaling_law: {name}: there must be at least {MIN_RUNS} runs with a positive {metric.label}, "
+            f"got {len(points)}; add runs of other sizes"
         )
     sizes, samples, losses = (np.log(np.array(x, dtype=np.float64)) for x in zip(*points, strict=True))
     if len(set(sizes)) == 1 or len(set(samples)) == 1:
-        raise ValueError("scaling_law: runs must differ in their parameters and in their samples; add other sizes")
+        raise ValueError(f"scaling_law: {name}: runs must differ in parameters and in samples; add other sizes")
     design = np.stack([np.ones_like(sizes), -sizes, -samples], axis=1)  # [n, 3]
     solution, *_ = np.linalg.lstsq(design, losses, rcond=None)
     residuals = losses - design @ solution

@@ -243,6 +243,11 @@ def notes(comparison: Comparison) -> list[str]:
         "* the 95 % interval of the difference excludes zero (t-test over seeds), which by chance it does for one of "
         "twenty numbers that do not differ. ? there are too few seeds to know.",
     ]
+    if len({tuple(run.seed for run in runs) for runs in comparison.models.values()}) > 1:
+        lines.append(
+            "The models have different seeds: values and changes are of all seeds of a model, "
+            "differences of those that both have, if these are two or more."
+        )
     if comparison.published:
         lines.append("The paper's numbers are those of its table 2: one run each, on its own data.")
     return lines

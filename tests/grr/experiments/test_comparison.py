@@ -419,6 +419,16 @@ def test_nothing_that_a_name_says_becomes_part_of_the_page_and_nothing_is_loaded
     assert "default-src 'none'" in hostile.read_text()
 
 
+def test_a_comparison_of_unequal_seeds_says_which_of_its_numbers_are_of_which(tmp_path):
+    note = "differences of those that both have"
+    assert note not in as_text(compare(two_models(tmp_path / "equal", [3.0, 3.2], [2.0, 2.1])))
+    unequal = compare(two_models(tmp_path / "unequal", [3.0, 3.2, 9.0], [2.0, 2.1]))
+    assert note in as_text(unequal)
+    table = result_table(unequal)
+    assert numbers(cell(table, "CoCa loss ↓", 3)) == [pytest.approx(100 * (2.05 / (15.2 / 3) - 1), abs=6e-3)]
+    assert numbers(cell(table, "CoCa loss ↓", 4))[0] == pytest.approx(-1.05)
+
+
 def test_markdown_and_terminal_say_the_same(tmp_path):
     comparison = compare(two_models(tmp_path, [3.0, 3.2], [2.0, 2.1]))
     text, marked = as_text(comparison), as_markdown(comparison)

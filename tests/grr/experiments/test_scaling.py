@@ -76,11 +76,11 @@ def test_table_and_figure_show_every_group_and_run():
     ("runs", "message"),
     [
         ([record(1000, 100, 1.0)] * 3, "at least 4 runs with a positive captioning loss, got 3"),
-        ([record(1000, s, 1.0) for s in (1, 2, 3, 4)], "must differ in their parameters and in their samples"),
-        ([record(n, 100, 1.0) for n in (1, 2, 3, 4)], "must differ in their parameters and in their samples"),
+        ([record(1000, s, 1.0) for s in (1, 2, 3, 4)], "must differ in parameters and in samples"),
+        ([record(n, 100, 1.0) for n in (1, 2, 3, 4)], "must differ in parameters and in samples"),
         ([record(n, n, 0.0) for n in (1, 2, 3, 4)], "with a positive captioning loss"),
     ],
 )
 def test_runs_that_do_not_determine_a_law_are_refused(runs, message):
-    with pytest.raises(ValueError, match=f"scaling_law: .*{message}"):
-        scaling_law(runs, CAPTIONING)
+    with pytest.raises(ValueError, match=f"scaling_law: mine: .*{message}"):
+        scaling_law(runs, CAPTIONING, "mine")
