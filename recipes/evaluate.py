@@ -26,7 +26,7 @@ from grr.evaluation.evaluate import caption_scores, losses, recalls
 from grr.evaluation.examples import examples
 from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, features
 from grr.evaluation.probe import attentive_probe, linear_probe
-from grr.evaluation.relations import relation_accuracy
+from grr.evaluation.relations import check_spatial, relation_accuracy
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
@@ -95,7 +95,10 @@ def main() -> None:
             classes = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
         if any(task in PAIRED for task in run.tasks):
             options: dict[str, Any] = {"images": run.images, "generation": generation_of(cfg)}
-            outputs = compute_outputs(model, cfg.build("data"), tokenizer, device, **options, **images)
+            pairs = cfg.build("data")
+            if "relations" in run.tasks:
+                check_spatial(pairs.captions)
+            outputs = compute_outputs(model, pairs, tokenizer, device, **options, **images)
         if labelled is not None:
             patches = "attentive_probe" in run.tasks
             test = features(model, labelled, device, patches=patches, **images)
