@@ -186,7 +186,10 @@ def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if not evaluation:
         return {"evaluation.json": "missing"}
     results = evaluation.get("results", {})
-    prints = {f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint") for name in ("data", "labelled")}
+    prints = {
+        f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint")
+        for name in ("data", "labelled", "choices")
+    }
     images = {"evaluation.images": (evaluation.get("data") or {}).get("images")}
     return {
         "evaluation.json": "there",

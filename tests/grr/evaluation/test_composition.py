@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grr.evaluation.relations import relation_accuracy
+from grr.evaluation.composition import relation_accuracy
 
 openmoji = pytest.importorskip("grr.data.formats.openmoji")
 SCENES = {
