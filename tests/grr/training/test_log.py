@@ -1,9 +1,7 @@
 """Numbers are written line by line, survive a kill, and are not written twice by a run that resumes."""
 
 import json
-import sys
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,23 +42,6 @@ def test_numbers_that_json_has_no_word_for_become_null(tmp_path):
 
 def test_there_is_nothing_to_read_before_the_first_line(tmp_path):
     assert read_metrics(tmp_path) == []
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    pytest.importorskip("tensorboard", reason='pip install "grr-coca[tensorboard]"')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = MetricsLog(tmp_path, tensorboard=True)
-    log.write(split="train", step=3, loss=0.5)
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
-
-
-def test_a_missing_tensorboard_is_named_with_its_remedy(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r'pip install "grr-coca\[tensorboard\]"'):
-        MetricsLog(tmp_path, tensorboard=True)
 
 
 def test_the_manifest_keeps_every_start_of_a_run(tmp_path):
