@@ -49,7 +49,7 @@ class MetricsLog:
             self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._senders = open_senders(loggers, folder, step=step, lines=[_line(line) for line in kept])
 
-    def write(self, split: str, step: int, pictures: Sequence[Picture] = (), **values: Any) -> None:
+    def write(self, split: str, step: int, pictures: Sequence[Picture] = (), /, **values: Any) -> None:
         """Write one line; on other ranks than 0, do nothing. JSON has no NaN: such numbers become null.
 
         pictures: with their captions, which loggers alone receive.

@@ -1,6 +1,7 @@
 """TensorBoard: events in the run's folder, without those of steps that a resumed run takes again."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.held = {split: min(last, step) for split, last in _last_steps(folder / "tensorboard").items()}
+        there = _last_steps(folder / "tensorboard")
+        self.held: Mapping[str, int] = {split: min(last, step) for split, last in there.items()}
         # readers drop the events of earlier files from purge_step on
         self._writer: Any = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         for file in run_files(folder):
