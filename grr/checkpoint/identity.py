@@ -27,7 +27,7 @@ HOW_COMPUTED = frozenset(
         "saving.every",
         "saving.minutes",
         "saving.keep",
-        "run.tensorboard",
+        "run.loggers",
         "loader.workers",
         "loader.prefetch",
     }

@@ -75,8 +75,8 @@ def make_run(
     write_manifest(folder, **{**FACTS, "seed": seed, **(facts or {})})
     log = MetricsLog(folder)
     for i, loss in enumerate(losses, 1):
-        log.write(split="train", step=10 * i, loss=0.1)
-        log.write(split="validation", step=10 * i, loss=math.nan if loss is None else loss, **values)
+        log.write("train", 10 * i, loss=0.1)
+        log.write("validation", 10 * i, loss=math.nan if loss is None else loss, **values)
     log.close()
     if finished:
         (folder / "model").mkdir()
@@ -148,7 +148,7 @@ def test_a_classifier_is_represented_by_its_highest_accuracy(tmp_path):
     for name, accuracies in (("base", [0.5, 0.75, 0.75]), ("grr", [0.875, 0.5, 0.25])):
         log = MetricsLog(make_run(tmp_path / name, losses=[]))
         for i, (loss, accuracy) in enumerate(zip([1.0, 1.5, 1.2], accuracies, strict=True), 1):
-            log.write(split="validation", step=10 * i, loss=loss, accuracy=accuracy)
+            log.write("validation", 10 * i, loss=loss, accuracy=accuracy)
         log.close()
     models = read_models([f"Baseline: {tmp_path}/base", f"GRR: {tmp_path}/grr"])
     assert [(run.best["loss"], run.best_step) for [run] in models.values()] == [(1.5, 20), (1.0, 10)]
@@ -159,7 +159,7 @@ def test_a_classifier_is_represented_by_its_highest_accuracy(tmp_path):
 def test_a_fine_tuning_is_represented_by_the_model_that_it_saved(tmp_path):
     folder = make_run(tmp_path / "a", losses=[4.0, 3.0, 3.5])
     log = MetricsLog(folder, step=30)
-    log.write(split="final", step=30, best_step=20, loss=2.9)
+    log.write("final", 30, best_step=20, loss=2.9)
     log.close()
     run = read_run(folder)
     assert (run.best["loss"], run.best_step) == (2.9, 20)
@@ -478,7 +478,7 @@ def with_endpoints(folder: Path, names: Sequence[str], values: np.ndarray) -> di
                     "contrastive_loss": contrast,
                     "loss": 30 - step,
                 }
-                log.write(split="validation", step=step, **losses)
+                log.write("validation", step, **losses)
             log.close()
     return read_models([f"{name}: {folder}/{name}-*" for name in names])
 
