@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from grr.checkpoint.identity import HOW_COMPUTED
+from grr.config.renamed import ADDED, current_keys
 from grr.training.log import LogLine, is_number, kept_step, read_metrics, read_starts
 
 # These may differ between compared runs: the model, sections that a fingerprint represents, and how a run is computed.
@@ -139,7 +140,8 @@ def differences(models: Mapping[str, Sequence[RunRecord]], of_model: Collection[
 def _split(run: RunRecord, of_model: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the conditions that belong to the model of a run, and those that all runs should share."""
     own = {key: value for key, value in run.conditions.items() if key in of_model}
-    return {**own, **_named("model", run.model)}, {k: v for k, v in run.conditions.items() if k not in of_model}
+    model = current_keys(_named("model", run.model), [key for key in ADDED if key.startswith("model.")])
+    return {**own, **model}, {k: v for k, v in run.conditions.items() if k not in of_model}
 
 
 def _unequal(run: RunRecord, values: Mapping[str, Any], other: RunRecord, others: Mapping[str, Any]) -> Iterator[str]:
@@ -162,9 +164,11 @@ def _conditions(config: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str
     The size of a micro-batch may differ, except with local negatives.
     """
     free = FREE - {"run.micro_batch_size"} if config.get("loss", {}).get("negatives") == "local" else FREE
-    sections = {name: values for name, values in config.items() if name not in FREE_SECTIONS}
-    flat = {key: value for name, values in sections.items() for key, value in _named(name, values).items()}
-    conditions = {key: value for key, value in flat.items() if key not in free}
+    flat = {key: value for name, values in config.items() for key, value in _named(name, values).items()}
+    current = current_keys(flat, ADDED)  # the run of an older version may be compared with one of today's
+    conditions = {
+        key: value for key, value in current.items() if key not in free and key.partition(".")[0] not in FREE_SECTIONS
+    }
     return {**conditions, **{key: start.get(key) for key in FACTS}, **_pre_training(config["model"].get("path"))}
 
 

@@ -621,6 +621,22 @@ def test_metrics_that_do_not_exist_are_refused(tmp_path, options, message):
         compare(two_models(tmp_path, [1.0], [1.0]), **options)
 
 
+def test_a_run_of_an_older_version_compares_with_one_of_today(tmp_path):
+    """It lacks options that were added since, and has old names of others: only real differences are refused."""
+    old = make_run(tmp_path / "base-0", config={"run": {"bf16": True, "save_every": 5, "tensorboard": True}})
+    today = {"parallel": {"bf16": True}, "saving": {"every": 9}, "loader": {"block": None}, "run": {"loggers": []}}
+    today |= {"augment": {"crop_area": 1.0, "flip": 0.0, "color_jitter": 0.0}}
+    make_run(tmp_path / "grr-0", config=today, model={"patch_dropout": 0.0})
+    make_run(tmp_path / "other-0", config={**today, "augment": {"crop_area": 0.5}, "parallel": {"bf16": False}})
+    models = [f"Baseline: {old}", f"GRR: {tmp_path}/grr-*"]
+    assert compare(read_models(models)).unequal == []
+    unequal = differences(read_models([*models, f"Other: {tmp_path}/other-*"]))
+    assert [line.partition(": ")[2].partition(", in ")[0] for line in unequal] == [
+        "augment.crop_area is 0.5",
+        "parallel.bf16 is false",
+    ]
+
+
 def test_evaluations_with_other_contrastive_batches_are_not_compared(tmp_path):
     for name, batch in (("base-0", 500), ("grr-0", 250)):
         results = {"losses": {"contrastive_batch": batch, "contrastive_loss": 1.0}}
