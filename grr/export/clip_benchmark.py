@@ -1,7 +1,7 @@
 """Models of this library in CLIP_benchmark's suites: its command with the model type grr.
 
     pip install clip-benchmark
-    python -m grr.inference.clip_benchmark eval --model_type grr --model runs/mine --pretrained "" --dataset cifar10
+    python -m grr.export.clip_benchmark eval --model_type grr --model runs/mine --pretrained "" --dataset cifar10
 
 All its tasks but captioning, which decodes with open_clip's tokenizer.
 """

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageColor
 
 from grr.evaluation.retrieval import retrieval
-from grr.inference import clip_benchmark
+from grr.export import clip_benchmark
 
 NAMES = ("red", "green", "blue", "white")
 NOISE = 100  # of 255 levels, so that the model is wrong at times
