@@ -32,8 +32,9 @@ class LocalHub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the client reads, beside HF_HOME."""
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_local", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        """What the client reads, beside HF_HOME. Without xet, its other protocol, it sends large files by Git LFS."""
+        variables = {"HF_TOKEN": "hf_local", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        return {"HF_ENDPOINT": self.url, **variables}
 
     def add(self, name: str, files: dict[str, bytes] | Path) -> str:
         """Add a commit with these files to a repository, and return it."""

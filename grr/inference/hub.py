@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -102,6 +103,64 @@ def open_repository(name: str) -> Repository:
         return Repository(repository, revision, folders[0].name, files, _first_line(error))
     names = frozenset(file.rfilename for file in info.siblings)
     return Repository(repository, revision, info.sha, names, None)
+
+
+def push(files: Mapping[str, Path | bytes], name: str, *, private: bool = False) -> str:
+    """Upload files, by their names in the repository, as one commit; returns the address of the commit.
+
+    The repository is created if there is none. The client takes HF_TOKEN, or what `hf auth login` stored. Raises
+    ImportError without huggingface_hub, ValueError for another name or for weights that are not safetensors, OSError if
+    the hub refuses.
+    """
+    repository, revision = split_name(name)
+    if revision != "main" or name.endswith("@main"):
+        raise ValueError(f"push: the name must be owner/name without a revision, got {name!r}; leave out @{revision}")
+    if wrong := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]:
+        raise ValueError(
+            f"push: weights must be safetensors, which hold no code, got {', '.join(wrong)}; save the model with "
+            "save_pretrained"
+        )
+    client = _client()
+    try:
+        api = client.HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        changes = [client.CommitOperationAdd(file, content) for file, content in files.items()]
+        return str(api.create_commit(repository, changes, commit_message="Upload a model of GRR").commit_url)
+    except Exception as error:  # errors of the network and of the hub have many types
+        raise OSError(
+            f"push: {PREFIX}{repository} must be a repository that you may write to, got {_first_line(error)}; log in "
+            "with `hf auth login`, or set HF_TOKEN to a token that may write"
+        ) from error
+
+
+def card_start(name: str, metadata: Mapping[str, str | None] | None = None) -> str:
+    """Returns the beginning of a model card of owner/name: the metadata that the hub reads, and how to load it."""
+    lines = {"library_name": "grr", "pipeline_tag": "image-to-text", **(metadata or {})}
+    head = "\n".join(f"{key}: {value}" for key, value in lines.items() if value is not None)
+    return f"""---
+{head}
+tags:
+- coca
+- image-captioning
+- zero-shot-image-classification
+---
+
+# {name.partition("/")[2]}
+
+A contrastive captioner (CoCa): it captions images, and embeds images and texts in one space.
+
+```
+pip install "grr-coca[hub]"
+```
+
+```python
+import grr
+
+captioner = grr.load("{PREFIX}{name}")
+captioner.caption(["photo.jpg"])
+captioner.embed_images("photo.jpg") @ captioner.embed_texts(["a red fox"]).T
+```
+"""
 
 
 def verify(file: Path, what: str) -> None:
