@@ -22,12 +22,14 @@ def outputs(name: str, images: list[str]) -> dict[str, object]:
     pixels = captioner.preprocess(images)
     with evaluating(captioner.model):
         logits = captioner.model(pixels[: len(TEXTS)], ids).logits
-    source = find_pretrained(name)
+    source, captions, tokenizer = find_pretrained(name), captioner.caption(images), captioner.tokenizer
+    tokenizer.decode = lambda ids: [i for i in ids if i < tokenizer.bos_id]  # the tokens themselves
     return {
+        "tokens": captioner.caption(images),
         "images": captioner.embed_images(images),
         "texts": captioner.embed_texts(TEXTS),
         "logits": logits,
-        "captions": captioner.caption(images),
+        "captions": captions,
         "crop": captioner.crop,
         "source": str(source),
         "arguments": source.arguments,
