@@ -54,7 +54,9 @@ def add_push(subparsers: Any) -> None:
         """,
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, its model/, or one of its checkpoints/step_N")
-    parser.add_argument("name", metavar="NAME", help="owner/name of the repository, which is created if it is new")
+    parser.add_argument(
+        "repository", metavar="NAME", help="owner/name of the repository, which is created if it is new"
+    )
     parser.add_argument("--license", metavar="ID", help="as the hub spells it, such as mit or apache-2.0")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
 
@@ -68,7 +70,7 @@ def push(options: argparse.Namespace) -> int:
     from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
     from grr.reports.card import curves, model_card
 
-    name = split_name(options.name)[0]
+    name = split_name(options.repository)[0]
     source = find_pretrained(options.run)
     run = next(
         (folder for folder in (source.path, *source.path.parents[:2]) if (folder / "config.yaml").is_file()), None
@@ -88,6 +90,6 @@ def push(options: argparse.Namespace) -> int:
         files["README.md"] = model_card(name, run, facts, options.license).encode()
         if run is not None and (picture := curves(run)) is not None:
             files["curves.png"] = picture
-        print(upload(files, options.name, private=options.private))
+        print(upload(files, options.repository, private=options.private))
     print(f"next: grr caption hf-hub:{name} photos")
     return 0
