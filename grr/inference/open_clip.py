@@ -134,6 +134,8 @@ def config_of(files: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
         try:
             config = json.loads(read_regular_file(named[name], MAX_JSON))
         except (OSError, ValueError, RecursionError) as error:
+            if name != CONFIGS[0]:
+                continue  # a damaged description of this library, which its reader refuses
             raise ValueError(f"open_clip_files: {named[name]} is not JSON ({error}); download it again") from error
         if isinstance(config, dict) and (name == CONFIGS[0] or config.keys() & {"multimodal_cfg", "model_cfg"}):
             return named[name], config
