@@ -42,7 +42,7 @@ class Run:
 class Model:
     """Trained model."""
 
-    path: str  # a run's folder, its model/, one of its checkpoints/step_N, or what recipes/convert.py wrote
+    path: str  # a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name
 
 
 SECTIONS: config.Sections = {"run": Run, "model": Model, "generation": generate}

@@ -20,7 +20,7 @@ import torch
 
 from grr.checkpoint.model_folder import save_model
 from grr.cli.program import run_main
-from grr.export.convert import convert_open_clip, read_open_clip
+from grr.inference.convert import convert_open_clip, read_open_clip
 from grr.inference.pretrained import describe
 from grr.models.open_clip import OPEN_CLIP_MODELS
 from grr.tokenizers import ClipTokenizer, installed_merges

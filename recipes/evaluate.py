@@ -29,6 +29,7 @@ from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, feat
 from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
+from grr.inference.hub import split_name
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
 from grr.models.coca import CoCa
 from grr.parallel.process_group import process_group
@@ -50,7 +51,9 @@ PROBES: tuple[Task, ...] = (
 class Run:
     """Options of the recipe."""
 
-    folder: str | None = None  # where results are written; null: the folder of the run that trained the model
+    folder: str | None = (
+        None  # where results are written; null: that of the run that trained the model, or evaluations/
+    )
     tasks: list[Task] = field(default_factory=lambda: ["losses", "retrieval", "captions"])
     images: int | None = None  # use the first so many, with their captions; null: all
     bf16: bool = False  # compute in bfloat16
@@ -60,7 +63,7 @@ class Run:
 class Model:
     """Trained model."""
 
-    path: str  # a run's folder, its model/, or one of its checkpoints/step_N
+    path: str  # a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name
 
 
 SECTIONS: config.Sections = {
@@ -86,8 +89,8 @@ def main() -> None:
         # model: whole in every process, because each computes other batches
         source = find_pretrained(cfg.model["path"])
         dtype = torch.bfloat16 if run.bf16 else torch.float32
-        model, tokenizer, image_size, crop = load_pretrained(source.path, device=device, dtype=dtype)
-        logging.info(f"evaluating {source.path}: {', '.join(run.tasks)}")
+        model, tokenizer, image_size, crop = load_pretrained(source, device=device, dtype=dtype)
+        logging.info(f"evaluating {source}: {', '.join(run.tasks)}")
 
         # outputs: all processes share the images, and rank 0 gets the outputs
         images: dict[str, Any] = {"image_size": image_size, "crop": crop, "progress": True}
@@ -198,7 +201,7 @@ def probe_metrics(
 def model_facts(source: Pretrained, model: CoCa, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the facts about the model for evaluation.json."""
     return {
-        "path": str(source.path),
+        "path": str(source),
         "builder": source.builder,
         "precision": str(dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -207,7 +210,12 @@ def model_facts(source: Pretrained, model: CoCa, dtype: torch.dtype) -> dict[str
 
 
 def run_of(source: Pretrained) -> Path:
-    """Returns the folder of the run that trained a model, or that of the model if it was moved out of its run."""
+    """Returns the folder of the run that trained a model, or that of the model if it was moved out of its run.
+
+    Of a model on the hub, it is evaluations/owner/name.
+    """
+    if source.repository is not None:
+        return Path("evaluations", *split_name(source.repository)[:1])
     if (source.path / "progress.json").is_file():
         return source.path.parent.parent  # runs/mine/checkpoints/step_100
     run = source.path.parent  # runs/mine/model

@@ -44,7 +44,7 @@ class Run:
 class Model:
     """Trained model."""
 
-    path: str  # a run's folder, its model/, or one of its checkpoints/step_N
+    path: str  # a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name
 
 
 SECTIONS: config.Sections = {"run": Run, "model": Model}
@@ -54,7 +54,7 @@ def main() -> None:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
     source = find_pretrained(cfg.model["path"])
-    model, tokenizer, image_size, _ = load_pretrained(source.path)
+    model, tokenizer, image_size, _ = load_pretrained(source)
     parts = graphs(model, image_size, tokenizer.context_length, pixels=run.pixels)
 
     # graphs: trace, write, then run from the files

@@ -83,7 +83,9 @@ class Run:
 class Start:
     """The pre-trained model."""
 
-    path: str  # a run's folder, its model/, or one of its checkpoints/step_N; to stay there until the run has finished
+    path: (
+        str  # a run's folder, its model/, one of its checkpoints/step_N or hf-hub:owner/name; kept until the run ended
+    )
     dropout: float = 0.1
 
 

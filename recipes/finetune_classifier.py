@@ -80,7 +80,7 @@ class Run:
 
 
 def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
-    """A model that was trained: a run's folder, its model/, or one of its checkpoints/step_N."""
+    """A model that was trained: a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name."""
     return build_pretrained(find_pretrained(path), dropout=dropout)
 
 

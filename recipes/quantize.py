@@ -74,7 +74,7 @@ class Run:
 
 
 def pretrained(*, path: str) -> CoCa:
-    """The model to start from: a run's folder, its model/, or one of its checkpoints/step_N."""
+    """The model to start from: a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name."""
     return build_pretrained(find_pretrained(path))
 
 
@@ -124,7 +124,7 @@ def main() -> None:
         parameters = sum(p.numel() for p in models[0].model.parameters())
         result = {
             "machine": describe_machine(device),
-            "model": str(source.path),
+            "model": str(source),
             "parameters": parameters,
             "data": cfg.data,
             "generation": cfg.generation,
@@ -156,7 +156,7 @@ def check_variants(run: Run, source: Pretrained | None, device: torch.device) ->
         )
     if source is not None and source.quantization is not None:
         raise ValueError(
-            f"quantize: {source.path} is quantised already, by {source.quantization}; give the model it was made from"
+            f"quantize: {source} is quantised already, by {source.quantization}; give the model it was made from"
         )
     for variant in run.variants:
         if variant not in PLAIN:
@@ -182,7 +182,7 @@ def untrained(cfg: config.Config, pairs: Pairs, folder: Path) -> Pretrained:
 
 
 def write(source: Pretrained, variant: Variant, dtype: torch.dtype, folder: Path, device: torch.device) -> None:
-    model = load_pretrained(source.path, device=device, dtype=dtype).model
+    model = load_pretrained(source, device=device, dtype=dtype).model
     if variant == "fp32" or variant == "bf16":
         save_model(folder, model, describe(source.builder, source.arguments, source.crop), source.tokenizer)
         return

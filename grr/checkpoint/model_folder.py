@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,17 @@ def load_model_weights(folder: Path, model: nn.Module) -> None:
             f"load_model_weights: {file} does not fit the model:\n{lines}\n"
             "build the model that config.json beside the file describes"
         )
+    fill_model(model, lambda: dict(load_file(file)))
+
+
+def fill_model(model: nn.Module, read: Callable[[], dict[str, Any]]) -> None:
+    """Fill model, plain or sharded, with the state dict that `read` returns on rank 0. Called by all ranks alike.
+
+    Values are cast to the dtypes of the model. An error of `read` is raised on all ranks.
+    """
+    state: dict[str, Any] = {}
+    on_rank_0(lambda: state.update(read()))
     sharded = dist.is_initialized()
-    state: dict[str, Any] = dict(load_file(file)) if not sharded or dist.get_rank() == 0 else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded))
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from grr import __version__
-from grr.cli import models, pack, recipes, scale, sizes, tokenizer
+from grr.cli import hub, models, pack, recipes, scale, sizes, tokenizer
 from grr.cli.parser import Act, Parser
 from grr.cli.program import attempt
 
@@ -36,6 +36,8 @@ COMMANDS = (
     models.add_classify,
     models.add_embed,
     models.add_search,
+    hub.add_models,
+    hub.add_push,
     sizes.add_sizes,
     scale.add_scale,
 )

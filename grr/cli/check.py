@@ -116,7 +116,7 @@ def check(
     if tokenizer is not None:
         yield Finding("tokenizer", f"{tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens at a time")
     if source is not None:
-        yield Finding("model", f"{source.builder} from {source.path}")
+        yield Finding("model", f"{source.builder} from {source}")
     elif "path" not in _section(cfg, "model") and "model" in sections:
         yield from _check_new_model(cfg, sections["model"], tokenizer)
 

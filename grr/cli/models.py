@@ -24,6 +24,7 @@ def add_caption(subparsers: Any) -> None:
         """
           grr caption runs/openmoji photo.png
           grr caption runs/openmoji photos 'more/**/*.jpg'
+          grr caption hf-hub:laion/CoCa-ViT-B-32-laion2B-s13B-b90k photos
 
         For thousands of images, with a page, options of generation, and continuation after an interruption:
 
@@ -186,7 +187,9 @@ def search(options: argparse.Namespace) -> int:
 
 def _add_inputs(parser: Parser) -> None:
     parser.epilog = UNREADABLE
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, its model/, or one of its checkpoints/step_N")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name"
+    )
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders with their subfolders, or globs")
     parser.add_argument(
         "--batch-size", type=count, metavar="N", default=BATCH, help=f"images at a time; default: {BATCH}"

@@ -32,7 +32,7 @@ MEANINGS = {
     "logit_bias": "what is added to similarities; for the sigmoid loss",
     "learned_temperature": "learn the temperature and the bias",
     "correct_cls_mask": "CLS reads no padding; the released weights were trained with it",
-    "model.path": "a run's folder, its model/, or one of its checkpoints/step_N",
+    "model.path": "a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name",
     "tokenizer.path": "T5's spiece.model, or another vocabulary; null: one is trained on the captions",
     # data
     "path": "the folder, or the file, of the data set",

@@ -37,7 +37,7 @@ TABLES = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # segments of a JPEG befo
 MAX_CLIP_PIXELS = 2**24  # of an image that is resized before its center is cropped
 THUMBNAIL = 224  # pixels of the longer side of an image that a page shows
 
-Crop = Literal["squash", "center", "clip"]
+Crop = Literal["squash", "center", "clip", "clip_bilinear", "squash_bicubic"]
 T = TypeVar("T")
 
 
@@ -137,25 +137,28 @@ def to_tensor(image: Image.Image, *, size: int = 288, crop: Crop = "squash") -> 
 
     Images are resized bilinearly with antialiasing. "squash" fits both sides, as in the paper; "center" keeps the
     aspect ratio and crops the longer side; "clip" is the bicubic preprocessing of CLIP, equal to it in every pixel.
-    Raises BadImage if the image has no pixels, or if "clip" would resize it to more than MAX_CLIP_PIXELS; ValueError
-    for another size or crop.
+    "clip_bilinear" and "squash_bicubic" are "clip" and "squash" with the other filter, as some models of open_clip are
+    trained. Raises BadImage if the image has no pixels, or if "clip" would resize it to more than MAX_CLIP_PIXELS;
+    ValueError for another size or crop.
     """
     check_size("to_tensor", size=size)
     check_crop("to_tensor", crop)
     _check_not_empty(image)
     rgb = to_rgb(_apply_orientation(image))
+    bicubic = crop in ("clip", "squash_bicubic")
+    resampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
     if crop == "center":
-        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-    elif crop == "clip":
+        rgb = ImageOps.fit(rgb, (size, size), resampling)
+    elif crop in ("clip", "clip_bilinear"):
         width, height = (int(size * side / min(rgb.size)) for side in rgb.size)
         if width * height > MAX_CLIP_PIXELS:
             raise BadImage(
                 f"{image.width} x {image.height} pixels are too narrow: a side of {size} would take {width} x {height}"
             )
         left, top = round((width - size) / 2), round((height - size) / 2)
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        rgb = rgb.resize((width, height), resampling).crop((left, top, left + size, top + size))
     else:
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+        rgb = rgb.resize((size, size), resampling)
     return _planes(rgb)
 
 

@@ -169,7 +169,7 @@ def _attention_maps(
     reading = maps[0, : len(word_of)].cpu()  # [n, rows, columns]: row i is read to write token i + 1
     means = [reading[torch.tensor(word_of) == w].mean(0) for w in range(len(words))]
     side = min(thumbnail.shape[1:])
-    image = thumbnail if outputs.crop == "squash" else _middle(thumbnail, side)
+    image = thumbnail if outputs.crop.startswith("squash") else _middle(thumbnail, side)
     return AttentionMaps(image, words, torch.stack(means))
 
 

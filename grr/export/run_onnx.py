@@ -48,14 +48,16 @@ class Captioner:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        if crop == "squash":
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        bicubic = crop in ("clip", "squash_bicubic")
+        resampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        if crop.startswith("squash"):
+            image = image.resize((size, size), resampling)
         elif crop == "center":
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+            image = ImageOps.fit(image, (size, size), resampling)
         else:
             width, height = (int(size * side / min(image.size)) for side in image.size)
             left, top = round((width - size) / 2), round((height - size) / 2)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.resize((width, height), resampling)
             image = image.crop((left, top, left + size, top + size))
         pixels = np.asarray(image).transpose(2, 0, 1)
         if self.config["pixels"] == "uint8":

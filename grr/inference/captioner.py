@@ -4,17 +4,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grr.checkpoint.finite import check_finite_outputs
+from grr.checkpoint.model_folder import save_model_state
 from grr.data.image_inputs import ImageInput, ImageInputs, each_image, named_error, read_image
 from grr.data.images import BadImage, Crop
 from grr.data.threads import in_thread
 from grr.evaluation.zero_shot import TEMPLATES, class_embeddings, class_probabilities, embed_texts
 from grr.generation.generate import check_generation, generate
+from grr.inference.description import describe
+from grr.inference.hub import card_start, push, split_name
 from grr.models.coca import CoCa, evaluating
 from grr.tokenizers import Tokenizer
 
@@ -117,6 +123,49 @@ class Captioner(NamedTuple):
             for likely, order in zip(*(x.tolist() for x in p.sort(dim=1, descending=True, stable=True)), strict=True):
                 rows.append({names[i]: chance for i, chance in zip(order, likely, strict=True)})
         return rows
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a folder that `grr.load` reads: config.json, model.safetensors and tokenizer.model.
+
+        Weights are saved in the precision that they have here. Raises ValueError if the folder holds anything but a
+        model, if the model is quantised, or if no builder is known by which it can be built again.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (
+            (folder / "config.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
+        ):
+            raise ValueError(
+                f"save_pretrained: folder must be new, empty or a model's, got {folder}, which holds other files; name "
+                "another folder"
+            )
+        state = self.model.state_dict()
+        if any(is_traceable_wrapper_subclass(value) for value in state.values()):
+            raise ValueError(
+                "save_pretrained: the model must have plain weights, got a quantised one; copy the folder that it was "
+                "opened from"
+            )
+        if self.model.built_by is None:
+            raise ValueError(
+                "save_pretrained: the model must be of grr.load or grr.create_model, which know how to build it again, "
+                f"got a {type(self.model).__name__} of other code; add its builder to grr.builders.MODELS"
+            )
+        builder, arguments = self.model.built_by
+        with TemporaryDirectory() as place:
+            self.tokenizer.save(Path(place, "tokenizer.model"))
+            description = describe(builder, arguments, self.crop)
+            save_model_state(folder, state, description, Path(place, "tokenizer.model"))
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Save the model, upload it to the Hugging Face hub as owner/name, and return the address of the commit.
+
+        The repository is created if there is none; HF_TOKEN or `hf auth login` names the user. `grr push` uploads a run
+        with a model card of its data and numbers. Raises as `save_pretrained` and `grr.inference.hub.push` do.
+        """
+        with TemporaryDirectory() as place:
+            self.save_pretrained(Path(place, "model"))
+            files: dict[str, Path | bytes] = {file.name: file for file in Path(place, "model").iterdir()}
+            files["README.md"] = card_start(split_name(name)[0]).encode()
+            return push(files, name, private=private)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         with evaluating(self.model):

@@ -419,7 +419,9 @@ def create_model(name: str, **changes: Any) -> CoCa:
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not any_name:
         check_arguments(f"create_model: {name}", changes, parameters, reference=f"help(grr.builders.{name})")
-    return models[name](**changes)
+    model = models[name](**changes)
+    model.built_by = name, {key: p.default for key, p in parameters.items() if p.default is not p.empty} | changes
+    return model
 
 
 def check_builder(builder: Callable[..., CoCa]) -> None:

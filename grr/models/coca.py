@@ -243,6 +243,7 @@ class CoCa(nn.Module):
     """
 
     token_losses = staticmethod(token_losses)  # `parallelize` replaces it by a compiled one
+    built_by: tuple[str, dict[str, Any]] | None = None  # the name and arguments that `create_model` built it from
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 They differ from the CoCa of the paper. The ViT has a class token. There is one pooler, whose queries are normalised and
 projected; the first of its 256 vectors is the image embedding, and captions attend to the others. The vector at CLS is
 normalised and projected. In the multimodal decoder, blocks of self-attention and of cross-attention alternate, each
-with an MLP. `grr.export.convert` converts checkpoints of open_clip to these models.
+with an MLP. `grr.inference.convert` converts checkpoints of open_clip to these models.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -13,8 +13,8 @@ from programs import run
 from safetensors.torch import save_file
 
 from grr.data.images import to_tensor
-from grr.export.convert import convert_open_clip
 from grr.generation.generate import generate
+from grr.inference.convert import convert_open_clip
 from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
 from grr.models.open_clip import open_clip_coca
 from grr.tokenizers import ClipTokenizer

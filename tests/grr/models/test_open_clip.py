@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grr.data.collate import collate_captions, right_pad
-from grr.export.convert import CLIP_MEAN, CLIP_STD, convert_open_clip, read_open_clip
 from grr.generation.generate import generate
+from grr.inference.convert import CLIP_MEAN, CLIP_STD, convert_open_clip, read_open_clip
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
 from grr.parallel.initialize import initialize

@@ -1,6 +1,7 @@
 """Conversion of checkpoints of open_clip's contrastive captioners to the models in `grr.models.open_clip`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SIZES: dict[tuple[int, ...], str] = {  # by the shape of visual.conv1.weight
     (768, 3, 32, 32): "open_clip_coca_vit_b_32",
     (1024, 3, 14, 14): "open_clip_coca_vit_l_14",
 }
+PATCHES = "vision_encoder.patches.projection"
 SHOWN = 5  # weights that a message lists
 
 
@@ -85,16 +87,21 @@ def _plain_name(name: str) -> str:
     return ".".join(words[first:])
 
 
-def convert_open_clip(weights: Mapping[str, Tensor], model: CoCa) -> dict[str, Tensor]:
+def convert_open_clip(
+    weights: Mapping[str, Tensor], model: CoCa, *, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> dict[str, Tensor]:
     """Convert open_clip's weights to a float32 state dict of `model`, built by `open_clip_coca` on any device.
 
     The model then computes the same function as open_clip's with a different layout: CLS is a row of the token
-    embedding; images are normalised by ImageNet's constants instead of CLIP's, so the patch embedding is scaled and has
-    a bias; and the bias of similarities is zero. Raises ValueError that lists missing and unexpected weights, and those
-    of another shape or not finite.
+    embedding; images are normalised by ImageNet's constants instead of `mean` and `std`, those of the training, so the
+    patch embedding is scaled and has a bias; and the bias of similarities is zero. Raises ValueError that lists missing
+    and unexpected weights, and those of another shape or not finite.
     """
     wanted = model.state_dict()
-    sources = {name: _sources(name) for name in wanted}
+    sources = {name: _sources(name) for name in wanted if not name.startswith(PATCHES)} | {
+        f"{PATCHES}.weight": [("visual.conv1.weight", partial(_for_imagenet, std=std))],
+        f"{PATCHES}.bias": [("visual.conv1.weight", partial(_bias_for_imagenet, mean=mean, std=std))],
+    }
     known = {theirs for parts in sources.values() for theirs, _ in parts}
     faults = [f"{name}: not in the checkpoint" for name in sorted(known - weights.keys())]
     faults += [f"{name}: not in the model" for name in weights if name not in known and not name.endswith("attn_mask")]
@@ -130,7 +137,7 @@ def _likely_cause(weights: Mapping[str, Tensor], model: CoCa) -> str:
         )
     if not any(name.startswith("text_decoder.") for name in weights):
         return "it has no text_decoder, which writes captions: it is a CLIP; give the checkpoint of a CoCa"
-    theirs, own = weights.get("visual.conv1.weight"), model.state_dict()["vision_encoder.patches.projection.weight"]
+    theirs, own = weights.get("visual.conv1.weight"), model.state_dict()[f"{PATCHES}.weight"]
     if theirs is not None and theirs.shape != own.shape:
         size = SIZES.get(tuple(theirs.shape), "open_clip_coca, with the sizes that it was trained with")
         return (
@@ -166,15 +173,15 @@ def _keys_and_values(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(3)[1:])
 
 
-def _for_imagenet(patches: Tensor) -> Tensor:
-    """Scale weights [d, 3, h, w] for images normalised by ImageNet's constants instead of CLIP's."""
-    factor = torch.tensor(IMAGENET_STD).double() / torch.tensor(CLIP_STD).double()
+def _for_imagenet(patches: Tensor, std: Sequence[float]) -> Tensor:
+    """Scale weights [d, 3, h, w] for images normalised by ImageNet's deviation instead of `std`."""
+    factor = torch.tensor(IMAGENET_STD).double() / torch.tensor(std).double()
     return (patches.double() * factor.view(3, 1, 1)).float()
 
 
-def _bias_for_imagenet(patches: Tensor) -> Tensor:
-    """Compute the bias [d] for the difference between ImageNet's mean and CLIP's."""
-    shift = (torch.tensor(IMAGENET_MEAN).double() - torch.tensor(CLIP_MEAN).double()) / torch.tensor(CLIP_STD).double()
+def _bias_for_imagenet(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Compute the bias [d] for the difference between ImageNet's mean and `mean`."""
+    shift = (torch.tensor(IMAGENET_MEAN).double() - torch.tensor(mean).double()) / torch.tensor(std).double()
     return (patches.double() * shift.view(3, 1, 1)).sum((1, 2, 3)).float()
 
 
@@ -184,8 +191,6 @@ def _zero(x: Tensor) -> Tensor:
 
 POOLER = "visual.attn_pool"
 OUTSIDE_OF_BLOCKS: dict[str, list[tuple[str, Change]]] = {
-    "vision_encoder.patches.projection.weight": [("visual.conv1.weight", _for_imagenet)],
-    "vision_encoder.patches.projection.bias": [("visual.conv1.weight", _bias_for_imagenet)],
     "vision_encoder.class_token.weight": [("visual.class_embedding", _same)],
     "vision_encoder.positions.weight": [("visual.positional_embedding", _same)],
     "vision_encoder.norm.weight": [("visual.ln_pre.weight", _same)],
