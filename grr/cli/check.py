@@ -42,7 +42,6 @@ from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrain
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import RunPlan, run_cost
-from grr.training.optim import freeze
 from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
@@ -379,5 +378,5 @@ def _build_model(cfg: config.Config, source: Pretrained | None) -> nn.Module:
     if source is None:
         return cfg.build("model")
     model = build_pretrained(source, dropout=cfg.model["dropout"])
-    freeze(model, cfg.run["freeze"])
+    cfg.build("tuning", model)
     return model

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
+from grr.checkpoint.adapters import FILE as ADAPTERS
+from grr.checkpoint.adapters import apply_adapters, load_adapters
 from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.model_folder import load_model_weights
 from grr.checkpoint.step_folders import latest_checkpoint
-from grr.checkpoint.training_state import load_checkpoint_weights
-from grr.components import PAIRING
+from grr.checkpoint.training_state import load_checkpoint_weights, read_weights
+from grr.components import PAIRING, LoRALinear
 from grr.data.images import Crop
 from grr.files.digest import sha256
 from grr.files.regular import read_regular_file
@@ -59,6 +62,14 @@ MOST_PER_BYTE = 2  # parameters: of 4 bits each
 logger = logging.getLogger(__name__)
 
 
+class Base(NamedTuple):
+    """The model that adapters were trained on."""
+
+    source: "Pretrained"
+    digest: str  # `weights_digest` of it
+    scale: float  # of the updates, alpha / rank
+
+
 class Pretrained(NamedTuple):
     """Description of a trained model on disk: the folder of its weights, and how to build it."""
 
@@ -69,6 +80,7 @@ class Pretrained(NamedTuple):
     crop: Crop
     quantization: Scheme | None = None  # how its matrices are stored; None: as numbers
     head: str | None = None  # of a classifier, a name of grr.models.heads.HEADS; None: it is a whole CoCa
+    base: Base | None = None  # the model whose weights it changes by adapters; None: it has all of its weights
 
 
 def load(
@@ -156,17 +168,20 @@ def weights_digest(source: Pretrained) -> str:
 
     def digest() -> str:
         checkpoint = (source.path / "progress.json").is_file()  # whose manifest holds the hashes of its other files
-        weights = sha256(source.path / ("manifest.json" if checkpoint else "model.safetensors"))
+        file = ADAPTERS if source.base else "model.safetensors"
+        weights = sha256(source.path / ("manifest.json" if checkpoint else file))
+        if source.base is not None:
+            weights += source.base.digest
         return hashlib.sha256(repr((source.builder, sorted(source.arguments.items()), weights)).encode()).hexdigest()
 
     return on_rank_0(digest)
 
 
-def find_pretrained(path: str | Path) -> Pretrained:
+def find_pretrained(path: str | Path, *, adapted: bool = True) -> Pretrained:
     """Read the description of a model: from a model's folder, a checkpoint, or a run's folder.
 
-    Of a run's folder, it is the finished model, or else the newest whole checkpoint.
-
+    Of a run's folder, it is the finished model, or else the newest whole checkpoint. Where adapters are kept beside
+    another model, the description of that one is read as well; adapted: whether such a folder is allowed.
     Raises FileNotFoundError if there is no model, ValueError if path is not a folder's, or if the description is
     damaged, of a newer version, of another rotary pairing, names an unknown builder or has arguments that no model has,
     or if its model has more parameters than the weights beside it can hold. Nothing of that size is allocated before.
@@ -183,21 +198,22 @@ def find_pretrained(path: str | Path) -> Pretrained:
             f"{path.parent}"
         )
     if (path / "config.json").is_file():
-        return _described(path, path / "config.json", _json(path / "config.json"), path / "tokenizer.model")
+        file = path / "config.json"
+        return _described(path, file, _json(file), path / "tokenizer.model", adapted=adapted)
     if (path / "progress.json").is_file():
         run = path.resolve().parent.parent  # runs/mine/checkpoints/step_100
         progress = _json(path / "progress.json")
         described = progress.get("model") if isinstance(progress, dict) else None
-        return _described(path, path / "progress.json", described, run / "tokenizer.model")
+        return _described(path, path / "progress.json", described, run / "tokenizer.model", adapted=adapted)
     if (path / "model" / "config.json").is_file():
-        return find_pretrained(path / "model")
+        return find_pretrained(path / "model", adapted=adapted)
     checkpoint = latest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError(
             f"find_pretrained: {path} holds no model; give the folder of a run that was trained, its model/, or one of "
             "its checkpoints/step_N"
         )
-    return find_pretrained(checkpoint)
+    return find_pretrained(checkpoint, adapted=adapted)
 
 
 def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
@@ -208,8 +224,10 @@ def build_pretrained(source: Pretrained, **changes: Any) -> CoCa:
 def load_weights(source: Pretrained, model: nn.Module) -> None:
     """Load the weights of a description into a model, plain or sharded. Called by all ranks alike.
 
+    Adapters that were kept beside a model are added to its weights; adapters that the model here has are set to 0.
     Raises ValueError if they are quantized, because such a model cannot be trained (open it with `load_pretrained`); if
-    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; and if one is not finite.
+    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; if one is not finite; and if
+    the model that adapters were trained on has changed.
     """
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
@@ -221,11 +239,29 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
             f"load_weights: {source.path} is quantised, by {source.quantization}, and cannot be trained "
             "on; give the model it was made from"
         )
-    if (source.path / "progress.json").is_file():
+    if source.base is not None:
+        _load_adapted(source, source.base, model)
+    elif (source.path / "progress.json").is_file():
         load_checkpoint_weights(source.path, model)
     else:
         load_model_weights(source.path, model)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):  # so that the model computes what the weights say
+            nn.init.zeros_(layer.lora_b)
     check_finite_weights("load_weights", model.state_dict(), str(source.path))
+
+
+def _load_adapted(source: Pretrained, base: Base, model: nn.Module) -> None:
+    """Load the weights of the base, once it was found to be the same, and add what was trained on it."""
+    if (digest := weights_digest(base.source)) != base.digest:
+        raise ValueError(
+            f"load_weights: the adapters in {source.path} were trained on other weights than those in "
+            f"{base.source.path}, got sha256 {digest[:12]} for {base.digest[:12]}; put the base there again"
+        )
+    load_weights(base.source, model)
+    checkpoint = (source.path / "progress.json").is_file()
+    tensors = read_weights(source.path) if checkpoint else load_adapters(source.path)
+    apply_adapters(model, tensors, scale=base.scale, where=str(source.path))
 
 
 def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
@@ -251,11 +287,45 @@ def describe(builder: str, arguments: dict[str, Any], crop: Crop, quantization: 
     return description if quantization is None else description | {"quantization": quantization}
 
 
-def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pretrained:
+def describe_adapters(description: dict[str, Any], source: Pretrained, *, rank: int, alpha: float) -> dict[str, Any]:
+    """Returns the description of a model whose weights are those of `source` and adapters, saved apart from them.
+
+    Called by all ranks alike. Raises ValueError if `source` has its own weights apart from its adapters as well.
+    """
+    if source.base is not None:
+        raise ValueError(
+            f"describe_adapters: adapters must be trained on a model with all of its weights, got {source.path}, which "
+            f"has adapters beside {source.base.source.path}; train on the model/ of a run with run.merge_adapters=true"
+        )
+    base = {"base": str(source.path.absolute()), "digest": weights_digest(source), "rank": rank, "alpha": alpha}
+    return description | {"adapter": base}
+
+
+def _base(file: Path, adapter: Any) -> Base | None:
+    """Returns the model that adapters belong to, from a description; None for a model without adapters beside it."""
+    if adapter is None:
+        return None
+    try:
+        path, digest, rank, alpha = Path(adapter["base"]), adapter["digest"], adapter["rank"], adapter["alpha"]
+        scale = float(alpha) / int(rank)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"find_pretrained: {file} does not describe adapters ({error!r}); was it edited?") from error
+    if not isinstance(digest, str) or not math.isfinite(scale):
+        raise ValueError(f"find_pretrained: {file} does not describe adapters, got {str(adapter)[:80]}; was it edited?")
+    try:
+        return Base(find_pretrained(path, adapted=False), digest, scale)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"find_pretrained: {file} holds adapters of the model {path}, which cannot be opened: {error}; put it "
+            f"there, or write its folder as adapter.base into {file.name}"
+        ) from error
+
+
+def _described(path: Path, file: Path, description: Any, tokenizer: Path, *, adapted: bool) -> Pretrained:
     try:
         made_with, builder, arguments = description["format"], description["builder"], dict(description["arguments"])
         pairing, crop = description["rotary_pairing"], description["crop"]
-        quantization, head = description.get("quantization"), description.get("head")
+        quantization, head, adapter = (description.get(key) for key in ("quantization", "head", "adapter"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
     if made_with != FORMAT:
@@ -279,7 +349,10 @@ def _described(path: Path, file: Path, description: Any, tokenizer: Path) -> Pre
         )
     if head is not None and not isinstance(head, str):
         raise ValueError(f"find_pretrained: {file}: head must be a name, got {head!r}; was it edited?")
-    source = Pretrained(path, builder, _renamed(builder, arguments), tokenizer, crop, quantization, head)
+    if adapter is not None and not adapted:
+        raise ValueError(f"find_pretrained: {file} describes adapters, not a model with all of its weights")
+    base = _base(file, adapter)
+    source = Pretrained(path, builder, _renamed(builder, arguments), tokenizer, crop, quantization, head, base)
     _check_arguments(file, source)
     _check_size(file, source)
     return source
@@ -343,8 +416,9 @@ def _check_size(file: Path, source: Pretrained) -> None:
         why = str(error).partition("\n")[0]
         raise ValueError(f"find_pretrained: {file} does not describe a model: {why}; was it edited?") from error
     parameters = sum(p.numel() for p in model.parameters())
+    folder = source.path if source.base is None else source.base.source.path
     size = sum(
-        weights.stat().st_size for pattern in ("model.safetensors", "*.distcp") for weights in source.path.glob(pattern)
+        weights.stat().st_size for pattern in ("model.safetensors", "*.distcp") for weights in folder.glob(pattern)
     )
     if size and parameters > MOST_PER_BYTE * size:
         raise ValueError(
