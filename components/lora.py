@@ -61,7 +61,7 @@ class LoRALinear(nn.Module):
         out_features, in_features = weight.shape
         with torch.device("meta"):
             layer = cls(in_features, out_features, rank=rank, alpha=alpha, dropout=dropout, bias=bias is not None)
-        layer.weight, layer.bias = weight, bias
+        layer.weight, layer.bias = weight, bias  # type: ignore[assignment]  # typed as a Tensor there
         layer.requires_grad_(False)
         layer.quantized = type(weight.data) is not Tensor
         if layer.quantized and not _passes_gradients(weight):

@@ -25,7 +25,9 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer
     folder.old and the new one as folder.tmp. Called by all processes alike; rank 0 writes.
     Raises ValueError if the model has adapters that are not merged.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     adapters = {name: state.pop(name, None) for name in adapter_parameters(model)}  # rank 0 alone has the values
 
     def check() -> None:
@@ -95,8 +97,8 @@ def load_model_weights(folder: Path, model: nn.Module) -> None:
         )
     sharded = dist.is_initialized()
     state: dict[str, Any] = dict(load_file(file)) if not sharded or dist.get_rank() == 0 else {}
-    how = {"full_state_dict": sharded, "broadcast_from_rank0": sharded, "strict": not adapters}
-    set_model_state_dict(model, state, options=StateDictOptions(**how))
+    options = StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded, strict=not adapters)
+    set_model_state_dict(model, state, options=options)
 
 
 def mismatches(saved: dict[str, str], wanted: dict[str, str], kind: str) -> str:
