@@ -54,7 +54,7 @@ def apply_adapters(model: nn.Module, tensors: Mapping[str, Tensor], *, scale: fl
     tensors: of `trained_state`, whole, equal in all processes; scale: of the updates, alpha / rank; where: the folder
     that they are from, for messages. Raises ValueError naming every tensor that does not fit the model.
     """
-    parameters = _parameters(model)
+    parameters = _resharded(model)
     given = {name: str(list(value.shape)) for name, value in tensors.items()}
     if lines := mismatches(given, _expected(tensors, parameters), "model"):
         raise ValueError(
@@ -71,13 +71,13 @@ def apply_adapters(model: nn.Module, tensors: Mapping[str, Tensor], *, scale: fl
 
 def merge_adapters(model: nn.Module) -> None:
     """Merge all adapters of a model, plain or sharded, in place (`LoRALinear.merge`). Called by all processes alike."""
-    _parameters(model)
+    _resharded(model)
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             layer.merge()
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
+def _resharded(model: nn.Module) -> dict[str, Tensor]:
     """Returns the parameters by name, in the memory that the optimizer updates, of a sharded model as well."""
     for part in sharded_parts(model):
         part.reshard()

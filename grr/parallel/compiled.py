@@ -58,7 +58,8 @@ def _parts(module: nn.Module, whole: tuple[type, ...]) -> Iterator[nn.Module]:
 
 
 def _in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(forward, dynamic=False)
+    # Dropout of torch's generator (of adapters, of a user's modules) as in eager code, so that both passes draw the same
+    compiled = torch.compile(forward, dynamic=False, options={"fallback_random": True})
 
     @functools.wraps(forward)
     def in_training(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
