@@ -39,6 +39,7 @@ from grr.data.pairs import ImageFiles
 from grr.experiments import catalog
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
+from grr.models.tuning import check_adapter_dropout
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import RunPlan, run_cost
@@ -372,6 +373,8 @@ def _build_steps(
         validation_steps(opened["validation"].pairs, tokenizer, **batches)
     if sections.get("loss") is global_batch_step:
         check_negatives(run["batch_size"], run["micro_batch_size"], cfg.loss["negatives"])
+    tuning = _section(cfg, "tuning")
+    check_adapter_dropout(tuning.get("lora", ()), tuning.get("dropout", 0.0), run["micro_batch_size"])
 
 
 def _build_model(cfg: config.Config, source: Pretrained | None) -> nn.Module:

@@ -58,7 +58,7 @@ def _parts(module: nn.Module, whole: tuple[type, ...]) -> Iterator[nn.Module]:
 
 
 def _in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # Dropout of torch's generator (of adapters, of a user's modules) as in eager code, so that both passes draw the same
+    # so that both passes of a step draw alike from torch's generator: dropout of adapters and of a user's modules
     compiled = torch.compile(forward, dynamic=False, options={"fallback_random": True})
 
     @functools.wraps(forward)

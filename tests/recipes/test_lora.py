@@ -236,3 +236,22 @@ def test_what_cannot_be_tuned_is_named_before_anything_is_written(whole, start, 
         assert done.returncode in (1, 2)
         assert message in re.sub(r"\s+", " ", done.stderr)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_in_bfloat16_tune_adapters_and_resume_bit_for_bit(whole, start, tmp_path):
+    options = ("run.epochs=1", "parallel.bf16=true", "tuning.frozen=[generative_pooler,contrastive_pooler]")
+    done = run(command(start, tmp_path / "whole", *options), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [line["loss"] for line in lines(tmp_path / "whole", "validation")]
+    assert losses[1] < losses[0] == pytest.approx(lines(whole, "validation")[0]["loss"], rel=2e-2)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_5")
+    shutil.rmtree(tmp_path / "run/model")
+    done = run(command(start, tmp_path / "run", *options), processes=2)
+    assert f"resuming {tmp_path / 'run'} after step 3" in done.stderr, done.stderr[-3000:]
+    for split in ("train", "validation"):
+        assert lines(tmp_path / "run", split) == lines(tmp_path / "whole", split)
+    ours, theirs = (load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
