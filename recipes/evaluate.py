@@ -1,4 +1,4 @@
-"""Evaluate a trained model: losses, retrieval, captions and classification.
+"""Evaluate a trained model: losses, retrieval, captions, classification and composition.
 
     python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
     torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml
@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
-from grr.data import DATASETS, LABELLED, Labelled, check_classes
+from grr.data import CHOICES, DATASETS, LABELLED, Choices, Labelled, check_classes
 from grr.evaluation.captions import treebank
+from grr.evaluation.composition import check_spatial, choice_accuracy, relation_accuracy
 from grr.evaluation.evaluate import caption_scores, losses, recalls
 from grr.evaluation.examples import examples
 from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, features
 from grr.evaluation.probe import attentive_probe, linear_probe
-from grr.evaluation.relations import relation_accuracy
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
 from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
@@ -35,7 +35,9 @@ from grr.parallel.process_group import process_group
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
 from grr.tokenizers import Tokenizer
 
-Task = Literal["losses", "retrieval", "captions", "relations", "zero_shot", "linear_probe", "attentive_probe"]
+Task = Literal[
+    "losses", "retrieval", "captions", "relations", "zero_shot", "linear_probe", "attentive_probe", "choices"
+]
 GENERATED: tuple[Task, ...] = ("captions", "relations")  # tasks that need generated captions
 PAIRED: tuple[Task, ...] = ("losses", "retrieval", *GENERATED)  # tasks that need images with captions
 PROBES: tuple[Task, ...] = (
@@ -69,6 +71,7 @@ SECTIONS: config.Sections = {
     "generation": generate,
     "labelled": LABELLED | config.NONE,
     "labelled_train": LABELLED | config.NONE,
+    "choices": CHOICES | config.NONE,
     "zero_shot": class_embeddings,
     "linear_probe": linear_probe,
     "attentive_probe": attentive_probe,
@@ -88,14 +91,20 @@ def main() -> None:
 
         # outputs: all processes share the images, and rank 0 gets the outputs
         images: dict[str, Any] = {"image_size": image_size, "crop": crop, "progress": True}
-        outputs = test = train = classes = None
-        labelled: Labelled | None = None if set(run.tasks) <= set(PAIRED) else cfg.build("labelled")
+        outputs = compared = test = train = classes = None
+        choices: Choices | None = cfg.build("choices") if "choices" in run.tasks else None
+        labelled: Labelled | None = cfg.build("labelled") if set(run.tasks) & {"zero_shot", *PROBES} else None
         # zero-shot first, because invalid names must not cost hours of images
         if labelled is not None and "zero_shot" in run.tasks:
             classes = class_embeddings(model, tokenizer, labelled.classes, device, **cfg.zero_shot)  # [c, e]
         if any(task in PAIRED for task in run.tasks):
             options: dict[str, Any] = {"images": run.images, "generation": generation_of(cfg)}
-            outputs = compute_outputs(model, cfg.build("data"), tokenizer, device, **options, **images)
+            pairs = cfg.build("data")
+            if "relations" in run.tasks:
+                check_spatial(pairs.captions)
+            outputs = compute_outputs(model, pairs, tokenizer, device, **options, **images)
+        if choices is not None:
+            compared = compute_outputs(model, choices, tokenizer, device, images=run.images, **images)
         if labelled is not None:
             patches = "attentive_probe" in run.tasks
             test = features(model, labelled, device, patches=patches, **images)
@@ -111,6 +120,8 @@ def main() -> None:
         confusions = None
         if outputs is not None:
             results |= pair_metrics(cfg, outputs, tokenizer)
+        if compared is not None and choices is not None:
+            results["choices"] = choice_accuracy(compared, choices)
         if test is not None and classes is not None:
             scores = test.embeddings @ classes.float().cpu().T  # [n, c]
             results["zero_shot"] = accuracy(scores, test.labels)
@@ -124,6 +135,7 @@ def main() -> None:
             "data": {**cfg.data, **outputs.facts()} if outputs else None,
             "labelled": {**cfg.labelled, **test.facts()} if test else None,
             "labelled_train": {**cfg.labelled_train, **train.facts()} if train else None,
+            "choices": {**cfg.choices, **compared.facts()} if compared else None,
             "generation": generation_of(cfg),
             "results": results,
         }
@@ -137,7 +149,7 @@ def main() -> None:
 
 def validate_config(cfg: config.Config) -> None:
     """Check that each task has its section of data (ValueError otherwise) and its packages (ImportError)."""
-    needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES}
+    needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES, "choices": ("choices",)}
     for section, wanted in needs.items():
         for task in cfg.run["tasks"]:
             if task in wanted and vars(cfg)[section]["name"] == "none":

@@ -11,7 +11,7 @@ also within a reset; a run that has finished is left as it is. Any key of the co
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, augmented, check_disjoint, pair_counts, steps_per_epoch, training_steps
 from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
+from grr.evaluation.examples import captioned_pictures
 from grr.inference.pretrained import (
     build_pretrained,
     describe,
@@ -53,6 +54,7 @@ from grr.tokenizers import load_tokenizer
 from grr.training.ema import EMA, weights_of, wise_ft
 from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
+from grr.training.loggers import LoggerName, check_loggers
 from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import set_lr, warmup_cosine
@@ -77,7 +79,7 @@ class Run:
     in_memory: bool = False  # keep decoded images, for data that fit
     log_every: int = 10  # optimizer steps
     num_eval_images: int = 500  # validation images for retrieval and captions
-    tensorboard: bool = False
+    loggers: list[LoggerName] = field(default_factory=list)
 
 
 @dataclass
@@ -108,6 +110,7 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_loggers(run.loggers)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
@@ -166,7 +169,7 @@ def main() -> int:
         on_rank_0(lambda: tokenizer.save(folder / "tokenizer.model"))
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
         kept_lines = step if progress else -1  # without a checkpoint, the line of step 0 is written again as well
-        log = open_log(folder, cfg, facts, step=kept_lines, tensorboard=run.tensorboard, changes=saver.changes)
+        log = open_log(folder, cfg, facts, step=kept_lines, loggers=run.loggers, changes=saver.changes)
         evaluate = partial(validate, model, held_out, tokenizer, device, loader, cfg.loss, run.num_eval_images)
         finite = FiniteCheck(folder)
         bar_total = None if run.epochs is None else last
@@ -178,7 +181,7 @@ def main() -> int:
                 losses, metrics, examples = evaluate(check=partial(finite.check_validation, step))
             control = soft_reset(control, step, losses.loss, **cfg.control)
             state = {key: getattr(control, key) for key in ("decision", "regime", "best_loss", "best_step")}
-            log.write("validation", step, **losses.numbers(), **metrics, **state)
+            log.write("validation", step, captioned_pictures(examples), **losses.numbers(), **metrics, **state)
             on_rank_0(partial(report, examples=examples))
             if not bar.disable:
                 bar.write(f"{summary(step, losses, metrics)}; {describe_decision(control)}")
@@ -245,6 +248,7 @@ def main() -> int:
         save, description = (save_model, merged) if run.merge_adapters else (save_adapters, described)
         save(folder / "model", model, description, folder / "tokenizer.model")
         log.write("final", step, **losses.numbers(), **metrics, best_step=control.best_step, **kept)
+        log.close()
         on_rank_0(partial(report, examples=examples))
         logging.info(f"finished: model/ holds the weights of {summary(control.best_step, losses, metrics)}")
         logging.info(f"see {folder / 'report.html'}")

@@ -8,7 +8,7 @@ The same command, submitted again, continues where the run stopped. Any key of t
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from grr.data import (
 )
 from grr.data.order import check_batches
 from grr.evaluation.classification import answers, classification_scores, classification_step
-from grr.evaluation.examples import Examples
+from grr.evaluation.examples import Examples, captioned_pictures
 from grr.inference.classifiers import describe_classifier, load_parts
 from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
 from grr.models.builders import MODELS, check_builder
@@ -55,6 +55,7 @@ from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
 from grr.training.finite import FiniteCheck
 from grr.training.log import open_log, parameter_counts
+from grr.training.loggers import LoggerName, check_loggers
 from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import set_lr, warmup_cosine
@@ -75,7 +76,7 @@ class Run:
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     log_every: int = 10  # optimizer steps
     validate_every: int | None = None  # optimizer steps; null: once an epoch
-    tensorboard: bool = False
+    loggers: list[LoggerName] = field(default_factory=list)
 
 
 def pretrained(*, path: str, dropout: float = 0.1) -> CoCa:
@@ -104,6 +105,7 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_loggers(run.loggers)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
@@ -167,7 +169,7 @@ def main() -> int:
             "steps_per_epoch": per_epoch,
             **content,
         }
-        log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
+        log = open_log(folder, cfg, facts, step=step, loggers=run.loggers, changes=saver.changes)
 
         # loop: the best model so far is kept
         last = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
@@ -212,8 +214,12 @@ def main() -> int:
                         best = {"best": scores.accuracy, "best_step": step}
                         saver.save_best(step, **best)
                     shown = Examples([], [], answers(model, held_out, tokenizer, device, **reading))
-                    beside = {"text_only_accuracy": text_only, "best_accuracy": best["best"]}
-                    log.write("validation", step, **scores._asdict(), **beside, best_step=best["best_step"])
+                    beside = {
+                        "text_only_accuracy": text_only,
+                        "best_accuracy": best["best"],
+                        "best_step": best["best_step"],
+                    }
+                    log.write("validation", step, captioned_pictures(shown), **scores._asdict(), **beside)
                     on_rank_0(partial(write_report, folder, title=f"{builder} on {cfg.data['name']}", examples=shown))
                     if not bar.disable:
                         bar.write(
@@ -228,6 +234,7 @@ def main() -> int:
             saver.save(step, **best)
         load_checkpoint_weights(saver.best(best["best_step"]), model)
         save_model(folder / "model", model, description, folder / "tokenizer.model")
+        log.close()
         logging.info(f"finished after step {step} of {last}; model/ holds the best; see {folder / 'report.html'}")
     return 0
 

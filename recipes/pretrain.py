@@ -7,7 +7,7 @@ The same command, submitted again, continues where the run stopped. Any key of t
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from grr.cli.program import run_main
 from grr.data import DATASETS, InMemory, Pairs, augmented, check_disjoint, pair_counts, steps_per_epoch, training_steps
 from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
-from grr.evaluation.examples import training_examples
+from grr.evaluation.examples import captioned_pictures, training_examples
 from grr.inference.pretrained import describe
 from grr.models.builders import MODELS, check_builder
 from grr.parallel.compiled import text_multiple
@@ -41,6 +41,7 @@ from grr.seeds import derive_seed
 from grr.tokenizers import open_tokenizer
 from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
+from grr.training.loggers import LoggerName, check_loggers
 from grr.training.micro_batch import choose_micro_batch_size
 from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import describe_end, set_lr, set_patch_dropout, warmup_cosine
@@ -65,7 +66,7 @@ class Run:
     validate_every: int | None = None  # optimizer steps; null: once an epoch
     num_eval_images: int = 500  # validation images for retrieval and captions
     keep_model: Literal["best", "last"] = "best"  # the weights in model/: of the lowest validation loss, or the last
-    tensorboard: bool = False
+    loggers: list[LoggerName] = field(default_factory=list)
 
 
 SECTIONS: config.Sections = {
@@ -90,6 +91,7 @@ def main() -> int:
     with torch.device("meta"):
         cfg.build("model")  # sizes that do not fit each other are refused before the data are read
     run = cfg.get(Run)
+    check_loggers(run.loggers)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
@@ -129,7 +131,7 @@ def main() -> int:
         )
         loader = loader_arguments(cfg, run, device)
         facts = {**parameter_counts(model), **pair_counts(pairs, held_out), "steps_per_epoch": per_epoch, **content}
-        log = open_log(folder, cfg, facts, step=step, tensorboard=run.tensorboard, changes=saver.changes)
+        log = open_log(folder, cfg, facts, step=step, loggers=run.loggers, changes=saver.changes)
         logging.info(describe_end(last, per_epoch, cfg.optimizer["lr"], **cfg.schedule))
         if step == 0:  # a page with pictures is there before the first step
             on_rank_0(lambda: report(examples=training_examples(pairs)))
@@ -182,7 +184,7 @@ def main() -> int:
                     if best["best_loss"] is None or losses.loss < best["best_loss"]:
                         best = {"best_loss": losses.loss, "best_step": step}
                         saver.save_best(step, **best)  # on disk before a checkpoint names it
-                    log.write("validation", step, **losses.numbers(), **metrics, **best)
+                    log.write("validation", step, captioned_pictures(examples), **losses.numbers(), **metrics, **best)
                     on_rank_0(partial(report, examples=examples))
                     if not bar.disable:
                         bar.write(summary(step, losses, metrics))
@@ -199,6 +201,7 @@ def main() -> int:
             losses, metrics, examples = evaluate()
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         log.write("final", last, **losses.numbers(), **metrics, model_step=kept, keep_model=run.keep_model)
+        log.close()
         on_rank_0(partial(report, examples=examples))
         ending = f"finished after step {last} of {last}; model/ holds the {run.keep_model} weights, of step {kept}"
         logging.info(f"{ending}; see {folder / 'report.html'}")

@@ -27,7 +27,7 @@ HOW_COMPUTED = frozenset(
         "saving.every",
         "saving.minutes",
         "saving.keep",
-        "run.tensorboard",
+        "run.loggers",
         "loader.workers",
         "loader.prefetch",
     }
@@ -47,7 +47,7 @@ MAY_CHANGE = HOW_COMPUTED | {
     "model.path",
 }
 BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
-CONTENT = " (names or captions have changed)"
+CONTENT = " (names, captions or, of generated data, options have changed)"
 REASONS = {
     **dict.fromkeys(BY_FINGERPRINT, CONTENT),
     "order": " (version of the order of samples; the version of grr that began the run reads them in its order)",

@@ -107,7 +107,7 @@ MEANINGS = {
     "warmup": "rounds before those that are timed",
     "iterations": "rounds that are timed",
     "save_minutes": "save a checkpoint at least so often",
-    "tensorboard": "write the numbers for TensorBoard as well",
+    "loggers": "who gets the numbers and pictures beside metrics.jsonl, each with the extra of its name",
     "tasks": "what is evaluated",
     "formats": "files written of each graph",
     "parts": "what is timed",

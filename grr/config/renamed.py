@@ -43,6 +43,7 @@ RENAMED = {
     "run.compile": "parallel.compile",
     "run.checkpoint_activations": "parallel.activation_checkpointing",
     "run.replicas": "parallel.dp_replicate",
+    "run.tensorboard": "run.loggers: [tensorboard]",
     "run.save_every": "saving.every",
     "run.save_minutes": "saving.minutes",
     "run.keep": "saving.keep",

@@ -4,9 +4,16 @@ from collections.abc import Callable
 
 from grr.data.augment import augmented
 from grr.data.formats.annotations import coco, karpathy
+from grr.data.formats.choices import Choices, aro, sugarcrepe, winoground
 from grr.data.formats.image_folder import image_folder
 from grr.data.formats.openmoji import openmoji
-from grr.data.formats.openmoji_tasks import check_disjoint, openmoji_classes, openmoji_entailment, openmoji_questions
+from grr.data.formats.openmoji_tasks import (
+    check_disjoint,
+    openmoji_choices,
+    openmoji_classes,
+    openmoji_entailment,
+    openmoji_questions,
+)
 from grr.data.formats.shards import webdataset
 from grr.data.formats.snli_ve import snli_ve
 from grr.data.formats.tables import folder, rocov2
@@ -35,10 +42,19 @@ LABELLED: dict[str, Callable[..., Labelled]] = {
     "snli_ve": snli_ve,
 }
 
+CHOICES: dict[str, Callable[..., Choices]] = {
+    "openmoji_choices": openmoji_choices,
+    "sugarcrepe": sugarcrepe,
+    "aro": aro,
+    "winoground": winoground,
+}
+
 __all__ = [
+    "CHOICES",
     "DATASETS",
     "LABELLED",
     "Batch",
+    "Choices",
     "InMemory",
     "Labelled",
     "Pairs",

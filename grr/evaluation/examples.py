@@ -111,6 +111,18 @@ def examples(outputs: ModelOutputs, model: CoCa | None = None, tokenizer: Tokeni
     return result
 
 
+def captioned_pictures(examples: Examples) -> list[tuple[Tensor, str]]:
+    """Returns the images of captions and answers, uint8 [3, h, w], each with what the model wrote and the truth."""
+    captions = [
+        (one.image, f"{one.written or '(empty)'}\nreference: {(one.references or [''])[0]}")
+        for one in examples.captions
+    ]
+    answers = [
+        (one.image, f"{one.text}: {one.given}\nright: {one.right or 'none of the classes'}") for one in examples.answers
+    ]
+    return captions + answers
+
+
 def training_examples(pairs: Pairs) -> Examples:
     """Returns evenly spaced training pairs without those whose image cannot be read, for a page without outputs."""
     training = []

@@ -49,6 +49,11 @@ METRICS = [
     *(Metric(f"evaluation: {label}", key, "captions", factor=1) for key, label in CAPTIONS.items()),
     Metric("evaluation: captions exact, %", "exact", "captions"),
     Metric("evaluation: spatial words right, %", "accuracy", "relations"),
+    *(
+        Metric(f"evaluation: choices by {score}, {part}, %", f"{score}_{part}", "choices")
+        for score in ("cosine", "likelihood")
+        for part in ("text", "image", "group")
+    ),
     *(Metric(f"evaluation: {name} top {k}, %", f"top_{k}", task) for task, name in CLASSIFIERS.items() for k in (1, 5)),
 ]
 

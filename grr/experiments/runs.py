@@ -143,7 +143,10 @@ def _split(run: RunRecord, of_model: Collection[str]) -> tuple[dict[str, Any], d
 
 
 def _unequal(run: RunRecord, values: Mapping[str, Any], other: RunRecord, others: Mapping[str, Any]) -> Iterator[str]:
-    for key in sorted(values.keys() | others.keys()):
+    keys = values.keys() | others.keys()
+    if values.get("evaluation.json") != others.get("evaluation.json"):  # then one of them has no conditions of it
+        keys = {key for key in keys if key == "evaluation.json" or not key.startswith("evaluation.")}
+    for key in sorted(keys):
         ours, theirs = (_shown(key, side) for side in (values, others))
         if ours != theirs:
             yield f"{run.folder}: {key} is {ours}, in {other.folder} it is {theirs}"
@@ -179,11 +182,17 @@ def _pre_training(path: str | None) -> dict[str, Any]:
 
 
 def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the conditions of an evaluation."""
+    """Returns the conditions of an evaluation; of a run without one, that it has none."""
+    if not evaluation:
+        return {"evaluation.json": "missing"}
     results = evaluation.get("results", {})
-    prints = {f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint") for name in ("data", "labelled")}
+    prints = {
+        f"evaluation.{name}": (evaluation.get(name) or {}).get("fingerprint")
+        for name in ("data", "labelled", "choices")
+    }
     images = {"evaluation.images": (evaluation.get("data") or {}).get("images")}
     return {
+        "evaluation.json": "there",
         **prints,
         **images,
         "evaluation.generation": evaluation.get("generation"),

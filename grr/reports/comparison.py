@@ -100,7 +100,7 @@ def result_table(comparison: Comparison) -> Table:
         base, *others = line.spreads
         row = [line.metric.label + (" ↓" if line.metric.lower_is_better else " ↑"), _spread(base, line.metric)]
         for other, difference in zip(others, line.differences, strict=True):
-            change = (other.mean - base.mean) / base.mean if base and other and base.mean else None
+            change = (other.mean - base.mean) / base.mean if base and other and _is_shown(base, line.metric) else None
             row += [_spread(other, line.metric), _change(change), _difference(difference, line.metric)]
         rows.append(row + (_printed(paper.get(line.metric.key)) if paper and line.metric.task is None else []))
     table = [row + [""] * (len(header) - len(row)) for row in rows]
@@ -190,6 +190,11 @@ def _difference(difference: Difference | None, metric: Metric) -> str:
 def _fixed(value: float, metric: Metric, *, sign: str = "") -> str:
     """The digits of the paper: four, or two in percent."""
     return f"{value * metric.factor:{sign}.{4 if metric.factor == 1 else 2}f}".replace("-", "−")
+
+
+def _is_shown(spread: Spread, metric: Metric) -> bool:
+    """Returns whether a mean is not 0 in the digits of the table; a change relative to 0 says nothing."""
+    return any(digit in "123456789" for digit in _fixed(spread.mean, metric))
 
 
 def _change(fraction: float | None) -> str:

@@ -25,10 +25,16 @@ MOST = 60  # classes whose confusions are drawn
 CELL = 14  # side of a drawn cell
 NAMES = 90  # room for the names of classes
 LISTED = 12  # confusions in words
+KINDS = 30  # kinds of questions that have a row each
 LOSSES = ("loss", "contrastive_loss", "captioning_loss", "perplexity")
 CAPTION_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 ACCURACIES = ("top_1", "top_5", "mean_per_class")
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
+
+
+CHOICES = {
+    f"{score}_{part}": f"{score}, {part}" for score in ("cosine", "likelihood") for part in ("text", "image", "group")
+}
 
 
 class Confusions(NamedTuple):
@@ -119,20 +125,34 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
             table.append([name, *(percent(one[key]) if key in one else "" for key in ACCURACIES)])
         note = "top 1 and top 5: how often the right class is the likeliest, or among the five likeliest"
         result.append(Part("Classes", table, note))
+    if choices := results.get("choices"):
+        result.append(_choices(choices))
     return result
+
+
+def _choices(found: dict[str, Any]) -> Part:
+    """The accuracies in questions about right and wrong captions; a row for each kind of question, if not too many."""
+    names = [name for name in CHOICES if name in found]
+    table = [["", "questions", *(CHOICES[name] for name in names)]]
+    kinds = found["kinds"] if 1 < len(found["kinds"]) <= KINDS else {}
+    for label, one in [*kinds.items(), ("all", found)]:
+        table.append([label, f"{one['questions']:,}", *(percent(one[name]) for name in names)])
+    left_out = f"; {found['left_out']:,} questions were left out" if found["left_out"] else ""
+    note = "an image must score higher with its right caption than with a wrong one, by cosine and by likelihood"
+    return Part("Choices", table, note + left_out)
 
 
 # The parts of the page
 
 
 def _title(evaluation: Evaluation) -> str:
-    data = evaluation["data"] or evaluation["labelled"]
+    data = evaluation["data"] or evaluation["labelled"] or evaluation["choices"]
     split = f" ({data['split']})" if data.get("split") else ""
     return f"{evaluation['model']['builder']} on {data['name']}{split}"
 
 
 def _counts(evaluation: Evaluation) -> str:
-    data = evaluation["data"] or evaluation["labelled"]
+    data = evaluation["data"] or evaluation["labelled"] or evaluation["choices"]
     counts = f"{data['images']:,} images" + (f", {data['captions']:,} captions" if "captions" in data else "")
     return counts + (f", {data['left_out']:,} left out" if data["left_out"] else "")
 

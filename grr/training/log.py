@@ -7,7 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ import grr
 from grr import config
 from grr.files.atomic import write_atomic
 from grr.parallel.process_group import is_rank_0, on_rank_0
+from grr.training.loggers import Line, Picture, Sender, open_senders
 from grr.training.step import Losses
 
 logger = logging.getLogger(__name__)
@@ -29,27 +30,30 @@ LogLine = dict[str, Any]  # a line of metrics.jsonl
 
 
 class MetricsLog:
-    """Append JSON objects to folder/metrics.jsonl, one a line, and to TensorBoard's events if asked; on rank 0 alone.
+    """Append JSON objects to folder/metrics.jsonl, one a line, and send their numbers to loggers; on rank 0 alone.
 
     Opened for a run that resumes after `step`, it first removes later lines, a line that a kill cut, and the line
-    "final", which will be computed again. steps_per_epoch: each line then has its `epoch`. Raises ImportError if
-    TensorBoard is wanted and not installed.
+    "final", which will be computed again. steps_per_epoch: each line then has its `epoch`. loggers: names of
+    `LoggerName`; a logger first gets those lines of the file that it lacks, and never a line twice.
     """
 
     def __init__(
-        self, folder: Path, *, step: int = 0, steps_per_epoch: int | None = None, tensorboard: bool = False
+        self, folder: Path, *, step: int = 0, steps_per_epoch: int | None = None, loggers: Sequence[str] = ()
     ) -> None:
         self._steps_per_epoch = steps_per_epoch
         self._file: IO[str] | None = None
-        self._events: Any = None
+        self._senders: list[Sender] = []
         if is_rank_0():
             kept = [line for line in read_metrics(folder) if line["step"] <= step and line.get("split") != "final"]
             write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._events = _summary_writer(folder, step) if tensorboard else None
+            self._senders = open_senders(loggers, folder, step=step, lines=[_line(line) for line in kept])
 
-    def write(self, split: str, step: int, **values: Any) -> None:
-        """Write one line; on other ranks than 0, do nothing. JSON has no NaN: such numbers become null."""
+    def write(self, split: str, step: int, pictures: Sequence[Picture] = (), /, **values: Any) -> None:
+        """Write one line; on other ranks than 0, do nothing. JSON has no NaN: such numbers become null.
+
+        pictures: with their captions, which loggers alone receive.
+        """
         if self._file is None:
             return
         epoch = {"epoch": step / self._steps_per_epoch} if self._steps_per_epoch else {}
@@ -57,16 +61,15 @@ class MetricsLog:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for key, value in (epoch | values).items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{split}/{key}", value, step)
+        for sender in self._senders:
+            sender.send(_line(finite, pictures))
 
     def close(self) -> None:
+        """End a run that has finished; the loggers of a run that ends without it record that it was stopped."""
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for sender in self._senders:
+            sender.close(finished=True)
 
 
 def open_log(
@@ -75,7 +78,7 @@ def open_log(
     facts: dict[str, Any],
     *,
     step: int,
-    tensorboard: bool,
+    loggers: Sequence[str],
     changes: Mapping[str, Any] | None = None,
 ) -> MetricsLog:
     """Write config.yaml and manifest.json (this start, with `facts`), then open metrics.jsonl; on rank 0 alone.
@@ -93,7 +96,7 @@ def open_log(
         write_manifest(folder, step=step, world_size=dist.get_world_size(), batch_size=cfg.run["batch_size"], **facts)
 
     on_rank_0(write_start)
-    log = MetricsLog(folder, step=step, steps_per_epoch=facts["steps_per_epoch"], tensorboard=tensorboard)
+    log = MetricsLog(folder, step=step, steps_per_epoch=facts["steps_per_epoch"], loggers=loggers)
     if changes:
         log.write("change", step, changes=changes)
     return log
@@ -180,12 +183,10 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError('MetricsLog: TensorBoard is not installed; pip install "grr-coca[tensorboard]"') from error
-    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+def _line(line: LogLine, pictures: Sequence[Picture] = ()) -> Line:
+    """The numbers of a line of the log, for loggers."""
+    numbers = {key: value for key, value in line.items() if key not in ("split", "step") and is_number(value)}
+    return Line(str(line.get("split")), line["step"], numbers, pictures)
 
 
 def _commit() -> str | None:

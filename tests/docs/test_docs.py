@@ -28,7 +28,13 @@ from grr.tokenizers import train_tokenizer
 ROOT = Path(__file__).parents[2]
 LIST, README = "README.md", "../README.md"  # docs/README.md lists the pages
 PAGES = [README, *sorted(page.name for page in (ROOT / "docs").glob("*.md"))]
-REASONS = ("it needs a cluster", "it needs a GPU", "it needs CC12M", "tests/test_make.py is its test")
+REASONS = (
+    "it needs a cluster",
+    "it needs a GPU",
+    "it needs CC12M",
+    "it needs data of other people",
+    "tests/test_make.py is its test",
+)
 FENCE = re.compile(r"((?:^<!-- [^\n]* -->\n)*)^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

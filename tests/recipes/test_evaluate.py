@@ -108,6 +108,18 @@ def test_classes_of_one_name_are_refused_before_an_image_is_looked_at(trained, t
 
 
 @pytest.mark.slow
+def test_relations_of_captions_without_any_are_refused_before_an_image_is_looked_at(trained, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")  # to look at it would end otherwise
+    (tmp_path / "captions.csv").write_text("image,caption\nbroken.jpg,a fox and a crane\n")
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{tasks: [captions, relations]}}\nmodel: {{path: {trained}}}\ndata: {{name: folder, path: {tmp_path}}}\n"
+    )
+    done = run(RECIPES / "evaluate.py", "--config", tmp_path / "c.yaml", f"run.folder={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert "relations: a caption of the data must have spatial words" in done.stderr
+
+
+@pytest.mark.slow
 def test_all_tasks_leave_numbers_a_page_and_a_table(trained):
     found = results(trained)
     assert set(found["results"]) == {"losses", "retrieval", "captions", "zero_shot", "linear_probe", "attentive_probe"}

@@ -1,4 +1,4 @@
-"""Built-in labelled data of OpenMoji: classification of objects, questions about scenes, and visual entailment."""
+"""Built-in tasks on OpenMoji: classification of objects, questions about scenes, entailment, choices of sentences."""
 
 import itertools
 import math
@@ -10,7 +10,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from grr.data.formats.openmoji import CANVAS, COLOURS, OBJECTS, Scene, Scenes, openmoji, paste, with_article
+from grr.data.formats.choices import Choices
+from grr.data.formats.openmoji import (
+    CANVAS,
+    COLOURS,
+    OBJECTS,
+    RELATIONS,
+    Scene,
+    Scenes,
+    openmoji,
+    paste,
+    sentence,
+    with_article,
+)
 from grr.data.images import THUMBNAIL, Crop, to_tensor, to_thumbnail
 from grr.data.labelled import CLASS_TEXT, JUDGEMENTS, Labelled
 from grr.data.pairs import Ints, Pairs, Texts
@@ -71,6 +83,30 @@ def openmoji_entailment(*, split: Split = "train", scenes: int = 3000, held_out:
     halves = [(scene[1], h) for scene, h in zip(pictures.scenes, hidden, strict=True)]
     labels = np.tile(np.arange(len(JUDGEMENTS)), len(sentences))
     return Labelled(TextsOfImages(HalfHidden(pictures, halves), sentences), list(JUDGEMENTS), labels)
+
+
+def openmoji_choices(*, held_out: int = 500, seed: int = 0) -> Choices:
+    """Generate two questions about each validation scene of `openmoji` with sentences="relation": whether its sentence
+    is right or that with the two objects exchanged ("objects"), and that with the other relation ("relation").
+
+    The wrong sentences have the words of the right one or all but the relation, so a bag of words answers the first
+    question by chance. Raises as `openmoji` does.
+    """
+    pictures = openmoji(split="validation", sentences="relation", held_out=held_out, seed=seed)
+    texts = []
+    for first, relation, second, colour in pictures.scenes:
+        [other] = set(RELATIONS["relation"]) - {relation}
+        right = sentence((first, relation, second, colour))
+        wrong = sentence((second, relation, first, colour)), sentence((first, other, second, colour))
+        texts.append([right, wrong[0], right, wrong[1]])
+    n = len(texts)
+    return Choices(
+        TextsOfImages(pictures, texts),
+        np.arange(2 * n).repeat(2),
+        np.tile([True, False], 2 * n),
+        ["objects", "relation"],
+        np.tile([0, 0, 1, 1], n),
+    )
 
 
 class Objects(Pairs):

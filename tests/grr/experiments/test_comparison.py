@@ -75,8 +75,8 @@ def make_run(
     write_manifest(folder, **{**FACTS, "seed": seed, **(facts or {})})
     log = MetricsLog(folder)
     for i, loss in enumerate(losses, 1):
-        log.write(split="train", step=10 * i, loss=0.1)
-        log.write(split="validation", step=10 * i, loss=math.nan if loss is None else loss, **values)
+        log.write("train", 10 * i, loss=0.1)
+        log.write("validation", 10 * i, loss=math.nan if loss is None else loss, **values)
     log.close()
     if finished:
         (folder / "model").mkdir()
@@ -148,7 +148,7 @@ def test_a_classifier_is_represented_by_its_highest_accuracy(tmp_path):
     for name, accuracies in (("base", [0.5, 0.75, 0.75]), ("grr", [0.875, 0.5, 0.25])):
         log = MetricsLog(make_run(tmp_path / name, losses=[]))
         for i, (loss, accuracy) in enumerate(zip([1.0, 1.5, 1.2], accuracies, strict=True), 1):
-            log.write(split="validation", step=10 * i, loss=loss, accuracy=accuracy)
+            log.write("validation", 10 * i, loss=loss, accuracy=accuracy)
         log.close()
     models = read_models([f"Baseline: {tmp_path}/base", f"GRR: {tmp_path}/grr"])
     assert [(run.best["loss"], run.best_step) for [run] in models.values()] == [(1.5, 20), (1.0, 10)]
@@ -159,7 +159,7 @@ def test_a_classifier_is_represented_by_its_highest_accuracy(tmp_path):
 def test_a_fine_tuning_is_represented_by_the_model_that_it_saved(tmp_path):
     folder = make_run(tmp_path / "a", losses=[4.0, 3.0, 3.5])
     log = MetricsLog(folder, step=30)
-    log.write(split="final", step=30, best_step=20, loss=2.9)
+    log.write("final", 30, best_step=20, loss=2.9)
     log.close()
     run = read_run(folder)
     assert (run.best["loss"], run.best_step) == (2.9, 20)
@@ -183,7 +183,7 @@ def test_a_fine_tuning_is_represented_by_the_model_that_it_saved(tmp_path):
         ({"config": {"tokenizer": {"context_length": 32}}}, r"tokenizer.context_length is 32, in \S+/base-0 it is 16"),
         ({"config": {"extra": {"option": 1}}}, r"extra.option is 1, in \S+/base-0 it is not set"),
         ({"finished": False}, r"is not finished, because it does not have model/"),
-        ({"judged": JUDGED}, r'evaluation.data is "e1", in \S+/base-0 it is null'),
+        ({"judged": JUDGED}, r'evaluation.json is "there", in \S+/base-0 it is "missing"'),
     ],
 )
 def test_runs_under_unequal_conditions_are_refused_with_every_difference(tmp_path, change, says):
@@ -193,6 +193,8 @@ def test_runs_under_unequal_conditions_are_refused_with_every_difference(tmp_pat
     with pytest.raises(ValueError, match=rf"compare: the runs differ in more than their models[\s\S]*grr-0: {says}"):
         compare(models)
     comparison = compare(models, allow_differences=True)
+    # with local negatives the size of a micro-batch is a condition as well
+    assert len(comparison.unequal) == (2 if "negatives" in says else 1)
     for shown in (as_text(comparison), as_markdown(comparison)):
         assert re.search(f"The runs differ in more than their models:[\\s\\S]*{says}", shown)
     page = write_comparison(tmp_path / "out", comparison).read_text()
@@ -297,6 +299,20 @@ def test_the_numbers_of_an_evaluation_are_further_rows(tmp_path):
     table = result_table(compare(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])))
     assert cell(table, "evaluation: R@1 text to image, % ↑", 1) == "25.00"
     assert cell(table, "evaluation: CIDEr-D ↑", 2) == "0.8100"
+
+
+@pytest.mark.parametrize(
+    ("cider", "recall", "changes"),
+    [(4.9e-5, 4.9e-5, ["–", "–"]), (5.1e-5, 5.1e-5, ["−50.00 %", "−50.00 %"]), (0.0, 0.5, ["–", "−50.00 %"])],
+)
+def test_a_change_is_shown_if_its_base_is_not_zero_in_the_table(tmp_path, cider, recall, changes):
+    """Relative to "0.0000" a change of -50 % would say nothing."""
+    for name, factor in (("base-0", 1), ("grr-0", 0.5)):
+        results = {"captions": {"cider": factor * cider}, "retrieval": {"text_to_image_r1": factor * recall}}
+        make_run(tmp_path / name, judged={**JUDGED, "results": results})
+    table = result_table(compare(read_models([f"Baseline: {tmp_path}/base-*", f"GRR: {tmp_path}/grr-*"])))
+    rows = "evaluation: CIDEr-D ↑", "evaluation: R@1 text to image, % ↑"
+    assert [cell(table, row, 3) for row in rows] == changes
 
 
 def test_parameters_and_cost_stand_above_the_results(tmp_path):
@@ -462,7 +478,7 @@ def with_endpoints(folder: Path, names: Sequence[str], values: np.ndarray) -> di
                     "contrastive_loss": contrast,
                     "loss": 30 - step,
                 }
-                log.write(split="validation", step=step, **losses)
+                log.write("validation", step, **losses)
             log.close()
     return read_models([f"{name}: {folder}/{name}-*" for name in names])
 
