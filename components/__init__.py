@@ -8,6 +8,7 @@ from .block import Block, BlockCache, shared_rotations
 from .class_token import ClassToken
 from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
 from .feed_forward import GEGLU, FeedForward
+from .lora import LoRALinear, adapter_parameters
 from .norms import LayerNorm, RMSNorm
 from .patch_dropout import PatchDropout, num_kept
 from .patches import PatchEmbedding
@@ -32,6 +33,7 @@ __all__ = [
     "KeyValueCache",
     "LayerNorm",
     "LearnedPositions",
+    "LoRALinear",
     "MixedRotaryEmbedding",
     "PatchDropout",
     "PatchEmbedding",
@@ -40,6 +42,7 @@ __all__ = [
     "Rotation",
     "SelfAttention",
     "SinusoidalPositions",
+    "adapter_parameters",
     "call_without_keeping",
     "dropout_keys",
     "fold_in",

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from grr.checkpoint.adapters import merge_adapters, save_adapters
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -36,11 +37,13 @@ from grr.evaluation.examples import captioned_pictures
 from grr.inference.pretrained import (
     build_pretrained,
     describe,
+    describe_adapters,
     find_pretrained,
     load_weights,
     tell_of_other_crop,
     weights_digest,
 )
+from grr.models.tuning import check_adapter_dropout, tune_parts
 from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
@@ -53,7 +56,7 @@ from grr.training.finite import FiniteCheck
 from grr.training.log import has_ended, open_log, parameter_counts, summary
 from grr.training.loggers import LoggerName, check_loggers
 from grr.training.micro_batch import choose_micro_batch_size
-from grr.training.optim import adamw, clip_gradients, freeze
+from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.soft_reset import SoftReset, describe_decision, soft_reset
 from grr.training.step import global_batch_step
@@ -70,9 +73,9 @@ class Run:
     batch_size: int = 768  # pairs in an optimizer step, over all processes and micro-batches
     micro_batch_size: int | None = None  # pairs that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
-    freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
     ema_decay: float = 0.0  # decay of a moving average of the weights, which is validated and kept instead; 0: none
     wise_ft_alpha: float = 1.0  # fraction of the fine-tuned weights in the model; the rest is the pre-trained weights
+    merge_adapters: bool = True  # add adapters to the weights in model/; false: keep what was trained beside model.path
     in_memory: bool = False  # keep decoded images, for data that fit
     log_every: int = 10  # optimizer steps
     num_eval_images: int = 500  # validation images for retrieval and captions
@@ -92,6 +95,7 @@ class Start:
 SECTIONS: config.Sections = {
     "run": Run,
     "model": Start,
+    "tuning": tune_parts,
     "data": DATASETS,
     "validation": DATASETS,
     "loader": training_steps,
@@ -115,7 +119,8 @@ def main() -> int:
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"])
     with torch.device("meta"):
-        freeze(build_pretrained(source, dropout=cfg.model["dropout"]), run.freeze)  # raises ValueError for other names
+        tune_parts(build_pretrained(source, dropout=cfg.model["dropout"]), **cfg.tuning)  # raises ValueError
+    check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)
     report = partial(write_report, folder, title=f"{source.builder} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step; the tokenizer is the pre-trained model's
@@ -127,7 +132,7 @@ def main() -> int:
         # model: built without memory, sharded, then loaded, so that no rank ever holds all of it
         with torch.device("meta"):
             model = build_pretrained(source, dropout=cfg.model["dropout"])
-        freeze(model, run.freeze)
+        tune_parts(model, **cfg.tuning)
         parallelize(model, device, **cfg.parallel)
         initialize(model, device, seed=run.seed)
         load_weights(source, model)
@@ -142,13 +147,17 @@ def main() -> int:
             "tokenizer": tokenizer.fingerprint,
         }
         arguments = source.arguments | {"dropout": cfg.model["dropout"]}
-        description = describe(source.builder, arguments, cfg.loader["crop"])
+        merged = described = describe(source.builder, arguments, cfg.loader["crop"])
+        adapted = bool(cfg.tuning["lora"])
+        if adapted:  # checkpoints hold what is trained, beside the pre-trained weights
+            described = describe_adapters(merged, source, rank=cfg.tuning["rank"], alpha=cfg.tuning["alpha"])
         identity = run_identity(cfg, **content)
-        saver = Saver(folder, model, optimizer, ema.weights, identity=identity, description=description, **cfg.saving)
+        saver = Saver(folder, model, optimizer, ema.weights, identity=identity, description=described, **cfg.saving)
         progress = saver.resume()
         step, control = (progress["step"], SoftReset(**progress["control"])) if progress else (0, SoftReset())
         last = math.inf if run.epochs is None else run.epochs * per_epoch
-        end = {"step": step, "best_step": control.best_step, "wise_ft_alpha": run.wise_ft_alpha}
+        kept = {"wise_ft_alpha": run.wise_ft_alpha} | ({"merge_adapters": run.merge_adapters} if adapted else {})
+        end = {"step": step, "best_step": control.best_step, **kept}
         if (control.decision == "stop" or control.step >= last) and on_rank_0(lambda: has_ended(folder, **end)):
             logging.info(f"{folder} finished before; model/ holds the weights of step {control.best_step}")
             return 0
@@ -235,10 +244,12 @@ def main() -> int:
             tuned = weights_of(model)
             load_weights(source, model)
             wise_ft(model, tuned, alpha=run.wise_ft_alpha)
+        if run.merge_adapters:
+            merge_adapters(model)
         losses, metrics, examples = evaluate()
-        save_model(folder / "model", model, description, folder / "tokenizer.model")
-        kept = {"best_step": control.best_step, "wise_ft_alpha": run.wise_ft_alpha}
-        log.write("final", step, **losses.numbers(), **metrics, **kept)
+        save, description = (save_model, merged) if run.merge_adapters else (save_adapters, described)
+        save(folder / "model", model, description, folder / "tokenizer.model")
+        log.write("final", step, **losses.numbers(), **metrics, best_step=control.best_step, **kept)
         log.close()
         on_rank_0(partial(report, examples=examples))
         logging.info(f"finished: model/ holds the weights of {summary(control.best_step, losses, metrics)}")

@@ -45,6 +45,7 @@ from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_
 from grr.models.builders import MODELS, check_builder
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS
+from grr.models.tuning import freeze
 from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
@@ -56,7 +57,7 @@ from grr.training.finite import FiniteCheck
 from grr.training.log import open_log, parameter_counts
 from grr.training.loggers import LoggerName, check_loggers
 from grr.training.micro_batch import choose_micro_batch_size
-from grr.training.optim import adamw, clip_gradients, freeze
+from grr.training.optim import adamw, clip_gradients
 from grr.training.schedule import set_lr, warmup_cosine
 from grr.training.throughput import Throughput
 
@@ -73,7 +74,6 @@ class Run:
     batch_size: int = 256  # samples in an optimizer step, over all processes and micro-batches
     micro_batch_size: int | None = None  # samples that one process holds at a time; null: as many as fit its memory
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
-    freeze: list[str] = field(default_factory=list)  # parts of the model that keep their weights: vision_encoder ...
     log_every: int = 10  # optimizer steps
     validate_every: int | None = None  # optimizer steps; null: once an epoch
     loggers: list[LoggerName] = field(default_factory=list)
@@ -88,6 +88,7 @@ SECTIONS: config.Sections = {
     "run": Run,
     "model": {"pretrained": pretrained, **MODELS},
     "head": HEADS,
+    "tuning": freeze,
     "tokenizer": open_tokenizer,
     "data": LABELLED,
     "validation": LABELLED,
@@ -135,7 +136,7 @@ def main() -> int:
         description = describe_classifier(builder, arguments, cfg.loader["crop"], cfg.head["name"], pairs.classes)
         with torch.device("meta"):
             model = cfg.build("head", cfg.build("model"), len(pairs.classes))
-        freeze(model, run.freeze)
+        freeze(model, **cfg.tuning)
         parallelize(model, device, **cfg.parallel)
         initialize(model, device, seed=run.seed)
         if source is not None:

@@ -40,6 +40,7 @@ MAY_CHANGE = HOW_COMPUTED | {
     "run.validate_every",
     "run.num_eval_images",
     "run.wise_ft_alpha",
+    "run.merge_adapters",
     "run.keep_model",
     "saving.accept_changes",
     "loader.max_bad_fraction",
@@ -53,7 +54,12 @@ REASONS = {
 }
 FIRST_ORDER = 1  # of checkpoints that do not record one
 OF_TRAINED_VOCABULARY = ("tokenizer.vocab_size", "tokenizer.context_length")  # checkpoints of 0.1 do not record them
-OF_TRAINING = ("model.dropout", "model.patch_dropout", "model.temperature")  # of a model whose weights stay as they are
+OF_TRAINING = (  # of a model whose weights stay as they are
+    "model.dropout",
+    "model.patch_dropout",
+    "model.temperature",
+    "tuning.dropout",
+)
 SHOWN = 10  # keys in a message
 
 
@@ -61,21 +67,24 @@ def run_identity(cfg: Config, **fingerprints: str | None) -> dict[str, Any]:
     """Returns what defines the numbers of a run, as JSON values by `section.key`.
 
     fingerprints: of the data, the validation data, the tokenizer and, of a fine-tuning, the weights it starts from.
-    The size of a micro-batch belongs to it only where micro-batches are contrasted each in itself. If the run reads
-    data, so does the version of their order, which a seed selects in another way in another version.
+    The size of a micro-batch belongs to it only where micro-batches are contrasted each in itself, or the dropout of
+    adapters is drawn for each. If the run reads data, so does the version of their order, which a seed selects in
+    another way in another version.
     """
-    local = vars(cfg).get("loss", {}).get("negatives") == "local"
-    free = MAY_CHANGE - {"run.micro_batch_size"} if local else MAY_CHANGE
+    sections = vars(cfg)
+    local = sections.get("loss", {}).get("negatives") == "local"
+    drawn = sections.get("tuning", {}).get("lora") and sections["tuning"]["dropout"] > 0
+    free = MAY_CHANGE - {"run.micro_batch_size"} if local or drawn else MAY_CHANGE
     values = {
         f"{section}.{key}": value
-        for section, arguments in vars(cfg).items()
+        for section, arguments in sections.items()
         if section not in BY_FINGERPRINT and not section.startswith("_")
         for key, value in arguments.items()
         if f"{section}.{key}" not in free
     }
-    if vars(cfg).get("tokenizer", {"path": ""})["path"] is None:  # the vocabulary was trained for this run
+    if sections.get("tokenizer", {"path": ""})["path"] is None:  # the vocabulary was trained for this run
         values |= {key: cfg.tokenizer[key.partition(".")[2]] for key in OF_TRAINED_VOCABULARY}
-    if "loader" in vars(cfg):
+    if "loader" in sections:
         values["order"] = ORDER
     plain: dict[str, Any] = json.loads(json.dumps(values | fingerprints, default=str))
     return plain
@@ -121,4 +130,4 @@ def check_identity(
 
 def _acceptable(key: str) -> bool:
     """Whether a run can go on with another value: not with another model."""
-    return not key.startswith(("model.", "head.", "tokenizer.")) or key in OF_TRAINING
+    return not key.startswith(("model.", "head.", "tokenizer.", "tuning.")) or key in OF_TRAINING

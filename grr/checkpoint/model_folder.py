@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from grr.components import adapter_parameters
 from grr.files.atomic import fsync, replace_folder, write_atomic
 from grr.files.damage import damage
 from grr.files.disk import disk_errors
@@ -23,21 +24,41 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any], tokenizer
 
     The folder is written aside and renamed when it is whole. A kill between the two renames leaves the old folder as
     folder.old and the new one as folder.tmp. Called by all processes alike; rank 0 writes.
+    Raises ValueError if the model has adapters that are not merged.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    adapters = {name: state.pop(name, None) for name in adapter_parameters(model)}  # rank 0 alone has the values
+
+    def check() -> None:
+        if unmerged := [name for name, value in adapters.items() if name.endswith("lora_b") and value.any()]:
+            raise ValueError(
+                f"save_model: adapters must be merged into the weights first, got {len(unmerged)} that are not, such "
+                f"as {unmerged[0]}; call merge_adapters of grr.checkpoint.adapters, or save_adapters to keep them apart"
+            )
+
+    on_rank_0(check)
     save_model_state(folder, state, config, tokenizer_path)
 
 
-def save_model_state(folder: Path, state: dict[str, Any], config: dict[str, Any], tokenizer_path: Path | None) -> None:
+def save_model_state(
+    folder: Path,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    tokenizer_path: Path | None,
+    *,
+    weights: str = "model.safetensors",
+) -> None:
     """Write the folder of `save_model` from whole tensors by their names. Called by all processes alike."""
     aside = folder.with_name(folder.name + ".tmp")
 
     def write() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        with disk_errors(aside / "model.safetensors"):
-            save_file(_unshared(state), aside / "model.safetensors", metadata={"format": "pt"})
-        fsync(aside / "model.safetensors")
+        with disk_errors(aside / weights):
+            save_file(_unshared(state), aside / weights, metadata={"format": "pt"})
+        fsync(aside / weights)
         write_atomic(aside / "config.json", json.dumps(config, indent=2))
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, aside / "tokenizer.model")
@@ -49,6 +70,8 @@ def save_model_state(folder: Path, state: dict[str, Any], config: dict[str, Any]
 
 def load_model_weights(folder: Path, model: nn.Module) -> None:
     """Fill model, plain or sharded, from folder/model.safetensors; values are cast to the dtypes of the model.
+
+    Adapters of the model are not in the file, and keep their values.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is damaged, and naming every parameter that is
     missing, unexpected or of another shape.
@@ -65,7 +88,9 @@ def load_model_weights(folder: Path, model: nn.Module) -> None:
             raise ValueError(f"load_model_weights: {file} cannot be read: {damage(file)}") from error
 
     saved = on_rank_0(shapes)
-    wanted = {name: str(list(value.shape)) for name, value in get_model_state_dict(model).items()}  # type: ignore[union-attr]
+    adapters = adapter_parameters(model)
+    own: dict[str, Any] = {name: x for name, x in get_model_state_dict(model).items() if name not in adapters}
+    wanted = {name: str(list(value.shape)) for name, value in own.items()}
     if lines := mismatches(saved, wanted, "model"):
         raise ValueError(
             f"load_model_weights: {file} does not fit the model:\n{lines}\n"
@@ -82,7 +107,9 @@ def fill_model(model: nn.Module, read: Callable[[], dict[str, Any]]) -> None:
     state: dict[str, Any] = {}
     on_rank_0(lambda: state.update(read()))
     sharded = dist.is_initialized()
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded))
+    strict = not adapter_parameters(model)  # which keep their values
+    options = StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded, strict=strict)
+    set_model_state_dict(model, state, options=options)
 
 
 def mismatches(saved: dict[str, str], wanted: dict[str, str], kind: str) -> str:

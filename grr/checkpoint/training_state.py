@@ -8,11 +8,12 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -28,10 +29,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from grr.checkpoint.adapters import trained_state
 from grr.checkpoint.manifest import digests_of_all_ranks, find_fault, write_manifest
 from grr.checkpoint.model_folder import mismatches
 from grr.checkpoint.safe_reader import SafePlanner, SafeReader
 from grr.checkpoint.step_folders import prune
+from grr.components import adapter_parameters
 from grr.files.atomic import replace_folder, write_atomic
 from grr.files.disk import disk_errors
 from grr.parallel.process_group import on_rank_0
@@ -49,8 +52,9 @@ def save_checkpoint(
     """Write the training state to folder/step_N and remove all but the `keep` newest up to N.
 
     progress: JSON values; its "step", an int, is N. ema: the weights of a `grr.training.ema.EMA`, if there is one.
-    An optimizer that never took a step is saved, and left, without state. A kill at any moment leaves a whole
-    checkpoint, if there was one. All ranks must share the folder.
+    Of a model with adapters, the weights that are not trained are left out: they are those of the model that the run
+    began with. An optimizer that never took a step is saved, and left, without state. A kill at any moment leaves a
+    whole checkpoint, if there was one. All ranks must share the folder.
     Raises ValueError for a progress without a step and for keep < 1, OSError if a file cannot be written.
     """
     step = progress.get("step")
@@ -91,6 +95,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load model, optimizer and ema, plain or sharded over any number of ranks, bit for bit; returns the progress.
 
+    A model with adapters must hold the weights that the run began with.
     The optimizer's hyperparameters (lr, betas ...) become those of the checkpoint too. Gradients are dropped.
     Raises ValueError if a file is damaged, if a pickle asks for anything but metadata, if names, shapes, dtypes or
     parameter groups are not those of model and optimizer, or if only one of run and checkpoint has an EMA.
@@ -102,7 +107,8 @@ def load_checkpoint(
             f"load_checkpoint: {path} was made {'without' if mean else 'with'} an EMA of weights; resume "
             "with the run.ema_decay it was made with, or set a new run.folder"
         )
-    _refuse_other_names(path, saved, "model", "average.", mean.get("average", {}))
+    fixed = {f"average.{name}" for name, p in model.named_parameters() if not p.requires_grad}  # once in the mean
+    _refuse_other_names(path, _without(saved, fixed), "model", "average.", mean.get("average", {}))
     optimizer.zero_grad(set_to_none=True)  # with a gradient left, get_state_dict would not create the optimizer's state
     model_state, optimizer_state = get_state_dict(model, optimizer)
     groups: list[dict[str, Any]] = optimizer_state["param_groups"]  # type: ignore[assignment]
@@ -112,6 +118,7 @@ def load_checkpoint(
         for name, state in optimizer_state["state"].items()  # type: ignore[union-attr]
         if any(f"optimizer.state.{name}.{key}" in saved for key in state)  # type: ignore[union-attr]
     }
+    model_state = _held(saved, model, model_state)
     _refuse_other_names(path, saved, "model", "model.", model_state)
     state: dict[str, dict[str, Any]] = optimizer_state["state"]  # type: ignore[assignment]
     flat = {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
@@ -129,7 +136,7 @@ def load_checkpoint(
             f"load_checkpoint: {path} was made with other parameter groups; resume with the optimizer section "
             "that the checkpoint was made with, or set a new run.folder"
         )
-    set_model_state_dict(model, model_state)
+    set_model_state_dict(model, model_state, options=StateDictOptions(strict=not adapter_parameters(model)))
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=StateDictOptions(strict=False))
     return read_progress(path)
 
@@ -137,19 +144,38 @@ def load_checkpoint(
 def load_checkpoint_weights(path: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into a model, plain or sharded: its EMA, where it has one.
 
+    Into a model with adapters: what is trained, from a checkpoint with adapters, or all but adapters, from others.
     Raises ValueError as `load_checkpoint` does.
     """
     reader, saved = _open(path)
-    state = get_model_state_dict(model)
+    state = _held(saved, model, get_model_state_dict(model))
     _refuse_other_names(path, saved, "model", "model.", state)
     with checkpoint_errors():
         load({"model": state}, storage_reader=reader, planner=SafePlanner())
-    set_model_state_dict(model, state)
+    set_model_state_dict(model, state, options=StateDictOptions(strict=not adapter_parameters(model)))
     if _has_average(saved):
-        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        parameters = model.named_parameters()
+        weights = {name: parameter.detach() for name, parameter in parameters if f"average.{name}" in saved}
         _refuse_other_names(path, saved, "model", "average.", weights)
         with checkpoint_errors():
             load({"average": weights}, storage_reader=reader, planner=SafePlanner())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Returns the weights of a checkpoint, whole and on the CPU, by name: its EMA, where it has one.
+
+    Raises ValueError if a file is damaged.
+    """
+    reader, saved = _open(path)
+    prefixes = ("model.", "average.")  # the later one replaces the earlier one
+    found: dict[str, Tensor] = {}
+    for prefix in prefixes:
+        entries = {n: e for n, e in saved.items() if n.startswith(prefix) and isinstance(e, TensorStorageMetadata)}
+        part = {n.removeprefix(prefix): torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
+        with checkpoint_errors():
+            load({prefix.removesuffix("."): part}, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+        found |= part
+    return found
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -180,6 +206,18 @@ def _refuse_other_names(path: Path, saved: dict[str, Any], kind: str, prefix: st
         )
 
 
+def _held(saved: Mapping[str, Any], model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of a model's state dict that a checkpoint holds: one with adapters what is trained alone."""
+    adapters = adapter_parameters(model)
+    if any(f"model.{name}" in saved for name in adapters):
+        return trained_state(model, state)
+    return _without(state, adapters)
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
 def _refuse_other_groups(path: Path, saved: dict[str, Any], wanted: int) -> None:
     groups = sum(re.fullmatch(r"optimizer\.param_groups\.\d+\.params", key) is not None for key in saved)
     if groups != wanted:
@@ -206,6 +244,8 @@ def _training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     if fresh:
         optimizer.state.clear()
         optimizer_state["state"] = {}
+    if adapter_parameters(model):
+        model_state = trained_state(model, model_state)
     return {"model": model_state, "optimizer": optimizer_state}
 
 

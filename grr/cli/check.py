@@ -39,10 +39,10 @@ from grr.data.pairs import ImageFiles
 from grr.experiments import catalog
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
+from grr.models.tuning import check_adapter_dropout
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from grr.training.cost import RunPlan, run_cost
-from grr.training.optim import freeze
 from grr.training.schedule import warmup_cosine
 from grr.training.step import global_batch_step
 
@@ -373,11 +373,13 @@ def _build_steps(
         validation_steps(opened["validation"].pairs, tokenizer, **batches)
     if sections.get("loss") is global_batch_step:
         check_negatives(run["batch_size"], run["micro_batch_size"], cfg.loss["negatives"])
+    tuning = _section(cfg, "tuning")
+    check_adapter_dropout(tuning.get("lora", ()), tuning.get("dropout", 0.0), run["micro_batch_size"])
 
 
 def _build_model(cfg: config.Config, source: Pretrained | None) -> nn.Module:
     if source is None:
         return cfg.build("model")
     model = build_pretrained(source, dropout=cfg.model["dropout"])
-    freeze(model, cfg.run["freeze"])
+    cfg.build("tuning", model)
     return model

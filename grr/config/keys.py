@@ -34,6 +34,13 @@ MEANINGS = {
     "correct_cls_mask": "CLS reads no padding; the released weights were trained with it",
     "model.path": "a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name",
     "tokenizer.path": "T5's spiece.model, or another vocabulary; null: one is trained on the captions",
+    # tuning
+    "frozen": "parts of the model that keep their weights: vision_encoder, text_decoder ...",
+    "lora": "parts whose linear layers are trained by low-rank adapters, and whose weights are frozen",
+    "rank": "rank of the update of a matrix",
+    "alpha": "the update is multiplied by alpha / rank",
+    "tuning.dropout": "probability of dropout on the inputs of adapters",
+    "projections": "names of the linear layers that have adapters",
     # data
     "path": "the folder, or the file, of the data set",
     "split": "the part of the data: train, validation or test; null: all, where the data allow it",

@@ -14,6 +14,8 @@ class Need(NamedTuple):
 
 _SAMPLING = Need("generation.temperature", "is above 0", lambda temperature: temperature > 0)
 
+_ADAPTERS = Need("tuning.lora", "names a part", bool)
+
 NEEDS = {
     "run.patch_dropout_epochs": Need("model.patch_dropout", "is above 0", lambda p: p > 0),
     "model.logit_bias": Need("loss.contrastive", "is sigmoid", lambda loss: loss == "sigmoid"),
@@ -21,6 +23,11 @@ NEEDS = {
     "generation.length_penalty": Need("generation.num_beams", "is above 1", lambda num_beams: num_beams > 1),
     "loader.prefetch": Need("loader.workers", "is above 0", lambda workers: workers > 0),
     "control.factor": Need("control.regimes", "is above 1", lambda regimes: regimes > 1),
+    "run.merge_adapters": _ADAPTERS,
+    "tuning.rank": _ADAPTERS,
+    "tuning.alpha": _ADAPTERS,
+    "tuning.dropout": _ADAPTERS,
+    "tuning.projections": _ADAPTERS,
     "generation.seed": _SAMPLING,
     "generation.top_k": _SAMPLING,
     "generation.top_p": _SAMPLING,

@@ -24,9 +24,15 @@ ADDED = {  # options that older versions did not have, with the value that chang
     "augment.crop_area": 1.0,
     "augment.flip": 0.0,
     "augment.color_jitter": 0.0,
+    "tuning.lora": [],
+    "tuning.rank": 8,
+    "tuning.alpha": 16.0,
+    "tuning.dropout": 0.0,
+    "tuning.projections": ["qkv", "q", "kv", "out", "up", "down"],
 }
 
 RENAMED = {
+    "run.freeze": "tuning.frozen",
     "run.clip": "run.max_grad_norm",
     "run.average": "run.ema_decay",
     "run.interpolate": "run.wise_ft_alpha",

@@ -46,6 +46,14 @@ MOST_VALUES = 100  # of one argument, and characters of a name
 MOST_PER_BYTE = 2  # parameters: of 4 bits each
 
 
+class Base(NamedTuple):
+    """The model that adapters were trained on."""
+
+    source: "Pretrained"
+    digest: str  # `grr.inference.pretrained.weights_digest` of it
+    scale: float  # of the updates, alpha / rank
+
+
 class Pretrained(NamedTuple):
     """Description of a trained model on disk: the folder of its weights, and how to build it.
 
@@ -60,6 +68,7 @@ class Pretrained(NamedTuple):
     quantization: Scheme | None = None  # how its matrices are stored; None: as numbers
     head: str | None = None  # of a classifier, a name of grr.models.heads.HEADS; None: it is a whole CoCa
     open_clip: OpenClipWeights | None = None  # weights that are converted in memory; None: they are this library's
+    base: Base | None = None  # the model whose weights it changes by adapters; None: it has all of its weights
     repository: str | None = None  # hf-hub:owner/name@commit, if the folder was downloaded
 
     def __str__(self) -> str:
@@ -87,7 +96,13 @@ def describe(builder: str, arguments: dict[str, Any], crop: Crop, quantization: 
 
 
 def read_description(
-    path: Path, file: Path, description: Any, tokenizer: Path, open_clip: OpenClipWeights | None = None
+    path: Path,
+    file: Path,
+    description: Any,
+    tokenizer: Path,
+    *,
+    open_clip: OpenClipWeights | None = None,
+    base: Base | None = None,
 ) -> Pretrained:
     """Returns the description of the model in a folder, after all checks. file: what the description was read from.
 
@@ -120,7 +135,9 @@ def read_description(
         )
     if head is not None and not isinstance(head, str):
         raise ValueError(f"find_pretrained: {file}: head must be a name, got {head!r}; was it edited?")
-    source = Pretrained(path, builder, _renamed(builder, arguments), tokenizer, crop, quantization, head, open_clip)
+    source = Pretrained(
+        path, builder, _renamed(builder, arguments), tokenizer, crop, quantization, head, open_clip, base
+    )
     _check_arguments(file, source)
     _check_size(file, source)
     return source
@@ -184,13 +201,20 @@ def _check_size(file: Path, source: Pretrained) -> None:
         why = str(error).partition("\n")[0]
         raise ValueError(f"find_pretrained: {file} does not describe a model: {why}; was it edited?") from error
     parameters = sum(p.numel() for p in model.parameters())
-    own = [weights for pattern in ("model.safetensors", "*.distcp") for weights in source.path.glob(pattern)]
-    size = sum(weights.stat().st_size for weights in ([source.open_clip.file] if source.open_clip else own))
+    size = sum(
+        weights.stat().st_size for weights in _weight_files(source if source.base is None else source.base.source)
+    )
     if size and parameters > MOST_PER_BYTE * size:
         raise ValueError(
             f"find_pretrained: {file} describes a model of {parameters:,} parameters, more than the {size:,} bytes of "
             "weights beside it can hold; was it edited, or are the weights another model's?"
         )
+
+
+def _weight_files(source: Pretrained) -> list[Path]:
+    if source.open_clip is not None:
+        return [source.open_clip.file]
+    return [weights for pattern in ("model.safetensors", "*.distcp") for weights in source.path.glob(pattern)]
 
 
 def read_json(file: Path) -> Any:

@@ -2,24 +2,29 @@
 
 import hashlib
 import logging
+import math
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from grr.checkpoint.adapters import FILE as ADAPTERS
+from grr.checkpoint.adapters import apply_adapters, load_adapters
 from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.model_folder import fill_model, load_model_weights
 from grr.checkpoint.step_folders import latest_checkpoint
-from grr.checkpoint.training_state import load_checkpoint_weights
+from grr.checkpoint.training_state import load_checkpoint_weights, read_weights
+from grr.components import LoRALinear
 from grr.data.images import Crop
 from grr.files.digest import sha256
 from grr.inference.captioner import Captioner
+from grr.inference.description import Base, read_description, read_json
 from grr.inference.description import Pretrained as Pretrained
 from grr.inference.description import build_pretrained as build_pretrained
 from grr.inference.description import describe as describe
-from grr.inference.description import read_description, read_json
 from grr.inference.hub import is_hub_name, open_repository
 from grr.inference.open_clip import (
     CONFIGS,
@@ -131,18 +136,21 @@ def weights_digest(source: Pretrained) -> str:
         if source.open_clip is not None:
             weights = f"{sha256(source.open_clip.file)} {source.open_clip.mean} {source.open_clip.std}"
         else:
-            weights = sha256(source.path / ("manifest.json" if checkpoint else "model.safetensors"))
+            file = ADAPTERS if source.base else "model.safetensors"
+            weights = sha256(source.path / ("manifest.json" if checkpoint else file))
+        if source.base is not None:
+            weights += source.base.digest
         return hashlib.sha256(repr((source.builder, sorted(source.arguments.items()), weights)).encode()).hexdigest()
 
     return on_rank_0(digest)
 
 
-def find_pretrained(path: str | Path) -> Pretrained:
+def find_pretrained(path: str | Path, *, adapted: bool = True) -> Pretrained:
     """Read the description of a model: from a model's folder, a checkpoint, a run's folder, or the hub (see `load`).
 
     Of a run's folder, it is the finished model, or else the newest whole checkpoint. Of the hub, everything that the
-    model needs is downloaded and verified.
-
+    model needs is downloaded and verified. Where adapters are kept beside another model, the description of that one is
+    read as well; adapted: whether such a folder is allowed.
     Raises FileNotFoundError if there is no model, ValueError if path is not a folder's, or if the description is
     damaged, of a newer version, of another rotary pairing, names an unknown builder or has arguments that no model has,
     or if its model has more parameters than the weights beside it can hold. Nothing of that size is allocated before.
@@ -163,28 +171,31 @@ def find_pretrained(path: str | Path) -> Pretrained:
     if (published := open_clip_files(path)) is not None:
         return _published(path, published)
     if (path / "config.json").is_file():
-        return read_description(path, path / "config.json", read_json(path / "config.json"), path / "tokenizer.model")
+        file = path / "config.json"
+        return _described(path, file, read_json(file), path / "tokenizer.model", adapted=adapted)
     if (path / "progress.json").is_file():
         run = path.resolve().parent.parent  # runs/mine/checkpoints/step_100
         progress = read_json(path / "progress.json")
         described = progress.get("model") if isinstance(progress, dict) else None
-        return read_description(path, path / "progress.json", described, run / "tokenizer.model")
+        return _described(path, path / "progress.json", described, run / "tokenizer.model", adapted=adapted)
     if (path / "model" / "config.json").is_file():
-        return find_pretrained(path / "model")
+        return find_pretrained(path / "model", adapted=adapted)
     checkpoint = latest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError(
             f"find_pretrained: {path} holds no model; give the folder of a run that was trained, its model/, or one of "
             "its checkpoints/step_N"
         )
-    return find_pretrained(checkpoint)
+    return find_pretrained(checkpoint, adapted=adapted)
 
 
 def load_weights(source: Pretrained, model: nn.Module) -> None:
     """Load the weights of a description into a model, plain or sharded. Called by all ranks alike.
 
+    Adapters that were kept beside a model are added to its weights; adapters that the model here has are set to 0.
     Raises ValueError if they are quantized, because such a model cannot be trained (open it with `load_pretrained`); if
-    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; and if one is not finite.
+    they are a classifier's, which has only some parts of a CoCa, and the model is a CoCa; if one is not finite; and if
+    the model that adapters were trained on has changed.
     """
     if source.head is not None and isinstance(model, CoCa):
         raise ValueError(
@@ -196,7 +207,9 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
             f"load_weights: {source} is quantised, by {source.quantization}, and cannot be trained "
             "on; give the model it was made from"
         )
-    if source.open_clip is not None:
+    if source.base is not None:
+        _load_adapted(source, source.base, model)
+    elif source.open_clip is not None:
         with torch.device("meta"):
             empty = build_pretrained(source)
         fill_model(model, partial(source.open_clip.state_for, empty))
@@ -204,7 +217,23 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
         load_checkpoint_weights(source.path, model)
     else:
         load_model_weights(source.path, model)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):  # so that the model computes what the weights say
+            nn.init.zeros_(layer.lora_b)
     check_finite_weights("load_weights", model.state_dict(), str(source))
+
+
+def _load_adapted(source: Pretrained, base: Base, model: nn.Module) -> None:
+    """Load the weights of the base, once it was found to be the same, and add what was trained on it."""
+    if (digest := weights_digest(base.source)) != base.digest:
+        raise ValueError(
+            f"load_weights: the adapters in {source} were trained on other weights than those in {base.source}, got "
+            f"sha256 {digest[:12]} for {base.digest[:12]}; put the base there again"
+        )
+    load_weights(base.source, model)
+    checkpoint = (source.path / "progress.json").is_file()
+    tensors = read_weights(source.path) if checkpoint else load_adapters(source.path)
+    apply_adapters(model, tensors, scale=base.scale, where=str(source))
 
 
 def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
@@ -213,6 +242,53 @@ def tell_of_other_crop(source: Pretrained, crop: Crop) -> None:
         logger.info(
             "%s was trained with another crop of its images; set loader.crop=%s to keep it", source, source.crop
         )
+
+
+def describe_adapters(description: dict[str, Any], source: Pretrained, *, rank: int, alpha: float) -> dict[str, Any]:
+    """Returns the description of a model whose weights are those of `source` and adapters, saved apart from them.
+
+    Called by all ranks alike. Raises ValueError if `source` has its own weights apart from its adapters as well.
+    """
+    if source.base is not None:
+        raise ValueError(
+            f"describe_adapters: adapters must be trained on a model with all of its weights, got {source.path}, which "
+            f"has adapters beside {source.base.source.path}; train on the model/ of a run with run.merge_adapters=true"
+        )
+    base = {
+        "base": source.repository or str(source.path.absolute()),
+        "digest": weights_digest(source),
+        "rank": rank,
+        "alpha": alpha,
+    }
+    return description | {"adapter": base}
+
+
+def _base(file: Path, adapter: Any) -> Base | None:
+    """Returns the model that adapters belong to, from a description; None for a model without adapters beside it."""
+    if adapter is None:
+        return None
+    try:
+        path, digest, rank, alpha = adapter["base"], adapter["digest"], adapter["rank"], adapter["alpha"]
+        scale = float(alpha) / int(rank)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"find_pretrained: {file} does not describe adapters ({error!r}); was it edited?") from error
+    if not isinstance(path, str) or not isinstance(digest, str) or not math.isfinite(scale):
+        raise ValueError(f"find_pretrained: {file} does not describe adapters, got {str(adapter)[:80]}; was it edited?")
+    try:
+        return Base(find_pretrained(path, adapted=False), digest, scale)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"find_pretrained: {file} holds adapters of the model {path}, which cannot be opened: {error}; put it "
+            f"there, or write its folder as adapter.base into {file.name}"
+        ) from error
+
+
+def _described(path: Path, file: Path, description: Any, tokenizer: Path, *, adapted: bool) -> Pretrained:
+    """Returns the description of the model in a folder, and of the one that its adapters belong to."""
+    adapter = description.get("adapter") if isinstance(description, dict) else None
+    if adapter is not None and not adapted:
+        raise ValueError(f"find_pretrained: {file} describes adapters, not a model with all of its weights")
+    return read_description(path, file, description, tokenizer, base=_base(file, adapter))
 
 
 def _from_hub(name: str) -> Pretrained:
@@ -244,7 +320,7 @@ def _from_hub(name: str) -> Pretrained:
 def _published(path: Path, files: OpenClipFiles) -> Pretrained:
     """Returns the description of a model in one of open_clip's layouts."""
     description = describe(files.builder, files.arguments, files.crop)
-    source = read_description(path, files.source, description, clip_merges(path), files.weights)
+    source = read_description(path, files.source, description, clip_merges(path), open_clip=files.weights)
     tokenizer = load_tokenizer(source.tokenizer, context_length=files.arguments["context_length"])
     if tokenizer.vocab_size != files.arguments["vocab_size"]:
         raise ValueError(

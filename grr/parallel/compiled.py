@@ -58,7 +58,8 @@ def _parts(module: nn.Module, whole: tuple[type, ...]) -> Iterator[nn.Module]:
 
 
 def _in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(forward, dynamic=False)
+    # so that both passes of a step draw alike from torch's generator: dropout of adapters and of a user's modules
+    compiled = torch.compile(forward, dynamic=False, options={"fallback_random": True})
 
     @functools.wraps(forward)
     def in_training(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

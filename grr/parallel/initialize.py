@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from grr.parallel.shard import shard_as
 from grr.seeds import derive_seed
 
 
@@ -47,7 +47,4 @@ def _draw(module: nn.Module, seed: int) -> None:
         module.reset_parameters()  # type: ignore[operator]
     module._parameters.update(own)
     for key, parameter in own.items():
-        value = whole[key].to(parameter.device)
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        parameter.copy_(shard_as(whole[key], parameter))

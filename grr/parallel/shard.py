@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grr.components import Block
 from grr.parallel.bf16 import InBFloat16, held_in_bf16
@@ -97,6 +97,14 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 def local(x: Tensor) -> Tensor:
     """Returns this process's shard of a sharded tensor, and a plain tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def shard_as(value: Tensor, parameter: Tensor) -> Tensor:
+    """Returns a whole tensor, equal in all processes, on the device, in the dtype and sharded as a parameter."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
 
 
 def _reshard(parts: list[FSDPModule]) -> None:

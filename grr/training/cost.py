@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grr.components import adapter_parameters
 from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
@@ -27,7 +28,6 @@ from grr.training.step import global_batch_step
 SLOW_STEP = 4.0  # seconds; a slower step is not followed by one of twice as many pairs
 MAX_FIRST_STEP = 20.0  # seconds; a first step that is expected to take longer is not measured
 NUM_IMAGES = 4096  # of the data set that the measured steps draw from
-STATE = 12  # bytes per weight in a float32 checkpoint: the weight and two optimizer states
 
 
 @dataclass
@@ -90,7 +90,8 @@ def run_cost(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state, free = 4 * n + 12 * trained, free_memory()
     states = f"weights, gradients and optimizer state take {_gb(state)}"
-    yield _disk(run, n)
+    kept = trained if adapter_parameters(model) else n  # weights in a checkpoint
+    yield _disk(run, n, 4 * kept + 8 * trained)
     if state > free / 2:
         yield Finding("time", f"not measured: {states}, and {_gb(free)} are free on this machine")
         return
@@ -196,12 +197,15 @@ def _memory(run: RunPlan, state: int, measured: StepCost, free: int) -> Finding:
     return Finding("memory", message + ("; lower run.micro_batch_size" if wrong else ""), wrong=wrong)
 
 
-def _disk(run: RunPlan, n: int) -> Finding:
-    """Returns the disk space of the checkpoints, of two more while they are written, and of the final model."""
-    most = 2 * (run.keep + 1) * STATE * n + 4 * n
+def _disk(run: RunPlan, n: int, checkpoint: int) -> Finding:
+    """Returns the disk space of the checkpoints, of two more while they are written, and of the final model.
+
+    n: parameters, checkpoint: bytes of one.
+    """
+    most = 2 * (run.keep + 1) * checkpoint + 4 * n
     there = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    message = f"at most {_gb(most)} for the model and checkpoints of {_gb(STATE * n)}; {_gb(free)} are free"
+    message = f"at most {_gb(most)} for the model and checkpoints of {_gb(checkpoint)}; {_gb(free)} are free"
     wrong = most > free
     return Finding("disk", message + ("; lower saving.keep, or move run.folder" if wrong else ""), wrong=wrong)
 

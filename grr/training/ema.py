@@ -21,9 +21,10 @@ class EMA:
         with ema.applied():             # validate and save the model with the mean
             ...
 
-    The mean starts at the weights that the model has at construction. `weights` holds it by parameter name, sharded as
-    the parameters are, for `save_checkpoint` and `load_checkpoint`. With decay=0, `weights` is empty, and `update` and
-    `applied` change nothing. Source: Polyak and Juditsky 1992, with exponential weights.
+    The mean starts at the weights that the model has at construction; those that are not trained are left out.
+    `weights` holds it by parameter name, sharded as the parameters are, for `save_checkpoint` and `load_checkpoint`.
+    With decay=0, `weights` is empty, and `update` and `applied` change nothing. Source: Polyak and Juditsky 1992, with
+    exponential weights.
     Raises ValueError unless decay is in [0, 1).
     """
 
@@ -31,7 +32,8 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay must be at least 0 and below 1, got {decay=}")
         self._model, self.decay = model, decay
-        self.weights = weights_of(model) if decay else {}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {n: w.clone() for n, w in _shards(model).items() if n in trained} if decay else {}
 
     @torch.no_grad()
     def update(self) -> None:

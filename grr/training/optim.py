@@ -1,8 +1,7 @@
-"""The optimizer, its parameter groups, and freezing of parts of a model."""
+"""The optimizer and its parameter groups."""
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,22 +52,6 @@ def adamw(
     optimizer = torch.optim.AdamW(params, betas=betas, eps=eps, fused=True)
     set_lr(optimizer, lr)
     return optimizer
-
-
-def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freeze the parameters of some children of the model, given by name; call it before `adamw`.
-
-    Raises ValueError for an unknown name, or if no parameter remains to be trained.
-    """
-    children = dict(model.named_children())
-    if unknown := [part for part in parts if part not in children]:
-        raise ValueError(
-            f"freeze: the model does not have the part {', '.join(unknown)}; its parts are {', '.join(children)}"
-        )
-    for part in parts:
-        children[part].requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"freeze: no parameter remains to be trained when {', '.join(parts)} are frozen; remove one")
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from grr.components import (
     FeedForward,
     LayerNorm,
     LearnedPositions,
+    LoRALinear,
     MixedRotaryEmbedding,
     PatchDropout,
     PatchEmbedding,
@@ -55,6 +56,12 @@ def a_cross_attention_pooler() -> CrossAttentionPooler:
     return CrossAttentionPooler(8, 4, norm=LayerNorm(8), attention=attention)
 
 
+def a_trained_adapter() -> LoRALinear:
+    layer = LoRALinear(16, 24, rank=3, alpha=6)
+    nn.init.normal_(layer.lora_b)  # 0 until the first step
+    return layer
+
+
 def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(1, 2)  # [b, 2, 8, 8]
 
@@ -77,6 +84,7 @@ PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "AttentionPooler": (lambda: AttentionPooler(16, 4, 2), lambda m, x: m(x)),
     "CrossAttentionPooler": (a_cross_attention_pooler, lambda m, x: m(x)),
     "Dropout": (lambda: Dropout(0.5).eval(), lambda m, x: m(x)),
+    "LoRALinear": (a_trained_adapter, lambda m, x: m(x)),
     "ClassToken": (lambda: ClassToken(16), lambda m, x: m(x)),
     "Block": (a_block, lambda m, x: m(x, positions=GRID, context=x.flip(1))),
 }

@@ -62,7 +62,7 @@ FROZEN = (
     "run.wise_ft_alpha=1",
     "optimizer.lr=1e-3",
     "schedule.min_lr=1e-4",
-    "run.freeze=[vision_encoder,generative_pooler]",
+    "tuning.frozen=[vision_encoder,generative_pooler]",
 )
 KILLER = Path(__file__).with_name("killed_worker.py")
 

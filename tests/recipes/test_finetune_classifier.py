@@ -205,7 +205,7 @@ def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weigh
         "validation.scenes=40",
         "data.held_out=16",
         "validation.held_out=16",
-        "run.freeze=[vision_encoder]",
+        "tuning.frozen=[vision_encoder]",
     ]
     for processes, size in ((1, 8), (2, 2)):
         words = [*small, f"run.micro_batch_size={size}"]

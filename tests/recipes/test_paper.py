@@ -82,8 +82,9 @@ PRETRAIN = {
 }
 FINETUNE = {
     **SHARED,
-    "run": {**SHARED["run"], "epochs": None, "freeze": [], "ema_decay": 0.0, "wise_ft_alpha": 1.0},
+    "run": {**SHARED["run"], "epochs": None, "ema_decay": 0.0, "wise_ft_alpha": 1.0},
     "model": {"dropout": 0.1},
+    "tuning": {"frozen": (), "lora": ()},
     "loss": {"contrastive_weight": 1.0, "captioning_weight": 2.0, "contrastive": "softmax", "negatives": "global"},
     "optimizer": {"lr": 1e-5, **ADAMW},
     "schedule": {"warmup_steps": 0, "min_lr": 1e-7, "cycle_epochs": 1.0},

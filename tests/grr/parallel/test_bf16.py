@@ -14,12 +14,13 @@ from grr.data import Batch
 from grr.data.collate import collate_captions
 from grr.models.builders import grr_coca_tiny
 from grr.models.head import token_losses
+from grr.models.tuning import freeze
 from grr.parallel.bf16 import InBFloat16, held_in_bf16, recomputing
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
 from grr.parallel.shard import shard_over, unsharded
 from grr.training.ema import EMA
-from grr.training.optim import adamw, freeze
+from grr.training.optim import adamw
 from grr.training.step import global_batch_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -383,7 +384,7 @@ def test_autograd_grad_returns_gradients_and_leaves_grad_alone():
 
 def test_no_gradient_of_a_frozen_weight_is_computed():
     model, frozen = built(alone), built(alone)
-    freeze(frozen, ["vision_encoder", "text_decoder"])
+    freeze(frozen, frozen=("vision_encoder", "text_decoder"))
     counts = []
     for m in (model, frozen):
         with Operations() as operations:

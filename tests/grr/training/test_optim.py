@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grr.models.builders import grr_coca_tiny
-from grr.training.optim import adamw, freeze
+from grr.models.tuning import freeze
+from grr.training.optim import adamw
 from grr.training.schedule import set_lr
 
 
@@ -79,7 +80,7 @@ def test_a_step_moves_each_layer_by_its_rate():
 
 def test_frozen_parameters_are_not_optimized():
     model = grr_coca_tiny()
-    freeze(model, ["vision_encoder", "generative_pooler"])
+    freeze(model, frozen=("vision_encoder", "generative_pooler"))
     trained = scales(model)
     assert {name.split(".")[0] for name in trained} == {"contrastive_pooler", "text_decoder", "multimodal_decoder"}
     assert not any(p.requires_grad for p in model.vision_encoder.parameters())
@@ -89,12 +90,12 @@ def test_freeze_names_unknown_parts_and_a_model_without_trainable_parameters():
     with pytest.raises(
         ValueError, match=r"freeze: the model does not have the part vision, tex; its parts are vision_encoder, .*"
     ):
-        freeze(grr_coca_tiny(), ["vision", "text_decoder", "tex"])
+        freeze(grr_coca_tiny(), frozen=("vision", "text_decoder", "tex"))
     parts = ["vision_encoder", "generative_pooler", "contrastive_pooler", "text_decoder", "multimodal_decoder"]
     with pytest.raises(
         ValueError, match=r"freeze: no parameter remains to be trained when vision_encoder, .*; remove one"
     ):
-        freeze(grr_coca_tiny(), parts)
+        freeze(grr_coca_tiny(), frozen=parts)
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, 1.5, float("nan")])
