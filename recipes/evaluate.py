@@ -1,4 +1,4 @@
-"""Evaluate a trained model: losses, retrieval, captions, classification and composition.
+"""Evaluate a trained model: losses, retrieval, captions, classes, composition.
 
     python recipes/evaluate.py --config recipes/configs/evaluate/openmoji.yaml model.path=runs/openmoji
     torchrun --nproc_per_node 4 recipes/evaluate.py --config recipes/configs/evaluate/coco.yaml
@@ -51,9 +51,7 @@ PROBES: tuple[Task, ...] = (
 class Run:
     """Options of the recipe."""
 
-    folder: str | None = (
-        None  # where results are written; null: that of the run that trained the model, or evaluations/
-    )
+    folder: str | None = None  # where results are written; null: that of the model's run, or evaluations/
     tasks: list[Task] = field(default_factory=lambda: ["losses", "retrieval", "captions"])
     images: int | None = None  # use the first so many, with their captions; null: all
     bf16: bool = False  # compute in bfloat16

@@ -86,6 +86,24 @@ def shrink_file(source: str | Path | bytes | BinaryIO, *, size: int, quality: in
     return _decode(source, size, convert)
 
 
+def cut_file(source: str | Path | bytes | BinaryIO, box: tuple[int, int, int, int]) -> bytes:
+    """Decode an image as `load_image` does and encode a part of it as a PNG file; box: its left, top, right and bottom.
+
+    What goes beyond the image is left out. Raises as `load_image` does, and BadImage if nothing is left.
+    """
+
+    def convert(image: Image.Image) -> bytes:
+        rgb = to_rgb(_apply_orientation(image))
+        left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(rgb.width, box[2]), min(rgb.height, box[3])
+        if left >= right or top >= bottom:
+            raise BadImage(f"the box {box} shows nothing of {rgb.width} x {rgb.height} pixels")
+        file = io.BytesIO()
+        rgb.crop((left, top, right, bottom)).save(file, "PNG")
+        return file.getvalue()
+
+    return _decode(source, MAX_PIXELS, convert)  # at full scale
+
+
 def _decode(source: str | Path | bytes | BinaryIO, size: int, convert: Callable[[Image.Image], T]) -> T:
     if isinstance(source, str | Path):
         source = _read(source)

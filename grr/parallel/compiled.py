@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grr.components import Block
+from grr.components import Block, LoRALinear
 from grr.models.coca import CoCa, MultimodalDecoder, TextDecoder, VisionTransformer
 from grr.models.head import cross_entropies, token_losses
 
@@ -29,10 +29,13 @@ def compile_parts(model: nn.Module, *, whole_towers: bool) -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     # `_takes` in grr.models.coca is cached, and a function of its arguments alone
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`-wrapped function")
+    # both passes of a step must draw the dropout of adapters alike, from torch's generator
+    draws = any(isinstance(module, LoRALinear) and module.dropout.p > 0 for module in model.modules())
+    options: dict[str, Any] = {"options": {"fallback_random": True}} if draws else {}
     compiled: dict[type, Callable[..., Any]] = {}
     for part in _parts(model, TOWERS if whole_towers else ()):
         if type(part) not in compiled:
-            compiled[type(part)] = _in_training(type(part).forward)
+            compiled[type(part)] = _in_training(type(part).forward, options)
         part.forward = MethodType(compiled[type(part)], part)  # a method, which a deep copy binds anew
     if isinstance(model, CoCa):
         model.token_losses = functools.partial(token_losses, losses=torch.compile(cross_entropies))
@@ -57,9 +60,8 @@ def _parts(module: nn.Module, whole: tuple[type, ...]) -> Iterator[nn.Module]:
             yield from _parts(child, whole)
 
 
-def _in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # so that both passes of a step draw alike from torch's generator: dropout of adapters and of a user's modules
-    compiled = torch.compile(forward, dynamic=False, options={"fallback_random": True})
+def _in_training(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    compiled = torch.compile(forward, dynamic=False, **options)
 
     @functools.wraps(forward)
     def in_training(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,6 @@ SugarCrepe, ARO and Winoground, each in the layout in which it is distributed.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from grr.data.formats.annotations import MAX_BYTES, check_images_exist, value_of
 from grr.data.formats.rows import read_lines, read_objects
-from grr.data.images import THUMBNAIL, BadImage, Crop
+from grr.data.images import THUMBNAIL, Crop, cut_file
 from grr.data.pairs import ImageFiles, Ints, Pairs, Texts
 from grr.data.records import Records, record_captions
 from grr.files.regular import read_regular_file
@@ -149,15 +147,7 @@ class Parts(ImageFiles):
     def content(self, i: int) -> bytes:
         """Returns the bytes of an image file: of a part, a PNG. Raises OSError, and BadImage for a part."""
         content, box = super().content(i), self.boxes[self.image_of[i]]
-        if box is None:
-            return content
-        file = io.BytesIO()
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                image.convert("RGB").crop(box).save(file, "PNG")
-        except Exception as error:  # Pillow's plugins raise errors of many types for damaged files
-            raise BadImage(f"not a readable image: {type(error).__name__}: {error}") from error
-        return file.getvalue()
+        return content if box is None else cut_file(content, box)
 
 
 def _entries(who: str, file: Path) -> Iterable[tuple[object, dict[str, Any]]]:

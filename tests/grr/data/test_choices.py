@@ -10,6 +10,7 @@ from PIL import Image
 from grr.data.formats.choices import Choices, aro, sugarcrepe, winoground
 from grr.data.formats.openmoji import openmoji
 from grr.data.formats.openmoji_tasks import openmoji_choices
+from grr.data.images import BadImage
 
 
 def picture(file: Path, color: tuple[int, int, int] = (9, 9, 9), size: tuple[int, int] = (8, 8)) -> None:
@@ -80,6 +81,12 @@ def test_aro_shows_the_box_of_an_image_and_encodes_each_box_once(tmp_path):
     assert means[:2] == [[200, 0, 0], [0, 0, 200]]
     assert means[2] == pytest.approx([100, 0, 100], abs=10)
     assert choices.thumbnail(4).shape == (3, 10, 20)
+    beyond, nothing = {**entry, "bbox_x": 10, "bbox_w": 99}, {**entry, "bbox_x": 20}
+    file.write_text(json.dumps([beyond, nothing]))
+    choices = aro(path=str(file), images=str(tmp_path / "images"))
+    assert choices.load(0, size=6, crop="squash").float().mean((1, 2)).tolist() == [0, 0, 200]
+    with pytest.raises(BadImage, match="shows nothing of 20 x 10 pixels"):
+        choices.load(2, size=6, crop="squash")
 
 
 def test_winoground_compares_two_images_with_two_captions(tmp_path):
