@@ -22,7 +22,7 @@ from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
 from grr.data import CHOICES, DATASETS, LABELLED, Choices, Labelled, check_classes
 from grr.evaluation.captions import treebank
-from grr.evaluation.composition import check_spatial, choice_accuracy, relation_accuracy
+from grr.evaluation.composition import check_spatial, choice_accuracy, count_ties, relation_accuracy
 from grr.evaluation.evaluate import caption_scores, losses, recalls
 from grr.evaluation.examples import examples
 from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, features
@@ -105,6 +105,11 @@ def main() -> None:
                 check_spatial(pairs.captions)
             outputs = compute_outputs(model, pairs, tokenizer, device, **options, **images)
         if choices is not None:
+            if (ties := count_ties(choices, tokenizer)) and dist.get_rank() == 0:
+                logging.warning(
+                    f"choices: in {ties:,} of {len(set(choices.questions.tolist())):,} questions both captions are the "
+                    f"same {tokenizer.context_length} tokens, which counts as a wrong answer"
+                )
             compared = compute_outputs(model, choices, tokenizer, device, images=run.images, **images)
         if labelled is not None:
             patches = "attentive_probe" in run.tasks
@@ -150,6 +155,8 @@ def main() -> None:
 
 def validate_config(cfg: config.Config) -> None:
     """Check that each task has its section of data (ValueError otherwise) and its packages (ImportError)."""
+    if cfg.run["images"] is not None and cfg.run["images"] < 1:
+        raise ValueError(f"evaluate: run.images must be at least 1, or null for all, got {cfg.run['images']}")
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES, "choices": ("choices",)}
     for section, wanted in needs.items():
         for task in cfg.run["tasks"]:

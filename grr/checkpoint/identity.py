@@ -102,9 +102,9 @@ def check_identity(
     saved = {key: wanted[key] for key in OF_TRAINED_VOCABULARY if key in wanted} | current_keys(saved, wanted)
     saved = {"order": FIRST_ORDER} | saved if "order" in wanted else saved
     known = saved.keys() | wanted.keys()
-    wrong = [key for key in accepted if key not in known or not _acceptable(key)]
+    wrong = [key for key in accepted if key not in known or not _acceptable(key, wanted)]
     if wrong:
-        names = ", ".join(sorted(filter(_acceptable, known)))
+        names = ", ".join(sorted(key for key in known if _acceptable(key, wanted)))
         raise ValueError(f"check_identity: saving.accept_changes can name {names}, got {', '.join(wrong)}")
     changes = {
         key: [saved.get(key, "not recorded"), wanted.get(key, "not there")]
@@ -119,7 +119,7 @@ def check_identity(
         if len(lines) > SHOWN:  # the folder of another recipe differs in nearly all keys
             lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} other keys differ"]
         remedy = "Set run.folder to a new folder, or go back to the config.yaml in that folder"
-        if all(map(_acceptable, refused)):
+        if all(_acceptable(key, wanted) for key in refused):
             names = ", ".join(refused)
             remedy += f", or change the run on purpose with 'saving.accept_changes=[{names}]', which its log records"
         raise ValueError(
@@ -128,6 +128,8 @@ def check_identity(
     return changes
 
 
-def _acceptable(key: str) -> bool:
-    """Whether a run can go on with another value: not with another model."""
+def _acceptable(key: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether a run can go on with another value: not with another model, nor with another base of its adapters."""
+    if key == "start" and wanted.get("tuning.lora"):
+        return False
     return not key.startswith(("model.", "head.", "tokenizer.", "tuning.")) or key in OF_TRAINING

@@ -60,6 +60,7 @@ def save_model_state(
             save_file(_unshared(state), aside / weights, metadata={"format": "pt"})
         fsync(aside / weights)
         write_atomic(aside / "config.json", json.dumps(config, indent=2))
+        shutil.copymode(aside / "config.json", aside / weights)  # safetensors makes files that others cannot read
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, aside / "tokenizer.model")
             fsync(aside / "tokenizer.model")

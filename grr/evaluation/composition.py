@@ -7,6 +7,7 @@ from typing import Any
 
 from grr.data.formats.choices import Choices
 from grr.evaluation.outputs import ModelOutputs
+from grr.tokenizers import Tokenizer
 
 WHERE = re.compile(r"\babove\b|\bto the left of\b|\bat the (?:top|bottom) (?:left|right)\b")
 Judged = tuple[float, bool]  # score of a pair, and whether its caption is right
@@ -70,6 +71,19 @@ def choice_accuracy(outputs: ModelOutputs, choices: Choices) -> dict[str, Any]:
         "left_out": len(pairs_of) - len(whole),
         "kinds": {kind: _means(some) for kind, some in by_kind.items()},
     }
+
+
+def count_ties(choices: Choices, tokenizer: Tokenizer) -> int:
+    """Returns the number of questions in which a right and a wrong caption of an image are the same tokens.
+
+    They differ beyond the context, or in what the tokenizer does not keep; every score is a tie, and the answer wrong.
+    """
+    rights: defaultdict[tuple[int, int], set[tuple[int, ...]]] = defaultdict(set)
+    wrongs: defaultdict[tuple[int, int], set[tuple[int, ...]]] = defaultdict(set)
+    keys = zip(choices.questions.tolist(), choices.image_of.tolist(), strict=True)
+    for key, caption, right in zip(keys, choices.captions, choices.right, strict=True):
+        (rights if right else wrongs)[key].add(tuple(tokenizer.encode(caption)))
+    return len({question for question, image in rights if rights[question, image] & wrongs[question, image]})
 
 
 def _answers(name: str, pairs: Sequence[int], scores: Sequence[float], choices: Choices) -> dict[str, bool]:

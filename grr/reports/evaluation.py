@@ -137,7 +137,7 @@ def _choices(found: dict[str, Any]) -> Part:
     kinds = found["kinds"] if 1 < len(found["kinds"]) <= KINDS else {}
     for label, one in [*kinds.items(), ("all", found)]:
         table.append([label, f"{one['questions']:,}", *(percent(one[name]) for name in names)])
-    left_out = f"; {found['left_out']:,} questions were left out" if found["left_out"] else ""
+    left_out = f"; questions left out: {found['left_out']:,}, see evaluation.json" if found["left_out"] else ""
     note = "an image must score higher with its right caption than with a wrong one, by cosine and by likelihood"
     return Part("Choices", table, note + left_out)
 

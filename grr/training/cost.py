@@ -84,7 +84,7 @@ def run_cost(
         with torch.device("meta"):
             model = build()
     except (RuntimeError, ValueError, TypeError) as error:
-        yield Finding("time", f"not measured: the model cannot be built ({' '.join(str(error).split())})")
+        yield Finding("model", f"it cannot be built: {' '.join(str(error).split())}", wrong=True)
         return
     n = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

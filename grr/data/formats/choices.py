@@ -102,7 +102,10 @@ def aro(*, path: str, images: str) -> Choices:
                 value_of(entry, name, (str,), where) for name in ("image_path", "true_caption", "false_caption")
             )
             left, top, width, height = (value_of(entry, f"bbox_{name}", (int,), where) for name in "xywh")
-            kind = entry.get("relation_name") or ", ".join(map(str, entry.get("attributes", ())))
+            if "attributes" in entry:
+                kind = ", ".join(map(str, value_of(entry, "attributes", (list,), where)))
+            else:
+                kind = value_of(entry, "relation_name", (str,), where)
             box = left, top, left + width, top + height
             yield Choice(number, kind, image, right, True, box)
             yield Choice(number, kind, image, wrong, False, box)
@@ -125,6 +128,8 @@ def winoground(*, path: str) -> Choices:
             where = f"winoground: {file} line {line}"
             pictures = [value_of(entry, f"image_{i}", (str,), where) for i in (0, 1)]
             captions = [value_of(entry, f"caption_{i}", (str,), where) for i in (0, 1)]
+            if pictures[0] == pictures[1] or captions[0] == captions[1]:
+                raise ValueError(f"{where} must have two images and two captions, got one twice; correct the line")
             for i, picture in enumerate(pictures):
                 name = picture if Path(picture).suffix else f"{picture}.png"
                 for j, caption in enumerate(captions):

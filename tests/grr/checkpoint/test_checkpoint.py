@@ -491,7 +491,12 @@ def test_tied_and_strided_weights_are_saved_apart(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False), nn.Linear(2, 3))
     model[1].weight = model[0].weight
     model[2].weight = nn.Parameter(torch.arange(6.0).view(2, 3).T)
-    save_model(tmp_path / "model", model, {}, None)
+    mask = os.umask(0o027)
+    try:
+        save_model(tmp_path / "model", model, {}, None)
+    finally:
+        os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()} == {0o640}  # as others may read
     other = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False), nn.Linear(2, 3))
     load_model_weights(tmp_path / "model", other)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())

@@ -42,6 +42,21 @@ def test_what_no_run_can_accept_is_not_taken_in_silence(name):
         check_identity(Path("run"), saved, saved, accepted=[name])
 
 
+def test_adapters_do_not_continue_on_another_base():
+    """Their best weights so far were chosen by losses on the first one."""
+    for lora, accepts in ((["text_decoder"], False), ([], True)):
+        saved = {"start": "a", "tuning.lora": lora}
+        wanted = {"start": "b", "tuning.lora": lora}
+        with pytest.raises(ValueError, match="start is a in the checkpoint and b in") as refused:
+            check_identity(Path("run"), saved, wanted)
+        assert ("saving.accept_changes=[start]" in str(refused.value)) == accepts
+        if accepts:
+            assert check_identity(Path("run"), saved, wanted, accepted=["start"]) == {"start": ["a", "b"]}
+        else:
+            with pytest.raises(ValueError, match=r"saving.accept_changes can name"):
+                check_identity(Path("run"), saved, wanted, accepted=["start"])
+
+
 def sections(recipe: str) -> dict[str, set[str]]:
     """The keys of every section that a recipe's config may hold."""
     sys.path.insert(0, str(RECIPES))

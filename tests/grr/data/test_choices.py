@@ -131,6 +131,32 @@ def test_what_cannot_be_read_names_the_file_and_the_remedy(tmp_path):
         aro(path=str(tmp_path / "none.json"), images=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"relation_name": 5}, r"\[0\] must have relation_name, a string, got '5'"),
+        ({"relation_name": ["a"]}, r"\[0\] must have relation_name, a string"),
+        ({"attributes": None}, r"\[0\] must have attributes, a list, got 'None'"),
+        ({"bbox_w": "9"}, r"\[0\] must have bbox_w, a whole number"),
+    ],
+)
+def test_an_entry_of_aro_with_another_content_is_named(tmp_path, change, says):
+    entry = {"image_path": "1.png", "true_caption": "a b", "false_caption": "b a", "relation_name": "on"}
+    entry |= {f"bbox_{name}": 4 for name in "xywh"} | change
+    file = tmp_path / "visual_genome_relation.json"
+    file.write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match=rf"aro: \S+ {says}"):
+        aro(path=str(file), images=str(tmp_path))
+
+
+def test_an_example_of_winoground_has_two_images_and_two_captions(tmp_path):
+    good = {"image_0": "a", "image_1": "b", "caption_0": "x y", "caption_1": "y x"}
+    for bad in ({"image_1": "a"}, {"caption_1": "x y"}):
+        (tmp_path / "examples.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
+        with pytest.raises(ValueError, match=r"line 2 must have two images and two captions, got one twice"):
+            winoground(path=str(tmp_path))
+
+
 def test_built_in_choices_exchange_the_objects_or_the_relation():
     choices = openmoji_choices(held_out=20)
     scenes = openmoji(split="validation", sentences="relation", held_out=20)

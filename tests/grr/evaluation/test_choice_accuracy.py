@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from grr.data.formats.choices import Choices, Parts
 from grr.data.formats.openmoji_tasks import openmoji_choices
-from grr.evaluation.composition import choice_accuracy
+from grr.evaluation.composition import choice_accuracy, count_ties
 from grr.evaluation.outputs import compute_outputs
 
 CPU = torch.device("cpu")
@@ -73,6 +73,16 @@ def test_accuracies_equal_a_count_of_winogrounds_definitions(data, shapes):
         for part, counted in (("text", text), ("image", image), ("group", group)):
             assert found.get(f"{name}_{part}") == (pytest.approx(np.mean(counted)) if counted else None)
     assert sum(one["questions"] for one in found["kinds"].values()) == len(kept)
+
+
+@given(n=st.integers(1, 4), cut=st.integers(0, 4))
+def test_ties_are_the_questions_whose_captions_are_the_same_tokens(tokenizer, n, cut):
+    """The captions of the first questions differ in white space only, which encodes to the same tokens."""
+    cut = min(cut, n)
+    captions = [text for q in range(n) for text in ("a fox", "a  fox" if q < cut else "a bread")]
+    pairs = Parts(None, [(f"{q}.png", None) for q in range(n)], captions, np.arange(n).repeat(2))
+    choices = Choices(pairs, np.arange(n).repeat(2), np.tile([True, False], n), ["all"], np.zeros(2 * n, int))
+    assert count_ties(choices, tokenizer) == cut
 
 
 @pytest.mark.usefixtures("process_group")

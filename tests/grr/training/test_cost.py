@@ -101,6 +101,12 @@ def test_more_layers_keep_more_activations(tmp_path, tokenizer):
     assert kept(1) < kept(3) < kept(9)
 
 
+def test_a_model_that_cannot_be_built_is_a_fault(tmp_path, tokenizer):
+    found = findings(tmp_path, tokenizer, lambda: grr_coca(dim=10, num_heads=3))
+    assert found["model"].wrong
+    assert found["model"].message.startswith("it cannot be built: ")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
