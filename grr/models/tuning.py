@@ -111,6 +111,8 @@ def check_adapter_dropout(lora: Sequence[str], dropout: float, micro_batch_size:
 
 def _check_parts(who: str, model: nn.Module, parts: Sequence[str]) -> None:
     children = dict(model.named_children())
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{who}: each part must be named once, got {', '.join(parts)}; remove the repeated one")
     if unknown := [part for part in parts if part not in children]:
         raise ValueError(
             f"{who}: the model does not have the part {', '.join(unknown)}; its parts are {', '.join(children)}"

@@ -112,6 +112,10 @@ def test_the_parts_that_are_not_named_are_trained_in_full():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"lora": ("text_decoder", "text_decoder")},
+            r"tune_parts: each part must be named once, got text_decoder, text",
+        ),
         ({"lora": ("vision",)}, r"tune_parts: the model does not have the part vision; its parts are vision_encoder"),
         (
             {"lora": TOWERS, "frozen": ("text_decoder", "vision_encoder")},
