@@ -87,7 +87,7 @@ class Start:
     """The pre-trained model."""
 
     path: (
-        str  # a run's folder, its model/, one of its checkpoints/step_N or hf-hub:owner/name; kept until the run ended
+        str  # a run's folder, its model/, checkpoints/step_N, or hf-hub:owner/name; to stay until the run has finished
     )
     dropout: float = 0.1
 

@@ -94,9 +94,8 @@ def _fitted(value: Any, kind: Any) -> Any:
             if type(value) is type(part) and value == part:  # True is not 1
                 return value
     elif (origin is list or parts[-1:] == (...,)) and parts[0] is str and isinstance(value, str):
-        return origin(
-            [value]
-        )  # run.texts="a man, standing", which is one text; in brackets YAML splits it at the comma
+        # run.texts="a man, standing", which is one text; in brackets YAML splits it at the comma
+        return origin([value])
     elif origin in (list, tuple) and isinstance(value, list):
         if origin is list or parts[-1] is ...:
             return origin(_fitted(item, parts[0]) for item in value)

@@ -14,15 +14,25 @@ from PIL import Image
 from programs import run
 from safetensors.torch import save
 
+from grr.checkpoint.adapters import save_adapters
+from grr.components import adapter_parameters
 from grr.data.images import load_image
 from grr.generation.generate import generate
 from grr.inference.convert import CLIP_MEAN, CLIP_STD, convert_open_clip
 from grr.inference.hub import split_name, verify
 from grr.inference.open_clip import CROPS, model_arguments, open_clip_files, preprocessing
-from grr.inference.pretrained import find_pretrained, load_pretrained
+from grr.inference.pretrained import (
+    build_pretrained,
+    describe,
+    describe_adapters,
+    find_pretrained,
+    load_pretrained,
+    load_weights,
+)
 from grr.models.builders import create_model
 from grr.models.coca import CoCa, evaluating
 from grr.models.open_clip import open_clip_coca
+from grr.models.tuning import tune_parts
 from grr.tokenizers import ClipTokenizer
 
 pytest.importorskip("huggingface_hub", reason='pip install "grr-coca[hub]"')
@@ -207,6 +217,33 @@ def test_a_folder_in_open_clips_layout_opens_like_any_model(tmp_path):
     (tmp_path / "merges.txt").write_bytes(MERGES.replace(b"f o\nfo x</w>\n", b""))
     with pytest.raises(ValueError, match=r"must have the text_cfg.vocab_size of its vocabulary, 516 in .*, got 518"):
         find_pretrained(tmp_path)
+
+
+def test_adapters_are_trained_on_a_model_in_open_clips_layout_and_kept_beside_it(tmp_path):
+    """As recipes/finetune.py does: adapters begin as the converted model, and are put on it again from its folder."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    base.mkdir()
+    (base / "open_clip_config.json").write_bytes(as_json(config()))
+    (base / "open_clip_model.safetensors").write_bytes(save(weights(config())))
+    (base / "merges.txt").write_bytes(MERGES)
+    source = find_pretrained(base)
+    model = build_pretrained(source)
+    tune_parts(model, lora=("text_decoder",), rank=2)
+    load_weights(source, model)
+    images, ids = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8), torch.tensor([[1, 300, 2], [1, 301, 302]])
+    model.eval()
+    assert torch.equal(model.encode_image(images), load_pretrained(base).model.encode_image(images))
+    assert torch.equal(model.encode_text(ids), load_pretrained(base).model.encode_text(ids))
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    description = describe_adapters(describe(source.builder, source.arguments, source.crop), source, rank=2, alpha=16.0)
+    save_adapters(tuned, model, description, source.tokenizer)
+    loaded = load_pretrained(tuned).model
+    torch.testing.assert_close(loaded.encode_text(ids), model.encode_text(ids))
+    assert not torch.allclose(loaded.encode_text(ids), load_pretrained(base).model.encode_text(ids), atol=1e-3)
+    (base / "open_clip_model.safetensors").write_bytes(save(weights(config(), seed=1)))
+    with pytest.raises(ValueError, match="were trained on other weights than those in"):
+        load_pretrained(tuned)
 
 
 def test_a_repository_in_our_own_layout_is_the_model(hub, place, colour_run):
