@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from grr.parallel.shard import local
 
@@ -16,10 +17,10 @@ def check_finite_weights(who: str, weights: Mapping[str, Tensor], where: str) ->
     """Raise ValueError, on every process, if a weight is NaN or infinite; it names the first such tensors.
 
     weights: plain or sharded tensors of any dtype; whole numbers pass. who: the function that speaks, where: the file
-    or folder that the weights are from. All processes call it alike.
+    or folder that the weights are from. If weights are sharded, all processes must call it alike.
     """
     bad = [name for name, value in weights.items() if not _is_finite(local(value.detach()))]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if any(isinstance(value.detach(), DTensor) for value in weights.values()):
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, bad)
         found = {name for names in of_ranks for name in names}
