@@ -219,12 +219,13 @@ def main() -> int:
                         "best_accuracy": best["best"],
                         "best_step": best["best_step"],
                     }
-                    log.write("validation", step, captioned_pictures(shown), **scores._asdict(), **beside)
+                    log.write("validation", step, captioned_pictures(shown), **scores.numbers(), **beside)
                     on_rank_0(partial(write_report, folder, title=f"{builder} on {cfg.data['name']}", examples=shown))
                     if not bar.disable:
+                        vqa = "" if scores.vqa_accuracy is None else f"; VQA accuracy {scores.vqa_accuracy:.1%}"
                         bar.write(
                             f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}"
+                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}{vqa}"
                         )
             saver.poll(step, due=step % validate_every == 0 or step == last)
         bar.close()
