@@ -10,6 +10,7 @@ from pathlib import Path
 import programs
 import pytest
 import torch
+from PIL import Image
 
 from grr import config
 from grr.data import DATASETS
@@ -191,6 +192,28 @@ def test_a_named_model_judges_the_captions_and_one_that_judges_itself_is_reporte
             2.5 * max(0.0, float(judge.embed_images(pixels)[0].double() @ judge.embed_texts(caption)[0].double()))
         )
     assert one["clip_score"] == pytest.approx(sum(clip) / 48, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_retrieval_by_long_captions_counts_those_that_are_cut(trained, tmp_path):
+    """Urban1k's layout: the captions of images 2 to 5 are longer than the context, and equal up to there."""
+    captioner = load(trained)
+    long = " ".join(["a fox to the left of a key"] * 40)
+    (tmp_path / "image").mkdir()
+    (tmp_path / "caption").mkdir()
+    for i, caption in enumerate(["a fox", "a key", *(f"{long} {k}" for k in range(4))]):
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"image/{i}.jpg")
+        (tmp_path / f"caption/{i}.txt").write_text(caption)
+    command = RECIPES / "evaluate.py", "--config", RECIPES / "configs/evaluate/urban1k.yaml"
+    done = run(*command, f"model.path={trained}", f"data.path={tmp_path}", f"run.folder={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens = captioner.tokenizer.context_length - 3
+    title = f"grr_coca on urban1k: 6 images, 6 captions, of which 4 are cut to {tokens} tokens"
+    assert done.stdout.splitlines()[0] == title
+    found = results(tmp_path / "out")
+    assert (found["data"]["truncated"], found["data"]["max_tokens"]) == (4, tokens)
+    assert found["results"]["retrieval"]["num_eval_images"] == 6
+    assert found["results"]["retrieval"]["image_to_text_r1"] <= 2 / 6  # equal captions tie, and a tie is a miss
 
 
 @pytest.mark.slow
