@@ -21,6 +21,7 @@ from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
 from grr.models.head import at_least_float32
 from grr.parallel.bf16 import recomputing
+from grr.parallel.device import exact_dtype
 from grr.parallel.process_group import on_rank_0, sum_over_processes
 from grr.parallel.shard import gathered, reduce_gradients, unsharded
 from grr.tokenizers import Tokenizer
@@ -75,7 +76,8 @@ def classification_step(
     Raises ValueError if the data have no classes.
     """
     world = dist.get_world_size()
-    counts = torch.stack([(_classes(batch) != IGNORE).sum() for batch in batches]).sum().double()
+    counts = torch.stack([(_classes(batch) != IGNORE).sum() for batch in batches]).sum()
+    counts = counts.to(exact_dtype(counts.device))
     share = 1 / sum_over_processes(counts).clamp(min=1)  # of a sample in the mean over the global batch
     losses, right = list[Tensor](), list[Tensor]()
     with gathered(model):

@@ -14,6 +14,7 @@ from torch import Tensor
 import grr
 from grr.evaluation.captions import UNITS
 from grr.evaluation.examples import Examples
+from grr.parallel.device import default_device, device_name
 from grr.reports.charts import number, percent
 from grr.reports.page import header, section, write_page, write_whole
 from grr.reports.samples import show_examples
@@ -67,7 +68,7 @@ def write_evaluation(
     evaluation: JSON values, "model", "data" and "results" at least; "made" is added to them: when, with what versions,
     and on which device.
     """
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = device_name(default_device())
     time = datetime.now(UTC).isoformat(timespec="seconds")
     made = {"time": time, "grr": grr.__version__, "torch": torch.__version__, "device": device}
     text = json.dumps(_finite({**evaluation, "made": made}), indent=2, ensure_ascii=False)
