@@ -26,6 +26,7 @@ from grr.evaluation.composition import check_spatial, choice_accuracy, count_tie
 from grr.evaluation.evaluate import caption_scores, losses, recalls
 from grr.evaluation.examples import examples
 from grr.evaluation.metrics.clip_score import judged_captions
+from grr.evaluation.metrics.meteor import meteor, open_wordnet
 from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, features
 from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
@@ -42,6 +43,7 @@ Task = Literal[
     "losses",
     "retrieval",
     "captions",
+    "meteor",
     "clip_score",
     "relations",
     "zero_shot",
@@ -49,7 +51,7 @@ Task = Literal[
     "attentive_probe",
     "choices",
 ]
-GENERATED: tuple[Task, ...] = ("captions", "clip_score", "relations")  # tasks that need generated captions
+GENERATED: tuple[Task, ...] = ("captions", "meteor", "clip_score", "relations")  # tasks that need generated captions
 PAIRED: tuple[Task, ...] = ("losses", "retrieval", *GENERATED)  # tasks that need images with captions
 PROBES: tuple[Task, ...] = (
     "linear_probe",
@@ -177,7 +179,7 @@ def main() -> None:
 
 
 def validate_config(cfg: config.Config) -> None:
-    """Check that each task has its section of data (ValueError otherwise) and its packages (ImportError)."""
+    """Check that each task has its data (ValueError and FileNotFoundError otherwise) and its packages (ImportError)."""
     if cfg.run["images"] is not None and cfg.run["images"] < 1:
         raise ValueError(f"evaluate: run.images must be at least 1, or null for all, got {cfg.run['images']}")
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES, "choices": ("choices",)}
@@ -195,6 +197,8 @@ def validate_config(cfg: config.Config) -> None:
         )
     if "captions" in cfg.run["tasks"]:
         treebank()
+    if "meteor" in cfg.run["tasks"]:
+        open_wordnet()
 
 
 def generation_of(cfg: config.Config) -> dict[str, Any] | None:
@@ -230,6 +234,8 @@ def pair_metrics(cfg: config.Config, outputs: ModelOutputs, tokenizer: Tokenizer
         results["retrieval"] = recalls(outputs)
     if "captions" in cfg.run["tasks"]:
         results["captions"] = caption_scores(outputs, tokenizer)
+    if "meteor" in cfg.run["tasks"]:
+        results["meteor"] = {"meteor": meteor(outputs.references, outputs.written)}
     if "relations" in cfg.run["tasks"]:
         results["relations"] = relation_accuracy(outputs.references, outputs.written)
     return results

@@ -50,6 +50,7 @@ METRICS = [
     *(Metric(f"evaluation: {label}", key, "retrieval") for key, label in RECALLS.items()),
     *(Metric(f"evaluation: {label}", key, "captions", factor=1) for key, label in CAPTIONS.items()),
     Metric("evaluation: captions exact, %", "exact", "captions"),
+    Metric("evaluation: METEOR of NLTK", "meteor", "meteor", factor=1),
     *(Metric(f"evaluation: {label}", key, "clip_score", factor=1) for key, label in JUDGED.items()),
     Metric("evaluation: spatial words right, %", "accuracy", "relations"),
     *(

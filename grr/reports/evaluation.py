@@ -118,6 +118,9 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
             ["mean", *(f"{scores[key]:.3f}" for key in CAPTION_METRICS), percent(scores["exact"])],
         ]
         result.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
+    if scores := results.get("meteor"):
+        note = "from 0 to 1, by NLTK, whose values differ from those of METEOR 1.5 in published tables"
+        result.append(Part("METEOR", [["", "METEOR"], ["mean", f"{scores['meteor']:.3f}"]], note))
     if judged := results.get("clip_score"):
         result.append(_clip_score(judged))
     if relations := results.get("relations"):

@@ -19,6 +19,7 @@ RESULTS = {
                   **{f"text_to_image_r{k}": recall / 2 for k, recall in RECALLS.items()}},
     "captions": {"bleu_1": 0.7, "bleu_2": 0.6, "bleu_3": 0.5, "bleu_4": 0.4321, "rouge_l": 0.55, "cider": 1.234,
                  "exact": 0.01},
+    "meteor": {"meteor": 0.321},
     "clip_score": {"clip_score": 0.75, "ref_clip_score": 0.8, "images": 1000, "truncated": 0, "judge": "runs/<judge>",
                    "judge_fingerprint": "abc", "judges_itself": False},
     "zero_shot": {"top_1": 0.6875, "top_5": 0.9, "mean_per_class": 0.7},
@@ -117,7 +118,7 @@ def test_a_terminal_shows_each_task_in_columns_of_one_width(task):
     first, left_out, blank, title, *table = as_text(evaluation(**{task: RESULTS[task]})).splitlines()
     assert (first, blank) == ("grr_coca on coco (test): 1,000 images, 5,000 captions, 2 left out", "")
     assert left_out == "data: 2 left out; evaluation.json lists them with their causes as data.left_out_names"
-    assert title.partition(":")[0] in ("Losses", "Retrieval", "Captions", "CLIPScore", "Classes")
+    assert title.partition(":")[0] in ("Losses", "Retrieval", "Captions", "METEOR", "CLIPScore", "Classes")
     assert table[0].split()
     assert {len(line) for line in table if line} == {len(table[1])}
 
