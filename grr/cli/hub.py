@@ -70,7 +70,7 @@ def push(options: argparse.Namespace) -> int:
     from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
     from grr.reports.card import curves, model_card
 
-    name = split_name(options.repository)[0]
+    name = split_name(options.repository, who="push")[0]
     source = find_pretrained(options.run)
     run = next(
         (folder for folder in (source.path, *source.path.parents[:2]) if (folder / "config.yaml").is_file()), None

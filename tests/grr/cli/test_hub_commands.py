@@ -193,6 +193,11 @@ def test_saved_models_are_the_same_models(colour_run, tmp_path):
     with pytest.raises(ValueError, match=r"must be new, empty or a model's, got .*mine, which holds other files"):
         captioner.save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine/thesis.tex").is_file()
+    for wrong in (None, "", 3):
+        with pytest.raises(
+            ValueError, match=f"save_pretrained: folder must be a path, got {wrong!r}; name a new folder"
+        ):
+            captioner.save_pretrained(wrong)
     captioner.model.built_by = None
     with pytest.raises(ValueError, match=r"must be of grr.load or grr.create_model, which know how to build it"):
         captioner.save_pretrained(tmp_path / "other")
@@ -202,5 +207,5 @@ def test_saved_models_are_the_same_models(colour_run, tmp_path):
 def test_push_refuses_pickles_and_other_names(files, name):
     from grr.inference.hub import push
 
-    with pytest.raises(ValueError, match=r"push: |load: the name of a model"):
+    with pytest.raises(ValueError, match=r"^push: "):
         push(files, name)
