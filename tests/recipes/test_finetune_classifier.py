@@ -13,6 +13,7 @@ import torch
 from programs import run
 from run_lines import lines
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from waiting import started, wait_until
 
 from grr import config
@@ -215,6 +216,43 @@ def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weigh
     assert same == {key for key in shared if key.startswith("vision_encoder.")}
     assert "classifier.weight" in after.keys() - before.keys()
     assert not {key for key in after if key.startswith(("multimodal_decoder.head", "contrastive_pooler"))}
+
+
+def test_adapters_are_trained_on_the_parts_of_a_start_and_merged_at_the_end(start, tmp_path):
+    """In each adapted matrix the update has the rank; a checkpoint opens as what it holds, on top of the start."""
+    sizes = ["data.scenes=40", "validation.scenes=40", "data.held_out=16", "validation.held_out=16"]
+    small = [f"model.path={start}", "run.batch_size=8", "run.micro_batch_size=4", "run.max_steps=4", *sizes]
+    small += ["run.validate_every=4", "optimizer.lr=1e-2", "tuning.rank=2", "tuning.lora=[text_decoder]"]
+    done = run(command(tmp_path / "run", "entailment", *small, "tuning.frozen=[vision_encoder]"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run/model/model.safetensors")
+    shared = before.keys() & after.keys()
+    changed = {key for key in shared if not torch.equal(before[key], after[key])}
+    adapted = {key for key in changed if key.startswith("text_decoder.")}
+    assert {key.split(".")[-2] for key in adapted} == {"qkv", "out", "up", "down"}
+    for key in adapted:
+        update = after[key].double() - before[key].double()
+        assert torch.linalg.matrix_rank(update, rtol=1e-4) == 2, key
+    assert not {key for key in changed if key.startswith("vision_encoder.")}
+    assert {key for key in changed if key.startswith("multimodal_decoder.")}
+
+    names = FileSystemReader(tmp_path / "run/checkpoints/step_4").read_metadata().state_dict_metadata
+    held = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    assert not {name for name in held if name.startswith(("vision_encoder", "text_decoder")) and "lora" not in name}
+    kept, opened = load_classifier(tmp_path / "run"), load_classifier(tmp_path / "run/checkpoints/step_4")
+    assert opened.classes == kept.classes
+    for (name, ours), theirs in zip(opened.model.named_parameters(), kept.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)
+
+    for overrides, message in (
+        (["tuning.lora=[classifier]"], "must have the weights of a trained model, got classifier with"),
+        (["tuning.frozen=[classifier]"], "must have the weights of a trained model, got classifier with"),
+        (["tuning.dropout=0.1", "run.micro_batch_size=null"], "the dropout of adapters is drawn for a micro-batch"),
+    ):
+        done = run(command(tmp_path / "refused", "entailment", *small, *overrides))
+        assert done.returncode == 1
+        assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.slow
