@@ -22,7 +22,7 @@ from grr.generation.generate import generate
 from grr.inference.caption import caption_files
 from grr.inference.pretrained import load_pretrained
 from grr.inference.results import read_results, summary
-from grr.parallel.process_group import default_device
+from grr.parallel.device import default_device
 from grr.reports.gallery import write_captions
 
 PRINTED = 10  # captions

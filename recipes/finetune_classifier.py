@@ -212,9 +212,9 @@ def main() -> int:
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
                     finite.check()
-                    scores = classification_scores(model, held_out, tokenizer, device, **reading)
-                    if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
-                        best = {"best": scores.accuracy, "best_step": step}
+                    result = classification_scores(model, held_out, tokenizer, device, **reading)
+                    if result.accuracy > best["best"]:  # on disk before a checkpoint names it
+                        best = {"best": result.accuracy, "best_step": step}
                         saver.save_best(step, **best)
                     shown = Examples([], [], answers(model, held_out, tokenizer, device, **reading))
                     beside = {
@@ -222,12 +222,13 @@ def main() -> int:
                         "best_accuracy": best["best"],
                         "best_step": best["best_step"],
                     }
-                    log.write("validation", step, captioned_pictures(shown), **scores._asdict(), **beside)
+                    log.write("validation", step, captioned_pictures(shown), **result.numbers(), **beside)
                     on_rank_0(partial(write_report, folder, title=f"{builder} on {cfg.data['name']}", examples=shown))
                     if not bar.disable:
+                        vqa = "" if result.vqa_accuracy is None else f"; VQA accuracy {result.vqa_accuracy:.1%}"
                         bar.write(
-                            f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}"
+                            f"step {step}: validation loss {result.loss:.4f}, accuracy {result.accuracy:.1%}; best "
+                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}{vqa}"
                         )
             saver.poll(step, due=step % validate_every == 0 or step == last)
         bar.close()

@@ -45,6 +45,8 @@ class ModelOutputs:
     tokens: Tensor  # int64 [m], the number of tokens of each caption
     scale: float  # 1 / temperature
     bias: float
+    truncated: Tensor  # bool [m], whether a caption has more tokens than max_tokens
+    max_tokens: int  # of a caption, BOS, EOS and CLS not included
     written: list[str]  # [n] generated captions; empty without generation
     left_out: dict[str, str]  # name of an unreadable image or empty caption -> cause
 
@@ -62,6 +64,8 @@ class ModelOutputs:
             "fingerprint": self.pairs.fingerprint,
             "images": len(self.images),
             "captions": len(self.texts),
+            "truncated": int(self.truncated.sum()),
+            "max_tokens": self.max_tokens,
             **_left_out_facts(self.left_out),
         }
 
@@ -134,7 +138,8 @@ def compute_outputs(
             f"compute_outputs: one image with a caption must be readable, got none: {_some(left_out)}; check the data"
         )
 
-    return _joined(pairs, parts, texts_of, left_out, image_size=image_size, crop=crop)
+    max_tokens = tokenizer.context_length - 3
+    return _joined(pairs, parts, texts_of, left_out, max_tokens, image_size=image_size, crop=crop)
 
 
 @torch.no_grad()
@@ -233,6 +238,7 @@ class _TextOutputs(NamedTuple):
     text_embeddings: Tensor
     token_losses: Tensor
     tokens: Tensor
+    truncated: Tensor
     scale: float
     bias: float
 
@@ -267,6 +273,7 @@ def _joined(
     parts: list[_Part],
     texts_of: dict[int, list[int]],
     left_out: dict[str, str],
+    max_tokens: int,
     *,
     image_size: int,
     crop: Crop,
@@ -290,6 +297,8 @@ def _joined(
         torch.cat([some.tokens for some in texts])[order],
         texts[0].scale,
         texts[0].bias,
+        torch.cat([some.truncated for some in texts])[order],
+        max_tokens,
         [caption for part in parts for caption in part.written],
         left_out,
     )
@@ -314,6 +323,7 @@ def _text_outputs(
         output.text_embeddings.cpu(),
         torch.stack(sums),
         tokens,
+        torch.tensor([tokenizer.truncates(pairs.captions[t]) for t in texts]),
         output.scale.item(),
         output.bias.item(),
     )

@@ -40,7 +40,8 @@ from grr.inference.open_clip import (
 from grr.inference.quantization import load_quantized
 from grr.inference.zoo import zoo
 from grr.models.coca import CoCa
-from grr.parallel.process_group import default_device, on_rank_0
+from grr.parallel.device import check_device, default_device
+from grr.parallel.process_group import on_rank_0
 from grr.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def load(
     path: a run's folder, its model/, one of its checkpoints, a quantised model, a folder in open_clip's layout, or a
     repository of one of these on the Hugging Face hub, hf-hub:owner/name or hf-hub:owner/name@revision, which its own
     client downloads (see `grr.inference.hub.open_repository`); `grr models` lists some. device: None means the GPU
-    where there is one, else the CPU. A quantised model computes in `dtype` as well.
+    where there is one (CUDA, or mps on a Mac), else the CPU. A quantised model computes in `dtype` as well.
     Raises FileNotFoundError if there is no model, ValueError if it is damaged, of an unknown builder, or has weights
     that are not finite or too large for `dtype`; for the hub also as `open_repository` does.
     """
@@ -73,10 +74,15 @@ def load_pretrained(
 
     path: see `load`, or what `find_pretrained` returned. The model is in evaluation mode. Raises as `find_pretrained`
     and `load_weights` do, for a quantised model as `load_quantized` does, and ValueError if weights are too large for
-    `dtype`, dtype is not one of floats, or there is no such device.
+    `dtype`, dtype is not one of floats, there is no such device, or a quantised model is put on mps.
     """
     source = path if isinstance(path, Pretrained) else find_pretrained(path)
-    device = _checked_device(device)
+    device = check_device(device, gpus=torch.cuda.device_count(), mps=torch.backends.mps.is_available())
+    if source.quantization is not None and device.type == "mps":
+        raise ValueError(
+            "load_pretrained: a quantised model computes on a CPU or a CUDA GPU, got mps; give device='cpu', or set "
+            "GRR_DEVICE=cpu for a recipe"
+        )
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
             f"load_pretrained: dtype must be a torch dtype of floats, such as torch.bfloat16, got {dtype=}; give "
@@ -94,24 +100,6 @@ def load_pretrained(
             check_finite_weights("load_pretrained", model.state_dict(), f"{source} in {dtype}")
     tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     return Captioner(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    """Returns the device. Raises ValueError for another value, and for a GPU that this machine does not have."""
-    try:
-        checked = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"load_pretrained: device must be a torch device, such as 'cuda' or 'cpu', got {device!r} ({why}); leave "
-            "device out for the default"
-        ) from error
-    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"load_pretrained: device must be one of this machine, got {device!r} and {torch.cuda.device_count()} CUDA "
-            "GPUs are available; leave device out for the default"
-        )
-    return checked
 
 
 def fingerprint(trained: Captioner) -> str:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grr.parallel.device import default_device
+
 DEADLINE = timedelta(minutes=30)  # for the other processes to arrive; that of torch's collectives with gloo
 
 T = TypeVar("T")
@@ -23,9 +25,10 @@ def process_group() -> Iterator[torch.device]:
         with process_group() as device:
             model.to(device)
 
-    CUDA with NCCL where there is a GPU, else the CPU with gloo. A group of one process runs the same code as one of
-    many. The group ends with the block. A group that exists already is used and left. After an error in one of many
-    processes the group is left too, because the others may wait in a collective: their launcher ends them.
+    CUDA with NCCL where there is a GPU, else a Mac's GPU in a group of one, else the CPU with gloo. A group of one
+    process runs the same code as one of many. The group ends with the block. A group that exists already is used and
+    left. After an error in one of many processes the group is left too, because the others may wait in a collective:
+    their launcher ends them.
     """
     if dist.is_initialized():
         yield default_device()
@@ -41,13 +44,6 @@ def process_group() -> Iterator[torch.device]:
         _end()
         raise
     _end()
-
-
-def default_device() -> torch.device:
-    """Returns the device that this process computes on: its GPU (LOCAL_RANK under torchrun), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
 
 
 def num_processes() -> int:

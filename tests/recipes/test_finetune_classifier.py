@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from programs import run
 from run_lines import lines
 from safetensors.torch import load_file
@@ -284,6 +285,48 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     last = lines(tmp_path / "run", "validation")[-1]
     assert last["text_only_accuracy"] < 0.25
     assert last["accuracy"] > 0.3
+
+
+@pytest.mark.slow
+def test_a_run_on_vqa_s_layout_logs_the_official_accuracy_of_the_model_it_keeps(tmp_path):
+    """Four annotators of ten say the colour, three of the others "no": credits 1, 0.9 and 0 for the three answers."""
+    shown = {1: "red", 2: "blue", 3: "yellow", 4: "red"}
+    said = {image: [colour] * 4 + ["no"] * 3 + [f"other {k}" for k in range(3)] for image, colour in shown.items()}
+    for image, colour in shown.items():
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"COCO_val2014_{image:012d}.jpg")
+    asked = [{"image_id": i, "question": "what colour is it", "question_id": i} for i in shown]
+    of_people = {i: [{"answer": text, "answer_id": k} for k, text in enumerate(said[i], 1)] for i in shown}
+    most = {i: "no" if i == 4 else said[i][0] for i in shown}
+    answered = [{"question_id": i, "multiple_choice_answer": most[i], "answers": of_people[i]} for i in shown]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    (tmp_path / "a.json").write_text(json.dumps({"data_subtype": "val2014", "annotations": answered}))
+    files = {"questions": str(tmp_path / "q.json"), "annotations": str(tmp_path / "a.json"), "images": str(tmp_path)}
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{folder: {tmp_path / 'run'}, epochs: 6, batch_size: 4}}\n"
+        f"model: {{name: grr_coca, {', '.join(f'{key}: {value}' for key, value in SIZES.items())}, num_queries: 16}}\n"
+        "head: {name: image_text_classifier}\ntokenizer: {vocab_size: 64, context_length: 16}\n"
+        f"data: {{name: vqa_v2, {', '.join(f'{key}: {value}' for key, value in files.items())}}}\n"
+        "validation: {name: vqa_v2, classes_from: '${data.annotations}', questions: '${data.questions}', "
+        "annotations: '${data.annotations}', images: '${data.images}'}\noptimizer: {lr: 1e-3}\n"
+        "schedule: {warmup_steps: 1}\n"
+    )
+    done = run([str(RECIPES / "finetune_classifier.py"), "--config", str(tmp_path / "c.yaml")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    all_logged = {line["step"]: line for line in lines(tmp_path / "run", "validation")}
+    logged = all_logged[all_logged[max(all_logged)]["best_step"]]
+    model, classes, tokenizer, image_size, crop = load_classifier(tmp_path / "run")
+    data = LABELLED["vqa_v2"](**files)
+    ids = torch.tensor([tokenizer.encode("what colour is it")])[:, :-1]
+    credit, right = [], []
+    for i, image in enumerate(shown):
+        with torch.no_grad():
+            answer = classes[model(data.load(i, size=image_size, crop=crop)[None], ids).argmax()]
+        credit.append(1.0 if answer == shown[image] else 0.9 if answer == "no" else 0.0)
+        right.append(answer == most[image])
+    assert logged["accuracy"] == pytest.approx(sum(right) / 4)
+    assert logged["vqa_accuracy"] == pytest.approx(sum(credit) / 4, abs=1e-12)
+    assert "; VQA accuracy" in done.stdout + done.stderr
+    assert "VQA accuracy" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.slow
