@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
             "on; give the model it was made from"
         )
     if source.base is not None:
-        _load_adapted(source, source.base, model)
+        load_adapted(source, source.base, model, load_weights)
     elif source.open_clip is not None:
         with torch.device("meta"):
             empty = build_pretrained(source)
@@ -211,14 +212,19 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
     check_finite_weights("load_weights", model.state_dict(), str(source))
 
 
-def _load_adapted(source: Pretrained, base: Base, model: nn.Module) -> None:
-    """Load the weights of the base, once it was found to be the same, and add what was trained on it."""
+def load_adapted(
+    source: Pretrained, base: Base, model: nn.Module, load: Callable[[Pretrained, nn.Module], None]
+) -> None:
+    """Load the weights of the base by `load`, once it was found to be the same, and add what was trained on it.
+
+    Called by all ranks alike. Raises ValueError if the base has changed.
+    """
     if (digest := weights_digest(base.source)) != base.digest:
         raise ValueError(
             f"load_weights: the adapters in {source} were trained on other weights than those in {base.source}, got "
             f"sha256 {digest[:12]} for {base.digest[:12]}; put the base there again"
         )
-    load_weights(base.source, model)
+    load(base.source, model)
     checkpoint = (source.path / "progress.json").is_file()
     tensors = read_weights(source.path) if checkpoint else load_adapters(source.path)
     apply_adapters(model, tensors, scale=base.scale, where=str(source))

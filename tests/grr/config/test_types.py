@@ -55,7 +55,7 @@ WRONG = {
     "text_decoder(image_size=32)": ['"image_size"'],
     "grr.grr_coca(imagesize=3)": ['"imagesize"', '"image_size"'],
     'grr.grr_coca(dim="wide")': ['"dim"', '"str"', '"int"'],
-    "grr.load(3)": ['"load"', '"int"', '"str | Path"'],
+    "grr.load(3)": ['"load"', '"int"', '"str | Path | Pretrained"'],
     "grr.no_such_name": ['"no_such_name"'],
     "vit: VisionTransformer = grr_coca()": ['"CoCa"', '"VisionTransformer"'],
     'preset(coca, "mine", "Mine.", dims=32)': ['"dims"'],

