@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -64,19 +63,23 @@ SECTIONS: config.Sections = {"run": Run, "model": Model, "captions": CaptionOpti
 
 def main() -> int:
     cfg = config.load(SECTIONS)
+    run = cfg.get(Run)
     with process_group() as device:
+        # images
+        shards = on_rank_0(lambda: find_shards(run.images) if are_shards(run.images) else [])
+        files = [] if shards else on_rank_0(lambda: find_images(run.images))
+
         # model: whole in every process, because each captions other images
-        dtype = torch.bfloat16 if cfg.run["bf16"] else torch.float32
+        dtype = torch.bfloat16 if run.bf16 else torch.float32
         trained = load_pretrained(cfg.model["path"], device=device, dtype=dtype)
-        if are_shards(cfg.run["images"]):
-            return of_shards(cfg, trained)
-        return of_files(cfg, trained)
+
+        # write, and report
+        return of_shards(cfg, trained, shards) if shards else of_files(cfg, trained, files)
 
 
-def of_files(cfg: config.Config, trained: Captioner) -> int:
+def of_files(cfg: config.Config, trained: Captioner, files: list[str]) -> int:
     """Caption image files; returns the exit status."""
     run, options = cfg.get(Run), cfg.get(CaptionOptions)
-    files = on_rank_0(partial(find_images, run.images))
     output, start = Path(run.folder, "captions.jsonl"), time.monotonic()
     outcome = caption_files(
         trained, files, output, cfg.generation, options=options, batch_size=run.batch_size, progress=True
@@ -95,10 +98,9 @@ def of_files(cfg: config.Config, trained: Captioner) -> int:
     return outcome.status
 
 
-def of_shards(cfg: config.Config, trained: Captioner) -> int:
+def of_shards(cfg: config.Config, trained: Captioner, shards: list[Path]) -> int:
     """Caption the images of tar shards; returns the exit status."""
     run, options = cfg.get(Run), cfg.get(CaptionOptions)
-    shards = on_rank_0(partial(find_shards, run.images))
     folder, start = Path(run.folder), time.monotonic()
     records, count = caption_shards(
         trained,
@@ -135,7 +137,9 @@ def show(rows: Iterable[Row]) -> None:
 
 def throughput(count: int, seconds: float) -> str:
     """Returns the throughput of a run as a sentence."""
-    return f"{count:,} images in {seconds:.1f} s by {dist.get_world_size()} processes, {count / seconds:.1f} images/s"
+    world = dist.get_world_size()
+    processes = "1 process" if world == 1 else f"{world} processes"
+    return f"{count:,} images in {seconds:.1f} s by {processes}, {count / seconds:.1f} images/s"
 
 
 if __name__ == "__main__":

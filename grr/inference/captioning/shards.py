@@ -1,6 +1,7 @@
 """Captions of tar shards by all processes of a group, each of which takes an equal part of the images."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,6 +88,8 @@ def caption_shards(
                 if not outputs[shard].is_complete():
                     outputs[shard].finish(write_tar=write_tar)
         wait_for_all()
+        if rank == 0:
+            shutil.rmtree(parts)
     total = Records()
     for shard in shards:
         total.add(Records.of_facts(outputs[shard].facts()))

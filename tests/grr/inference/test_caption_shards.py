@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,11 @@ def rows_in(folder: Path) -> list[dict]:
     return [row for file in sorted(folder.glob("*.jsonl")) for row in read_results(file)]
 
 
+def captioned_in(logs: list[Path]) -> list[str]:
+    """The images that have a caption in the files of processes, once for each."""
+    return [row["file"] for log in logs for row in read_results(log) if "error" not in row]
+
+
 # Laws
 
 
@@ -147,6 +153,8 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
                     running.remove(process)
             for process in running:
                 process.close()
+            captioned = Counter(image for output in outputs.values() for image in captioned_in(output.logs()))
+            assert set(captioned.values()) <= {1}  # no run captioned an image again
             if killed:
                 for log in (folder / PARTS).glob("*.jsonl"):
                     content = log.read_bytes()
@@ -327,6 +335,14 @@ def test_other_settings_or_shards_are_refused_with_both_values(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"holds captions of another 00000.tar, of [\d,]+ bytes"):
         caption_shards(tiny, [shard], folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize("generation", [{}, {"num_beams": 2}])
+def test_more_captions_than_a_search_finds_are_refused(tiny, tmp_path, generation):
+    write_shard(tmp_path / "in/00000.tar", sample(1))
+    options = CaptionOptions(num_captions=3)
+    with pytest.raises(ValueError, match=r"need sampling or as many beams, and at least one .*num_captions=3"):
+        caption_shards(tiny, [tmp_path / "in/00000.tar"], tmp_path / "out", generation, options=options)
 
 
 def test_folders_and_names_that_would_lose_data_are_refused(tiny, tmp_path):
