@@ -94,6 +94,7 @@ MEANINGS = {
     "top_p": "sample from the fewest tokens that hold this probability",
     "repetition_penalty": "what the log-probability of a token already written is multiplied by",
     "no_repeat_ngram_size": "refuse to write so many tokens a second time; 0: allow it",
+    "prefix": "what every caption begins with; its tokens count",
     "strengths": "penalties of the logistic regression, of which the best is taken",
     "caption_tokens": "lengths of captions; null: that of the context",
     "templates": "descriptions of a class, which replaces {}",

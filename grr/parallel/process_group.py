@@ -14,6 +14,7 @@ from torch import Tensor
 from grr.parallel.device import default_device
 
 DEADLINE = timedelta(minutes=30)  # for the other processes to arrive; that of torch's collectives with gloo
+PATIENCE = timedelta(days=30)  # for processes that work by themselves for long
 
 T = TypeVar("T")
 
@@ -101,6 +102,19 @@ def all_rows(x: Tensor) -> Tensor:
     rows = x.new_empty(world * len(x), *x.shape[1:])
     dist.all_gather(list(rows.chunk(world)), x)
     return rows
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Returns the number of this process and the number of processes: 0 and 1 without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Wait until all processes call it, for PATIENCE where collectives would give up after minutes."""
+    if rank_and_world()[1] > 1:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.all_reduce(torch.zeros(1), group=group)
+        dist.destroy_process_group(group)
 
 
 def all_sum(*numbers: float) -> list[float]:
