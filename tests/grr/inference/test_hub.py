@@ -20,7 +20,7 @@ from grr.data.images import load_image
 from grr.generation.generate import generate
 from grr.inference.convert import CLIP_MEAN, CLIP_STD, convert_open_clip
 from grr.inference.hub import split_name, verify
-from grr.inference.open_clip import CROPS, model_arguments, open_clip_files, preprocessing
+from grr.inference.open_clip import CROPS, open_clip_files, preprocessing
 from grr.inference.pretrained import (
     build_pretrained,
     describe,
@@ -32,6 +32,7 @@ from grr.inference.pretrained import (
 from grr.models.builders import create_model
 from grr.models.coca import CoCa, evaluating
 from grr.models.open_clip import open_clip_coca
+from grr.models.open_clip_config import model_arguments
 from grr.models.tuning import tune_parts
 from grr.tokenizers import ClipTokenizer
 from grr.training.log import read_metrics
