@@ -13,6 +13,7 @@ from grr.data.collate import collate_captions
 from grr.evaluation.classification import classification_step
 from grr.evaluation.probe import linear_probe
 from grr.evaluation.retrieval import retrieval
+from grr.evaluation.zero_shot import accuracy
 from grr.inference.pretrained import load_pretrained
 from grr.models.builders import grr_coca_tiny
 from grr.models.heads import image_classifier
@@ -181,3 +182,5 @@ def test_metrics_in_float64_are_computed_on_the_cpu_if_their_device_has_none():
     labels = torch.tensor([0, 1, 0, 1]).as_subclass(OnMps)
     linear_probe(images, labels, texts, labels, 2, strengths=(0.1,))
     assert len(moved) == 6
+    assert accuracy(torch.eye(4).as_subclass(OnMps), torch.arange(4))["top_1"] == 1
+    assert len(moved) == 7
