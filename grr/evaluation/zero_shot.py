@@ -74,6 +74,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     Raises ValueError if there is no label, or shapes or labels do not fit.
     """
     _check_labels(scores, labels)
+    scores = where_float64_is(scores)
     labels = labels.to(scores.device)
     right = scores.gather(1, labels.unsqueeze(1))  # [n, 1]
     before = (~(scores < right)).sum(1) - 1  # [n]: all but the right class itself

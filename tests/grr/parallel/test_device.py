@@ -1,6 +1,7 @@
 """The choice of a device by what a machine has, and what a device without float64 computes."""
 
 import itertools
+import os
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from grr.data.collate import collate_captions
 from grr.evaluation.classification import classification_step
 from grr.evaluation.probe import linear_probe
 from grr.evaluation.retrieval import retrieval
+from grr.evaluation.zero_shot import accuracy
 from grr.inference.pretrained import load_pretrained
 from grr.models.builders import grr_coca_tiny
 from grr.models.heads import image_classifier
@@ -20,6 +22,7 @@ from grr.parallel import device as devices
 from grr.parallel.compiled import compiles
 from grr.parallel.device import check_device, choose_device, device_name, exact_dtype, where_float64_is
 from grr.parallel.float8 import multiply_in_float8
+from grr.parallel.memory import free_memory
 from grr.parallel.parallelize import parallelize
 from grr.training.micro_batch import USABLE
 from grr.training.optim import adamw, clip_gradients
@@ -181,3 +184,20 @@ def test_metrics_in_float64_are_computed_on_the_cpu_if_their_device_has_none():
     labels = torch.tensor([0, 1, 0, 1]).as_subclass(OnMps)
     linear_probe(images, labels, texts, labels, 2, strengths=(0.1,))
     assert len(moved) == 6
+    assert accuracy(torch.eye(4).as_subclass(OnMps), torch.arange(4))["top_1"] == 1
+    assert len(moved) == 7
+
+
+def test_free_memory_is_found_where_the_system_does_not_count_free_pages(monkeypatch):
+    """macOS has no SC_AVPHYS_PAGES."""
+    sysconf = os.sysconf
+
+    def of_macos(name: str) -> int:
+        if name == "SC_AVPHYS_PAGES":
+            raise ValueError("unrecognized configuration name")
+        return sysconf(name)
+
+    monkeypatch.setattr(os, "sysconf", of_macos)
+    monkeypatch.setattr(os, "sysconf_names", {k: v for k, v in os.sysconf_names.items() if k != "SC_AVPHYS_PAGES"})
+    monkeypatch.setenv("GRR_DEVICE", "cpu")
+    assert 0 < free_memory() <= sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
