@@ -118,6 +118,7 @@ def main() -> int:
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"])
+    cfg.loader["crop"] = cfg.loader["crop"] or source.crop
     with torch.device("meta"):
         tune_parts(build_pretrained(source, dropout=cfg.model["dropout"]), **cfg.tuning)  # raises ValueError
     check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)

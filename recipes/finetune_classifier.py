@@ -110,6 +110,7 @@ def main() -> int:
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
+    cfg.loader["crop"] = cfg.loader["crop"] or (source.crop if source else "squash")
     if source is None:
         check_builder(MODELS[cfg.model["name"]])
         with torch.device("meta"):
