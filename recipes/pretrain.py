@@ -7,7 +7,6 @@ The same command, submitted again, continues where the run stopped. Any key of t
 """
 
 import logging
-from collections import ChainMap
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,7 +73,7 @@ class Run:
     loggers: list[LoggerName] = field(default_factory=list)
 
 
-BUILDERS = ChainMap(MODELS, TOWER_MODELS)
+BUILDERS = MODELS | TOWER_MODELS
 SECTIONS: config.Sections = {
     "run": Run,
     "model": BUILDERS,

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -247,7 +247,7 @@ def _images_of(name: str, processor: Mapping[str, Any], size: int) -> dict[str, 
     if not processor.get("do_normalize", True):
         return _images(size, crop, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not _is_rgb(mean) or not _is_rgb(std):
+    if not (_is_rgb(mean) and _is_rgb(std)):
         raise ValueError(
             f"find_tower: {name} must have image_mean and image_std of three numbers, got {mean} and {std}; add them "
             f"to its {PROCESSORS[0]}"
@@ -255,7 +255,7 @@ def _images_of(name: str, processor: Mapping[str, Any], size: int) -> dict[str, 
     return _images(size, crop, mean, std)
 
 
-def _is_rgb(numbers: Any) -> bool:
+def _is_rgb(numbers: Any) -> TypeGuard[list[float]]:
     return isinstance(numbers, list) and len(numbers) == 3 and all(isinstance(x, int | float) for x in numbers)
 
 
@@ -265,7 +265,7 @@ def _read_timm(
     own = raw.get("pretrained_cfg", raw)
     config = {"architecture": raw.get("architecture"), "model_args": raw.get("model_args") or {}}
     mean, std, sizes = own.get("mean"), own.get("std"), own.get("input_size")
-    if not _is_rgb(mean) or not _is_rgb(std) or not isinstance(sizes, list) or len(set(sizes[1:])) != 1:
+    if not (_is_rgb(mean) and _is_rgb(std) and isinstance(sizes, list) and len(set(sizes[1:])) == 1):
         raise ValueError(
             f"find_tower: {name} must have pretrained_cfg with mean, std and a square input_size, got {mean}, {std} "
             f"and {sizes}; name a model that timm saved"

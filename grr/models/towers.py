@@ -10,7 +10,8 @@ pre-trained model and that every model folder keeps, so that no folder needs tho
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ IGNORED = {
     *("attn_implementation", "quantization_config", "problem_type", "num_labels"),
 }
 REFUSED = {  # arguments of timm.create_model that load weights
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
 }
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -53,18 +54,20 @@ class Tower(nn.Module):
         super().__init__()
         self.description = description
         self.image_mean, self.image_std = (tuple(map(float, description[key])) for key in ("mean", "std"))
-        self.inner = build_tower(description)
+        self.inner: Any = build_tower(description)
         self.dim = _width(self.inner)
         self._resized = _resized(self.inner, image_size)
         self._stack = _stack(self.inner)
         # Buffers that no file holds would be lost on the meta device: they become attributes, computed when needed.
         kept = self.inner.state_dict().keys()
-        self._constants = [name for name, _ in self.inner.named_buffers() if name not in kept]
+        lost = {name: value for name, value in self.inner.named_buffers() if name not in kept}
+        self._constants = list(lost)
         self._values: list[Tensor] | None = None
         self._placed: torch.device | None = None
-        for name in self._constants:
+        for name, value in lost.items():
             owner, _, key = name.rpartition(".")
             delattr(self.inner.get_submodule(owner), key)
+            setattr(self.inner.get_submodule(owner), key, value)
         self.train()
 
     @property
@@ -112,9 +115,7 @@ class Tower(nn.Module):
     @torch.no_grad()
     def _place_constants(self, device: torch.device) -> None:
         if self._values is None:
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"), _EmptyOnMeta():
-                buffers = dict(build_tower(self.description).named_buffers())
-            self._values = [buffers[name] for name in self._constants]
+            self._values = _buffers_of(self.description, self._constants)
         for name, value in zip(self._constants, self._values, strict=True):
             owner, _, key = name.rpartition(".")
             setattr(self.inner.get_submodule(owner), key, value.to(device))
@@ -243,7 +244,7 @@ def transformers_model(config: Any) -> tuple[Any, dict[str, Any]]:
     """
     mapping = tower_library("transformers").MODEL_MAPPING
     cls = mapping.get(type(config), None)
-    needed = {} if cls is None else _parameters(cls.forward)
+    needed = {} if cls is None else _arguments_of(cls.forward)
     others = [n for n, p in needed.items() if p.default is p.empty and n not in ("self", "pixel_values")]
     if cls is None or "pixel_values" not in needed or others:
         what = "no such model" if cls is None else f"{cls.__name__}({', '.join(list(needed)[1:3])}, ...)"
@@ -251,7 +252,7 @@ def transformers_model(config: Any) -> tuple[Any, dict[str, Any]]:
             "tower_coca: vision_encoder must be a model of transformers' AutoModel whose forward pass needs "
             f"pixel_values alone, got {config.model_type!r}, {what}; name a ViT, such as hf/facebook/dinov2-small"
         )
-    return cls, {"add_pooling_layer": False} if "add_pooling_layer" in _parameters(cls.__init__) else {}
+    return cls, {"add_pooling_layer": False} if "add_pooling_layer" in _arguments_of(cls.__init__) else {}
 
 
 def _build_transformers(config: dict[str, Any]) -> nn.Module:
@@ -262,7 +263,7 @@ def _build_transformers(config: dict[str, Any]) -> nn.Module:
 
 def _build_timm(config: dict[str, Any]) -> nn.Module:
     timm = tower_library("timm")
-    name, arguments = config.get("architecture"), dict(config.get("model_args") or {})
+    name, arguments = config.get("architecture"), dict(config.get("model_args") or {}) | {"num_classes": 0}
     if not isinstance(name, str) or not timm.is_model(name) or ":" in name:
         raise ValueError(f"tower_coca: a tower of timm must be one of timm.list_models(), got {name!r}; upgrade timm")
     if wrong := sorted(arguments.keys() & REFUSED):
@@ -270,7 +271,7 @@ def _build_timm(config: dict[str, Any]) -> nn.Module:
             f"tower_coca: model_args of {name} must shape the model, got {', '.join(wrong)}; leave them out of its "
             "config.json"
         )
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     if not callable(getattr(model, "forward_features", None)):
         raise ValueError(
             f"tower_coca: a tower of timm must have forward_features, got {name}, which has not; name another model"
@@ -278,17 +279,17 @@ def _build_timm(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _arguments_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(function).parameters
     return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def _width(model: nn.Module) -> int:
     """Returns the width of a model's features."""
-    config = getattr(model, "config", None)
+    config = getattr(model, "config", None)  # of transformers
     width = getattr(model, "num_features", None) if config is None else getattr(config, "hidden_size", None)
-    if width is None and getattr(config, "hidden_sizes", None):
-        width = config.hidden_sizes[-1]
+    if width is None:
+        width = getattr(config, "hidden_sizes", [None])[-1]
     if not isinstance(width, int):
         raise ValueError(
             f"tower_coca: a tower's config must have its width, hidden_size or hidden_sizes, got {width!r} of "
@@ -301,11 +302,8 @@ def _resized(model: nn.Module, image_size: int) -> dict[str, bool]:
     """Returns what a model of transformers is called with for images of another size than its position embeddings'."""
     own = getattr(getattr(model, "config", None), "image_size", image_size)
     other = (own if isinstance(own, int) else own[0]) != image_size
-    return {"interpolate_pos_encoding": True} if other and "interpolate_pos_encoding" in _forward(model) else {}
-
-
-def _forward(model: nn.Module) -> dict[str, inspect.Parameter]:
-    return _parameters(type(model).forward)
+    takes = "interpolate_pos_encoding" in _arguments_of(type(model).forward)
+    return {"interpolate_pos_encoding": True} if other and takes else {}
 
 
 def _stack(model: nn.Module) -> str | None:
@@ -318,6 +316,18 @@ def _stack(model: nn.Module) -> str | None:
         and len({type(child) for child in module}) == 1
     }
     return max(found, key=lambda name: found[name], default=None)
+
+
+def _buffers_of(description: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
+    """Compute the buffers of an encoder, on the CPU, without its parameters where that is possible."""
+    values: list[Tensor] = []
+    for mode in (_EmptyOnMeta(), nullcontext()):  # some models allocate buffers by torch.empty as well
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), mode:
+            buffers = dict(build_tower(description).named_buffers())
+        values = [buffers[name] for name in names]
+        if not any(value.is_meta for value in values):
+            break
+    return values
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -52,7 +52,7 @@ def compute_in_bf16(model: nn.Module, entry_points: Sequence[str]) -> None:
     """
     copies = Copies(model)
     for block in blocks(model):
-        block.forward = InBFloat16(block.forward, copies, block=block)  # type: ignore[method-assign]
+        block.forward = InBFloat16(block.forward, copies, block=block)
     for name in ("forward", *entry_points):
         if hasattr(model, name):
             setattr(model, name, InBFloat16(getattr(model, name), copies, outputs=torch.float32))

@@ -62,5 +62,4 @@ def parallelize(
         compute_in_bf16(model, METHODS)
     if activation_checkpointing:
         for block in blocks(model):
-            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            block.forward = again  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

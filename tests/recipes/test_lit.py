@@ -1,4 +1,4 @@
-"""Locked-image tuning as a user meets it: lit.yaml, a folder of a pre-trained vision encoder, and a folder of images."""
+"""Locked-image tuning as a user meets it: lit.yaml, the folder of a vision encoder, and a folder of images."""
 
 import json
 from pathlib import Path
