@@ -206,3 +206,22 @@ def test_weights_are_random_only_where_that_is_asked_for(place):
     done = lit(place, "random", "run.max_steps=1", "model.vision_weights=random", "tuning.frozen=[]", tower="hf/bare")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((place / "random/manifest.json").read_text())["starts"][-1]["tower"] == "random"
+
+
+def test_a_config_is_checked_with_its_tower_before_a_run(place):
+    words = [*SMALL, "model.vision_encoder=hf/dino", "run.folder=checked"]
+    done = run(["-m", "grr.cli", "check", "pretrain/lit", *words], cwd=place)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "tower_coca, " in done.stdout
+    done = run(["-m", "grr.cli", "check", "pretrain/lit", *words, "model.vision_encoder=hf/nothing/at/all"], cwd=place)
+    assert done.returncode == 1
+    assert "there is no folder nothing/at/all; name one in the layout of transformers" in done.stdout
+
+
+def test_the_config_of_a_run_loads_as_the_same_config(place, locked):
+    done = run(
+        [str(RECIPES / "pretrain.py"), "--config", "locked/config.yaml", "run.folder=again", "run.max_steps=1"],
+        cwd=place,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(place / "again") == losses(locked)[:1]
