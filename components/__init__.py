@@ -7,7 +7,7 @@ from .attention import CrossAttention, KeyValueCache, SelfAttention
 from .block import Block, BlockCache, shared_rotations
 from .class_token import ClassToken
 from .dropout import Dropout, DropoutKeys, dropout_keys, fold_in
-from .feed_forward import GEGLU, FeedForward
+from .feed_forward import GEGLU, FeedForward, SwiGLU
 from .lora import LoRALinear, adapter_parameters
 from .norms import LayerNorm, RMSNorm
 from .patch_dropout import PatchDropout, num_kept
@@ -42,6 +42,7 @@ __all__ = [
     "Rotation",
     "SelfAttention",
     "SinusoidalPositions",
+    "SwiGLU",
     "adapter_parameters",
     "call_without_keeping",
     "dropout_keys",

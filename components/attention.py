@@ -74,21 +74,32 @@ class SelfAttention(nn.Module):
 
     x: [b, s, d], positions: as the rotary embedding takes them, or the `Rotation` of its angles -> [b, s, d]. "Earlier"
     is defined by the order in the tensor; positions only rotate queries and keys. Query, key and value projections are
-    one matrix, in that order; all four projections have biases: 4 (d^2 + d) parameters. `qk_norm` normalises queries
-    and keys of each head before the rotation (Dehghani et al. 2023), which limits the growth of attention logits. With
+    one matrix, in that order; all four projections have biases, unless bias=False: 4 (d^2 + d) parameters. `qk_norm`
+    normalises queries and keys of each head before the rotation (Dehghani et al. 2023), which limits the growth of
+    attention logits. `gated` multiplies what is attended to by sigmoid(x G), elementwise and before the output
+    projection, with one more matrix G of d^2 parameters and its bias (Qiu et al. 2025, "Gated Attention", G1). With
     a cache, x holds the tokens that follow those in the cache. mask: booleans that broadcast to [b, h, s, t], true
     where a query may attend to a key; causal attention hides later tokens as well. Raises ValueError if dim is not a
     multiple of num_heads.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, causal: bool = False, rotary: Rotary | None = None, qk_norm: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool = False,
+        rotary: Rotary | None = None,
+        qk_norm: bool = False,
+        bias: bool = True,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         head_dim = _head_dim("SelfAttention", dim, num_heads)
         self.num_heads, self.causal = num_heads, causal
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        self.gate = nn.Linear(dim, dim, bias=bias) if gated else None
         self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.rotary = rotary
@@ -125,7 +136,7 @@ class SelfAttention(nn.Module):
             earlier = torch.ones(s, t, dtype=torch.bool, device=x.device).tril(t - s)
             mask, causal = earlier if mask is None else earlier & mask, False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(y.transpose(1, 2).reshape(b, s, d))
+        return self.out(_gated(y.transpose(1, 2).reshape(b, s, d), self.gate, x))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}" + (", causal" if self.causal else "")
@@ -136,8 +147,9 @@ class CrossAttention(nn.Module):
 
     x: [b, s, d], context: [b, t, c] -> [b, s, d], for c = context_dim, by default d. context_norm is applied to the
     context first, and may return fewer vectors. Key and value projections are one matrix, in that order; all have
-    biases: 2 (d^2 + d) + 2 (c d + d) parameters. With a cache, the context is projected at the first call only. x may
-    also be [b n, s, d]: each group of n consecutive rows attends to one context, and shares its keys and values.
+    biases, unless bias=False: 2 (d^2 + d) + 2 (c d + d) parameters; `gated` is that of `SelfAttention`. With a cache,
+    the context is projected at the first call only. x may also be [b n, s, d]: each group of n consecutive rows attends
+    to one context, and shares its keys and values.
     Raises ValueError if dim is not a multiple of num_heads.
     """
 
@@ -149,14 +161,17 @@ class CrossAttention(nn.Module):
         context_dim: int | None = None,
         context_norm: nn.Module | None = None,
         qk_norm: bool = False,
+        bias: bool = True,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         head_dim = _head_dim("CrossAttention", dim, num_heads)
         self.num_heads = num_heads
         self.context_norm = context_norm or nn.Identity()
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(context_dim or dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(context_dim or dim, 2 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        self.gate = nn.Linear(dim, dim, bias=bias) if gated else None
         self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
 
@@ -173,10 +188,14 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache.append(k, v)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(x.shape))
+        return self.out(_gated(y.transpose(1, 2).reshape(x.shape), self.gate, x))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+def _gated(y: Tensor, gate: nn.Module | None, x: Tensor) -> Tensor:
+    return y if gate is None else y * call_without_keeping(gate, x).sigmoid()
 
 
 def _head_dim(who: str, dim: int, num_heads: int) -> int:

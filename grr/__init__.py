@@ -76,6 +76,16 @@ if TYPE_CHECKING:
     from grr.training.schedule import warmup_cosine
     from grr.training.step import global_batch_step
 
+_text_files = [
+    file for name in ("components", "recipes") if os.path.isfile(file := os.path.join(os.path.dirname(__file__), name))
+]
+if _text_files:  # git writes a link as a text file where core.symlinks is false, as on Windows
+    raise ImportError(
+        f"grr: grr/components and grr/recipes must be links to folders, got text files, {', '.join(_text_files)}; in "
+        "the clone run `git config core.symlinks true` and `git checkout -- grr/components grr/recipes` (on Windows, "
+        "turn on developer mode first), or install the wheel, which holds the folders themselves"
+    )
+
 # How threads wait for each other, read when torch is loaded. By default they spin for milliseconds, on cores that other
 # programs or the awaited thread itself need; where they sleep at once, waking them takes as long as a small operation.
 if "OMP_WAIT_POLICY" not in os.environ:

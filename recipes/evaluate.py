@@ -20,26 +20,38 @@ import torch.distributed as dist
 
 from grr.checkpoint.training_state import read_progress
 from grr.cli.program import run_main
-from grr.data import CHOICES, DATASETS, LABELLED, Choices, Labelled, check_classes
+from grr.data import CHOICES, DATASETS, LABELLED, Choices, Labelled, Pairs, check_classes
 from grr.evaluation.captions import treebank
 from grr.evaluation.composition import check_spatial, choice_accuracy, count_ties, relation_accuracy
 from grr.evaluation.evaluate import caption_scores, losses, recalls
 from grr.evaluation.examples import examples
+from grr.evaluation.metrics.clip_score import judged_captions
+from grr.evaluation.metrics.meteor import meteor, open_wordnet
 from grr.evaluation.outputs import Features, ModelOutputs, compute_outputs, features
 from grr.evaluation.probe import attentive_probe, linear_probe
 from grr.evaluation.zero_shot import accuracy, class_embeddings
 from grr.generation.generate import generate
+from grr.inference.captioner import Captioner
 from grr.inference.hub import split_name
-from grr.inference.pretrained import Pretrained, find_pretrained, load_pretrained
+from grr.inference.pretrained import Pretrained, find_pretrained, fingerprint, load_pretrained
 from grr.models.coca import CoCa
 from grr.parallel.process_group import process_group
 from grr.reports.evaluation import Confusions, as_text, write_evaluation
 from grr.tokenizers import Tokenizer
 
 Task = Literal[
-    "losses", "retrieval", "captions", "relations", "zero_shot", "linear_probe", "attentive_probe", "choices"
+    "losses",
+    "retrieval",
+    "captions",
+    "meteor",
+    "clip_score",
+    "relations",
+    "zero_shot",
+    "linear_probe",
+    "attentive_probe",
+    "choices",
 ]
-GENERATED: tuple[Task, ...] = ("captions", "relations")  # tasks that need generated captions
+GENERATED: tuple[Task, ...] = ("captions", "meteor", "clip_score", "relations")  # tasks that need generated captions
 PAIRED: tuple[Task, ...] = ("losses", "retrieval", *GENERATED)  # tasks that need images with captions
 PROBES: tuple[Task, ...] = (
     "linear_probe",
@@ -64,9 +76,17 @@ class Model:
     path: str  # a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name
 
 
+@dataclass
+class Judge:
+    """Model whose embeddings judge generated captions, for the task clip_score."""
+
+    path: str | None = None  # as model.path; that path itself is allowed, and flatters the model
+
+
 SECTIONS: config.Sections = {
     "run": Run,
     "model": Model,
+    "judge": Judge,
     "data": DATASETS | config.NONE,
     "losses": losses,
     "generation": generate,
@@ -87,12 +107,13 @@ def main() -> None:
         # model: whole in every process, because each computes other batches
         source = find_pretrained(cfg.model["path"])
         dtype = torch.bfloat16 if run.bf16 else torch.float32
-        model, tokenizer, image_size, crop = load_pretrained(source, device=device, dtype=dtype)
+        trained = load_pretrained(source, device=device, dtype=dtype)
+        model, tokenizer, image_size, crop = trained
         logging.info(f"evaluating {source}: {', '.join(run.tasks)}")
 
         # outputs: all processes share the images, and rank 0 gets the outputs
         images: dict[str, Any] = {"image_size": image_size, "crop": crop, "progress": True}
-        outputs = compared = test = train = classes = None
+        outputs = judged = compared = test = train = classes = None
         choices: Choices | None = cfg.build("choices") if "choices" in run.tasks else None
         labelled: Labelled | None = cfg.build("labelled") if set(run.tasks) & {"zero_shot", *PROBES} else None
         # zero-shot first, because invalid names must not cost hours of images
@@ -104,6 +125,8 @@ def main() -> None:
             if "relations" in run.tasks:
                 check_spatial(pairs.captions)
             outputs = compute_outputs(model, pairs, tokenizer, device, **options, **images)
+            if "clip_score" in run.tasks:
+                judged = judge_captions(cfg.judge["path"], trained, pairs, outputs, device)
         if choices is not None:
             if (ties := count_ties(choices, tokenizer)) and dist.get_rank() == 0:
                 logging.warning(
@@ -126,6 +149,8 @@ def main() -> None:
         confusions = None
         if outputs is not None:
             results |= pair_metrics(cfg, outputs, tokenizer)
+        if judged is not None:
+            results["clip_score"] = judged
         if compared is not None and choices is not None:
             results["choices"] = choice_accuracy(compared, choices)
         if test is not None and classes is not None:
@@ -154,7 +179,7 @@ def main() -> None:
 
 
 def validate_config(cfg: config.Config) -> None:
-    """Check that each task has its section of data (ValueError otherwise) and its packages (ImportError)."""
+    """Check that each task has its data (ValueError and FileNotFoundError otherwise) and its packages (ImportError)."""
     if cfg.run["images"] is not None and cfg.run["images"] < 1:
         raise ValueError(f"evaluate: run.images must be at least 1, or null for all, got {cfg.run['images']}")
     needs = {"data": PAIRED, "labelled": ("zero_shot", *PROBES), "labelled_train": PROBES, "choices": ("choices",)}
@@ -165,13 +190,39 @@ def validate_config(cfg: config.Config) -> None:
                     f"evaluate: the task {task} needs the section {section}, got none; add it to the config, or remove "
                     f"{task} from run.tasks"
                 )
+    if "clip_score" in cfg.run["tasks"] and cfg.judge["path"] is None:
+        raise ValueError(
+            "evaluate: the task clip_score needs a model that judges, got judge.path=null; set judge.path to a run, a "
+            "model/ or hf-hub:owner/name, or remove clip_score from run.tasks"
+        )
     if "captions" in cfg.run["tasks"]:
         treebank()
+    if "meteor" in cfg.run["tasks"]:
+        open_wordnet()
 
 
 def generation_of(cfg: config.Config) -> dict[str, Any] | None:
     """Returns the options of `generate`, None if no captions are generated."""
     return cfg.generation if set(GENERATED) & set(cfg.run["tasks"]) else None
+
+
+def judge_captions(
+    path: str, trained: Captioner, pairs: Pairs, outputs: ModelOutputs | None, device: torch.device
+) -> dict[str, Any]:
+    """Compute CLIPScores of generated captions by another model, in float32; all processes share the images."""
+    source = find_pretrained(path)
+    judge = load_pretrained(source, device=device)
+    prints = [fingerprint(judge), fingerprint(trained)]
+    if prints[0] == prints[1] and dist.get_rank() == 0:
+        logging.warning(f"clip_score: the judge {source} is the evaluated model itself, which flatters it")
+    seen: dict[str, Any] = {"image_size": judge.image_size, "crop": judge.crop, "progress": True}
+    scores = judged_captions(judge.model, judge.tokenizer, pairs, outputs, device, **seen)
+    return {
+        **scores,
+        "judge": str(source),
+        "judge_fingerprint": prints[0],
+        "judges_itself": prints[0] == prints[1],
+    }
 
 
 def pair_metrics(cfg: config.Config, outputs: ModelOutputs, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -183,6 +234,8 @@ def pair_metrics(cfg: config.Config, outputs: ModelOutputs, tokenizer: Tokenizer
         results["retrieval"] = recalls(outputs)
     if "captions" in cfg.run["tasks"]:
         results["captions"] = caption_scores(outputs, tokenizer)
+    if "meteor" in cfg.run["tasks"]:
+        results["meteor"] = {"meteor": meteor(outputs.references, outputs.written)}
     if "relations" in cfg.run["tasks"]:
         results["relations"] = relation_accuracy(outputs.references, outputs.written)
     return results

@@ -35,6 +35,7 @@ from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import captioned_pictures
 from grr.inference.pretrained import (
+    Pretrained,
     build_pretrained,
     describe,
     describe_adapters,
@@ -43,6 +44,7 @@ from grr.inference.pretrained import (
     tell_of_other_crop,
     weights_digest,
 )
+from grr.models.coca import CoCa
 from grr.models.tuning import check_adapter_dropout, tune_parts
 from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
@@ -112,16 +114,9 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
-    check_loggers(run.loggers)
-    check_batches(run.batch_size, run.micro_batch_size, num_processes())
-    check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
-    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
-    folder = Path(run.folder)
-    source = find_pretrained(cfg.model["path"])
+    folder, source = Path(run.folder), find_pretrained(cfg.model["path"])
     cfg.loader["crop"] = cfg.loader["crop"] or source.crop
-    with torch.device("meta"):
-        tune_parts(build_pretrained(source, dropout=cfg.model["dropout"]), **cfg.tuning)  # raises ValueError
-    check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)
+    check(cfg, run, source)
     report = partial(write_report, folder, title=f"{source.builder} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step; the tokenizer is the pre-trained model's
@@ -147,11 +142,8 @@ def main() -> int:
             "validation": held_out.fingerprint,
             "tokenizer": tokenizer.fingerprint,
         }
-        arguments = source.arguments | {"dropout": cfg.model["dropout"]}
-        merged = described = describe(source.builder, arguments, cfg.loader["crop"])
         adapted = bool(cfg.tuning["lora"])
-        if adapted:  # checkpoints hold what is trained, beside the pre-trained weights
-            described = describe_adapters(merged, source, rank=cfg.tuning["rank"], alpha=cfg.tuning["alpha"])
+        merged, described = describe_run(cfg, source)
         identity = run_identity(cfg, **content)
         saver = Saver(folder, model, optimizer, ema.weights, identity=identity, description=described, **cfg.saving)
         progress = saver.resume()
@@ -240,13 +232,7 @@ def main() -> int:
         # the end: the best weights are the model, perhaps moved toward the pre-trained ones (WiSE-FT)
         if saver.due:
             saver.save(step, control=control._asdict())
-        load_checkpoint_weights(saver.best(control.best_step), model)
-        if run.wise_ft_alpha < 1:
-            tuned = weights_of(model)
-            load_weights(source, model)
-            wise_ft(model, tuned, alpha=run.wise_ft_alpha)
-        if run.merge_adapters:
-            merge_adapters(model)
+        load_best(model, saver.best(control.best_step), source, run)
         losses, metrics, examples = evaluate()
         save, description = (save_model, merged) if run.merge_adapters else (save_adapters, described)
         save(folder / "model", model, description, folder / "tokenizer.model")
@@ -256,6 +242,40 @@ def main() -> int:
         logging.info(f"finished: model/ holds the weights of {summary(control.best_step, losses, metrics)}")
         logging.info(f"see {folder / 'report.html'}")
     return 0
+
+
+def check(cfg: config.Config, run: Run, source: Pretrained) -> None:
+    """Raise ValueError, before anything is written, for options that do not fit each other or the model."""
+    check_loggers(run.loggers)
+    check_batches(run.batch_size, run.micro_batch_size, num_processes())
+    check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
+    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)
+    with torch.device("meta"):
+        tune_parts(build_pretrained(source, dropout=cfg.model["dropout"]), **cfg.tuning)
+    check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)
+
+
+def describe_run(cfg: config.Config, source: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the descriptions of the model with all of its weights, and of what checkpoints hold.
+
+    They differ where adapters are trained: checkpoints hold what is trained, beside the pre-trained weights.
+    """
+    arguments = source.arguments | {"dropout": cfg.model["dropout"]}
+    merged = describe(source.builder, arguments, cfg.loader["crop"])
+    if not cfg.tuning["lora"]:
+        return merged, merged
+    return merged, describe_adapters(merged, source, rank=cfg.tuning["rank"], alpha=cfg.tuning["alpha"])
+
+
+def load_best(model: CoCa, checkpoint: Path, source: Pretrained, run: Run) -> None:
+    """Make the best weights those of the model: mixed with the pre-trained ones, and adapters merged, as run says."""
+    load_checkpoint_weights(checkpoint, model)
+    if run.wise_ft_alpha < 1:
+        tuned = weights_of(model)
+        load_weights(source, model)
+        wise_ft(model, tuned, alpha=run.wise_ft_alpha)
+    if run.merge_adapters:
+        merge_adapters(model)
 
 
 def read_data(cfg: config.Config, run: Run) -> tuple[Pairs, Pairs]:

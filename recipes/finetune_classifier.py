@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from grr.checkpoint.adapters import merge_adapters
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -41,11 +42,17 @@ from grr.data.order import check_batches
 from grr.evaluation.classification import answers, classification_scores, classification_step
 from grr.evaluation.examples import Examples, captioned_pictures
 from grr.inference.classifiers import describe_classifier, load_parts
-from grr.inference.pretrained import build_pretrained, find_pretrained, tell_of_other_crop, weights_digest
+from grr.inference.pretrained import (
+    build_pretrained,
+    describe_adapters,
+    find_pretrained,
+    tell_of_other_crop,
+    weights_digest,
+)
 from grr.models.builders import MODELS, check_builder
 from grr.models.coca import CoCa
 from grr.models.heads import HEADS
-from grr.models.tuning import freeze
+from grr.models.tuning import check_adapter_dropout, tune_parts
 from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
@@ -88,7 +95,7 @@ SECTIONS: config.Sections = {
     "run": Run,
     "model": {"pretrained": pretrained, **MODELS},
     "head": HEADS,
-    "tuning": freeze,
+    "tuning": tune_parts,
     "tokenizer": open_tokenizer,
     "data": LABELLED,
     "validation": LABELLED,
@@ -105,16 +112,10 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
-    check_loggers(run.loggers)
-    check_batches(run.batch_size, run.micro_batch_size, num_processes())
-    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     cfg.loader["crop"] = cfg.loader["crop"] or (source.crop if source else "squash")
-    if source is None:
-        check_builder(MODELS[cfg.model["name"]])
-        with torch.device("meta"):
-            cfg.build("model")  # sizes that do not fit each other are refused before the data are read
+    check(cfg, run)
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one
         pairs, held_out = cfg.build("data"), cfg.build("validation")
@@ -137,7 +138,7 @@ def main() -> int:
         description = describe_classifier(builder, arguments, cfg.loader["crop"], cfg.head["name"], pairs.classes)
         with torch.device("meta"):
             model = cfg.build("head", cfg.build("model"), len(pairs.classes))
-        freeze(model, **cfg.tuning)
+        tune_parts(model, **cfg.tuning)
         parallelize(model, device, **cfg.parallel)
         initialize(model, device, seed=run.seed)
         if source is not None:
@@ -151,8 +152,10 @@ def main() -> int:
             "validation": held_out.fingerprint,
             "tokenizer": tokenizer.fingerprint,
         }
-        identity = run_identity(cfg, **content)
-        saver = Saver(folder, model, optimizer, identity=identity, description=description, **cfg.saving)
+        identity, described = run_identity(cfg, **content), description
+        if source is not None and cfg.tuning["lora"]:  # checkpoints hold what is trained alone
+            described = describe_adapters(description, source, rank=cfg.tuning["rank"], alpha=cfg.tuning["alpha"])
+        saver = Saver(folder, model, optimizer, identity=identity, description=described, **cfg.saving)
         progress = saver.resume() or {"step": 0, "best": -1.0, "best_step": -1}
         step, best = progress["step"], {key: progress[key] for key in ("best", "best_step")}
         saver.resume_best(best["best_step"])
@@ -210,9 +213,9 @@ def main() -> int:
             if step % validate_every == 0 or step == last:
                 with throughput.paused():
                     finite.check()
-                    scores = classification_scores(model, held_out, tokenizer, device, **reading)
-                    if scores.accuracy > best["best"]:  # on disk before a checkpoint names it
-                        best = {"best": scores.accuracy, "best_step": step}
+                    result = classification_scores(model, held_out, tokenizer, device, **reading)
+                    if result.accuracy > best["best"]:  # on disk before a checkpoint names it
+                        best = {"best": result.accuracy, "best_step": step}
                         saver.save_best(step, **best)
                     shown = Examples([], [], answers(model, held_out, tokenizer, device, **reading))
                     beside = {
@@ -220,12 +223,13 @@ def main() -> int:
                         "best_accuracy": best["best"],
                         "best_step": best["best_step"],
                     }
-                    log.write("validation", step, captioned_pictures(shown), **scores._asdict(), **beside)
+                    log.write("validation", step, captioned_pictures(shown), **result.numbers(), **beside)
                     on_rank_0(partial(write_report, folder, title=f"{builder} on {cfg.data['name']}", examples=shown))
                     if not bar.disable:
+                        vqa = "" if result.vqa_accuracy is None else f"; VQA accuracy {result.vqa_accuracy:.1%}"
                         bar.write(
-                            f"step {step}: validation loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}; best "
-                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}"
+                            f"step {step}: validation loss {result.loss:.4f}, accuracy {result.accuracy:.1%}; best "
+                            f"{best['best']:.1%} at step {best['best_step']}; text-only baseline {text_only:.1%}{vqa}"
                         )
             saver.poll(step, due=step % validate_every == 0 or step == last)
         bar.close()
@@ -234,10 +238,32 @@ def main() -> int:
         if saver.due:
             saver.save(step, **best)
         load_checkpoint_weights(saver.best(best["best_step"]), model)
+        merge_adapters(model)
         save_model(folder / "model", model, description, folder / "tokenizer.model")
         log.close()
         logging.info(f"finished after step {step} of {last}; model/ holds the best; see {folder / 'report.html'}")
     return 0
+
+
+def check(cfg: config.Config, run: Run) -> None:
+    """Raise ValueError, before the data are read, for options and sizes that do not fit each other or the model."""
+    check_loggers(run.loggers)
+    check_batches(run.batch_size, run.micro_batch_size, num_processes())
+    warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)
+    check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)
+    if cfg.model["name"] != "pretrained":
+        check_builder(MODELS[cfg.model["name"]])
+    with torch.device("meta"):
+        coca = cfg.build("model")
+        model = cfg.build("head", coca, 2)
+    known = dict(coca.named_children()) if cfg.model["name"] == "pretrained" else {}
+    adapted = cfg.tuning["lora"]
+    if adapted and (new := [part for part in (*adapted, *cfg.tuning["frozen"]) if part not in known]):
+        raise ValueError(
+            "finetune_classifier: beside adapters, what is not trained must have the weights of a trained model, got "
+            f"{', '.join(new)} with model.name={cfg.model['name']}; remove it from tuning, or set model.name=pretrained"
+        )
+    tune_parts(model, **cfg.tuning)
 
 
 def loader_arguments(cfg: config.Config, run: Run, device: torch.device, *, image_size: int) -> dict[str, Any]:

@@ -62,26 +62,24 @@ def test_a_module_of_the_folder_is_run_by_its_name(tmp_path):
 RANKS = """
 import torch.distributed as dist
 dist.init_process_group("gloo")
-if dist.get_rank() == 1:
-    {act}
 dist.barrier()
-print(f"rank {{dist.get_rank()}} of {{dist.get_world_size()}}")
+print(f"rank {dist.get_rank()} of {dist.get_world_size()}")
 dist.destroy_process_group()
 """
 
 
 def test_ranks_are_a_group_and_share_the_outputs(program, tmp_path):
-    done = run(program(RANKS.format(act="pass")), cwd=tmp_path, processes=3)
+    done = run(program(RANKS), cwd=tmp_path, processes=3)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rank . of .", done.stdout)) == [f"rank {i} of 3" for i in range(3)]
 
 
 def test_a_rank_that_fails_ends_the_others_and_what_they_started(program, tmp_path):
-    """Rank 0 would wait for half an hour, and so would its child."""
-    child = "if os.environ['RANK'] == '0' and os.fork() == 0:\n"
-    child += "    open('child', 'w').write(str(os.getpid()))\n    time.sleep(600)"
-    wait = "while not os.path.exists('child') or not open('child').read(): time.sleep(0.01)\n    sys.exit(7)"
-    done = run(program(f"{child}\n{RANKS.format(act=wait)}"), cwd=tmp_path, processes=2, timeout=60)
+    """Rank 0 and its child would sleep for ten minutes; in a barrier, gloo would end it as soon as rank 1 leaves."""
+    sleeps = "if os.fork() == 0:\n    open('child', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    fails = "while not os.path.exists('child') or not open('child').read(): time.sleep(0.01)\nsys.exit(7)"
+    text = f"exec({sleeps!r} if os.environ['RANK'] == '0' else {fails!r})"
+    done = run(program(text), cwd=tmp_path, processes=2, timeout=60)
     assert done.returncode == 7, done.stderr
     pid = (tmp_path / "child").read_text()
     state = Path(f"/proc/{pid}/stat")

@@ -1,9 +1,13 @@
 """Importing the library and using a model need nothing that Windows lacks."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 WITHOUT = """
 import os, signal, sys
@@ -45,3 +49,31 @@ def test_a_model_is_loaded_and_used_without_what_windows_lacks_and_a_run_says_wh
     assert caption == "a red picture"
     assert shape == "(1, 64)"
     assert "this system has no locks of files (fcntl); use Linux, macOS or WSL to train" in refusal
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, timeout=120, capture_output=True)
+
+
+def test_a_clone_without_links_says_what_to_do_and_that_helps(tmp_path):
+    """git writes the two links as text files, as on Windows without developer mode."""
+    mine, clone = tmp_path / "mine", tmp_path / "clone"
+    hidden = shutil.ignore_patterns("__pycache__")
+    for name in ("grr", "components", "recipes"):
+        shutil.copytree(ROOT / name, mine / name, symlinks=True, ignore=hidden)
+    git(mine, "init", "-q")
+    git(mine, "add", "-A")
+    git(mine, "commit", "-qm", "all")
+    git(tmp_path, "clone", "-q", "-c", "core.symlinks=false", str(mine), str(clone))
+    assert (clone / "grr/components").read_text() == "../components"
+    words = [sys.executable, "-c", "import grr.components.norms; print(grr.__file__)"]
+    done = subprocess.run(words, cwd=clone, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("ImportError")]
+    assert f"got text files, {clone / 'grr/components'}, {clone / 'grr/recipes'}; in the clone run" in message
+    for remedy in ("git config core.symlinks true", "git checkout -- grr/components grr/recipes"):
+        assert f"`{remedy}`" in message
+        git(clone, *remedy.split()[1:])
+    done = subprocess.run(words, cwd=clone, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(clone / "grr/__init__.py"), done.stderr

@@ -3,10 +3,11 @@
 import os
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Self
 
-from grr.files.lock import lock
+from grr.files.lock import is_locked, lock
 from grr.parallel.process_group import on_rank_0
 
 
@@ -62,3 +63,19 @@ class RunLock:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         self._file = file
+
+
+def refuse_other_writers(files: Iterable[Path], *, patience: float = 10.0) -> None:
+    """Raise BlockingIOError if a process of an earlier run, whose rank 0 has ended, still holds one of the files.
+
+    patience: seconds to wait for such a process, which may be about to end.
+    """
+    deadline = time.monotonic() + patience
+    for file in files:
+        while is_locked(file):
+            if time.monotonic() > deadline:
+                raise BlockingIOError(
+                    f"refuse_other_writers: {file} must have no writer, got one of an earlier run, whose first process "
+                    "has ended; end that process, or wait for it"
+                )
+            time.sleep(0.1)

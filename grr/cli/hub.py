@@ -26,14 +26,15 @@ def add_models(subparsers: Any) -> None:
 
 def list_published(options: argparse.Namespace) -> int:
     """Print the table of published models."""
-    from grr.inference.zoo import NOT_TRIED, zoo
+    from grr.inference.zoo import zoo
     from grr.reports.table import aligned
 
-    table = [["name", "context", "parameters", "licence", "tried"]]
+    table = [["name", "context", "parameters", "licence"]]
     for model in zoo().values():
         parameters = f"{model.parameters / 1e6:.1f} M"
-        table.append([f"hf-hub:{model.name}", str(model.context_length), parameters, model.license, NOT_TRIED])
+        table.append([f"hf-hub:{model.name}", str(model.context_length), parameters, model.license])
     print(aligned(table))
+    print("Their layouts are tested with random weights; the published weights themselves have not been tested.")
     return 0
 
 
@@ -70,7 +71,7 @@ def push(options: argparse.Namespace) -> int:
     from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained
     from grr.reports.card import curves, model_card
 
-    name = split_name(options.repository)[0]
+    name = split_name(options.repository, who="push")[0]
     source = find_pretrained(options.run)
     run = next(
         (folder for folder in (source.path, *source.path.parents[:2]) if (folder / "config.yaml").is_file()), None

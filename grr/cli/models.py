@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -26,7 +27,10 @@ def add_caption(subparsers: Any) -> None:
           grr caption runs/openmoji photos 'more/**/*.jpg'
           grr caption hf-hub:laion/CoCa-ViT-B-32-laion2B-s13B-b90k photos
 
-        For thousands of images, with a page, options of generation, and continuation after an interruption:
+          grr caption runs/openmoji 'cc12m/*.tar'
+
+        For thousands of images, with a page, options of generation, scores, several processes, and continuation after
+        an interruption:
 
           grr run caption/default model.path=runs/openmoji run.images=photos
 
@@ -38,11 +42,17 @@ def add_caption(subparsers: Any) -> None:
 
 def caption(options: argparse.Namespace) -> int:
     """Print a caption for each image as it is computed."""
-    from grr.inference.caption import caption_images
+    from grr.data.formats.shards import are_shards, find_shards
+    from grr.inference.captioning.files import caption_images
+    from grr.inference.captioning.shards import caption_shard_images
 
-    files = _find_images(options.images)
-    batches = caption_images(_load(options), files, batch_size=options.batch_size)
-    return _print_rows(batches, lambda row: str(row["caption"]))
+    shards = [shard for word in options.images if are_shards(word) for shard in find_shards(word)]
+    words = [word for word in options.images if not are_shards(word)]
+    files = _find_images(words) if words else []
+    trained = _load(options)
+    batches = caption_images(trained, files, batch_size=options.batch_size)
+    of_shards = caption_shard_images(trained, shards, batch_size=options.batch_size)
+    return _print_rows(chain(batches, of_shards), lambda row: str(row["caption"]))
 
 
 def add_classify(subparsers: Any) -> None:

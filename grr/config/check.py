@@ -41,8 +41,8 @@ def check_section(section: str, function: Section, given: Given, file: str, mist
                     mistakes.add(place, subject, why)
             except ValueError:
                 kind = arguments[key].kind
-                why = f"{who} wants {spelled(kind)}, got {value!r}{did_you_mean(value, words(kind))}"
-                mistakes.add(place, subject, why)
+                hint = _in_a_list(value, kind) or did_you_mean(value, words(kind))
+                mistakes.add(place, subject, f"{who} wants {spelled(kind)}, got {value!r}{hint}")
         elif key in by_code:
             mistakes.add(place, subject, f"{who} is given this by code, it cannot be set here")
         else:
@@ -80,6 +80,14 @@ def check_effects(
     for subject, why in without_effect(checked, changed):
         section, key = subject.split(".")
         mistakes.add(given[section][key][1], subject, why)
+
+
+def _in_a_list(value: Any, kind: Any) -> str:
+    """Returns the hint to write a value in brackets, if a list of it alone would fit."""
+    with contextlib.suppress(ValueError):
+        _fitted([value], kind)
+        return f"; write [{value}]"
+    return ""
 
 
 def _fitted(value: Any, kind: Any) -> Any:

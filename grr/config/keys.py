@@ -36,6 +36,8 @@ MEANINGS = {
     "logit_bias": "what is added to similarities; for the sigmoid loss",
     "learned_temperature": "learn the temperature and the bias",
     "correct_cls_mask": "CLS reads no padding; the released weights were trained with it",
+    "cascade_pooler": "the contrastive pooler attends to the output of the generative one, as in the CoCa paper",
+    "text_arch": "the kind of the text decoders of open_clip: clip, or modern (RMSNorm, RoPE, SwiGLU, gated attention)",
     "model.path": "a run's folder, its model/, one of its checkpoints/step_N, or hf-hub:owner/name",
     "tokenizer.path": "T5's spiece.model, or another vocabulary; null: one is trained on the captions",
     # tuning
@@ -98,6 +100,7 @@ MEANINGS = {
     "top_p": "sample from the fewest tokens that hold this probability",
     "repetition_penalty": "what the log-probability of a token already written is multiplied by",
     "no_repeat_ngram_size": "refuse to write so many tokens a second time; 0: allow it",
+    "prefix": "what every caption begins with; its tokens count",
     "strengths": "penalties of the logistic regression, of which the best is taken",
     "caption_tokens": "lengths of captions; null: that of the context",
     "templates": "descriptions of a class, which replaces {}",

@@ -16,7 +16,7 @@ from grr.data.formats.openmoji_tasks import (
 )
 from grr.data.formats.shards import webdataset
 from grr.data.formats.snli_ve import snli_ve
-from grr.data.formats.tables import folder, rocov2
+from grr.data.formats.tables import docci, folder, rocov2, urban1k
 from grr.data.formats.vqa_v2 import vqa_v2
 from grr.data.labelled import Labelled, check_classes, text_only_accuracy
 from grr.data.loader import Batch, steps_per_epoch, training_steps, validation_steps
@@ -30,6 +30,8 @@ DATASETS: dict[str, Callable[..., Pairs]] = {
     "coco": coco,
     "karpathy": karpathy,
     "rocov2": rocov2,
+    "docci": docci,
+    "urban1k": urban1k,
     "webdataset": webdataset,
 }
 

@@ -35,7 +35,8 @@ def augmented(pairs: Pairs, *, crop_area: float = 1.0, flip: float = 0.0, color_
     if crop_area == 1 and not flip and not color_jitter:
         return pairs
     if isinstance(pairs, Labelled):
-        return Labelled(Augmented(pairs.pairs, crop_area, flip, color_jitter), pairs.classes, pairs.labels)
+        changed = Augmented(pairs.pairs, crop_area, flip, color_jitter)
+        return Labelled(changed, pairs.classes, pairs.labels, pairs.people)
     return Augmented(pairs, crop_area, flip, color_jitter)
 
 

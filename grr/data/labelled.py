@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -25,11 +26,13 @@ class Labelled(Pairs):
 
     classes: their names, in the order of a classifier's outputs. labels: [n], numbers of classes, or IGNORE for a pair
     that belongs to none of them: it does not contribute to the loss, and every answer to it counts as an error.
+    people: [n], the answers that people gave to each question, one a line; None for data without.
     """
 
-    def __init__(self, pairs: Pairs, classes: list[str], labels: Ints) -> None:
+    def __init__(self, pairs: Pairs, classes: list[str], labels: Ints, people: Texts | None = None) -> None:
         super().__init__(pairs.ids, pairs.captions, pairs.image_of)
         self.pairs, self.classes, self.labels, self.records = pairs, classes, labels, pairs.records
+        self.people = people
 
     @cached_property
     def fingerprint(self) -> str:
@@ -42,23 +45,35 @@ class Labelled(Pairs):
 
     def for_epoch(self, seed: int, epoch: int) -> "Labelled":
         pairs = self.pairs.for_epoch(seed, epoch)
-        return self if pairs is self.pairs else Labelled(pairs, self.classes, self.labels)
+        return self if pairs is self.pairs else Labelled(pairs, self.classes, self.labels, self.people)
 
     def thumbnail(self, i: int, *, side: int = THUMBNAIL) -> Tensor:
         return self.pairs.thumbnail(i, side=side)
 
 
-def labelled_rows(root: Path, rows: Iterable[tuple[Row, int]], classes: list[str], records: Records) -> Labelled:
+class LabelledRow(NamedTuple):
+    """Record of a file with its label."""
+
+    row: Row
+    label: int
+    people: str | None = None  # the answers that people gave, one a line
+
+
+def labelled_rows(root: Path, rows: Iterable[LabelledRow], classes: list[str], records: Records) -> Labelled:
     """Returns the pairs of some rows, each with a label; see `read_rows`."""
     labels = array("q")
+    people: list[str] = []
 
     def without_labels() -> Iterator[Row]:
-        for row, label in rows:
-            labels.append(label)
-            yield row
+        for labelled in rows:
+            labels.append(labelled.label)
+            if labelled.people is not None:
+                people.append(labelled.people)
+            yield labelled.row
 
     pairs, row_of = read_rows(root, without_labels(), records)
-    return Labelled(pairs, classes, np.array(labels, dtype=np.int64)[row_of])
+    answered = Texts.of(people[i] for i in row_of) if people else None
+    return Labelled(pairs, classes, np.array(labels, dtype=np.int64)[row_of], answered)
 
 
 def check_classes(train: Labelled, held_out: Labelled) -> None:

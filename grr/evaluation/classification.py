@@ -1,6 +1,7 @@
 """Loss, gradients and accuracy of a classifier, which depend on the global batch alone."""
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,10 +16,12 @@ from grr.data import Batch, Labelled
 from grr.data.collate import IGNORE, collate_captions
 from grr.data.images import BadImage, Crop
 from grr.evaluation.examples import Answer
+from grr.evaluation.metrics.vqa import vqa_accuracy
 from grr.evaluation.outputs import over_images
 from grr.models.coca import evaluating
 from grr.models.head import at_least_float32
 from grr.parallel.bf16 import recomputing
+from grr.parallel.device import exact_dtype
 from grr.parallel.process_group import on_rank_0, sum_over_processes
 from grr.parallel.shard import gathered, reduce_gradients, unsharded
 from grr.tokenizers import Tokenizer
@@ -30,10 +33,22 @@ logger = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
-    """Loss and accuracy of a global batch, or of a data set."""
+    """Loss and accuracy of a global batch."""
 
     loss: float  # cross-entropy, mean over samples with a class
     accuracy: float  # fraction of all samples; a sample without a class counts as wrong
+
+
+class DataScores(NamedTuple):
+    """Loss and accuracy of a data set, as those of a batch."""
+
+    loss: float
+    accuracy: float
+    vqa_accuracy: float | None  # mean over all samples; None for data without the answers of people
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the scores that the data have, by their names."""
+        return {name: score for name, score in self._asdict().items() if score is not None}
 
 
 class StepScores(NamedTuple):
@@ -61,7 +76,8 @@ def classification_step(
     Raises ValueError if the data have no classes.
     """
     world = dist.get_world_size()
-    counts = torch.stack([(_classes(batch) != IGNORE).sum() for batch in batches]).sum().double()
+    counts = torch.stack([(_classes(batch) != IGNORE).sum() for batch in batches]).sum()
+    counts = counts.to(exact_dtype(counts.device))
     share = 1 / sum_over_processes(counts).clamp(min=1)  # of a sample in the mean over the global batch
     losses, right = list[Tensor](), list[Tensor]()
     with gathered(model):
@@ -82,26 +98,28 @@ def classification_step(
 @torch.no_grad()
 def classification_scores(
     model: nn.Module, pairs: Labelled, tokenizer: Tokenizer, device: torch.device, *, image_size: int, crop: Crop
-) -> Scores:
+) -> DataScores:
     """Compute the scores of all samples, without dropout and label smoothing; all processes share the work.
 
-    The model may be sharded. Unreadable images are left out, and their number is logged. Raises ValueError if no image
+    The model may be sharded. Unreadable images are left out, and their number is logged. Of data with the answers of
+    people, vqa_accuracy is the mean of `grr.evaluation.metrics.vqa.vqa_accuracy`. Raises ValueError if no image
     remains.
     """
 
-    def work(pixels: Tensor, members: list[int]) -> tuple[float, int, int, int]:
+    def work(pixels: Tensor, members: list[int]) -> tuple[float, int, int, int, float]:
         texts = [tokenizer.encode(pairs.captions[i]) for i in members]
         ids, positions, *_ = collate_captions(texts, pad_id=tokenizer.pad_id)
         logits = model(pixels, ids.to(device), positions=positions.to(device)).cpu()  # [b, c]
         classes = torch.from_numpy(pairs.labels[members])
         labelled = int((classes != IGNORE).sum())
         right = int(_count_right(logits, classes))
-        return _cross_entropy(logits, classes, 0.0).item(), right, labelled, len(members)
+        credit = _credit(pairs, members, logits.argmax(dim=-1).tolist())
+        return _cross_entropy(logits, classes, 0.0).item(), right, labelled, len(members), credit
 
     with evaluating(model), unsharded(model):
         parts, left_out = over_images(pairs, list(range(len(pairs))), work, device, image_size=image_size, crop=crop)
 
-    def scores() -> Scores:
+    def scores() -> DataScores:
         some = "; ".join(f"{name}: {cause}" for name, cause in list(left_out.items())[:3])
         if not parts:
             raise ValueError(
@@ -109,8 +127,9 @@ def classification_scores(
             )
         if left_out:
             logger.warning("classification_scores: %d of %d are left out: %s", len(left_out), len(pairs), some)
-        loss, right, labelled, samples = map(sum, zip(*parts, strict=True))
-        return Scores(loss / max(1, labelled), right / samples)
+        loss, right, labelled, samples, credit = map(sum, zip(*parts, strict=True))
+        of_people = None if pairs.people is None else credit / samples
+        return DataScores(loss / max(1, labelled), right / samples, of_people)
 
     return on_rank_0(scores)
 
@@ -156,6 +175,14 @@ def _cross_entropy(logits: Tensor, classes: Tensor, label_smoothing: float) -> T
     return F.cross_entropy(
         at_least_float32(logits), classes, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
     )
+
+
+def _credit(pairs: Labelled, members: Sequence[int], predicted: Sequence[int]) -> float:
+    """Returns the sum of the VQA accuracies of predictions; 0 for data without the answers of people."""
+    if pairs.people is None:
+        return 0.0
+    answers = zip(members, predicted, strict=True)
+    return math.fsum(vqa_accuracy(pairs.classes[label], pairs.people[i].split("\n")) for i, label in answers)
 
 
 def _count_right(logits: Tensor, classes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ numbers are bit for bit the same for any number of processes with an equal numbe
 threads torch sums in another order, and torchrun sets OMP_NUM_THREADS=1 unless it is set.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -45,6 +45,8 @@ class ModelOutputs:
     tokens: Tensor  # int64 [m], the number of tokens of each caption
     scale: float  # 1 / temperature
     bias: float
+    truncated: Tensor  # bool [m], whether a caption has more tokens than max_tokens
+    max_tokens: int  # of a caption, BOS, EOS and CLS not included
     written: list[str]  # [n] generated captions; empty without generation
     left_out: dict[str, str]  # name of an unreadable image or empty caption -> cause
 
@@ -62,6 +64,8 @@ class ModelOutputs:
             "fingerprint": self.pairs.fingerprint,
             "images": len(self.images),
             "captions": len(self.texts),
+            "truncated": int(self.truncated.sum()),
+            "max_tokens": self.max_tokens,
             **_left_out_facts(self.left_out),
         }
 
@@ -83,6 +87,39 @@ class Features:
     def facts(self) -> dict[str, Any]:
         """Returns the facts about the data for evaluation.json."""
         return {"fingerprint": self.labelled.fingerprint, "images": len(self.labels), **_left_out_facts(self.left_out)}
+
+
+class TextOutputs(NamedTuple):
+    """Outputs of a model on m captions and their images."""
+
+    image_embeddings: Tensor  # float32 [m, e]
+    text_embeddings: Tensor  # float32 [m, e]
+    token_losses: Tensor  # float64 [m], the sum over the tokens of each caption, EOS included
+    tokens: Tensor  # int64 [m], their number
+    truncated: Tensor  # bool [m], whether a caption has more tokens than the context
+    scale: float  # 1 / temperature
+    bias: float
+
+
+@torch.no_grad()
+def text_outputs(model: CoCa, texts: Sequence[str], tokenizer: Tokenizer, context: Tensor) -> TextOutputs:
+    """Compute the outputs of m captions with the `image_context` of their images, [m, n, d]. They are on the CPU."""
+    collated = collate_captions([tokenizer.encode(text) for text in texts], pad_id=tokenizer.pad_id)
+    given = {name: x.to(context.device) for name, x in collated._asdict().items() if isinstance(x, Tensor)}
+    output = model.from_context(context, given.pop("ids"), **given)
+    assert output.token_losses is not None
+    rows_of_labels = collated.label_places[: collated.num_labels] // collated.ids.shape[1]
+    tokens = rows_of_labels.bincount(minlength=len(texts))  # [m]
+    losses = output.token_losses[: collated.num_labels].cpu().double()
+    return TextOutputs(
+        output.image_embeddings.cpu(),
+        output.text_embeddings.cpu(),
+        torch.stack([x.sum() for x in losses.split(tokens.tolist())]),
+        tokens,
+        torch.tensor([tokenizer.truncates(text) for text in texts]),
+        output.scale.item(),
+        output.bias.item(),
+    )
 
 
 @torch.no_grad()
@@ -109,9 +146,13 @@ def compute_outputs(
     def work(pixels: Tensor, members: list[int]) -> _Part:
         context = model.image_context(pixels)  # [b, n, d]
         members_texts = [(row, t) for row, i in enumerate(members) for t in texts_of[i]]
-        texts = [_text_outputs(model, pairs, tokenizer, context, some) for some in batches(members_texts, TEXTS)]
+        texts = []
+        for some in batches(members_texts, TEXTS):
+            captions = [pairs.captions[t] for _, t in some]
+            outputs = text_outputs(model, captions, tokenizer, context[[row for row, _ in some]])
+            texts.append(([t for _, t in some], outputs))
         image_embeddings: dict[int, Tensor] = {}
-        for (row, _), e in zip(members_texts, (e for part in texts for e in part.image_embeddings), strict=True):
+        for (row, _), e in zip(members_texts, (e for _, part in texts for e in part.image_embeddings), strict=True):
             image_embeddings.setdefault(row, e)
         written = [] if generation is None else generate(model, pixels, tokenizer, **generation)
         return _Part(members, torch.stack([image_embeddings[row] for row in range(len(members))]), texts, written)
@@ -134,7 +175,8 @@ def compute_outputs(
             f"compute_outputs: one image with a caption must be readable, got none: {_some(left_out)}; check the data"
         )
 
-    return _joined(pairs, parts, texts_of, left_out, image_size=image_size, crop=crop)
+    max_tokens = tokenizer.context_length - 3
+    return _joined(pairs, parts, texts_of, left_out, max_tokens, image_size=image_size, crop=crop)
 
 
 @torch.no_grad()
@@ -225,24 +267,12 @@ def over_images(
     return done, unread
 
 
-class _TextOutputs(NamedTuple):
-    """Outputs of a batch of captions and their images: [m] each."""
-
-    texts: list[int]
-    image_embeddings: Tensor
-    text_embeddings: Tensor
-    token_losses: Tensor
-    tokens: Tensor
-    scale: float
-    bias: float
-
-
 class _Part(NamedTuple):
     """Outputs of a batch of images."""
 
     members: list[int]
     image_embeddings: Tensor
-    texts: list[_TextOutputs]
+    texts: list[tuple[list[int], TextOutputs]]  # batches of pairs
     written: list[str]
 
 
@@ -267,6 +297,7 @@ def _joined(
     parts: list[_Part],
     texts_of: dict[int, list[int]],
     left_out: dict[str, str],
+    max_tokens: int,
     *,
     image_size: int,
     crop: Crop,
@@ -274,8 +305,11 @@ def _joined(
     """Join the outputs of all batches, with the captions in the order of the data."""
     members = [i for part in parts for i in part.members]
     row = {i: n for n, i in enumerate(members)}
-    texts = [some for part in parts for some in part.texts]
-    rows, owners = [t for some in texts for t in some.texts], [row[i] for i in members for _ in texts_of[i]]
+    texts = [some for part in parts for _, some in part.texts]
+    rows, owners = (
+        [t for part in parts for some, _ in part.texts for t in some],
+        [row[i] for i in members for _ in texts_of[i]],
+    )
     order = np.argsort(rows).tolist()  # captions of one image need not be consecutive
     return ModelOutputs(
         pairs,
@@ -290,32 +324,10 @@ def _joined(
         torch.cat([some.tokens for some in texts])[order],
         texts[0].scale,
         texts[0].bias,
+        torch.cat([some.truncated for some in texts])[order],
+        max_tokens,
         [caption for part in parts for caption in part.written],
         left_out,
-    )
-
-
-def _text_outputs(
-    model: CoCa, pairs: Pairs, tokenizer: Tokenizer, context: Tensor, some: list[tuple[int, int]]
-) -> _TextOutputs:
-    """Compute the outputs of captions with their images; some: (row of context, pair)."""
-    rows, texts = [row for row, _ in some], [t for _, t in some]
-    collated = collate_captions([tokenizer.encode(pairs.captions[t]) for t in texts], pad_id=tokenizer.pad_id)
-    given = {name: x.to(context.device) for name, x in collated._asdict().items() if isinstance(x, Tensor)}
-    output = model.from_context(context[rows], given.pop("ids"), **given)
-    assert output.token_losses is not None
-    rows_of_labels = collated.label_places[: collated.num_labels] // collated.ids.shape[1]
-    tokens = rows_of_labels.bincount(minlength=len(texts))  # [m]
-    losses = output.token_losses[: collated.num_labels].cpu().double()
-    sums = [x.sum() for x in losses.split(tokens.tolist())]
-    return _TextOutputs(
-        texts,
-        output.image_embeddings.cpu(),
-        output.text_embeddings.cpu(),
-        torch.stack(sums),
-        tokens,
-        output.scale.item(),
-        output.bias.item(),
     )
 
 

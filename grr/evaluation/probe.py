@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from grr.components import AttentionPooler
 from grr.evaluation.zero_shot import accuracy
+from grr.parallel.device import where_float64_is
 from grr.training.optim import adamw
 from grr.training.schedule import set_lr, warmup_cosine
 
@@ -32,8 +33,9 @@ def linear_probe(
     features: [n, d], labels: [n], test_features: [m, d], test_labels: [m]. Features are centred and divided by their
     mean length, so that a strength of the penalty has the same meaning for all models. The strength with the highest
     accuracy on a held-out fifth of each class is chosen, the lower loss decides ties; the final fit uses all features.
-    Computed in float64, on the device of the features.
+    Computed in float64, on the device of the features, or on the CPU if that does not have float64.
     """
+    features, labels, test_features, test_labels = map(where_float64_is, (features, labels, test_features, test_labels))
     features, test_features = features.double(), test_features.double()
     centre = features.mean(0)
     length = (features - centre).norm(dim=1).mean().clamp_min(1e-12)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from grr.parallel.device import where_float64_is
+
 CHUNK = 512  # texts compared with all images at a time: with 30,000 images, 123 MB of scores
 BITS = 26  # a product of two numbers of 26 bits fits into the 53 that float64 keeps
 
@@ -21,6 +23,7 @@ def retrieval(
     Raises ValueError if there is no text, if shapes do not fit, or if an embedding is not finite.
     """
     _check(image_embeddings, text_embeddings, image_of_text)
+    image_embeddings, text_embeddings = map(where_float64_is, (image_embeddings, text_embeddings))
     image, text = (
         whole_numbers(x, longest=x.double().norm(dim=1).max().item()) for x in (image_embeddings, text_embeddings)
     )

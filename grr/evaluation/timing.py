@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from grr.parallel.device import device_name
+
 
 class Measured(NamedTuple):
     """The cost of one call."""
@@ -86,7 +88,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     information = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", information.read_text() if information.is_file() else "")
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(device),
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -106,6 +108,8 @@ def processor(machine: dict[str, Any]) -> str:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _reset_peak_bytes(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from grr.checkpoint.finite import check_finite_outputs
 from grr.data.collate import collate_captions
 from grr.models.coca import CoCa, evaluating
+from grr.parallel.device import where_float64_is
 from grr.tokenizers import Tokenizer
 
 BATCH = 200  # texts
@@ -60,7 +61,7 @@ def class_probabilities(model: CoCa, images: Tensor, classes: Tensor, *, who: st
     the names of the images, for messages. Raises ValueError if the model computes NaN or infinity.
     """
     scale, _ = model.logit_scale(images.device)
-    scores = (model.encode_image(images) @ classes.T * scale).double()  # [b, c]
+    scores = where_float64_is(model.encode_image(images) @ classes.T * scale).double()  # [b, c]
     check_finite_outputs(who, scores, of)
     return scores.softmax(1)
 

@@ -38,16 +38,20 @@ CAPTIONS = {
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr-D",
 }
+JUDGED = {"clip_score": "CLIPScore", "ref_clip_score": "RefCLIPScore"}
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 METRICS = [
     *(Metric(label, key, lower_is_better=True, factor=1) for key, label in LOSSES.items()),
     *(Metric(label, key) for key, label in RECALLS.items()),
     Metric("captions exact, %", "caption_exact"),
     Metric("accuracy, %", "accuracy"),
+    Metric("VQA accuracy, %", "vqa_accuracy"),
     *(Metric(f"evaluation: {label}", key, "losses", lower_is_better=True, factor=1) for key, label in LOSSES.items()),
     *(Metric(f"evaluation: {label}", key, "retrieval") for key, label in RECALLS.items()),
     *(Metric(f"evaluation: {label}", key, "captions", factor=1) for key, label in CAPTIONS.items()),
     Metric("evaluation: captions exact, %", "exact", "captions"),
+    Metric("evaluation: METEOR of NLTK", "meteor", "meteor", factor=1),
+    *(Metric(f"evaluation: {label}", key, "clip_score", factor=1) for key, label in JUDGED.items()),
     Metric("evaluation: spatial words right, %", "accuracy", "relations"),
     *(
         Metric(f"evaluation: choices by {score}, {part}, %", f"{score}_{part}", "choices")

@@ -200,6 +200,7 @@ def _judged(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         **prints,
         **images,
         "evaluation.generation": evaluation.get("generation"),
+        "evaluation.judge": (results.get("clip_score") or {}).get("judge_fingerprint"),
         "evaluation.precision": (evaluation.get("model") or {}).get("precision"),
         "evaluation.tasks": sorted(results),
         **{f"evaluation.losses.{key}": (results.get("losses") or {}).get(key) for key in SETTINGS},

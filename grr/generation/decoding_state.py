@@ -1,7 +1,7 @@
 """Decoding state: the tokens generated so far, their keys and values, and the probabilities of the next token."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ CHECK_EVERY = 8  # tokens from one reading of the device to the next, where its 
 class DecodingState:
     """Captions of equal length, one per row; the rows of an image are consecutive, equally many each.
 
-    images: uint8 or normalised float [b, 3, h, w] -> b rows that hold only BOS. Every image and every token is computed
-    once: keys and values are cached, and the rows of an image share those of the image. The arguments restrict the next
-    token as in `generate`, which checks them.
+    images: uint8 or normalised float [b, 3, h, w] -> b rows that hold BOS and the tokens of the prefix, which are the
+    first of a caption's max_new_tokens. Every image and every token is computed once: keys and values are cached, and
+    the rows of an image share those of the image. The arguments restrict the next token as in `generate`, which checks
+    them.
 
     On a CPU, attention reads the filled part of the caches, and finished images can be dropped after every token. On
     another device that costs more than it saves, because the host would have to wait for the device: with
@@ -40,6 +41,7 @@ class DecodingState:
         min_new_tokens: int = 0,
         repetition_penalty: float = 1.0,
         no_repeat_ngram_size: int = 0,
+        prefix: Sequence[int] = (),
         fixed_shapes: bool | None = None,
     ) -> None:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
@@ -53,10 +55,13 @@ class DecodingState:
         self.dtype = torch.promote_types(self.context.dtype, torch.float32)  # of log-probabilities
         room = 8 * -(-max_new_tokens // 8) if fixed_shapes else max_new_tokens  # kernels need masks aligned to 16 bytes
         self.caches = model.caches(self.context.shape[1], room)
-        self.length = 0  # number of tokens whose successors were computed, BOS included
+        self.first = self.length = len(prefix)  # number of tokens whose successors were computed, BOS included
         self.ids = torch.full((len(images), 1 + max_new_tokens), tokenizer.pad_id, device=device)  # [rows, 1 + t]
         self.ids[:, 0] = tokenizer.bos_id
-        self._place = torch.zeros(1, dtype=torch.long, device=device)  # of the last token in ids
+        for column, token in enumerate(prefix, 1):
+            self.ids[:, column] = token
+        self._place = torch.full((1,), self.first, device=device)  # of the last token in ids
+        self._read = torch.arange(self.first + 1, device=device)  # places of the tokens that the next step reads
         self._index = torch.arange(max_new_tokens, device=device)
         self._found_nan = torch.zeros((), dtype=torch.bool, device=device)
         every = torch.arange(tokenizer.vocab_size, device=device)
@@ -71,19 +76,21 @@ class DecodingState:
         Minus infinity for tokens that are not allowed. Call it once per token, because it appends the last token of
         each row to the caches. The tensor is valid until the next call.
         """
-        if self.length == 1 and self.fixed_shapes:
+        if self.length == self.first + 1 and self.fixed_shapes:
             self._fix_shapes()
-        elif self.length == 2 and self.fixed_shapes and _can_be_captured(self.model, self.ids.device):
+        elif self.length == self.first + 2 and self.fixed_shapes and _can_be_captured(self.model, self.ids.device):
             self._replay = self._captured()
         self.length += 1
-        return self.compute() if self._replay is None else self._replay()
+        log_p = self.compute() if self._replay is None else self._replay()
+        self._read = self._place
+        return log_p
 
     def compute(self) -> Tensor:
         """Compute `log_probabilities` without a decision of the host: one program for all tokens but the first."""
         if self._mask is not None:
             self._mask.index_fill_(-1, self._place, 0.0)
-        last = self.ids.index_select(1, self._place)  # [rows, 1]
-        logits = self.model.next_token_logits(last, self.context, positions=self._place, caches=self.caches)
+        last = self.ids.index_select(1, self._read)  # [rows, 1], of the first step [rows, 1 + prefix]
+        logits = self.model.next_token_logits(last, self.context, positions=self._read, caches=self.caches)
         log_p = logits.masked_fill(self._forbidden, -torch.inf).log_softmax(-1, dtype=self.dtype)  # [rows, v]
         self._found_nan.logical_or_(log_p[:, 0].isnan().any())  # one NaN among its logits makes a whole row NaN
         written, n = self.ids[:, 1:], self.no_repeat_ngram_size  # [rows, t], PAD after the tokens generated so far

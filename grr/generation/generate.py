@@ -2,20 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grr.components.dropout import fold_in
 from grr.config.signature import arguments_of
 from grr.config.spelling import check_arguments
 from grr.generation.beam import beam_search
 from grr.generation.cpu_linear import onednn_linears
 from grr.generation.decoding_state import DecodingState
 from grr.models.coca import CoCa, evaluating
+from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer
 
+OF_STATE = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")  # options
+OF_SEARCH = ("num_beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
 
-@torch.no_grad()
+
 def generate(
     model: CoCa,
     images: Tensor,
@@ -30,6 +35,7 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
+    prefix: str = "",
     seed: int = 0,
 ) -> list[str]:
     """Generate a caption for each image by greedy search, beam search (num_beams > 1) or sampling (temperature > 0).
@@ -40,48 +46,67 @@ def generate(
     Beam search maximises log-probability / number of tokens ** length_penalty: 0 compares total log-probabilities,
     which favours short captions, 1 the mean per token. Sampling draws from softmax(logits / temperature), restricted to
     the top_k most likely tokens, then to the fewest of these whose probabilities sum to top_p (nucleus sampling,
-    Holtzman et al. 2020). Equal seeds lead to equal captions for the same batch on the same device.
+    Holtzman et al. 2020). What is drawn for image i depends on the seed and i alone, not on the other images.
 
     repetition_penalty multiplies the log-probability of every token that the caption contains (after Keskar et al.
-    2019, CTRL); no_repeat_ngram_size = n forbids a token that would repeat a sequence of n tokens of the caption.
+    2019, CTRL); no_repeat_ngram_size = n forbids a token that would repeat a sequence of n tokens of the caption. Every
+    caption begins with the prefix, whose tokens count among those of the caption.
     Raises ValueError for arguments out of range, for arguments that contradict each other, and for a tokenizer with
     another vocabulary than the model.
     """
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "prefix": prefix,
+        "seed": seed,
+    }
+    return [captions[0] for captions in generate_several(model, images, tokenizer, options)[0]]
+
+
+@torch.no_grad()
+def generate_several(
+    model: CoCa,
+    images: Tensor,
+    tokenizer: Tokenizer,
+    options: dict[str, Any],
+    *,
+    num_captions: int = 1,
+    keys: Tensor | None = None,
+) -> tuple[list[list[str]], Tensor]:
+    """Generate num_captions captions for each image: b lists, and the `image_context` of the images, [b, n, d].
+
+    options: those of `generate`; what is left out has its default. Sampling draws the captions of an image
+    independently, beam search returns the best, best first: fewer where fewer exist.
+    keys: int64 [b], which decide what is drawn for each image in any batch; by default hashes of the seed and the row.
+    Raises ValueError as `generate` does, and if greedy search, or fewer beams, should find several captions.
+    """
+    options = {name: argument.default for name, argument in arguments_of(generate)[0].items()} | options
     longest = tokenizer.context_length - 3  # BOS, EOS and CLS are in every row
-    max_new_tokens = longest if max_new_tokens is None else max_new_tokens
-    _check(
-        images,
-        model.multimodal_decoder.head.out_features,
-        tokenizer,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        num_beams=num_beams,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-    )
+    if options["max_new_tokens"] is None:
+        options["max_new_tokens"] = longest
+    prefix = prefix_ids(tokenizer, options.pop("prefix"))
+    rules = {name: value for name, value in options.items() if name not in ("length_penalty", "seed")}
+    vocab_size = model.multimodal_decoder.head.out_features
+    _check(images, vocab_size, tokenizer, num_captions=num_captions, prefix=len(prefix), **rules)
     with evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
-        state = DecodingState(
-            model,
-            images,
-            tokenizer,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-        )
-        captions = search(
-            state,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
-    return [tokenizer.decode(row) for row in captions.tolist()]
+        state = DecodingState(model, images, tokenizer, prefix=prefix, **{name: options[name] for name in OF_STATE})
+        context = state.context
+        found = search(state, num_captions=num_captions, keys=keys, **{name: options[name] for name in OF_SEARCH})
+    captions = [[tokenizer.decode(row) for row in rows if row[0] != tokenizer.pad_id] for rows in found.tolist()]
+    return captions, context
+
+
+def prefix_ids(tokenizer: Tokenizer, prefix: str) -> list[int]:
+    """Returns the tokens of the beginning of a caption."""
+    ids = tokenizer.encode(prefix)
+    return ids[1 : ids.index(tokenizer.eos_id)]
 
 
 def check_generation(who: str, options: Iterable[str]) -> None:
@@ -98,57 +123,83 @@ def search(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    num_captions: int = 1,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    """Generate the captions of a state: ids [b, max_new_tokens], PAD after EOS. Arguments are those of `generate`."""
+    """Generate the captions of a state: ids [b, n, max_new_tokens], PAD after EOS, for n = num_captions.
+
+    Arguments are those of `generate` and `generate_several`. A caption that beam search did not find is all PAD.
+    """
     if num_beams > 1:
-        return beam_search(state, num_beams=num_beams, length_penalty=length_penalty)[0]
+        return beam_search(state, num_beams=num_beams, length_penalty=length_penalty, num_captions=num_captions)[0]
     if temperature == 0:
-        return _until_all_end(state, lambda log_p: log_p.argmax(-1))
-    generator = torch.Generator(state.ids.device).manual_seed(seed)
-    return _until_all_end(state, lambda log_p: sample(log_p, generator, temperature, top_k, top_p))
+        return _until_all_end(state, lambda log_p, keys, step: log_p.argmax(-1))
+    device = state.ids.device
+    if keys is None:
+        keys = fold_in(derive_seed(seed), torch.arange(len(state.ids), device=device))  # [b]
+    draws = fold_in(keys.unsqueeze(1), torch.arange(num_captions, device=device))  # [b, n]
+
+    def draw(log_p: Tensor, keys: Tensor, step: int) -> Tensor:
+        of_step = fold_in(keys, torch.full((1,), step, device=device))  # [b n]
+        return sample(log_p, of_step, temperature, top_k, top_p)
+
+    return _until_all_end(state, draw, draws)
 
 
-def sample(
-    log_p: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
-    """Draw one token per row: log-probabilities up to a constant [b, v] -> [b]."""
+def sample(log_p: Tensor, keys: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Draw one token per row: log-probabilities up to a constant [b, v] -> [b]. keys: int64 [b], which decide it."""
     if top_k is None and top_p is None:
-        return _draw((log_p / temperature).softmax(-1), generator)
+        return _draw((log_p / temperature).softmax(-1), keys)
     v = log_p.shape[-1]
     log_p, ids = log_p.topk(min(top_k or v, v))  # [b, k], the most likely first
     p = (log_p / temperature).softmax(-1)
     if top_p is not None:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the token that reaches top_p
-    return ids.gather(1, _draw(p, generator).unsqueeze(1)).squeeze(1)
+    return ids.gather(1, _draw(p, keys).unsqueeze(1)).squeeze(1)
 
 
-def _until_all_end(state: DecodingState, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """Append the token that `choose` returns until all rows end: ids [b, max_new_tokens], PAD after EOS.
+def _until_all_end(
+    state: DecodingState, choose: Callable[[Tensor, Tensor, int], Tensor], keys: Tensor | None = None
+) -> Tensor:
+    """Append the token that `choose` returns until all rows end: ids [b, n, max_new_tokens], PAD after EOS.
 
-    choose: log-probabilities [b, v] -> ids [b].
+    keys: int64 [b, n], one for each caption; None: n is 1, and nothing is drawn. choose: log-probabilities [b n, v],
+    keys [b n] and the number of the step -> ids [b n].
     """
     tokenizer, device, count = state.tokenizer, state.ids.device, len(state.ids)
-    captions = torch.full((count, state.max_new_tokens), tokenizer.pad_id, device=device)
+    keys = torch.zeros(count, 1, dtype=torch.long, device=device) if keys is None else keys
+    n = keys.shape[1]
+    captions = torch.full((count, n, state.max_new_tokens), tokenizer.pad_id, device=device)
     images = torch.arange(count, device=device)  # [b], those in `state`
-    ended = torch.zeros(count, dtype=torch.bool, device=device)  # [b]
-    for _ in range(state.max_new_tokens):
-        ids = choose(state.log_probabilities()).masked_fill(ended, tokenizer.pad_id)  # [b]
-        state.extend(ids)
+    ended = torch.zeros(count, n, dtype=torch.bool, device=device)  # [b, n]
+    for step in range(state.first, state.max_new_tokens):
+        log_p = state.log_probabilities()  # [b n, v], of the first step [b, v]
+        if n > 1 and step == state.first:
+            rows = torch.arange(count, device=device).repeat_interleave(n, output_size=count * n)
+            log_p = log_p.index_select(0, rows)  # [b n, v]
+            state.select(rows)
+        ids = choose(log_p, keys.flatten(), step).view(-1, n).masked_fill(ended, tokenizer.pad_id)  # [b, n]
+        state.extend(ids.flatten())
         ended |= ids == tokenizer.eos_id
-        kept = state.remaining(ended)
+        kept = state.remaining(ended.all(1))
         if kept is not None:
-            captions[images] = state.ids[:, 1:]
+            captions[images] = state.ids[:, 1:].view(len(images), n, -1)
             if len(kept) == 0:
                 break
-            images, ended = images[kept], ended[kept]
-            state.select(kept, kept)
-    captions[images] = state.ids[:, 1:]
+            images, ended, keys = images[kept], ended[kept], keys[kept]
+            state.select((n * kept.unsqueeze(1) + torch.arange(n, device=device)).flatten(), kept)
+    captions[images] = state.ids[:, 1:].view(len(images), n, -1)
     return captions
 
 
-def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an index per row of weights [b, k] -> [b], the same as torch.multinomial, which waits for the device."""
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+def _draw(p: Tensor, keys: Tensor) -> Tensor:
+    """Draw an index per row of weights [b, k] -> [b] by the first of k exponential clocks that rings, without a wait.
+
+    keys: int64 [b]; a row's draw depends on its key and its weights alone.
+    """
+    bits = fold_in(keys.unsqueeze(1), torch.arange(p.shape[-1], device=p.device)) >> 8 & 2**56 - 1  # [b, k]
+    uniform = ((bits.float() + 0.5) * 2.0**-56).clamp(max=1 - 2.0**-24)  # in (0, 1)
+    return (p / -torch.log1p(-uniform)).argmax(-1)
 
 
 def _check(
@@ -156,6 +207,8 @@ def _check(
     vocab_size: int,
     tokenizer: Tokenizer,
     *,
+    num_captions: int,
+    prefix: int,
     max_new_tokens: int,
     min_new_tokens: int,
     num_beams: int,
@@ -186,6 +239,15 @@ def _check(
         (
             0 <= min_new_tokens <= max_new_tokens,
             f"min_new_tokens must be from 0 to max_new_tokens, got {min_new_tokens=}, {max_new_tokens=}",
+        ),
+        (
+            prefix < max_new_tokens,
+            f"prefix must have fewer tokens than max_new_tokens, got {prefix} tokens, {max_new_tokens=}; shorten it",
+        ),
+        (
+            num_captions == 1 or 1 <= num_captions <= num_beams or (num_captions >= 1 and temperature != 0),
+            "several captions of an image need sampling or as many beams, and at least one is needed, got "
+            f"{num_captions=}, {num_beams=}, {temperature=}; set temperature to 1.0, or raise num_beams",
         ),
         (num_beams >= 1, f"num_beams must be at least 1, got {num_beams=}; 1 turns beam search off"),
         (0 <= temperature < math.inf, f"temperature must be at least 0, got {temperature=}; 0 turns sampling off"),

@@ -1,5 +1,6 @@
 """A trained model as a program uses it: images in any form go in, captions, embeddings and classes come out."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -127,9 +128,14 @@ class Captioner(NamedTuple):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a folder that `grr.load` reads: config.json, model.safetensors and tokenizer.model.
 
-        Weights are saved in the precision that they have here. Raises ValueError if the folder holds anything but a
-        model, if the model is quantised, or if no builder is known by which it can be built again.
+        Weights are saved in the precision that they have here. Raises ValueError for anything but the path of a folder
+        that is new, empty or a model's, if the model is quantised, or if no builder is known by which it can be built
+        again.
         """
+        if not isinstance(folder, str | os.PathLike) or os.fspath(folder) == "":
+            raise ValueError(
+                f"save_pretrained: folder must be a path, got {folder!r}; name a new folder, such as 'models/mine'"
+            )
         folder = Path(folder)
         if folder.exists() and not (
             (folder / "config.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
@@ -164,7 +170,7 @@ class Captioner(NamedTuple):
         with TemporaryDirectory() as place:
             self.save_pretrained(Path(place, "model"))
             files: dict[str, Path | bytes] = {file.name: file for file in Path(place, "model").iterdir()}
-            files["README.md"] = card_start(split_name(name)[0]).encode()
+            files["README.md"] = card_start(split_name(name, who="push")[0]).encode()
             return push(files, name, private=private)
 
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -8,9 +8,17 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from grr.checkpoint.finite import check_finite_weights
 from grr.checkpoint.training_state import read_progress
 from grr.data.images import Crop
-from grr.inference.pretrained import Pretrained, build_pretrained, describe, find_pretrained, load_weights
+from grr.inference.pretrained import (
+    Pretrained,
+    build_pretrained,
+    describe,
+    find_pretrained,
+    load_adapted,
+    load_weights,
+)
 from grr.models.heads import HEADS, Head
 from grr.tokenizers import Tokenizer, load_tokenizer
 
@@ -65,7 +73,11 @@ def load_classifier(path: str | Path, *, device: torch.device | str = "cpu") -> 
     with torch.device("meta"):
         model = HEADS[head](build_pretrained(source), len(classes))
     model.to_empty(device=device)
-    load_weights(source, model)
+    if source.base is None:
+        load_weights(source, model)
+    else:  # a checkpoint of a run that trains adapters on the parts of a CoCa
+        load_adapted(source, source.base, model, load_parts)
+    check_finite_weights("load_classifier", model.state_dict(), str(source))
     tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     return LoadedClassifier(model.eval(), saved["classes"], tokenizer, source.arguments["image_size"], source.crop)
 

@@ -1,6 +1,6 @@
 """Conversion of checkpoints of open_clip's contrastive captioners to the models in `grr.models.open_clip`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from grr.checkpoint.finite import check_finite_weights
 from grr.data.images import IMAGENET_MEAN, IMAGENET_STD
 from grr.files.damage import damage
+from grr.inference.open_clip_names import sources_of
 from grr.models.coca import CoCa
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over the images that CLIP was trained on
@@ -30,6 +31,10 @@ SIZES: dict[tuple[int, ...], str] = {  # by the shape of visual.conv1.weight
 }
 PATCHES = "vision_encoder.patches.projection"
 SHOWN = 5  # weights that a message lists
+OTHER_KINDS = (  # argument of `open_clip_coca`, the weight of either library that shows it, its value, and the default
+    ("cascade_pooler", "visual.attn_pool_contrastive.query", "contrastive_pooler.queries", "true", "false"),
+    ("text_arch", "text_decoder.lm_head.weight", "text_decoder.norm.weight", "modern", "clip"),
+)
 
 
 def read_open_clip(path: str | Path) -> dict[str, Tensor]:
@@ -93,12 +98,13 @@ def convert_open_clip(
     """Convert open_clip's weights to a float32 state dict of `model`, built by `open_clip_coca` on any device.
 
     The model then computes the same function as open_clip's with a different layout: CLS is a row of the token
-    embedding; images are normalised by ImageNet's constants instead of `mean` and `std`, those of the training, so the
-    patch embedding is scaled and has a bias; and the bias of similarities is zero. Raises ValueError that lists missing
-    and unexpected weights, and those of another shape or not finite.
+    embedding, of zeros where nothing reads it; images are normalised by ImageNet's constants instead of `mean` and
+    `std`, those of the training, so the patch embedding is scaled and has a bias; rotary pairs of channels are those of
+    this library; and the bias of similarities is zero. Raises ValueError that lists missing and unexpected weights, and
+    those of another shape or not finite.
     """
     wanted = model.state_dict()
-    sources = {name: _sources(name) for name in wanted if not name.startswith(PATCHES)} | {
+    sources = sources_of(model, [name for name in wanted if not name.startswith(PATCHES)]) | {
         f"{PATCHES}.weight": [("visual.conv1.weight", partial(_for_imagenet, std=std))],
         f"{PATCHES}.bias": [("visual.conv1.weight", partial(_bias_for_imagenet, mean=mean, std=std))],
     }
@@ -144,33 +150,10 @@ def _likely_cause(weights: Mapping[str, Tensor], model: CoCa) -> str:
             f"it is of another size, with patches {list(theirs.shape)} where the model has {list(own.shape)}; set "
             f"model.name={size}"
         )
+    for argument, mark, own_mark, value, default in OTHER_KINDS:
+        if (mark in weights) != (own_mark in model.state_dict()):
+            return f"it is of another architecture; set model.{argument}={value if mark in weights else default}"
     return "some weights are missing, unknown or of another shape; set the sizes that it was trained with"
-
-
-# --- name of this library -> name or names of open_clip, whose tensors are concatenated along the first axis --------
-
-Change = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _row(x: Tensor) -> Tensor:
-    return x.unsqueeze(0)
-
-
-def _transposed(x: Tensor) -> Tensor:
-    return x.mT
-
-
-def _queries(x: Tensor) -> Tensor:
-    """Returns the query rows of concatenated query, key and value projections."""
-    return x.chunk(3)[0]
-
-
-def _keys_and_values(x: Tensor) -> Tensor:
-    return torch.cat(x.chunk(3)[1:])
 
 
 def _for_imagenet(patches: Tensor, std: Sequence[float]) -> Tensor:
@@ -183,71 +166,3 @@ def _bias_for_imagenet(patches: Tensor, mean: Sequence[float], std: Sequence[flo
     """Compute the bias [d] for the difference between ImageNet's mean and `mean`."""
     shift = (torch.tensor(IMAGENET_MEAN).double() - torch.tensor(mean).double()) / torch.tensor(std).double()
     return (patches.double() * shift.view(3, 1, 1)).sum((1, 2, 3)).float()
-
-
-def _zero(x: Tensor) -> Tensor:
-    return torch.zeros(1)
-
-
-POOLER = "visual.attn_pool"
-OUTSIDE_OF_BLOCKS: dict[str, list[tuple[str, Change]]] = {
-    "vision_encoder.class_token.weight": [("visual.class_embedding", _same)],
-    "vision_encoder.positions.weight": [("visual.positional_embedding", _same)],
-    "vision_encoder.norm.weight": [("visual.ln_pre.weight", _same)],
-    "vision_encoder.norm.bias": [("visual.ln_pre.bias", _same)],
-    "generative_pooler.0.queries": [(f"{POOLER}.query", _same)],
-    "generative_pooler.0.norm.weight": [(f"{POOLER}.ln_q.weight", _same)],
-    "generative_pooler.0.norm.bias": [(f"{POOLER}.ln_q.bias", _same)],
-    "generative_pooler.0.attention.context_norm.weight": [(f"{POOLER}.ln_k.weight", _same)],
-    "generative_pooler.0.attention.context_norm.bias": [(f"{POOLER}.ln_k.bias", _same)],
-    "generative_pooler.0.attention.q.weight": [(f"{POOLER}.attn.q_proj_weight", _same)],
-    "generative_pooler.0.attention.q.bias": [(f"{POOLER}.attn.in_proj_bias", _queries)],
-    "generative_pooler.0.attention.kv.weight": [
-        (f"{POOLER}.attn.k_proj_weight", _same),
-        (f"{POOLER}.attn.v_proj_weight", _same),
-    ],
-    "generative_pooler.0.attention.kv.bias": [(f"{POOLER}.attn.in_proj_bias", _keys_and_values)],
-    "generative_pooler.0.attention.out.weight": [(f"{POOLER}.attn.out_proj.weight", _same)],
-    "generative_pooler.0.attention.out.bias": [(f"{POOLER}.attn.out_proj.bias", _same)],
-    "generative_pooler.1.weight": [("visual.ln_post.weight", _same)],
-    "generative_pooler.1.bias": [("visual.ln_post.bias", _same)],
-    "contrastive_pooler.projection.weight": [("visual.proj", _transposed)],
-    "text_decoder.embedding.weight": [("text.token_embedding.weight", _same), ("text.cls_emb", _row)],
-    "text_decoder.positions.weight": [("text.positional_embedding", _same)],
-    "text_projection.0.weight": [("text.ln_final.weight", _same)],
-    "text_projection.0.bias": [("text.ln_final.bias", _same)],
-    "text_projection.1.weight": [("text.text_projection", _transposed)],
-    "multimodal_decoder.norm.weight": [("text_decoder.ln_final.weight", _same)],
-    "multimodal_decoder.norm.bias": [("text_decoder.ln_final.bias", _same)],
-    "multimodal_decoder.head.weight": [("text_decoder.text_projection", _transposed)],
-    "logit_scale.log_scale": [("logit_scale", torch.atleast_1d)],
-    "logit_scale.bias": [("logit_scale", _zero)],
-}
-IN_A_BLOCK: dict[str, tuple[str, Change]] = {
-    "attention_norm.": ("ln_1.", _same),
-    "attention.qkv.": ("attn.in_proj_", _same),
-    "attention.out.": ("attn.out_proj.", _same),
-    "cross_attention_norm.": ("ln_1.", _same),
-    "cross_attention.context_norm.": ("ln_1_kv.", _same),
-    "cross_attention.q.": ("attn.in_proj_", _queries),
-    "cross_attention.kv.": ("attn.in_proj_", _keys_and_values),
-    "cross_attention.out.": ("attn.out_proj.", _same),
-    "feed_forward_norm.": ("ln_2.", _same),
-    "feed_forward.up.": ("mlp.c_fc.", _same),
-    "feed_forward.down.": ("mlp.c_proj.", _same),
-}  # prefixes of `weight` and `bias`
-
-
-def _sources(name: str) -> list[tuple[str, Change]]:
-    if name in OUTSIDE_OF_BLOCKS:
-        return OUTSIDE_OF_BLOCKS[name]
-    tower, _, number, rest = name.split(".", 3)  # vision_encoder.blocks.3.attention.qkv.weight
-    cut = rest.rindex(".") + 1
-    theirs, change = IN_A_BLOCK[rest[:cut]]
-    return [(f"{_block(tower, int(number))}.{theirs}{rest[cut:]}", change)]
-
-
-def _block(tower: str, number: int) -> str:
-    if tower == "multimodal_decoder":  # self-attention and cross-attention blocks alternate
-        return f"text_decoder.{'cross_attn' if number % 2 else 'resblocks'}.{number // 2}"
-    return f"{'visual' if tower == 'vision_encoder' else 'text'}.transformer.resblocks.{number}"

@@ -61,12 +61,15 @@ def is_hub_name(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(PREFIX)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Returns owner/name and the revision of a name, which may start with hf-hub: and end with @revision."""
+def split_name(name: str, *, who: str = "load") -> tuple[str, str]:
+    """Returns owner/name and the revision of a name, which may start with hf-hub: and end with @revision.
+
+    Raises ValueError for another name; the message begins with `who`.
+    """
     match = NAME.fullmatch(name.removeprefix(PREFIX))
     if match is None:
         raise ValueError(
-            f"load: the name of a model on the Hugging Face hub must be {PREFIX}owner/name or "
+            f"{who}: the name of a model on the Hugging Face hub must be {PREFIX}owner/name or "
             f"{PREFIX}owner/name@revision, got {name!r}; copy owner/name from its page, or see grr models"
         )
     return match["repository"], match["revision"] or "main"
@@ -112,7 +115,7 @@ def push(files: Mapping[str, Path | bytes], name: str, *, private: bool = False)
     ImportError without huggingface_hub, ValueError for another name or for weights that are not safetensors, OSError if
     the hub refuses.
     """
-    repository, revision = split_name(name)
+    repository, revision = split_name(name, who="push")
     if revision != "main" or name.endswith("@main"):
         raise ValueError(f"push: the name must be owner/name without a revision, got {name!r}; leave out @{revision}")
     if wrong := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]:
@@ -120,7 +123,7 @@ def push(files: Mapping[str, Path | bytes], name: str, *, private: bool = False)
             f"push: weights must be safetensors, which hold no code, got {', '.join(wrong)}; save the model with "
             "save_pretrained"
         )
-    client = _client()
+    client = _client(who="push")
     try:
         api = client.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
@@ -185,12 +188,12 @@ def verify(file: Path, what: str) -> None:
 
 
 @cache
-def _client() -> ModuleType:
+def _client(*, who: str = "load") -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            'load: models on the Hugging Face hub need its client, huggingface_hub; pip install "grr-coca[hub]"'
+            f'{who}: models on the Hugging Face hub need its client, huggingface_hub; pip install "grr-coca[hub]"'
         ) from error
     return huggingface_hub
 

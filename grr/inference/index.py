@@ -25,6 +25,7 @@ from grr.files.regular import open_regular_file, read_regular_file
 from grr.inference.captioner import Captioner
 from grr.inference.pretrained import fingerprint
 from grr.inference.results import Outcome
+from grr.parallel.device import where_float64_is
 
 FORMAT = 1
 BATCH = 50  # images at a time
@@ -66,9 +67,10 @@ class Index:
         """Returns the `top` images nearest to each query, best first: [q, e] of unit length -> q lists.
 
         Every image is compared. Scores are sums without rounding, so they depend neither on chunks nor on the machine;
-        images of equal score keep the order of embedding. Computed on the device of the queries.
+        images of equal score keep the order of embedding. Computed on the device of the queries, if it has float64.
         Raises ValueError if top < 1, or if queries are not finite, of unit length and of the width of the index.
         """
+        queries = where_float64_is(queries)
         self._check(queries, top)
         wanted = whole_numbers(queries, longest=1.0)  # [q, e]
         best = wanted.new_empty(len(wanted), 0)

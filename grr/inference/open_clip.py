@@ -18,6 +18,7 @@ from grr.inference.hub import open_repository
 from grr.inference.zoo import zoo
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS
+from grr.models.open_clip_config import model_arguments
 from grr.tokenizers import ClipTokenizer, installed_merges
 from grr.tokenizers.clip import OPEN_CLIP_FILE
 
@@ -34,69 +35,6 @@ CROPS: dict[tuple[str, str], Crop] = {  # by resize mode and interpolation
     ("shortest", "bilinear"): "clip_bilinear",
     ("squash", "bicubic"): "squash_bicubic",
     ("squash", "bilinear"): "squash",
-}
-# Keys of a config, by section, that become arguments of open_clip_coca; with open_clip's defaults.
-READ: dict[str, dict[str, Any]] = {
-    "vision_cfg": {
-        "layers": 12,
-        "width": 768,
-        "head_width": 64,
-        "patch_size": 16,
-        "image_size": 224,
-        "attn_pooler_queries": 256,
-        "attn_pooler_heads": 8,
-    },
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
-    "multimodal_cfg": {"width": 512, "heads": 8, "layers": 12},
-}
-_PLAIN_BLOCK = {
-    "ls_init_value": None,
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    "block_type": None,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
-}
-# Keys whose only value is that of open_clip_coca, which is open_clip's default too but for those in GIVEN.
-FIXED: dict[str, dict[str, Any]] = {
-    "": {"quick_gelu": False, "init_logit_bias": None, "pad_id": 0},
-    "vision_cfg": {
-        "attentional_pool": True,
-        "output_tokens": True,
-        "mlp_ratio": 4.0,
-        "no_ln_pre": False,
-        "pos_embed_type": "learnable",
-        "pool_type": "tok",
-        "timm_model_name": None,
-        **_PLAIN_BLOCK,
-    },
-    "text_cfg": {
-        "embed_cls": True,
-        "output_tokens": True,
-        "mlp_ratio": 4.0,
-        "pad_id": 0,
-        "no_causal_mask": False,
-        "proj_type": "linear",
-        "proj_bias": False,
-        "hf_model_name": None,
-        "hf_tokenizer_name": None,
-        "tokenizer_kwargs": None,
-        "correct_cls_mask": False,
-        **_PLAIN_BLOCK,
-    },
-    "multimodal_cfg": {"ls_init_value": None},
-}
-GIVEN = (("vision_cfg", "attentional_pool"), ("vision_cfg", "output_tokens"), ("text_cfg", "embed_cls"))
-# Keys that open_clip does not read for such a model, or only in training.
-IGNORED: dict[str, set[str]] = {
-    "": {"embed_dim", "custom_text", "init_logit_scale", "nonscalar_logit_scale", *READ},
-    "vision_cfg": {"patch_dropout", "final_ln_after_pool", "timm_model_pretrained", "timm_pool", "timm_proj"},
-    "text_cfg": {"pool_type", "eos_id", "final_ln_after_pool", "tokenizer_mode", "hf_model_pretrained", "hf_proj_type"},
-    "multimodal_cfg": {"context_length", "vocab_size", "attn_pooler_heads", "n_queries", "dim_head", "mlp_ratio"},
 }
 
 
@@ -184,66 +122,6 @@ def read_config(
     """
     arguments = model_arguments(file, config.get("model_cfg", config))
     return arguments, *preprocessing(file, config.get("preprocess_cfg") or {})
-
-
-def model_arguments(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `open_clip_coca` for open_clip's description of an architecture.
-
-    Raises ValueError that lists the keys that are missing, unknown, or have values that `open_clip_coca` does not.
-    """
-    if not isinstance(config, Mapping) or not isinstance(config.get("multimodal_cfg"), Mapping):
-        raise ValueError(
-            f"open_clip_files: {file} must describe a CoCa, with a multimodal_cfg, got the keys "
-            f"{', '.join(config)[:200]}: it is another model; give the repository of a CoCa"
-        )
-    sections = {key: config[key] if isinstance(config.get(key), Mapping) else {} for key in READ}
-    faults = [fault for key, section in {"": config, **sections}.items() for fault in _faults(key, section)]
-    vision, text, multimodal = ({**READ[key], **sections[key]} for key in READ)
-    dim, size = config.get("embed_dim"), vision["image_size"]
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    numbers = {f"{key}.{name}": {**READ[key], **sections[key]}[name] for key in READ for name in READ[key]}
-    numbers |= {"embed_dim": dim, "vision_cfg.image_size": size}
-    faults += [f"{key} must be a whole number, got {n!r}" for key, n in numbers.items() if type(n) is not int]
-    if not (dim == text["width"] == multimodal["width"]) or text["heads"] != multimodal["heads"]:
-        faults.append(
-            "embed_dim and the width and heads of text_cfg and multimodal_cfg must agree, got "
-            f"{dim}, {text['width']} and {multimodal['width']}, {text['heads']} and {multimodal['heads']}"
-        )
-    if faults:
-        raise ValueError(
-            "\n  ".join([f"open_clip_files: {file} must describe an architecture that this library has:", *faults])
-            + "\nopen it with open_clip"
-        )
-    return {
-        "vocab_size": text["vocab_size"] + 1,  # with CLS
-        "context_length": text["context_length"] + 1,
-        "image_size": size,
-        "patch_size": vision["patch_size"],
-        "vision_dim": vision["width"],
-        "vision_heads": vision["width"] // max(1, vision["head_width"]),
-        "vision_layers": vision["layers"],
-        "num_queries": vision["attn_pooler_queries"],
-        "pooler_heads": vision["attn_pooler_heads"],
-        "dim": dim,
-        "num_heads": text["heads"],
-        "text_layers": text["layers"],
-        "multimodal_layers": multimodal["layers"],
-    }
-
-
-def _faults(key: str, section: Mapping[str, Any]) -> list[str]:
-    """Returns what a section of a config has that `open_clip_coca` does not."""
-    place, fixed, faults = f"{key}." if key else "", FIXED[key], []
-    for name, value in section.items():
-        if name in fixed:
-            if value != fixed[name] and (value or fixed[name]):  # false, null and {} are all off
-                faults.append(f"{place}{name} must be {fixed[name]!r}, got {value!r}")
-        elif name not in READ.get(key, {}) and name not in IGNORED[key]:
-            faults.append(f"{place}{name} is not known, got {str(value)[:60]}")
-    return faults + [
-        f"{place}{name} must be True, got nothing" for k, name in GIVEN if k == key and name not in section
-    ]
 
 
 def preprocessing(file: Path, config: Mapping[str, Any]) -> tuple[Crop, tuple[float, ...], tuple[float, ...]]:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from grr.inference.open_clip import (
 from grr.inference.quantization import load_quantized
 from grr.inference.zoo import zoo
 from grr.models.coca import CoCa
-from grr.parallel.process_group import default_device, on_rank_0
+from grr.parallel.device import check_device, default_device
+from grr.parallel.process_group import on_rank_0
 from grr.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def load(
     path: a run's folder, its model/, one of its checkpoints, a quantised model, a folder in open_clip's layout, or a
     repository of one of these on the Hugging Face hub, hf-hub:owner/name or hf-hub:owner/name@revision, which its own
     client downloads (see `grr.inference.hub.open_repository`); `grr models` lists some. device: None means the GPU
-    where there is one, else the CPU. A quantised model computes in `dtype` as well.
+    where there is one (CUDA, or mps on a Mac), else the CPU. A quantised model computes in `dtype` as well.
     Raises FileNotFoundError if there is no model, ValueError if it is damaged, of an unknown builder, or has weights
     that are not finite or too large for `dtype`; for the hub also as `open_repository` does.
     """
@@ -72,10 +74,15 @@ def load_pretrained(
 
     path: see `load`, or what `find_pretrained` returned. The model is in evaluation mode. Raises as `find_pretrained`
     and `load_weights` do, for a quantised model as `load_quantized` does, and ValueError if weights are too large for
-    `dtype`, dtype is not one of floats, or there is no such device.
+    `dtype`, dtype is not one of floats, there is no such device, or a quantised model is put on mps.
     """
     source = path if isinstance(path, Pretrained) else find_pretrained(path)
-    device = _checked_device(device)
+    device = check_device(device, gpus=torch.cuda.device_count(), mps=torch.backends.mps.is_available())
+    if source.quantization is not None and device.type == "mps":
+        raise ValueError(
+            "load_pretrained: a quantised model computes on a CPU or a CUDA GPU, got mps; give device='cpu', or set "
+            "GRR_DEVICE=cpu for a recipe"
+        )
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
             f"load_pretrained: dtype must be a torch dtype of floats, such as torch.bfloat16, got {dtype=}; give "
@@ -93,24 +100,6 @@ def load_pretrained(
             check_finite_weights("load_pretrained", model.state_dict(), f"{source} in {dtype}")
     tokenizer = load_tokenizer(source.tokenizer, context_length=source.arguments["context_length"])
     return Captioner(model.eval(), tokenizer, source.arguments["image_size"], source.crop)
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    """Returns the device. Raises ValueError for another value, and for a GPU that this machine does not have."""
-    try:
-        checked = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"load_pretrained: device must be a torch device, such as 'cuda' or 'cpu', got {device!r} ({why}); leave "
-            "device out for the default"
-        ) from error
-    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"load_pretrained: device must be one of this machine, got {device!r} and {torch.cuda.device_count()} CUDA "
-            "GPUs are available; leave device out for the default"
-        )
-    return checked
 
 
 def fingerprint(trained: Captioner) -> str:
@@ -208,7 +197,7 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
             "on; give the model it was made from"
         )
     if source.base is not None:
-        _load_adapted(source, source.base, model)
+        load_adapted(source, source.base, model, load_weights)
     elif source.open_clip is not None:
         with torch.device("meta"):
             empty = build_pretrained(source)
@@ -223,14 +212,19 @@ def load_weights(source: Pretrained, model: nn.Module) -> None:
     check_finite_weights("load_weights", model.state_dict(), str(source))
 
 
-def _load_adapted(source: Pretrained, base: Base, model: nn.Module) -> None:
-    """Load the weights of the base, once it was found to be the same, and add what was trained on it."""
+def load_adapted(
+    source: Pretrained, base: Base, model: nn.Module, load: Callable[[Pretrained, nn.Module], None]
+) -> None:
+    """Load the weights of the base by `load`, once it was found to be the same, and add what was trained on it.
+
+    Called by all ranks alike. Raises ValueError if the base has changed.
+    """
     if (digest := weights_digest(base.source)) != base.digest:
         raise ValueError(
             f"load_weights: the adapters in {source} were trained on other weights than those in {base.source}, got "
             f"sha256 {digest[:12]} for {base.digest[:12]}; put the base there again"
         )
-    load_weights(base.source, model)
+    load(base.source, model)
     checkpoint = (source.path / "progress.json").is_file()
     tensors = read_weights(source.path) if checkpoint else load_adapters(source.path)
     apply_adapters(model, tensors, scale=base.scale, where=str(source))

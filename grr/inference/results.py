@@ -2,14 +2,21 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from tqdm import tqdm
+import torch.distributed as dist
 
-from grr.checkpoint.run_lock import RunLock
-from grr.files.atomic import write_atomic
+from grr.checkpoint.run_lock import RunLock, refuse_other_writers
+from grr.files.atomic import replace_file, write_atomic
+from grr.files.lock import lock
 from grr.files.printable import printable
+from grr.parallel.process_group import on_rank_0, rank_and_world, wait_for_all
+from grr.parallel.progress import shared_bar
+
+NAMED = 100  # files in a message
 
 Row = dict[str, Any]  # "file" and its results, or "file" and "error"
 
@@ -37,36 +44,43 @@ def write_results(
 ) -> Outcome:
     """Append the rows of work(files) to output, a JSON line per file; each batch is flushed before the next.
 
+    Called by all processes of a group alike: each works on a part of the files, those beside rank 0 append to files
+    beside output, which are moved into it at the end or by the next run, and all return the counts of all.
     Files that already have a result are skipped; files with an error are tried again. `made_with`, of JSON values, is
-    saved beside output in NAME.made_with.json. A progress bar is shown if it is named. Raises ValueError, and changes
-    no file, if output was written with other options; BlockingIOError, as RunLock does, if another process writes into
-    the folder of output.
+    saved beside output in NAME.made_with.json. A progress bar is shown if it is named. Only the names of the files are
+    held in memory. Raises ValueError, and changes no file, if output was written with other options; BlockingIOError,
+    as RunLock does, if another process writes into the folder of output.
     """
     made = json.loads(json.dumps(made_with))
+    rank, world = rank_and_world()
     with RunLock(output.parent):
-        _check_made_with(output, made)
-        whole = [row for row in read_results(output) if "error" not in row]  # drops an incomplete last line
-        write_atomic(_beside(output), json.dumps(made, indent=2).encode())
-        write_atomic(output, b"".join(map(_line, whole)))
-
-        finished = {row["file"] for row in whole}
+        on_rank_0(lambda: _begin(output, made))
+        finished = {row["file"] for row in rows_of(output)}
         left = [file for file in files if file not in finished]
-        done, bad = len(files) - len(left), dict[str, str]()
+        wait_for_all()  # nobody writes before all have read
+        mine = left[rank * len(left) // world : (rank + 1) * len(left) // world]
+        before, bad = len(files) - len(left), dict[str, str]()
+        log = output if rank == 0 else output.with_name(f".{output.stem}.rank{rank}.jsonl")
         with (
-            output.open("ab") as lines,
-            tqdm(total=len(files), initial=done, desc=progress, unit="image", disable=progress is None) as bar,
+            held(log) as lines,
+            shared_bar(output.parent, total=len(files), initial=before, name=progress) as add,
         ):
-            for rows in work(left) if left else ():
-                lines.write(b"".join(map(_line, rows)))
+            for rows in work(mine) if mine else ():
+                lines.write(b"".join(map(json_line, rows)))
                 lines.flush()
                 bad |= {row["file"]: row["error"] for row in rows if "error" in row}
-                bar.update(len(rows))
-    return Outcome(len(files) - len(bad), done, bad)
+                add(len(rows))
+        on_rank_0(lambda: _join(output))
+    if world > 1:
+        of_all: list[Any] = [None] * world
+        dist.all_gather_object(of_all, bad)
+        bad = {file: cause for some in of_all for file, cause in some.items()}
+    return Outcome(len(files) - len(bad), before, bad)
 
 
 def read_results(output: Path) -> list[Row]:
     """Returns the rows of output, without an incomplete last line; none if the file does not exist."""
-    return list(_rows(output)) if output.is_file() else []
+    return list(rows_of(output))
 
 
 def summary(outcome: Outcome, *, what: str) -> str:
@@ -74,18 +88,51 @@ def summary(outcome: Outcome, *, what: str) -> str:
     first = f"{outcome.done:,} images {what}" + (f", {outcome.before:,} of them before" if outcome.before else "")
     if not outcome.bad:
         return first
-    bad = [f"  {printable(file)}: {printable(cause)}" for file, cause in outcome.bad.items()]
-    return "\n".join([f"{first}; {len(bad):,} could not be read:", *bad])
+    bad = [f"  {printable(file)}: {printable(cause)}" for file, cause in list(outcome.bad.items())[:NAMED]]
+    if len(outcome.bad) > NAMED:
+        bad.append(f"  and {len(outcome.bad) - NAMED:,} more")
+    return "\n".join([f"{first}; {len(outcome.bad):,} could not be read:", *bad])
 
 
-def _check_made_with(output: Path, made: dict[str, Any]) -> None:
-    if not output.is_file() or output.stat().st_size == 0:
-        return
+def rows_of(*outputs: Path) -> Iterator[Row]:
+    """Yield the rows of files that exist, one at a time, without incomplete last lines."""
+    for output in outputs:
+        if not output.is_file():
+            continue
+        with output.open("rb") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a last line that a killed run did not finish
+                    continue
+                if line.endswith(b"\n") and isinstance(row, dict) and "file" in row:
+                    yield row
+
+
+def json_line(row: Row) -> bytes:
+    """Returns a row as a line of JSON, in UTF-8."""
     try:
-        there = dict(json.loads(_beside(output).read_bytes()))
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a file's name need not be UTF-8
+        return json.dumps(row).encode() + b"\n"
+
+
+@contextmanager
+def held(log: Path) -> Iterator[IO[bytes]]:
+    """Open a file to append to it, locked until the end of the block, which `refuse_other_writers` sees."""
+    with log.open("ab") as lines:
+        lock(lines.fileno())
+        yield lines
+
+
+def check_made_with(who: str, results: Path, made: dict[str, Any]) -> None:
+    """Raise ValueError if results, a file or NAME in a folder, were made with other options, naming both values."""
+    file = made_with_file(results)
+    try:
+        there = dict(json.loads(file.read_bytes()))
     except (OSError, ValueError):
         raise ValueError(
-            f"write_results: {output} exists without {_beside(output).name}, which names the model and options that "
+            f"{who}: {results} exists without {file.name}, which names the model and options that "
             "it was written with; set another file, or move that one away"
         ) from None
     changed = [
@@ -95,28 +142,43 @@ def _check_made_with(output: Path, made: dict[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"write_results: {output} was written with other options ({'; '.join(changed)}); set another "
+            f"{who}: {results} was written with other options ({'; '.join(changed)}); set another "
             "file or folder, or delete that one to start again"
         )
 
 
-def _rows(output: Path) -> Iterator[Row]:
-    with output.open("rb") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # a last line that a killed run did not finish
-                continue
-            if line.endswith(b"\n") and isinstance(row, dict) and "file" in row:
-                yield row
+def write_made_with(results: Path, made: dict[str, Any]) -> None:
+    """Write what results are made with, JSON values, beside them."""
+    write_atomic(made_with_file(results), json.dumps(made, indent=2).encode())
 
 
-def _line(row: Row) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a file's name need not be UTF-8
-        return json.dumps(row).encode() + b"\n"
+def made_with_file(results: Path) -> Path:
+    """Returns the file that says what results were made with."""
+    return results.with_name(results.stem + ".made_with.json")
 
 
-def _beside(output: Path) -> Path:
-    return output.with_name(output.stem + ".made_with.json")
+def _begin(output: Path, made: dict[str, Any]) -> None:
+    """Check what output was made with, and leave in it the results of all earlier runs, without errors."""
+    if output.is_file() and output.stat().st_size:
+        check_made_with("write_results", output, made)
+    write_made_with(output, made)
+    _join(output, errors=False)
+
+
+def _join(output: Path, *, errors: bool = True) -> None:
+    """Move the complete lines that other processes wrote beside output into it; without those of errors, if asked."""
+    prefix = f".{output.stem}.rank"
+    found = output.parent.glob(f"{escape(prefix)}*.jsonl")
+    logs = sorted(found, key=lambda log: int(log.stem.removeprefix(prefix)))
+    refuse_other_writers(logs)
+    if errors and not logs:
+        return
+    finished, aside = set[str](), output.with_name(output.name + ".tmp")
+    with aside.open("wb") as lines:
+        for row in rows_of(output, *logs):
+            if row["file"] not in finished and (errors or "error" not in row):
+                finished.add(row["file"])
+                lines.write(json_line(row))
+    replace_file(aside, output)
+    for log in logs:
+        log.unlink()

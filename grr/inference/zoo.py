@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = Path(__file__).with_name("zoo.json")
-NOT_TRIED = "not tried from here"  # of a model that was never downloaded where this library is developed
 
 
 class Published(NamedTuple):

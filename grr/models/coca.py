@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, Literal, NamedTuple, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +103,8 @@ class TextDecoder(nn.Module):
     """Unimodal text decoder of CoCa: token embeddings and causal blocks, without attention to the image.
 
     ids: [b, s] -> [b, s, d]. Without positions, ids have the layout of the tokenizer, and padding is masked for all
-    later tokens. With positions [s] or [b, s], ids are right-padded. sample_keys: int64 [b], dropout keys of the texts;
-    without them, dropout is drawn from torch's generator.
+    later tokens. With positions [s] or [b, s], ids are right-padded. `norm` is applied after the last block.
+    sample_keys: int64 [b], dropout keys of the texts; without them, dropout is drawn from torch's generator.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class TextDecoder(nn.Module):
         embedding: nn.Embedding,
         blocks: Iterable[Block],
         positions: nn.Module | None = None,
+        norm: nn.Module | None = None,
         pad_id: int = 0,
         dropout: float = 0.0,
     ) -> None:
@@ -122,6 +123,7 @@ class TextDecoder(nn.Module):
         self.positions = positions
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
+        self.norm = norm or nn.Identity()
 
     def forward(
         self,
@@ -142,7 +144,7 @@ class TextDecoder(nn.Module):
         rotations, caches = shared_rotations(self.blocks, positions), caches or [None] * len(self.blocks)
         for block, at, cache, keys in zip(self.blocks, rotations, caches, block_keys, strict=True):
             x = block(x, positions=at, cache=cache, **keys)
-        return x
+        return self.norm(x)
 
 
 class MultimodalDecoder(nn.Module):
@@ -232,7 +234,8 @@ class CoCa(nn.Module):
     images: uint8 [b, 3, h, w], or normalised float of that shape; ids: [b, s] -> CoCaOutput. The vision encoder may be
     any module that maps images to [b, p, d], the text decoder any that maps ids to [b, s, d]; to train on trimmed
     batches (`collate_captions`), its forward must take `positions=`. The contrastive pooler maps [b, n, d] to
-    [b, 1, e]; if e is not d, `text_projection` maps the vector at CLS to it.
+    [b, 1, e]; if e is not d, `text_projection` maps the vector at CLS to it. With text_vector="eos", texts are embedded
+    by the vector at the token before CLS, which is EOS, and nothing depends on CLS.
 
     labels: int64 [n] of the tokens at label_places [n], row * s + column, and cls_places [b], the column of CLS, as
     `collate_captions` returns them: then no operation waits for the device. Without label_places, labels are [b, m], of
@@ -256,10 +259,11 @@ class CoCa(nn.Module):
         logit_scale: LogitScale | None = None,
         pooler_norm: nn.Module | None = None,
         text_projection: nn.Module | None = None,
+        text_vector: Literal["cls", "eos"] = "cls",
         pad_id: int = 0,
     ) -> None:
         super().__init__()
-        self.pad_id = pad_id
+        self.pad_id, self.text_vector = pad_id, text_vector
         self.vision_encoder = vision_encoder
         self.pooler_norm = pooler_norm or nn.Identity()
         self.generative_pooler = generative_pooler
@@ -402,14 +406,21 @@ class CoCa(nn.Module):
         return F.normalize(at_least_float32(self.contrastive_pooler(context)[:, 0]), dim=-1)
 
     def _text_embeddings(self, text: Tensor, ids: Tensor, cls_places: Tensor | None = None) -> Tensor:
-        """Embed the vector at CLS, the last token that is not PAD in the tokenizer's layout and right-padded."""
+        """Embed the vector at CLS, the last token that is not PAD in both layouts, or at EOS, the one before it.
+
+        cls_places: of right-padded ids, so that EOS is in the column before.
+        """
         b, s = ids.shape
         if cls_places is None:
             columns = torch.arange(s, device=ids.device).expand_as(ids).masked_fill(ids == self.pad_id, -1)
-            cls_places = columns.argmax(dim=1)
+            places = columns.argmax(dim=1)
+            if self.text_vector == "eos":
+                places = columns.scatter(1, places.unsqueeze(1), -1).argmax(dim=1)
+        else:
+            places = cls_places - 1 if self.text_vector == "eos" else cls_places
         rows = torch.arange(0, b * s, s, device=ids.device)
-        at_cls = text.flatten(0, 1).index_select(0, rows + cls_places)  # [b, d]
-        return F.normalize(at_least_float32(self.text_projection(at_cls)), dim=-1)
+        at_places = text.flatten(0, 1).index_select(0, rows + places)  # [b, d]
+        return F.normalize(at_least_float32(self.text_projection(at_places)), dim=-1)
 
 
 @contextmanager

@@ -3,29 +3,36 @@
 They differ from the CoCa of the paper. The ViT has a class token. There is one pooler, whose queries are normalised and
 projected; the first of its 256 vectors is the image embedding, and captions attend to the others. The vector at CLS is
 normalised and projected. In the multimodal decoder, blocks of self-attention and of cross-attention alternate, each
-with an MLP. `grr.inference.convert` converts checkpoints of open_clip to these models.
+with an MLP. Two later architectures, for which there are no released weights, have the paper's cascade of poolers, and
+one of them text decoders of another kind. `grr.inference.convert` converts checkpoints of open_clip to these models.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from typing import Literal, get_args
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from grr.components import (
-    Block,
-    BlockCache,
     ClassToken,
     CrossAttention,
     CrossAttentionPooler,
-    FeedForward,
     LayerNorm,
     LearnedPositions,
     PatchEmbedding,
-    SelfAttention,
+    RMSNorm,
 )
-from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer, split_keys
+from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
+from grr.models.open_clip_parts import (
+    FirstVector,
+    HeadWithoutLast,
+    PaddedTextDecoder,
+    alternating_blocks,
+    modern_blocks,
+    plain_block,
+)
 from grr.models.sizes import check_sizes
+
+TextArch = Literal["clip", "modern"]
 
 
 def open_clip_coca(
@@ -44,6 +51,8 @@ def open_clip_coca(
     text_layers: int = 12,
     multimodal_layers: int = 12,
     correct_cls_mask: bool = False,
+    cascade_pooler: bool = False,
+    text_arch: TextArch = "clip",
     dropout: float = 0.0,
     temperature: float = 0.07,
 ) -> CoCa:
@@ -52,47 +61,109 @@ def open_clip_coca(
     `dim` is the width of text, pooled vectors and embeddings. `vocab_size` and `context_length` include CLS, which
     open_clip stores separately: 49,408 + 1 ids and 76 + 1 tokens; the head has no weights for it. With
     `correct_cls_mask`, CLS attends to the caption and not to padding. That is correct and faster on short captions, but
-    the released weights were trained otherwise (see `PaddedTextDecoder`). Images are normalised with the constants of
-    this library; the converter adds the difference from CLIP's constants to the patch embedding, which does not have a
-    bias in open_clip. Raises ValueError if image_size is not a multiple of patch_size, a width of its
-    heads, or a size is not a positive int.
+    the released weights were trained otherwise (see `PaddedTextDecoder`). With `cascade_pooler`, the poolers read
+    normalised patches, and the image embedding is the output of a pooler of one query that attends to the 256 vectors
+    of the generative pooler, all of which captions attend to (Yu et al. 2022, section 3.2).
+
+    Text decoders of `text_arch` "modern" are built of `modern_blocks`, and the multimodal decoder reads normalised
+    text. The text embedding is the vector at EOS; CLS and `correct_cls_mask` have no effect. As in all text decoders
+    here, later tokens do not attend to the id of PAD within a caption; open_clip's modern ones do.
+
+    Images are normalised with the constants of this library; the converter adds the difference from CLIP's constants to
+    the patch embedding, which does not have a bias in open_clip. Source: open_clip 3.3, and later commits of its main
+    branch for `cascade_pooler` and `text_arch`.
+    Raises ValueError if image_size is not a multiple of patch_size, a width of its heads, a size is not a positive int,
+    or text_arch is not known.
     """
     check_sizes("open_clip_coca", locals())
     if image_size % patch_size:
         raise ValueError(
             f"open_clip_coca: image_size must be a multiple of patch_size, got {image_size=}, {patch_size=}"
         )
-    num_patches = (image_size // patch_size) ** 2
-    decoder = TextDecoder if correct_cls_mask else PaddedTextDecoder
-    patch_attention = CrossAttention(dim, pooler_heads, context_dim=vision_dim, context_norm=LayerNorm(vision_dim))
+    if text_arch not in get_args(TextArch):
+        raise ValueError(f"open_clip_coca: text_arch must be one of {', '.join(get_args(TextArch))}, got {text_arch!r}")
+    generative_pooler, contrastive_pooler = _poolers(
+        dim=dim, vision_dim=vision_dim, num_heads=pooler_heads, num_queries=num_queries, cascade=cascade_pooler
+    )
+    modern = text_arch == "modern"
+    text_decoder, text_projection = _text_decoder(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        dim=dim,
+        num_heads=num_heads,
+        num_layers=text_layers,
+        modern=modern,
+        correct_cls_mask=correct_cls_mask,
+        dropout=dropout,
+    )
+    image: Literal["all", "rest"] = "all" if cascade_pooler else "rest"
     return CoCa(
         vision_encoder=VisionTransformer(
             patches=PatchEmbedding(vision_dim, patch_size),
             class_token=ClassToken(vision_dim),
-            positions=LearnedPositions(vision_dim, num_patches + 1),
+            positions=LearnedPositions(vision_dim, (image_size // patch_size) ** 2 + 1),
             norm=LayerNorm(vision_dim),
-            blocks=(_block(vision_dim, vision_heads, causal=False, dropout=dropout) for _ in range(vision_layers)),
+            blocks=(plain_block(vision_dim, vision_heads, causal=False, dropout=dropout) for _ in range(vision_layers)),
             dropout=dropout,
         ),
-        generative_pooler=nn.Sequential(
-            CrossAttentionPooler(dim, num_queries, norm=LayerNorm(dim), attention=patch_attention),
-            LayerNorm(dim),
-        ),
-        contrastive_pooler=FirstVector(dim),
-        text_decoder=decoder(
-            embedding=nn.Embedding(vocab_size, dim),
-            positions=LearnedPositions(dim, context_length),
-            blocks=(_block(dim, num_heads, causal=True, dropout=dropout) for _ in range(text_layers)),
-            dropout=dropout,
-        ),
-        text_projection=nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim, bias=False)),
+        pooler_norm=LayerNorm(vision_dim) if cascade_pooler else None,
+        generative_pooler=generative_pooler,
+        contrastive_pooler=contrastive_pooler,
+        text_decoder=text_decoder,
+        text_projection=text_projection,
+        text_vector="eos" if modern else "cls",
         multimodal_decoder=MultimodalDecoder(
-            blocks=_alternating_blocks(dim, num_heads, multimodal_layers, dropout),
-            norm=LayerNorm(dim),
+            blocks=modern_blocks(dim, num_heads, multimodal_layers, image=image, dropout=dropout)
+            if modern
+            else alternating_blocks(dim, num_heads, multimodal_layers, image=image, dropout=dropout),
+            norm=RMSNorm(dim) if modern else LayerNorm(dim),
             head=HeadWithoutLast(dim, vocab_size),
         ),
         logit_scale=LogitScale(temperature=temperature, learned=True),
     )
+
+
+def _poolers(
+    *, dim: int, vision_dim: int, num_heads: int, num_queries: int, cascade: bool
+) -> tuple[nn.Module, nn.Module]:
+    """Returns the generative and the contrastive pooler."""
+    attention = CrossAttention(dim, num_heads, context_dim=vision_dim, context_norm=LayerNorm(vision_dim))
+    generative = CrossAttentionPooler(dim, num_queries, norm=LayerNorm(dim), attention=attention)
+    if not cascade:
+        return nn.Sequential(generative, LayerNorm(dim)), FirstVector(dim)
+    attention = CrossAttention(dim, num_heads, context_norm=LayerNorm(dim))
+    return generative, CrossAttentionPooler(dim, 1, norm=LayerNorm(dim), attention=attention)
+
+
+def _text_decoder(
+    *,
+    vocab_size: int,
+    context_length: int,
+    dim: int,
+    num_heads: int,
+    num_layers: int,
+    modern: bool,
+    correct_cls_mask: bool,
+    dropout: float,
+) -> tuple[TextDecoder, nn.Module]:
+    """Returns a unimodal text decoder and the projection of its vectors to text embeddings."""
+    embedding = nn.Embedding(vocab_size, dim)
+    if modern:
+        decoder = TextDecoder(
+            embedding=embedding,
+            blocks=modern_blocks(dim, num_heads, num_layers, image="none", dropout=dropout),
+            norm=RMSNorm(dim),
+            dropout=dropout,
+        )
+        return decoder, nn.Linear(dim, dim, bias=False)
+    kind = TextDecoder if correct_cls_mask else PaddedTextDecoder
+    decoder = kind(
+        embedding=embedding,
+        positions=LearnedPositions(dim, context_length),
+        blocks=(plain_block(dim, num_heads, causal=True, dropout=dropout) for _ in range(num_layers)),
+        dropout=dropout,
+    )
+    return decoder, nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim, bias=False))
 
 
 def open_clip_coca_vit_b_32(
@@ -111,6 +182,8 @@ def open_clip_coca_vit_b_32(
     text_layers: int = 12,
     multimodal_layers: int = 12,
     correct_cls_mask: bool = False,
+    cascade_pooler: bool = False,
+    text_arch: TextArch = "clip",
     dropout: float = 0.0,
     temperature: float = 0.07,
 ) -> CoCa:
@@ -138,6 +211,8 @@ def open_clip_coca_vit_l_14(
     text_layers: int = 12,
     multimodal_layers: int = 12,
     correct_cls_mask: bool = False,
+    cascade_pooler: bool = False,
+    text_arch: TextArch = "clip",
     dropout: float = 0.0,
     temperature: float = 0.07,
 ) -> CoCa:
@@ -149,96 +224,66 @@ def open_clip_coca_vit_l_14(
     return open_clip_coca(**locals())
 
 
+def open_clip_coca2_vit_b_32(
+    *,
+    vocab_size: int = 49_409,
+    context_length: int = 77,
+    image_size: int = 224,
+    patch_size: int = 32,
+    vision_dim: int = 768,
+    vision_heads: int = 12,
+    vision_layers: int = 12,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 512,
+    num_heads: int = 8,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = True,
+    cascade_pooler: bool = True,
+    text_arch: TextArch = "clip",
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
+    """Build open_clip's coca2_ViT-B-32: 254.4 M parameters, with a cascade of poolers and the correct mask of CLS.
+
+    Raises ValueError as `open_clip_coca` does.
+    """
+    return open_clip_coca(**locals())
+
+
+def open_clip_coca2_moderntext_vit_b_32(
+    *,
+    vocab_size: int = 49_409,
+    context_length: int = 77,
+    image_size: int = 224,
+    patch_size: int = 32,
+    vision_dim: int = 768,
+    vision_heads: int = 12,
+    vision_layers: int = 12,
+    num_queries: int = 256,
+    pooler_heads: int = 8,
+    dim: int = 512,
+    num_heads: int = 8,
+    text_layers: int = 12,
+    multimodal_layers: int = 12,
+    correct_cls_mask: bool = False,
+    cascade_pooler: bool = True,
+    text_arch: TextArch = "modern",
+    dropout: float = 0.0,
+    temperature: float = 0.07,
+) -> CoCa:
+    """Build open_clip's coca2-moderntext_ViT-B-32: 263.5 M parameters, with a cascade of poolers and modern decoders.
+
+    Raises ValueError as `open_clip_coca` does.
+    """
+    return open_clip_coca(**locals())
+
+
 OPEN_CLIP_MODELS: dict[str, Callable[..., CoCa]] = {
     "open_clip_coca": open_clip_coca,
     "open_clip_coca_vit_b_32": open_clip_coca_vit_b_32,
     "open_clip_coca_vit_l_14": open_clip_coca_vit_l_14,
+    "open_clip_coca2_vit_b_32": open_clip_coca2_vit_b_32,
+    "open_clip_coca2_moderntext_vit_b_32": open_clip_coca2_moderntext_vit_b_32,
 }
-
-
-class PaddedTextDecoder(TextDecoder):
-    """Unimodal decoder with open_clip's padding mask, a fault that its released weights were trained with.
-
-    The mask is shifted by one token: a token is masked if the token before it is PAD. So CLS attends to the first PAD
-    after the caption, and to itself only if the caption leaves no room for PAD. Generated captions do not depend on it.
-    ids, positions: as in `TextDecoder`; right-padded rows are returned to the tokenizer's layout, with the same result.
-    Source: open_clip 3.3, transformer.py, which has the correct mask as an option, `correct_cls_mask`, that none of its
-    released configurations sets.
-    """
-
-    def forward(
-        self,
-        ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        caches: Sequence[BlockCache | None] | None = None,
-        sample_keys: Tensor | None = None,
-    ) -> Tensor:
-        if caches is not None:  # during generation, ids contain neither PAD nor CLS
-            return super().forward(ids, positions=positions, caches=caches)
-        assert isinstance(self.positions, LearnedPositions)
-        if positions is not None:
-            positions = positions.expand_as(ids)
-            rows = ids.new_full((len(ids), len(self.positions.weight)), self.pad_id).scatter(1, positions, ids)
-            x = self(rows, sample_keys=sample_keys)  # [b, context, d]
-            return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        x = self.embedding(ids)  # [b, s, d]
-        index = torch.arange(ids.shape[1], device=ids.device)  # [s]
-        entry_keys, block_keys = split_keys(sample_keys, index, self.blocks, x)
-        x = self.dropout(x + self.positions(index).to(x.dtype), entry_keys)
-        visible = F.pad(ids[:, :-1] != self.pad_id, (1, 0), value=True)  # [b, s]
-        for block, keys in zip(self.blocks, block_keys, strict=True):
-            x = block(x, mask=visible[:, None, None], **keys)
-        return x
-
-
-class FirstVector(nn.Module):
-    """Linear projection of the first vector, without a bias: [b, n, d] -> [b, 1, d]."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.projection = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection(x[:, :1])
-
-
-class NormOfTheRest(LayerNorm):
-    """LayerNorm of all vectors but the first, which is dropped: [b, n, d] -> [b, n - 1, d]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, 1:])
-
-
-class HeadWithoutLast(nn.Linear):
-    """Vocabulary head without bias, in which the logit of the last id, CLS, is minus infinity: [..., d] -> [..., v]."""
-
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__(dim, vocab_size - 1, bias=False)
-        self.out_features = vocab_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(super().forward(x), (0, 1), value=-torch.inf)
-
-
-def _block(dim: int, num_heads: int, *, causal: bool, dropout: float) -> Block:
-    return Block(
-        attention_norm=LayerNorm(dim),
-        attention=SelfAttention(dim, num_heads, causal=causal),
-        feed_forward_norm=LayerNorm(dim),
-        feed_forward=FeedForward(dim, 4 * dim),
-        dropout=dropout,
-    )
-
-
-def _alternating_blocks(dim: int, num_heads: int, num_layers: int, dropout: float) -> Iterator[Block]:
-    """Yield pairs of blocks: self-attention over the text, then cross-attention to the image."""
-    for _ in range(num_layers):
-        yield _block(dim, num_heads, causal=True, dropout=dropout)
-        yield Block(
-            cross_attention_norm=LayerNorm(dim),
-            cross_attention=CrossAttention(dim, num_heads, context_norm=NormOfTheRest(dim)),
-            feed_forward_norm=LayerNorm(dim),
-            feed_forward=FeedForward(dim, 4 * dim),
-            dropout=dropout,
-        )

@@ -7,7 +7,8 @@ from torch import nn
 from grr.components import LoRALinear
 from grr.models.coca import MultimodalDecoder
 
-PROJECTIONS = ("qkv", "q", "kv", "out", "up", "down")  # all linear layers of our attention and feed-forward networks
+# All linear layers of our attention and feed-forward networks, but for the gate that attention may have.
+PROJECTIONS = ("qkv", "q", "kv", "out", "up", "down")
 
 
 def tune_parts(

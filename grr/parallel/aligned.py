@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from grr.components import GEGLU
+from grr.components import GEGLU, SwiGLU
 from grr.models.head import aligned
 
 
@@ -34,14 +34,14 @@ class Layout(NamedTuple):
 
 
 def layouts(model: nn.Module) -> dict[Tensor, Layout]:
-    """Returns the parameters of a model whose copies are padded: those of GEGLUs of an odd inner width.
+    """Returns the parameters of a model whose copies are padded: those of GEGLUs and SwiGLUs of an odd inner width.
 
-    Zeros pass through a GEGLU as zeros (GELU(0) * 0) and meet columns of zeros, so results and gradients do not change.
+    Zeros pass through them as zeros (GELU(0) * 0) and meet columns of zeros, so results and gradients do not change.
     A width of 2,073, that of the paper's encoder, becomes 2,112.
     """
     found: dict[Tensor, Layout] = {}
     for module in model.modules():
-        if isinstance(module, GEGLU) and type(module.up) is type(module.down) is nn.Linear:
+        if isinstance(module, GEGLU | SwiGLU) and type(module.up) is type(module.down) is nn.Linear:
             width = module.down.in_features
             if (size := aligned(width)) != width:
                 halves = Layout(0, 2 * size, width, ((0, 0), (size, width)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from grr.parallel.device import default_device
 from grr.parallel.process_group import all_max, is_rank_0
 
 PART = 4  # whole weights and gradients may take a quarter of the free memory; activations and the optimizer need more
@@ -37,15 +38,23 @@ def has_room_for_whole(model: nn.Module, device: torch.device, *, bf16: bool) ->
 
 def free_memory_of_process(device: torch.device) -> int:
     """Returns the free memory in bytes that one process may use: that of its GPU, or its part of the machine's."""
-    processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = 1 if device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return free_memory() // processes
 
 
 def free_memory() -> int:
-    """Returns the free memory in bytes: of the GPU if there is one, else the lesser of machine and container."""
-    if torch.cuda.is_available():
+    """Returns the free memory in bytes: of the GPU if there is one, else the lesser of machine and container.
+
+    Of a Mac's GPU it is what torch recommends to use and has not taken; of a Mac's CPU, all memory of the machine,
+    because macOS does not count free pages.
+    """
+    kind = default_device().type
+    if kind == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if kind == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])

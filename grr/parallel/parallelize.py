@@ -38,8 +38,8 @@ def parallelize(
     and passes it has (`grr.parallel.shard.gathered`). One process keeps plain parameters: the same function with fewer
     calls.
 
-    Raises ValueError if the model was prepared before, or if the number of processes is not a multiple of dp_replicate;
-    float8 raises as `multiply_in_float8` does.
+    Raises ValueError if the model was prepared before, if the number of processes is not a multiple of dp_replicate, or
+    if several share a Mac's GPU; float8 raises as `multiply_in_float8` does.
     """
     if done := preparations(model):
         raise ValueError(f"parallelize: a model is prepared once, got one that is {' and '.join(done)}; {ORDER}")
@@ -47,6 +47,11 @@ def parallelize(
     if world % dp_replicate:
         raise ValueError(
             f"parallelize: the number of processes must be a multiple of dp_replicate, got {world=}, {dp_replicate=}"
+        )
+    if world > 1 and device.type == "mps":
+        raise ValueError(
+            f"parallelize: a Mac's GPU computes in one process, got {world=} on mps; start one process, or set "
+            "GRR_DEVICE=cpu"
         )
     if float8:
         multiply_in_float8(model, device)

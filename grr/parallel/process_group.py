@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grr.parallel.device import default_device
+
 DEADLINE = timedelta(minutes=30)  # for the other processes to arrive; that of torch's collectives with gloo
+PATIENCE = timedelta(days=30)  # for processes that work by themselves for long
 
 T = TypeVar("T")
 
@@ -23,9 +26,10 @@ def process_group() -> Iterator[torch.device]:
         with process_group() as device:
             model.to(device)
 
-    CUDA with NCCL where there is a GPU, else the CPU with gloo. A group of one process runs the same code as one of
-    many. The group ends with the block. A group that exists already is used and left. After an error in one of many
-    processes the group is left too, because the others may wait in a collective: their launcher ends them.
+    CUDA with NCCL where there is a GPU, else a Mac's GPU in a group of one, else the CPU with gloo. A group of one
+    process runs the same code as one of many. The group ends with the block. A group that exists already is used and
+    left. After an error in one of many processes the group is left too, because the others may wait in a collective:
+    their launcher ends them.
     """
     if dist.is_initialized():
         yield default_device()
@@ -41,13 +45,6 @@ def process_group() -> Iterator[torch.device]:
         _end()
         raise
     _end()
-
-
-def default_device() -> torch.device:
-    """Returns the device that this process computes on: its GPU (LOCAL_RANK under torchrun), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
 
 
 def num_processes() -> int:
@@ -105,6 +102,19 @@ def all_rows(x: Tensor) -> Tensor:
     rows = x.new_empty(world * len(x), *x.shape[1:])
     dist.all_gather(list(rows.chunk(world)), x)
     return rows
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Returns the number of this process and the number of processes: 0 and 1 without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Wait until all processes call it, for PATIENCE where collectives would give up after minutes."""
+    if rank_and_world()[1] > 1:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.all_reduce(torch.zeros(1), group=group)
+        dist.destroy_process_group(group)
 
 
 def all_sum(*numbers: float) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import grr
 from grr.evaluation.captions import UNITS
 from grr.evaluation.examples import Examples
+from grr.parallel.device import default_device, device_name
 from grr.reports.charts import number, percent
 from grr.reports.page import header, section, write_page, write_whole
 from grr.reports.samples import show_examples
@@ -28,6 +29,7 @@ LISTED = 12  # confusions in words
 KINDS = 30  # kinds of questions that have a row each
 LOSSES = ("loss", "contrastive_loss", "captioning_loss", "perplexity")
 CAPTION_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+DATA = ("data", "labelled", "labelled_train", "choices")
 ACCURACIES = ("top_1", "top_5", "mean_per_class")
 CLASSIFIERS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}
 
@@ -66,7 +68,7 @@ def write_evaluation(
     evaluation: JSON values, "model", "data" and "results" at least; "made" is added to them: when, with what versions,
     and on which device.
     """
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = device_name(default_device())
     time = datetime.now(UTC).isoformat(timespec="seconds")
     made = {"time": time, "grr": grr.__version__, "torch": torch.__version__, "device": device}
     text = json.dumps(_finite({**evaluation, "made": made}), indent=2, ensure_ascii=False)
@@ -88,7 +90,8 @@ def write_evaluation(
 def as_text(evaluation: Evaluation) -> str:
     """The numbers of an evaluation for a terminal."""
     shown = [f"{part.title}: {part.note}\n{aligned(part.table)}" for part in parts(evaluation["results"])]
-    return "\n\n".join([f"{_title(evaluation)}: {_counts(evaluation)}", *shown]).replace("\u202f", " ")
+    lines = [f"{_title(evaluation)}: {_counts(evaluation)}", *_left_out(evaluation)]
+    return "\n\n".join(["\n".join(lines), *shown]).replace("\u202f", " ")
 
 
 def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
@@ -115,6 +118,11 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
             ["mean", *(f"{scores[key]:.3f}" for key in CAPTION_METRICS), percent(scores["exact"])],
         ]
         result.append(Part("Captions", table, f"B: BLEU. {UNITS}. Exact: equal to a reference, to the letter"))
+    if scores := results.get("meteor"):
+        note = "from 0 to 1, by NLTK, whose values differ from those of METEOR 1.5 in published tables"
+        result.append(Part("METEOR", [["", "METEOR"], ["mean", f"{scores['meteor']:.3f}"]], note))
+    if judged := results.get("clip_score"):
+        result.append(_clip_score(judged))
     if relations := results.get("relations"):
         table = [["", "right"], ["spatial words", percent(relations["accuracy"])]]
         note = f"captions that say as a reference where the objects are, of {relations['images']:,} images"
@@ -128,6 +136,18 @@ def parts(results: dict[str, dict[str, Any]]) -> list[Part]:
     if choices := results.get("choices"):
         result.append(_choices(choices))
     return result
+
+
+def _clip_score(judged: dict[str, Any]) -> Part:
+    table = [
+        ["", "CLIPScore", "RefCLIPScore"],
+        ["mean", f"{judged['clip_score']:.3f}", f"{judged['ref_clip_score']:.3f}"],
+    ]
+    itself = ", which is the evaluated model itself: that flatters it" if judged["judges_itself"] else ""
+    note = f"2.5 × cosine, and its harmonic mean with that of the nearest reference, by {judged['judge']}{itself}"
+    if judged["truncated"]:
+        note += f"; {judged['truncated']:,} captions and references are longer than its context and were cut"
+    return Part("CLIPScore", table, note)
 
 
 def _choices(found: dict[str, Any]) -> Part:
@@ -154,7 +174,19 @@ def _title(evaluation: Evaluation) -> str:
 def _counts(evaluation: Evaluation) -> str:
     data = evaluation["data"] or evaluation["labelled"] or evaluation["choices"]
     counts = f"{data['images']:,} images" + (f", {data['captions']:,} captions" if "captions" in data else "")
+    if data.get("truncated"):
+        counts += f", of which {data['truncated']:,} are cut to {data['max_tokens']} tokens"
     return counts + (f", {data['left_out']:,} left out" if data["left_out"] else "")
+
+
+def _left_out(evaluation: Evaluation) -> list[str]:
+    """Returns a line for each data set of which images or captions were left out, and where they are listed."""
+    counts = {key: (evaluation.get(key) or {}).get("left_out", 0) for key in DATA}
+    return [
+        f"{key}: {count:,} left out; evaluation.json lists them with their causes as {key}.left_out_names"
+        for key, count in counts.items()
+        if count
+    ]
 
 
 def _header(evaluation: Evaluation) -> str:
@@ -164,7 +196,7 @@ def _header(evaluation: Evaluation) -> str:
 
 def _show_part(part: Part) -> str:
     note = part.note[0].upper() + part.note[1:]
-    return f"<article><h3>{part.title}</h3>{html(part.table)}<p>{note}.</p></article>"
+    return f"<article><h3>{part.title}</h3>{html(part.table)}<p>{escape(note)}.</p></article>"
 
 
 def _show_confusions(confusions: Confusions) -> str:

@@ -102,6 +102,8 @@ def _key_numbers(validations: list[LogLine]) -> str:
             else ""
         )
         tiles.append(("Accuracy", percent(now["accuracy"]), [guessed, *was("accuracy")]))
+    if is_number(now.get("vqa_accuracy")):
+        tiles.append(("VQA accuracy", percent(now["vqa_accuracy"]), was("vqa_accuracy")))
     if is_number(now.get("caption_exact")):
         tiles.append(("Captions equal to a reference", percent(now["caption_exact"]), was("caption_exact")))
     for key, label in (("perplexity", "Perplexity"), ("contrastive_loss", "Contrastive loss"), ("loss", "Loss")):
@@ -139,7 +141,7 @@ def _was(before: LogLine | None, which: str, key: str) -> list[str]:
     """A note with the number of an earlier validation, which has a name."""
     if before is None or not is_number(before.get(key)):
         return []
-    value = percent(before[key]) if key in ("accuracy", "caption_exact") else number(before[key])
+    value = percent(before[key]) if key in ("accuracy", "vqa_accuracy", "caption_exact") else number(before[key])
     return [f"{which}, step {before['step']:,}: {value}"]
 
 
@@ -187,6 +189,7 @@ def _curves(rows: list[LogLine], *, softmax: bool) -> str:
         chart(_loss_title((train + held_out or [{}])[-1]), both("loss"), unit="nats", **validated),
         chart("R@1", recalls, levels=chance, **in_percent, **validated),
         chart("Accuracy", both("accuracy", 100), levels=text_level, **in_percent, **validated),
+        chart("VQA accuracy", both("vqa_accuracy", 100), **in_percent, **validated),
         chart(
             "Contrastive loss",
             both("contrastive_loss"),

@@ -69,6 +69,10 @@ class Tokenizer:
         padding = [self.pad_id] * (max_tokens - len(tokens))
         return [self.bos_id, *tokens, self.eos_id, *padding, self.cls_id, self.pad_id]
 
+    def truncates(self, caption: str) -> bool:
+        """Returns whether a caption has more than context_length - 3 tokens, of which `encode` keeps the first."""
+        return len(self._tokens(caption)) > self.context_length - 3
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Decode ids [s] up to EOS; ids that are not pieces (BOS, CLS, PAD, sentinels) are skipped."""
         pieces = []

@@ -18,8 +18,9 @@ from grr.data import Pairs, training_steps
 from grr.data.images import Crop
 from grr.data.inspect import Finding
 from grr.data.order import largest_divisor
+from grr.parallel.device import default_device
 from grr.parallel.memory import free_memory
-from grr.parallel.process_group import default_device, process_group
+from grr.parallel.process_group import process_group
 from grr.tokenizers import Tokenizer
 from grr.training.micro_batch import USABLE, count_kept_bytes
 from grr.training.optim import adamw, clip_gradients
@@ -160,6 +161,8 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
     updated = time.perf_counter()
     return StepCost(size, computed - read, read - begun, updated - computed, kept.most / size)
 
@@ -172,7 +175,7 @@ def _time(run: RunPlan, measured: StepCost) -> Finding:
     computing = measured.computing / measured.pairs * pairs * (4 / 3 if twice else 1) + measured.updating
     reading = measured.reading / measured.pairs * pairs / max(1, run.workers)
     minutes = run.steps * max(computing, reading) / 60
-    device = "GPU" if torch.cuda.is_available() else "CPU"
+    device = "CPU" if default_device().type == "cpu" else "GPU"
     message = (
         f"about {_minutes(minutes)} for {run.steps:,} steps without validation, on this {device}: "
         f"{max(computing, reading):.2g} s per step of {run.batch_size:,} pairs, scaled from one of {measured.pairs} in "

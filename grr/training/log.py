@@ -20,6 +20,7 @@ from torch import nn
 import grr
 from grr import config
 from grr.files.atomic import write_atomic
+from grr.parallel.device import default_device, device_name
 from grr.parallel.process_group import is_rank_0, on_rank_0
 from grr.training.loggers import Line, Picture, Sender, open_senders
 from grr.training.step import Losses
@@ -154,7 +155,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     """Add this start of the run to those in folder/manifest.json: versions, machine, command, and facts."""
     file = folder / "manifest.json"
     starts = read_starts(folder)
-    cuda = torch.cuda.is_available()
+    device = default_device()
     starts.append(
         {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -168,7 +169,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
             "commit": _commit(),
             "host": socket.gethostname(),
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "device": device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
             **facts,
         }
     )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from grr.data import Batch
 from grr.data.order import largest_divisor
 from grr.parallel.bf16 import bf16_copies
+from grr.parallel.device import default_device
 from grr.parallel.memory import free_memory_of_process
-from grr.parallel.process_group import all_max, default_device, on_rank_0
+from grr.parallel.process_group import all_max, on_rank_0
 from grr.parallel.shard import local
 from grr.tokenizers import Tokenizer
 from grr.training.random_batches import random_batches
@@ -27,7 +28,8 @@ PROBES = (2, 4)  # pairs in the steps that are measured
 USABLE = {
     "cuda": 0.9,
     "cpu": 0.5,
-}  # fraction of the free memory: a GPU's is split in blocks, a CPU's shared by programs
+    "mps": 0.5,
+}  # fraction of the free memory: a GPU's is split in blocks, that of a CPU or a Mac shared by programs
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from grr.components import Block
 from grr.models.towers import Tower
+from grr.parallel.device import exact_dtype
 from grr.parallel.shard import local
 from grr.training.schedule import set_lr
 
@@ -69,7 +70,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # of the shards of this process
     for gradient in gradients:
         groups.setdefault((_holders(gradient, world), gradient.dtype), []).append(local(gradient))
-    squares = [get_total_norm(shards).double().square() / holders for (holders, _), shards in groups.items()]
+    norms = ((get_total_norm(shards), holders) for (holders, _), shards in groups.items())
+    squares = [norm.to(exact_dtype(norm.device)).square() / holders for norm, holders in norms]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
     if world > 1:
         dist.all_reduce(total)

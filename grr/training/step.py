@@ -19,6 +19,7 @@ from grr.data import Batch
 from grr.data.order import check_negatives
 from grr.models.coca import CoCaOutput, evaluating
 from grr.parallel.bf16 import recomputing
+from grr.parallel.device import exact_dtype
 from grr.parallel.process_group import all_sum, sum_over_processes
 from grr.parallel.shard import gathered, reduce_gradients
 from grr.seeds import derive_seed
@@ -103,7 +104,7 @@ def _global_losses(
     outputs = [_forward(model, batches[0], seed, 0)] if one_pass else _embed(model, batches, seed)
     columns, (labels,) = _gather(outputs, _counts(outputs, batches))
     contrasted = _contrast(outputs, columns, kind)
-    token_weight = dist.get_world_size() / labels.sum(dtype=torch.float64).clamp(min=1)
+    token_weight = dist.get_world_size() / labels.sum(dtype=exact_dtype(labels.device)).clamp(min=1)
     if one_pass:
         captioning = token_weight * _sum(outputs[0])
         _backward(model, contrastive_weight * contrasted + captioning_weight * captioning, last=True)
@@ -129,7 +130,8 @@ def _local_losses(
 ) -> tuple[Tensor, Tensor]:
     """As `_global_losses`, where each micro-batch is contrasted within itself."""
     labels = sum(batch.num_labels for batch in batches)
-    labels_of_all = sum_over_processes(torch.full((), labels, dtype=torch.float64, device=batches[0].ids.device))
+    device = batches[0].ids.device
+    labels_of_all = sum_over_processes(torch.full((), labels, dtype=exact_dtype(device), device=device))
     token_weight = dist.get_world_size() / labels_of_all.clamp(min=1)
     losses = []
     for i, batch in enumerate(batches):

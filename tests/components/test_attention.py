@@ -104,11 +104,52 @@ def test_a_masked_sequence_read_in_pieces_with_a_cache_has_the_same_outputs(piec
     torch.testing.assert_close(torch.cat(read, dim=1), module(x, mask=mask))
 
 
+def without_gate(module: nn.Module, plain: nn.Module) -> nn.Module:
+    """Returns `plain` on the weights of a gated module, with the identity for its output projection."""
+    weights = {name: x for name, x in module.state_dict().items() if not name.startswith("gate.")}
+    plain.double().load_state_dict(weights | {"out.weight": torch.eye(D).double()})
+    return plain
+
+
+@given(sizes=sizes, seed=seeds)
+def test_a_gate_multiplies_what_is_attended_to_before_it_is_projected(sizes, seed):
+    """Qiu et al. 2025: sigmoid(x G) times the output of attention, channel by channel; G = 0 halves it."""
+    b, s, h = sizes
+    x, context, at = normal(b, s, D, seed=seed), normal(b, 5, D, seed=seed + 1), torch.arange(s)
+    options = {"causal": True, "rotary": RotaryEmbedding(D // h), "bias": False}
+    for module, plain, inputs, more in (
+        (SelfAttention(D, h, gated=True, **options), SelfAttention(D, h, **options), (x,), {"positions": at}),
+        (CrossAttention(D, h, bias=False, gated=True), CrossAttention(D, h, bias=False), (x, context), {}),
+    ):
+        read = without_gate(random(module, seed), plain)(*inputs, **more)
+        gate = 1 / (1 + torch.exp(-x @ module.gate.weight.T))
+        torch.testing.assert_close(module(*inputs, **more), (read * gate) @ module.out.weight.T)
+        module.gate.weight.data.zero_()
+        torch.testing.assert_close(module(*inputs, **more), read / 2 @ module.out.weight.T)
+
+
+@given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=seeds)
+def test_gated_attention_in_pieces_with_a_cache_has_the_same_outputs(pieces, seed):
+    s, x = sum(pieces), normal(2, sum(pieces), D, seed=seed)
+    rotary, cache = RotaryEmbedding(D // 2), KeyValueCache(s)
+    module = random(SelfAttention(D, 2, causal=True, rotary=rotary, bias=False, gated=True), seed)
+    cross, projected = random(CrossAttention(D, 2, gated=True), seed), KeyValueCache(4)
+    at, context, read, crossed = torch.arange(s), normal(1, 4, D, seed=7), [], []
+    for part, positions in zip(x.split(pieces, dim=1), at.split(pieces), strict=True):
+        read.append(module(part, positions=positions, cache=cache))
+        crossed.append(cross(part, context, cache=projected))  # two rows share one context
+    torch.testing.assert_close(torch.cat(read, dim=1), module(x, positions=at))
+    torch.testing.assert_close(torch.cat(crossed, dim=1), cross(x, context.expand(2, -1, -1)))
+
+
 @given(d=st.sampled_from([4, 8, 20]), h=st.sampled_from([1, 2, 4]))
 def test_parameter_counts(d, h):
     for module in (SelfAttention, CrossAttention):
         assert sum(p.numel() for p in module(d, h).parameters()) == 4 * (d**2 + d)
         assert sum(p.numel() for p in module(d, h, qk_norm=True).parameters()) == 4 * (d**2 + d) + 2 * d // h
+        assert sum(p.numel() for p in module(d, h, bias=False).parameters()) == 4 * d**2
+        assert sum(p.numel() for p in module(d, h, gated=True).parameters()) == 5 * (d**2 + d)
+        assert sum(p.numel() for p in module(d, h, bias=False, gated=True).parameters()) == 5 * d**2
     assert sum(p.numel() for p in CrossAttention(d, h, context_dim=3).parameters()) == 4 * (d**2 + d) - 2 * d * (d - 3)
 
 

@@ -34,6 +34,7 @@ from grr.components import (
     RotaryEmbedding,
     SelfAttention,
     SinusoidalPositions,
+    SwiGLU,
 )
 
 AT = torch.arange(8)  # positions on one axis
@@ -72,6 +73,7 @@ PRIMITIVES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "LayerNorm": (lambda: LayerNorm(16), lambda m, x: m(x)),
     "FeedForward": (lambda: FeedForward(16, 64), lambda m, x: m(x)),
     "GEGLU": (lambda: GEGLU(16, 43), lambda m, x: m(x)),
+    "SwiGLU": (lambda: SwiGLU(16, 43), lambda m, x: m(x)),
     "SinusoidalPositions": (lambda: SinusoidalPositions(16), lambda m, x: x + m(AT).to(x.dtype)),
     "LearnedPositions": (lambda: LearnedPositions(16, 8), lambda m, x: x + m(AT)),
     "RotaryEmbedding": (lambda: RotaryEmbedding(8), lambda m, x: m(heads(x), AT)),

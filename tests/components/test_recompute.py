@@ -21,6 +21,7 @@ from grr.components import (
     RotaryEmbedding,
     Rotation,
     SelfAttention,
+    SwiGLU,
     call_without_keeping,
     dropout_keys,
     recomputable,
@@ -82,12 +83,13 @@ def gradients(module: nn.Module, y: Tensor, x: Tensor, g: Tensor) -> list[Tensor
 
 
 @dtypes
+@pytest.mark.parametrize(("kind", "activation"), [(GEGLU, F.gelu), (SwiGLU, F.silu)])
 @given(seed=seeds)
-def test_geglu_and_its_gradients_are_those_of_the_formula(dtype, seed):
-    module, x = random(GEGLU(D, HIDDEN), seed, dtype), normal(2, 3, D, seed=seed, dtype=dtype).requires_grad_()
+def test_gated_networks_and_their_gradients_are_those_of_the_formula(dtype, kind, activation, seed):
+    module, x = random(kind(D, HIDDEN), seed, dtype), normal(2, 3, D, seed=seed, dtype=dtype).requires_grad_()
     g = normal(2, 3, D, seed=seed + 1, dtype=dtype)
     gate, value = module.up(x).chunk(2, dim=-1)
-    expected, y = module.down(F.gelu(gate) * value), module(x)
+    expected, y = module.down(activation(gate) * value), module(x)
     pairs = zip(gradients(module, y, x, g), gradients(module, expected, x, g), strict=True)
     for ours, theirs in ((y, expected), *pairs):  # GELU of strided memory is rounded differently
         assert (ours - theirs).norm() <= 16 * torch.finfo(dtype).eps * theirs.norm()

@@ -10,11 +10,12 @@ from pathlib import Path
 import programs
 import pytest
 import torch
+from PIL import Image
 
 from grr import config
 from grr.data import DATASETS
 from grr.evaluation.captions import treebank
-from grr.inference.pretrained import load_pretrained
+from grr.inference.pretrained import load, load_pretrained
 from grr.training.log import read_metrics
 
 pytest.importorskip("nltk", reason='pip install "grr-coca[evaluate]"')
@@ -162,6 +163,60 @@ def test_retrieval_is_what_comparing_every_sentence_with_every_image_gives(train
 
 
 @pytest.mark.slow
+def test_a_named_model_judges_the_captions_and_one_that_judges_itself_is_reported(trained, tmp_path):
+    """A checkpoint of the run is another judge, a copy of its model is the model itself."""
+    shutil.copytree(trained / "model", tmp_path / "copy")
+    some = [f"model.path={trained}", *SCENES, "run.tasks=[clip_score]"]
+    for name, judge, processes in (
+        ("other", trained / "checkpoints/step_6", 1),
+        ("two", trained / "checkpoints/step_6", 2),
+        ("itself", tmp_path / "copy", 1),
+    ):
+        said = evaluate(*some, f"judge.path={judge}", f"run.folder={tmp_path / name}", processes=processes)
+        assert ("itself: that flatters it" in said) == (name == "itself")
+        found = results(tmp_path / name)["results"]["clip_score"]
+        assert (found["images"], found["judge"], found["judges_itself"]) == (48, str(judge), name == "itself")
+        assert 0 < found["clip_score"] <= 2.5
+        assert 0 < found["ref_clip_score"] < 2 * 2.5 / 3.5 + 1e-9
+    one, two, itself = (results(tmp_path / name)["results"]["clip_score"] for name in ("other", "two", "itself"))
+    assert one == two
+    assert one["judge_fingerprint"] != itself["judge_fingerprint"]
+    captioner = load(trained)
+    judge = load(trained / "checkpoints/step_6")
+    pairs = DATASETS["openmoji"](split="validation", scenes=96, held_out=48)
+    clip = []
+    for i in range(48):
+        pixels = pairs.load(i, size=captioner.image_size, crop=captioner.crop)
+        caption = "A photo depicts " + captioner.caption(pixels)[0]
+        clip.append(
+            2.5 * max(0.0, float(judge.embed_images(pixels)[0].double() @ judge.embed_texts(caption)[0].double()))
+        )
+    assert one["clip_score"] == pytest.approx(sum(clip) / 48, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_retrieval_by_long_captions_counts_those_that_are_cut(trained, tmp_path):
+    """Urban1k's layout: the captions of images 2 to 5 are longer than the context, and equal up to there."""
+    captioner = load(trained)
+    long = " ".join(["a fox to the left of a key"] * 40)
+    (tmp_path / "image").mkdir()
+    (tmp_path / "caption").mkdir()
+    for i, caption in enumerate(["a fox", "a key", *(f"{long} {k}" for k in range(4))]):
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"image/{i}.jpg")
+        (tmp_path / f"caption/{i}.txt").write_text(caption)
+    command = RECIPES / "evaluate.py", "--config", RECIPES / "configs/evaluate/urban1k.yaml"
+    done = run(*command, f"model.path={trained}", f"data.path={tmp_path}", f"run.folder={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens = captioner.tokenizer.context_length - 3
+    title = f"grr_coca on urban1k: 6 images, 6 captions, of which 4 are cut to {tokens} tokens"
+    assert done.stdout.splitlines()[0] == title
+    found = results(tmp_path / "out")
+    assert (found["data"]["truncated"], found["data"]["max_tokens"]) == (4, tokens)
+    assert found["results"]["retrieval"]["num_eval_images"] == 6
+    assert found["results"]["retrieval"]["image_to_text_r1"] <= 2 / 6  # equal captions tie, and a tie is a miss
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_same_results_to_the_last_digit(trained, tmp_path):
     evaluate(f"model.path={trained}", *JUDGING, f"run.folder={tmp_path}", processes=2)
     ours, theirs = results(tmp_path), results(trained)
@@ -182,7 +237,7 @@ def test_a_checkpoint_is_judged_in_bfloat16_by_a_copied_recipe_into_the_runs_fol
     assert found["results"]["losses"]["loss"] == pytest.approx(results(trained)["results"]["losses"]["loss"], rel=0.05)
 
 
-def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
+def read_config(*argv: str) -> tuple[config.Config, Callable[..., None]]:
     """A config as the recipe reads it, and the recipe's check of its tasks."""
     sys.path.insert(0, str(RECIPES))
     from evaluate import SECTIONS, validate_config
@@ -199,7 +254,7 @@ def load(*argv: str) -> tuple[config.Config, Callable[..., None]]:
 )
 def test_a_task_without_its_data_is_refused(tmp_path, task, missing):
     (tmp_path / "c.yaml").write_text("model: {path: nowhere}")
-    cfg, validate_config = load(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), f"run.tasks=[{task}]")
     with pytest.raises(ValueError, match=f"the task {task} needs the section {missing}, got none"):
         validate_config(cfg)
 
@@ -208,22 +263,31 @@ def test_the_package_of_the_caption_metrics_is_required_before_a_model_is_loaded
     treebank.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
     (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, data: {name: openmoji}}")
-    cfg, validate_config = load(str(tmp_path / "c.yaml"), "run.tasks=[losses,retrieval]")
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), "run.tasks=[losses,retrieval]")
     validate_config(cfg)
-    cfg, validate_config = load(str(tmp_path / "c.yaml"), "run.tasks=[captions]")
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), "run.tasks=[captions]")
     with pytest.raises(ImportError, match=r'pip install "grr-coca\[evaluate\]"'):
         validate_config(cfg)
 
 
+def test_captions_are_judged_by_a_model_that_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, data: {name: openmoji}, run: {tasks: [clip_score]}}")
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"))
+    with pytest.raises(ValueError, match=r"needs a model that judges, got judge.path=null; set judge.path to a run"):
+        validate_config(cfg)
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), "judge.path=hf-hub:laion/CoCa-ViT-B-32")
+    validate_config(cfg)
+
+
 def test_a_probe_needs_data_to_learn_from(tmp_path):
     (tmp_path / "c.yaml").write_text("{model: {path: nowhere}, labelled: {name: openmoji_classes}}")
-    cfg, validate_config = load(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), "run.tasks=[zero_shot,attentive_probe]")
     with pytest.raises(ValueError, match="the task attentive_probe needs the section labelled_train"):
         validate_config(cfg)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_is_valid_and_says_how_to_run_it(file):
-    cfg, validate_config = load(str(file))
+    cfg, validate_config = read_config(str(file))
     validate_config(cfg)
     assert f"recipes/evaluate.py --config recipes/configs/evaluate/{file.name}" in file.read_text().split("\nrun:")[0]

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from programs import run
+from run_lines import lines
 from safetensors.torch import load_file
 
 from grr import config
 from grr.checkpoint.training_state import load_checkpoint
 from grr.inference.pretrained import build_pretrained, find_pretrained
 from grr.training.ema import EMA
-from grr.training.log import read_metrics
 from grr.training.optim import adamw
 from grr.training.schedule import warmup_cosine
 from grr.training.soft_reset import SoftReset, soft_reset
@@ -80,14 +80,6 @@ def command(start: Path, folder: Path, *overrides: str, killer: tuple[str, ...] 
     sections["run"] = {**FIVE_STEPS["run"], "folder": str(folder)}
     file.write_text(yaml.safe_dump(sections))
     return [*killer, str(RECIPE), "--config", str(file), *overrides]
-
-
-def lines(folder: Path, split: str) -> list[dict]:
-    """All of a line but its times, which differ between two runs."""
-    times = ("samples_per_second", "data_wait")
-    return [
-        {k: v for k, v in line.items() if k not in times} for line in read_metrics(folder) if line["split"] == split
-    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:

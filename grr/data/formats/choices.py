@@ -5,6 +5,7 @@ SugarCrepe, ARO and Winoground, each in the layout in which it is distributed.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,12 @@ from grr.data.records import Records, record_captions
 from grr.files.regular import read_regular_file
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+
+
+SUGARCREPE = {f"{kind}.json" for kind in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel")}
+SUGARCREPE |= {"swap_att.json", "swap_obj.json"}
+
+logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
@@ -65,10 +72,14 @@ def sugarcrepe(*, path: str, images: str) -> Choices:
     """Read SugarCrepe (Hsieh et al. 2023): path is its folder of add_att.json ... swap_obj.json or one of these files,
     images the folder of COCO's val2017.
 
-    A question is an image with a right and a wrong caption; its kind is the name of its file. Raises FileNotFoundError
+    A question is an image with a right and a wrong caption; its kind is the name of its file. Files of other names in
+    the folder are not read, and a warning names them. Raises FileNotFoundError
     if there is no file or no image; ValueError, naming the entry, if a file has another content.
     """
-    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
+    found = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else []
+    files = [file for file in found if file.name in SUGARCREPE] if Path(path).is_dir() else [Path(path)]
+    if others := [file.name for file in found if file.name not in SUGARCREPE]:
+        logger.warning("sugarcrepe: files of other names in %s are not read: %s", path, ", ".join(others))
     if not files:
         raise FileNotFoundError(f"sugarcrepe: path must be the folder of add_att.json and others, got {path}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grr.data.formats.rows import read_lines
 from grr.data.images import SUFFIXES
-from grr.data.labelled import CLASS_TEXT, Labelled, labelled_rows
+from grr.data.labelled import CLASS_TEXT, Labelled, LabelledRow, labelled_rows
 from grr.data.pairs import Row
 from grr.data.records import Records
 
@@ -29,7 +29,9 @@ def image_folder(*, path: str, classes_from: str | None = None) -> Labelled:
     number = {folder: i for i, folder in enumerate(class_of)}
     records = Records()
     rows = (
-        (Row(file, CLASS_TEXT, file), number[folder]) for folder in folders for file in _images(path, folder, records)
+        LabelledRow(Row(file, CLASS_TEXT, file), number[folder])
+        for folder in folders
+        for file in _images(path, folder, records)
     )
     labelled = labelled_rows(Path(path), rows, list(class_of.values()), records)
     records.log(f"image_folder: {path}")

@@ -184,8 +184,8 @@ def _write(
                     counts.skipped += len(image.captions)
                     counts.bad.append([image.key, content])
                     continue
-                _add(tar, f"{image.key}.jpg", content)
-                _add(tar, *_caption_file(image))
+                add_member(tar, f"{image.key}.jpg", content)
+                add_member(tar, *_caption_file(image))
                 counts.images, counts.pairs = counts.images + 1, counts.pairs + len(image.captions)
             bar.update(len(some))
     replace_file(aside, file)
@@ -200,7 +200,8 @@ def _caption_file(image: _Image) -> tuple[str, bytes]:
     return f"{image.key}.json", json.dumps({"caption": image.captions}, ensure_ascii=False).encode()
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file to a tar, without an owner and a time."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))

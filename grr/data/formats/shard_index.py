@@ -163,6 +163,12 @@ def _read_shard(shard: Path) -> Index:
 
 def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]:
     """Returns the samples of a shard that have one image and a caption, by key; all others are counted."""
+    samples = members_by_key(shard, file, records)
+    return {key: sample for key, sample in samples.items() if _is_whole(f"{shard.stem}/{key}", sample, records)}
+
+
+def members_by_key(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]:
+    """Returns the images and captions of a shard by key, in the order of the keys; damage and all else is counted."""
     samples: defaultdict[str, Sample] = defaultdict(lambda: defaultdict(list))
     for item in read_members(file):
         if isinstance(item, Damage):
@@ -176,7 +182,7 @@ def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]
             records.skip(f"{shard.stem}/{key}{extension}", item.fault)
         else:
             records.leave_out("neither an image nor a caption")
-    return {key: sample for key, sample in samples.items() if _is_whole(f"{shard.stem}/{key}", sample, records)}
+    return samples
 
 
 def _is_whole(name: str, sample: Sample, records: Records) -> bool:

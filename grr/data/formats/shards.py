@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grr.data.formats.joined_index import joined_index, records_of
 from grr.data.formats.shard_index import Index
-from grr.data.images import THUMBNAIL, Crop, load_image, thumbnail
+from grr.data.images import SUFFIXES, THUMBNAIL, Crop, load_image, thumbnail
 from grr.data.pairs import Ints, Pairs, Rows, Texts, row_numbers, split_name, threshold
 from grr.data.records import Records
 from grr.files.regular import open_regular_file
@@ -37,7 +37,7 @@ def webdataset(
     if split is not None and split_name("webdataset", split) == "test":
         raise ValueError('webdataset: shards have no test part, so split must be train or validation, got "test"')
     limit = threshold("webdataset", validation_fraction)
-    files = _files(shards)
+    files = find_shards(shards)
     pairs = TarShards(files, joined_index(files, cache))
     if split is not None:
         pairs.keep((pairs.index["places"] < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
@@ -107,7 +107,29 @@ class TarShards(Pairs):
         super().__init__(ids, captions, image_of if rows is None else image_of[rows])
 
 
-def _files(shards: str) -> list[Path]:
+def are_shards(images: str) -> bool:
+    """Returns whether a path, a glob or a range names tar shards, or is a folder of some.
+
+    Raises ValueError for a folder of shards and images, of which only the ones or the others can be meant.
+    """
+    folder = Path(images)
+    if not folder.is_dir():
+        return images.endswith(".tar")
+    shards = any(folder.glob("*.tar"))
+    image = next((file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES)), None) if shards else None
+    if image is not None:
+        raise ValueError(
+            f"are_shards: a folder must hold tar shards or images, got both in {folder}, such as {image.name}; give "
+            f"the shards as '{folder}/*.tar', or the images as '{folder}/*{image.suffix}'"
+        )
+    return shards
+
+
+def find_shards(shards: str) -> list[Path]:
+    """Returns the tar shards of a file, a folder, a glob or a range, sorted.
+
+    Raises FileNotFoundError if one is missing, or if there are none.
+    """
     if Path(shards).is_dir():
         shards = str(Path(shards, "*.tar"))
     patterns = list(_expand(shards))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from grr.data.formats.annotations import check_images_exist
 from grr.data.formats.rows import read_lines, read_objects
-from grr.data.labelled import JUDGEMENTS, Labelled, labelled_rows
+from grr.data.labelled import JUDGEMENTS, Labelled, LabelledRow, labelled_rows
 from grr.data.pairs import Row
 from grr.data.records import Records
 
@@ -21,7 +21,7 @@ def snli_ve(*, path: str, images: str) -> Labelled:
     number = {judgement: i for i, judgement in enumerate(JUDGEMENTS)}
     records = Records()
 
-    def rows() -> Iterator[tuple[Row, int]]:
+    def rows() -> Iterator[LabelledRow]:
         for i, row in read_objects("snli_ve", Path(path), read_lines("snli_ve", Path(path))):
             where = f"snli_ve: {path} line {i}"
             image, text, judgement = (row.get(key) for key in ("flickr30k_id", "sentence2", "gold_label"))
@@ -33,7 +33,7 @@ def snli_ve(*, path: str, images: str) -> Labelled:
             if judgement == "-":
                 records.leave_out("without a judgement")
             else:
-                yield Row(f"{image}.jpg", text, where), number[judgement]
+                yield LabelledRow(Row(f"{image}.jpg", text, where), number[judgement])
 
     labelled = labelled_rows(Path(images), rows(), list(JUDGEMENTS), records)
     check_images_exist("snli_ve", path, labelled.pairs)

@@ -1,4 +1,4 @@
-"""Captions in a table: a folder of images with a CSV, TSV or JSON-lines file; ROCOv2."""
+"""Captions in a table or in text files beside a folder of images: CSV, TSV, JSON lines; ROCOv2, DOCCI, Urban1k."""
 
 import itertools
 import logging
@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from grr.data.formats.rows import SEPARATORS, find_columns, read_lines, read_objects, read_table
+from grr.data.images import SUFFIXES
 from grr.data.pairs import ImageFiles, Pairs, Row, image_files, image_path, split_name, threshold
-from grr.data.records import file_name
+from grr.data.records import Records, file_name
 from grr.seeds import stable_hash
 
 FILES = (
@@ -68,6 +70,54 @@ def rocov2(*, path: str, split: str) -> Pairs:
     roots = [Path(path, f"{name}_images", name), Path(path, f"{name}_images"), Path(path, name)]
     rows = (row._replace(image=row.image and f"{row.image}.jpg") for row in _rows("rocov2", file))
     return _image_files("rocov2", file, rows, roots)
+
+
+def docci(*, path: str, split: Literal["train", "test", "qual_dev", "qual_test"] = "test") -> Pairs:
+    """Read DOCCI (Onoe et al. 2024), photographs with long descriptions, as it is distributed: path is the folder that
+    holds docci_descriptions.jsonlines and images/, which docci_images.tar.gz unpacks.
+
+    Raises FileNotFoundError if the file or all images are missing; ValueError, naming the line, if one has another
+    content, or if the split is empty.
+    """
+    files = [Path(path, f"docci_descriptions.{suffix}") for suffix in ("jsonlines", "jsonl")]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise FileNotFoundError(f"docci: there is no file {files[0]}; path must be the folder that holds it")
+    rows = _object_rows("docci", file, read_lines("docci", file))
+    own_first = iter(sorted(rows, key=lambda row: row.split != split))  # images of other splits may be missing
+    pairs = _image_files("docci", file, own_first, [Path(path, "images"), Path(path)], lambda row: row.split == split)
+    if not len(pairs):
+        raise ValueError(f"docci: {file} has no descriptions for {split=}; is it another file?")
+    return pairs
+
+
+def urban1k(*, path: str) -> Pairs:
+    """Read Urban1k (Zhang et al. 2024, Long-CLIP), street scenes with long captions: path is its folder, with
+    image/NAME.jpg and, for each, caption/NAME.txt, of which the first line is the caption.
+
+    An image without a caption and a caption without an image are skipped and counted. Raises FileNotFoundError if a
+    folder or all images are missing; ValueError, naming the file, if a caption is not UTF-8.
+    """
+    folders = Path(path, "image"), Path(path, "caption")
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise FileNotFoundError(f"urban1k: there is no folder {missing[0]}; path must hold image/ and caption/")
+    images = {file.stem: file.name for file in sorted(folders[0].iterdir()) if file.name.lower().endswith(SUFFIXES)}
+    captions = {file.stem: file for file in sorted(folders[1].glob("*.txt"))}
+    records = Records()
+    for name in sorted(images.keys() ^ captions.keys()):
+        records.skip(name, "image without a caption" if name in images else "caption without an image")
+    both = [name for name in captions if name in images]
+    if not both:
+        raise FileNotFoundError(f"urban1k: no file of {folders[0]} has the name of one of {folders[1]}, without suffix")
+
+    def rows() -> Iterator[Row]:
+        for name in both:
+            _, first = next(read_lines("urban1k", captions[name]), (1, ""))
+            yield Row(images[name], first, f"urban1k: {captions[name]}")
+
+    pairs = image_files(folders[0], rows(), records)
+    records.log(f"urban1k: {path}")
+    return pairs
 
 
 def _captions_file(path: Path) -> Path:

@@ -91,6 +91,13 @@ def test_every_example_in_a_help_text_parses(parser):
         assert "Next: grr " in text
 
 
+def test_python_m_grr_is_the_command(tmp_path):
+    for words in (["ls", "evaluate"], ["caption"]):  # the second one fails, because arguments are missing
+        short, long = (grr(*words, cwd=tmp_path, program=(sys.executable, "-m", name)) for name in ("grr", "grr.cli"))
+        assert (short.returncode, short.stdout, short.stderr) == (long.returncode, long.stdout, long.stderr)
+        assert len(short.stdout + short.stderr) > 40
+
+
 def test_without_arguments_grr_prints_its_help(capsys):
     with pytest.raises(SystemExit) as end:
         main([])

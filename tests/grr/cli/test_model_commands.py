@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_the_help_states_the_exit_status_of_unreadable_files(command, here, colo
     assert "The exit status is 0 if at least one file could be read, else 1." in capsys.readouterr().out
     assert main([command, str(colour_run), "mine/torn.png", *more]) == 1
     assert main([command, str(colour_run), "mine/torn.png", "mine/red 0.png", *more]) == 0
+
+
+def test_caption_prints_the_captions_of_images_and_of_tar_shards(here, colour_run, capsys):
+    with tarfile.open("00000.tar", "w") as tar:
+        for name in ("red 0.png", "torn.png", "blue 1.png"):
+            tar.add(f"mine/{name}", name)
+    assert main(["caption", str(colour_run), "00000.tar", "mine/green 0.png"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "mine/green 0.png: a green picture",
+        "00000.tar/red 0.png: a red picture",
+        "00000.tar/blue 1.png: a blue picture",
+    ]
+    assert "00000.tar/torn.png could not be read: not a readable image" in printed.err
 
 
 def test_classify_writes_rows_and_a_page_and_continues(here, colour_run, capsys):

@@ -155,7 +155,7 @@ def test_all_mistakes_are_reported_at_once_with_their_places(tmp_path):
         ("run.steps=null", "run.steps: Run wants int, got None"),
         ("run.steps.more=2", "run.steps: Run wants int, got {'more': 2}"),
         ("run.note=2", r"run.note: Run wants str \| null, got 2"),
-        ("run.layers=3", r"run.layers: Run wants list\[int\], got 3"),
+        ("run.layers=3", r"run.layers: Run wants list\[int\], got 3; write \[3\]"),
         ("run.layers=[a]", r"run.layers: Run wants list\[int\], got \['a'\]"),
         ("run.words=[1]", r"run.words: Run wants tuple\[str, ...\], got \[1\]"),
         ("run.crop=centre", r"run.crop: Run wants 'squash' \| 'center' \| 3, got 'centre' \(did you mean center\?\)"),

@@ -29,7 +29,13 @@ from grr.models.builders import (
     vision_transformer,
 )
 from grr.models.coca import CoCa, TextDecoder, VisionTransformer
-from grr.models.open_clip import open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
+from grr.models.open_clip import (
+    open_clip_coca,
+    open_clip_coca2_moderntext_vit_b_32,
+    open_clip_coca2_vit_b_32,
+    open_clip_coca_vit_b_32,
+    open_clip_coca_vit_l_14,
+)
 """
 COCAS = [
     "coca",
@@ -42,20 +48,27 @@ COCAS = [
     "grr_coca_2b",
     "original_coca_2b",
 ]
-OPEN_CLIPS = ["open_clip_coca", "open_clip_coca_vit_b_32", "open_clip_coca_vit_l_14"]
+OPEN_CLIPS = [
+    "open_clip_coca",
+    "open_clip_coca_vit_b_32",
+    "open_clip_coca_vit_l_14",
+    "open_clip_coca2_vit_b_32",
+    "open_clip_coca2_moderntext_vit_b_32",
+]
 VITS = ["vision_transformer", "grr_vit", "baseline_vit"]
 WRONG = {
     **{f"{name}(imagesize=3)": ['"imagesize"', '"image_size"'] for name in (*COCAS, *VITS, *OPEN_CLIPS)},
     **{f'{name}(vision_norm="batchnorm")': ['"vision_norm"', "'batchnorm'", "'rmsnorm'"] for name in COCAS},
     **{f'{name}(dim="wide")': ['"dim"', '"str"', '"int"'] for name in (*COCAS, *VITS, *OPEN_CLIPS)},
     **{f'{name}(position="sine")': ['"position"', "'sine'", "'sinusoidal'"] for name in (*VITS, "text_decoder")},
+    'open_clip_coca(text_arch="llama")': ['"text_arch"', "'llama'", "'modern'"],
     'grr_coca(text_position="rope_2d")': ['"text_position"', "'rope_2d'"],
     "grr_coca_tiny(dropout=None)": ['"dropout"', "None"],
     "grr_coca_tiny(64)": ["positional"],
     "text_decoder(image_size=32)": ['"image_size"'],
     "grr.grr_coca(imagesize=3)": ['"imagesize"', '"image_size"'],
     'grr.grr_coca(dim="wide")': ['"dim"', '"str"', '"int"'],
-    "grr.load(3)": ['"load"', '"int"', '"str | Path"'],
+    "grr.load(3)": ['"load"', '"int"', '"str | Path | Pretrained"'],
     "grr.no_such_name": ['"no_such_name"'],
     "vit: VisionTransformer = grr_coca()": ['"CoCa"', '"VisionTransformer"'],
     'preset(coca, "mine", "Mine.", dims=32)': ['"dims"'],

@@ -59,6 +59,21 @@ def test_sugarcrepe_asks_for_each_entry_of_each_file(tmp_path):
     assert one.fingerprint != choices.fingerprint
 
 
+def test_other_files_in_the_folder_of_sugarcrepe_are_named_and_not_read(tmp_path, caplog):
+    files = a_sugarcrepe(tmp_path)
+    expected = rows(sugarcrepe(**files))
+    assert not caplog.records
+    for name, text in (("results.json", '{"swap_obj": 0.7}'), ("package.json", "[")):
+        (tmp_path / "data" / name).write_text(text)
+    assert rows(sugarcrepe(**files)) == expected
+    (said,) = caplog.messages
+    assert said == f"sugarcrepe: files of other names in {files['path']} are not read: package.json, results.json"
+    for name in ("add_att", "swap_obj"):
+        (tmp_path / f"data/{name}.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"path must be the folder of add_att.json and others"):
+        sugarcrepe(**files)
+
+
 def test_aro_shows_the_box_of_an_image_and_encodes_each_box_once(tmp_path):
     image = Image.new("RGB", (20, 10), (200, 0, 0))
     image.paste((0, 0, 200), (10, 0, 20, 10))

@@ -23,7 +23,7 @@ from grr.data import DATASETS
 from grr.data.formats.annotations import coco, karpathy
 from grr.data.formats.shards import webdataset
 from grr.data.formats.snli_ve import snli_ve
-from grr.data.formats.tables import folder, rocov2
+from grr.data.formats.tables import docci, folder, rocov2, urban1k
 from grr.data.pairs import Texts
 
 
@@ -146,6 +146,60 @@ def test_rocov2_with_a_byte_order_mark_quotes_and_newlines(tmp_path):
     assert pairs.load(0, size=8, crop="squash").shape == (3, 8, 8)
 
 
+def descriptions(folder: Path, suffix: str = "jsonlines") -> None:
+    """The layout of DOCCI's descriptions: four of each split, of which train's images are missing."""
+    names = [(split, k, f"{split}_{k:05d}") for split in ("train", "test", "qual_dev", "qual_test") for k in range(4)]
+    rows = [
+        {
+            "example_id": name,
+            "split": split,
+            "image_file": f"{name}.jpg",
+            "description": f"A long  view of {split} {k}.",
+        }
+        for split, k, name in names
+    ]
+    (folder / f"docci_descriptions.{suffix}").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("suffix", ["jsonlines", "jsonl"])
+def test_docci_reads_the_descriptions_of_a_split(tmp_path, suffix):
+    descriptions(tmp_path, suffix)
+    for k in range(4):
+        picture(tmp_path / f"images/test_{k:05d}.jpg")
+    pairs = docci(path=str(tmp_path))
+    assert list(pairs.captions) == [f"A long view of test {k}." for k in range(4)]
+    assert pairs.ids[3] == "test_00003.jpg#0"
+    assert pairs.load(3, size=8, crop="squash").shape == (3, 8, 8)
+    assert (pairs.records.read, dict(pairs.records.left_out)) == (4, {"of another split": 12})
+    picture(tmp_path / "images/qual_dev_00001.jpg")
+    assert list(docci(path=str(tmp_path), split="qual_dev").captions)[1] == "A long view of qual_dev 1."
+    with pytest.raises(ValueError, match="has no descriptions for split='validation'"):
+        docci(path=str(tmp_path), split="validation")
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match=r"docci: the first 16 images of the table \(train_00000.jpg"):
+        docci(path=str(tmp_path), split="train")
+
+
+def test_urban1k_reads_the_first_line_of_each_caption(tmp_path):
+    for name, text in (("10", "A busy  street.\nnot read"), ("9", "Two taxis.\n"), ("alone", "x"), ("empty", "")):
+        (tmp_path / "caption").mkdir(exist_ok=True)
+        (tmp_path / f"caption/{name}.txt").write_text(text)
+    for name in ("9.jpg", "10.jpg", "silent.jpg", "empty.jpg"):
+        picture(tmp_path / "image" / name)
+    pairs = urban1k(path=str(tmp_path))
+    assert list(zip(pairs.ids, pairs.captions, strict=True)) == [
+        ("10.jpg#0", "A busy street."),
+        ("9.jpg#0", "Two taxis."),
+    ]
+    assert pairs.load(0, size=8, crop="squash").shape == (3, 8, 8)
+    reasons = ["caption without an image", "image without a caption", "empty caption"]
+    assert dict(pairs.records.skipped) == dict.fromkeys(reasons, 1)
+    assert pairs.records.total == 5
+    (tmp_path / "caption/9.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"urban1k: \S+9.txt line 1 must be UTF-8"):
+        urban1k(path=str(tmp_path))
+
+
 def test_real_shards_have_the_members_that_tarfile_finds(shared_data, tmp_path):
     shutil.copy(shared_data / "formats/img2dataset_00000.tar", tmp_path / "00000.tar")
     pairs = webdataset(shards=str(tmp_path / "*.tar"))
@@ -210,6 +264,8 @@ def test_a_shard_without_text_uses_json_and_one_without_image_is_counted(tmp_pat
         ("coco", {"annotations": "a.json", "images": "."}, "coco: there is no annotations file a.json"),
         ("karpathy", {"annotations": "a.json", "images": ".", "split": "train"}, "there is no annotations file a"),
         ("rocov2", {"path": ".", "split": "train"}, "there is no file train_captions.csv"),
+        ("docci", {"path": "."}, "there is no file docci_descriptions.jsonlines; path must be the folder that"),
+        ("urban1k", {"path": "."}, "there is no folder image; path must hold image/ and caption/"),
         ("webdataset", {"shards": "*.tar"}, r"there is no file \*.tar; shards must be a file, a folder, a glob"),
     ],
 )

@@ -18,6 +18,7 @@ from grr.data import (
     InMemory,
     Labelled,
     Pairs,
+    augmented,
     check_classes,
     text_only_accuracy,
     training_steps,
@@ -385,6 +386,34 @@ def test_vqa_validates_on_all_questions_with_the_answers_of_training(tmp_path):
     check_classes(vqa_v2(**train, answers=2), data)
     assert data.labels.tolist() == [1, IGNORE, IGNORE]
     assert text_only_accuracy(vqa_v2(**train, answers=2), data) == 0  # the answer to "is it" is no in training
+
+
+def test_vqa_keeps_the_answers_of_all_annotators_of_each_question(tmp_path):
+    files = vqa(
+        tmp_path, "train2014", [(7, "what is it", "cat"), (7, "", "dog"), (9, "is it", "rare"), (9, "who", "cat")]
+    )
+    content = json.loads(Path(files["annotations"]).read_text())
+    for annotation in content["annotations"]:
+        number = annotation["question_id"]
+        annotation["answers"] = [{"answer": f"{number}\n{k}", "answer_id": k} for k in range(10)]
+    written(Path(files["annotations"]), content)
+    data = vqa_v2(**files, answers=1)  # cat
+    assert list(data.captions) == ["what is it", "who"]
+    assert [text.split("\n") for text in data.people] == [[f"{number} {k}" for k in range(10)] for number in (0, 3)]
+    assert augmented(data, flip=1).for_epoch(0, 0).people is data.people
+    content["annotations"][0]["answers"] = []
+    written(Path(files["annotations"]), content)
+    with pytest.raises(ValueError, match=r"annotations\[0\] must have the answers of one annotator or more, got none"):
+        vqa_v2(**files)
+    del content["annotations"][1]["answers"]
+    content["annotations"][0]["answers"] = [{"answer": "x"}]
+    written(Path(files["annotations"]), content)
+    with pytest.raises(ValueError, match=r"annotations\[1\] must have answers, a list"):
+        vqa_v2(**files)
+    for annotation in content["annotations"]:
+        annotation.pop("answers", None)
+    written(Path(files["annotations"]), content)
+    assert vqa_v2(**files).people is None
 
 
 def test_vqa_questions_and_answers_of_different_splits_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from grr.data.formats.annotations import coco, karpathy
 from grr.data.formats.image_folder import image_folder
 from grr.data.formats.shards import webdataset
 from grr.data.formats.snli_ve import snli_ve
-from grr.data.formats.tables import folder, rocov2
+from grr.data.formats.tables import docci, folder, rocov2, urban1k
 from grr.data.formats.vqa_v2 import vqa_v2
 from grr.data.records import NAMED, Records, file_name
 
@@ -30,6 +30,7 @@ JSON_ODD = [None, math.nan, 3, 2.5, True, {"raw": "x"}, [1], ["x", None], [["x"]
 JSON_CAPTION = st.one_of(CAPTION, st.lists(CAPTION, max_size=3), st.sampled_from(JSON_ODD))
 SPLIT = st.sampled_from(["train", "val", "test"])
 TESTED = {"folder", "coco", "karpathy", "rocov2", "webdataset", "image_folder", "vqa_v2", "snli_ve"}
+TESTED |= {"docci", "urban1k"}
 many = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -185,6 +186,33 @@ def test_flickr_token_files_count_every_line(photos, rows):
     pairs = folder(path=str(photos))
     assert list(pairs.captions) == [one_line(c) for _, c in rows if c.split()]
     balanced(pairs.records, len(rows))
+
+
+@many
+@given(rows=st.lists(st.tuples(IMAGE, CAPTION, st.sampled_from(["train", "test", "qual_dev"])), max_size=8))
+def test_docci_counts_every_line(photos, rows):
+    rows = [("a.png", "first", "test"), *rows]
+    lines = [{"image_file": i, "description": c, "split": s, "example_id": "x"} for i, c, s in rows]
+    (photos / "docci_descriptions.jsonlines").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = docci(path=str(photos))
+    assert list(pairs.captions) == [one_line(c) for i, c, s in rows if s == "test" and i and c.split()]
+    balanced(pairs.records, len(rows))
+
+
+@many
+@given(captions=st.dictionaries(st.sampled_from("abcdxy"), CAPTION))
+def test_urban1k_counts_every_caption_and_every_image_without_one(tmp_path_factory, captions):
+    captions = {"c": "first", **captions}
+    root = tmp_path_factory.mktemp("urban")
+    for folder_name in ("image", "caption"):
+        (root / folder_name).mkdir()
+    for name in "abc":
+        (root / f"image/{name}.jpg").touch()
+    for name, caption in captions.items():
+        (root / f"caption/{name}.txt").write_text(f"{caption}\nmore", encoding="utf-8")
+    pairs = urban1k(path=str(root))
+    assert list(pairs.captions) == [one_line(c) for name, c in sorted(captions.items()) if name in "abc" and c.split()]
+    balanced(pairs.records, len(captions.keys() | set("abc")))
 
 
 # JSON files

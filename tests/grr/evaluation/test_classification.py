@@ -108,6 +108,26 @@ def test_scores_equal_those_of_single_readable_samples(tokenizer, count, bad, se
     assert scores.accuracy == (logits.argmax(-1) == classes).double().mean().item()
 
 
+@settings(max_examples=6)
+@given(count=st.integers(1, 120), bad=st.integers(1, 120), seed=st.integers(0, 99))
+def test_the_vqa_accuracy_credits_the_answers_of_single_readable_samples(tokenizer, count, bad, seed):
+    """Ten answers of each question: i % 6 times class a, then b and c in turn; 0.3 for each of the first three."""
+    model, data = head(seed).eval(), noise(count, bad)
+    given_a = [["a"] * (i % 6) + [*"bc" * 5][: 10 - i % 6] for i in range(count)]
+    data.people = Texts.of("\n".join(answers) for answers in given_a)
+    scores = classification_scores(model, data, tokenizer, torch.device("cpu"), image_size=32, crop="squash")
+    credit = []
+    for i in (i for i in range(count) if i < bad or (i - bad) % 3):
+        ids = torch.tensor([tokenizer.encode(data.captions[i])])[:, :-1]
+        answer = "abc"[model(data.load(i, size=32, crop="squash")[None], ids).argmax()]
+        credit.append(min(10, 3 * given_a[i].count(answer)) / 10)
+    assert scores.vqa_accuracy == pytest.approx(sum(credit) / len(credit))
+    assert scores.numbers().keys() == {"loss", "accuracy", "vqa_accuracy"}
+    data.people = None
+    scores = classification_scores(model, data, tokenizer, torch.device("cpu"), image_size=32, crop="squash")
+    assert scores.numbers().keys() == {"loss", "accuracy"}
+
+
 def test_data_without_readable_images_are_refused(tokenizer):
     with pytest.raises(ValueError, match="one image must be readable, got none: 0: cut off; check the"):
         classification_scores(head(0), noise(1, 0), tokenizer, torch.device("cpu"), image_size=32, crop="squash")

@@ -46,6 +46,8 @@ def observed(owners: list[int], seed: int, **changes) -> ModelOutputs:
         "tokens": torch.randint(1, 9, (len(owners),), generator=generator),
         "scale": 4.0,
         "bias": -1.0,
+        "truncated": torch.zeros(len(owners), dtype=torch.bool),
+        "max_tokens": 13,
         "written": [],
         "left_out": {},
     }

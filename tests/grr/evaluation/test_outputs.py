@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from programs import run
 
 from grr.data.images import normalize
+from grr.data.pairs import Texts
 from grr.evaluation.outputs import BATCH, compute_outputs, features, over_images
 from grr.generation.generate import generate
+from grr.tokenizers import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -72,6 +74,20 @@ def test_unreadable_samples_are_left_out_and_change_no_other_output(model, token
     assert [outputs.images[i] for i in outputs.image_of_text.tolist()] == owners
     assert outputs.facts()["left_out"] == 4
     assert len(outputs.facts()["left_out_names"]) == 4
+
+
+def test_captions_longer_than_the_context_are_counted(model, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "words")
+    short = Tokenizer(tmp_path / "words", context_length=7)
+    pairs = Noise(several_captions(20))
+    pairs.captions = Texts.of(caption if t % 3 else "a fox" for t, caption in enumerate(pairs.captions))
+    outputs = compute_outputs(model, pairs, short, CPU, **SEEN)
+    cut = [short.decode(short.encode(caption)) != caption for caption in pairs.captions]
+    assert outputs.truncated.tolist() == cut
+    facts = outputs.facts()
+    assert (facts["truncated"], facts["max_tokens"]) == (sum(cut), 4)
+    assert 0 < sum(cut) < len(cut)
+    assert compute_outputs(model, pairs, tokenizer, CPU, **SEEN).facts()["truncated"] == 0
 
 
 def test_data_without_readable_samples_are_refused_with_names(model, tokenizer):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grr.components import Block, SelfAttention
 from grr.generation.decoding_state import CHECK_EVERY, DecodingState
-from grr.generation.generate import sample, search
+from grr.generation.generate import search
 from grr.models.builders import grr_coca, grr_coca_tiny
 from grr.models.open_clip import open_clip_coca
 from grr.parallel.process_group import process_group
@@ -145,7 +145,7 @@ def test_fixed_shapes_have_the_captions_of_growing_caches_and_shrinking_batches(
 
 def test_the_captions_that_are_compared_differ_in_words_and_length():
     written = [
-        row for seed in range(5) for row in captions(a_model(seed), some_images(5, seed), {}, {}, fixed_shapes=True)
+        row for seed in range(5) for (row,) in captions(a_model(seed), some_images(5, seed), {}, {}, fixed_shapes=True)
     ]
     assert len(set(map(tuple, written))) >= 8
     assert len({row.count(0) for row in written}) >= 4
@@ -194,18 +194,6 @@ def test_so_has_a_quantised_model():
         assert captions(model, images, {}, options, fixed_shapes=True) == expected
 
 
-@given(count=st.integers(1, 5), words=st.integers(1, 70), seed=st.integers(0, 99), zeros=st.booleans())
-def test_draws_are_those_of_torchs_multinomial(count, words, seed, zeros):
-    log_p = torch.randn(count, words, generator=torch.Generator().manual_seed(seed)).mul(3).log_softmax(-1)
-    if zeros:
-        log_p[:, ::2] = -torch.inf
-        log_p[:, -1] = 0
-    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
-    for _ in range(3):
-        expected = torch.multinomial((log_p / 0.7).softmax(-1), 1, generator=theirs).squeeze(1)
-        assert sample(log_p, ours, 0.7, None, None).equal(expected)
-
-
 # No waits, few operations: on the meta device tensors have no values, so reading one is an error
 
 
@@ -220,11 +208,7 @@ def a_state_on_meta(batch: int = 1, build=grr_coca, **rules) -> DecodingState:
 
 @pytest.mark.parametrize("rules", [{}, RULES])
 @pytest.mark.parametrize("options", SEARCHES)
-def test_nothing_is_read_from_the_device_but_at_every_eighth_token_and_at_the_last(options, rules, monkeypatch):
-    class NoGenerator:  # the meta device has none
-        manual_seed = staticmethod(lambda seed: None)
-
-    monkeypatch.setattr(torch, "Generator", lambda device: NoGenerator)
+def test_nothing_is_read_from_the_device_but_at_every_eighth_token_and_at_the_last(options, rules):
     for max_new_tokens, first_read in ((20, CHECK_EVERY), (5, 5)):
         state = a_state_on_meta(2, grr_coca_tiny, max_new_tokens=max_new_tokens, **rules)
         wait = pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor")

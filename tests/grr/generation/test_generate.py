@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from grr.components.dropout import fold_in
+from grr.generation import generate as generation
 from grr.generation.beam import beam_search
 from grr.generation.decoding_state import DecodingState
-from grr.generation.generate import generate, sample
+from grr.generation.generate import generate, generate_several, prefix_ids, sample
 from grr.models.builders import grr_coca_tiny
 from grr.parallel.initialize import initialize
 from grr.parallel.process_group import process_group
@@ -111,9 +114,23 @@ def with_beams(
     model, image: Tensor, tok: Tokenizer, max_new_tokens: int, num_beams: int, length_penalty: float, **rules
 ) -> tuple[float, list[int]]:
     """Beam search as `beam_search` defines it, in lists: the score and the ids of the best caption."""
-    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    return all_of_beams(model, image, tok, max_new_tokens, num_beams, length_penalty, [], **rules)[0]
+
+
+def all_of_beams(
+    model,
+    image: Tensor,
+    tok: Tokenizer,
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float,
+    prefix: list[int],
+    **rules,
+) -> list[tuple[float, list[int]]]:
+    """The scores and ids of the captions of beam search, best first."""
+    beams: list[tuple[float, list[int]]] = [(0.0, prefix)]
     captions: list[tuple[float, list[int]]] = []
-    for length in range(1, max_new_tokens + 1):
+    for length in range(1 + len(prefix), max_new_tokens + 1):
         following = next_log_probabilities(model, image, tok, [written for _, written in beams], **rules)
         longer = [
             (total + p, [*written, token])
@@ -123,11 +140,11 @@ def with_beams(
         ]
         longer.sort(reverse=True)
         ended = [d for d in longer[:num_beams] if d[1][-1] == tok.eos_id or length == max_new_tokens]
-        captions += [(total / length**length_penalty, written) for total, written in ended]
+        captions += [(total / (length - len(prefix)) ** length_penalty, written) for total, written in ended]
         beams = [d for d in longer if d[1][-1] != tok.eos_id][:num_beams]
         if len(captions) >= num_beams or not beams:
             break
-    return max(captions)
+    return sorted(captions, reverse=True)
 
 
 rules = st.fixed_dictionaries(
@@ -181,7 +198,7 @@ def test_sampling_without_a_choice_equals_greedy_search(tok, rules, seed, max_ne
     with torch.no_grad():
         state = DecodingState(model, images, tok, max_new_tokens=max_new_tokens, **rules)
         captions, _ = beam_search(state, num_beams=1)
-    assert [tok.decode(row) for row in captions.tolist()] == expected
+    assert [tok.decode(row) for (row,) in captions.tolist()] == expected
 
 
 @settings(max_examples=20)
@@ -215,7 +232,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_truncated_softmax(temper
             expected[i] = weights[i]
     probability = {i: w / sum(expected.values()) for i, w in expected.items()}
     draws = 20_000
-    drawn = sample(logits.expand(draws, -1), torch.Generator().manual_seed(0), temperature, top_k, top_p)
+    drawn = sample(logits.expand(draws, -1), fold_in(0, torch.arange(draws)), temperature, top_k, top_p)
     counts = torch.bincount(drawn, minlength=len(logits)).tolist()
     assert all(counts[i] == 0 for i in range(len(logits)) if i not in probability)
     chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in probability.items())
@@ -284,7 +301,7 @@ def test_beam_search_equals_its_definition_in_plain_lists(few, num_beams, length
         model.multimodal_decoder.head.weight *= scale  # a small scale makes the scores of beams nearly equal
         state = DecodingState(model, images, few, max_new_tokens=6, **rules)
         captions, scores = beam_search(state, num_beams=num_beams, length_penalty=length_penalty)
-    for image, row, score in zip(images, captions.tolist(), scores.tolist(), strict=True):
+    for image, (row,), (score,) in zip(images, captions.tolist(), scores.tolist(), strict=True):
         expected_score, expected = with_beams(model, image, few, 6, num_beams, length_penalty, **rules)
         assert score == pytest.approx(expected_score)
         assert ids_of([few.decode(row)]) == [expected]
@@ -304,7 +321,7 @@ def test_a_beam_as_wide_as_the_number_of_captions_finds_the_best(few, length_pen
         captions, scores = beam_search(wide, num_beams=few.vocab_size**longest, length_penalty=length_penalty)
         _, narrow_scores = beam_search(narrow, num_beams=2, length_penalty=length_penalty)
     results = zip(images, captions.tolist(), scores.tolist(), narrow_scores.tolist(), strict=True)
-    for image, row, score, narrow_score in results:
+    for image, (row,), (score,), (narrow_score,) in results:
         with torch.no_grad():
             logits = model(image.expand(len(ids), -1, -1, -1), ids).logits  # [captions, 4, v]
         logits[..., [few.pad_id, few.bos_id, few.cls_id]] = -torch.inf
@@ -346,6 +363,69 @@ def test_images_and_tokens_are_computed_once_and_ended_captions_are_dropped(tok,
     assert rows[0] == 8  # once for each image, not for each beam
     assert rows[-1] <= max(rows) // 2
     assert len(rows) == max(map(len, captions)) or "num_beams" in search
+
+
+# Several captions, prefixes and draws
+
+
+@settings(max_examples=20)
+@given(
+    n=st.integers(1, 4),
+    rules=rules,
+    words=st.integers(0, 3),
+    seed=st.integers(0, 99),
+    fixed=st.sampled_from([None, True]),
+)
+def test_what_is_drawn_for_an_image_depends_on_its_key_alone(tok, n, rules, words, seed, fixed):
+    model, images = a_model(tok, seed), some_images(5, seed)
+    options = {**rules, "temperature": 1.5, "top_k": 20, "prefix": " ".join(WORDS[:words])}
+    keys = torch.arange(5) * 7 + seed
+    with pytest.MonkeyPatch.context() as patch:
+        if fixed:  # as on a GPU
+            patch.setattr(generation, "DecodingState", partial(DecodingState, fixed_shapes=True))
+        together, _ = generate_several(model, images, tok, options, num_captions=n, keys=keys)
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(seed)).tolist()
+        again, _ = generate_several(model, images[order[:3]], tok, options, num_captions=n, keys=keys[order[:3]])
+    assert again == [together[i] for i in order[:3]]
+    assert all(len(some) == n for some in together)
+    fewer, _ = generate_several(model, images, tok, options, num_captions=1, keys=keys)
+    assert [some[:1] for some in together] == fewer
+    begin = prefix_ids(tok, options["prefix"])
+    for written in ids_of([caption for some in together for caption in some]):
+        assert written[: len(begin)] == begin
+
+
+@settings(max_examples=20)
+@given(num_beams=st.integers(2, 4), words=st.integers(0, 2), scale=st.sampled_from([0.3, 1.0]), seed=st.integers(0, 99))
+def test_the_captions_of_beam_search_are_its_best_in_order(few, num_beams, words, scale, seed):
+    model, images = a_model(few, seed), some_images(3, seed)
+    begin = prefix_ids(few, "a " * words)
+    with torch.no_grad():
+        model.multimodal_decoder.head.weight *= scale
+        for fixed_shapes in (False, True):
+            state = DecodingState(model, images, few, max_new_tokens=8, prefix=begin, fixed_shapes=fixed_shapes)
+            captions, scores = beam_search(state, num_beams=num_beams, num_captions=num_beams)
+            for image, rows, found in zip(images, captions.tolist(), scores.tolist(), strict=True):
+                expected = all_of_beams(model, image, few, 8, num_beams, 1.0, begin)[:num_beams]
+                written = [ids for row in rows if row[0] != few.pad_id for ids in ids_of([few.decode(row)])]
+                assert written == [ids for _, ids in expected]
+                assert found[: len(expected)] == pytest.approx([score for score, _ in expected])
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"temperature": 1e-6}])
+def test_a_caption_continues_its_prefix_as_the_plain_computation_does(tok, search):
+    model, images = a_model(tok, 4), some_images(4)
+    for prefix in ("", "a", "the red fox"):
+        begin = prefix_ids(tok, prefix)
+        written = ids_of(generate(model, images, tok, prefix=prefix, **search))
+        for image, ids in zip(images, written, strict=True):
+            expected = list(begin)
+            while len(expected) < ROOM and tok.eos_id not in expected:
+                (log_p,) = next_log_probabilities(model, image, tok, [expected])
+                expected.append(max(range(len(log_p)), key=log_p.__getitem__))
+            if search.get("num_beams"):
+                ((_, expected), *_) = all_of_beams(model, image, tok, ROOM, 3, 1.0, begin)
+            assert ids == expected
 
 
 # Use
@@ -415,6 +495,10 @@ def test_the_mode_of_every_module_is_restored_after_an_error(tok):
         (
             {"max_new_tokens": 3, "min_new_tokens": 4},
             "min_new_tokens must be from 0 to max_new_tokens, got min_new_tokens=4, max_new_tokens=3",
+        ),
+        (
+            {"prefix": "a red fox", "max_new_tokens": 3},
+            "prefix must have fewer tokens than max_new_tokens, got 3 tokens",
         ),
         ({"num_beams": 0}, "num_beams must be at least 1, got num_beams=0"),
         ({"temperature": -1.0}, "temperature must be at least 0, got temperature=-1.0"),

@@ -5,7 +5,7 @@ import torch
 
 from grr.data.images import load_image
 from grr.generation.generate import generate
-from grr.inference.caption import caption_files, caption_images
+from grr.inference.captioning.files import caption_files, caption_images
 from grr.inference.pretrained import load_pretrained
 from grr.inference.results import read_results
 

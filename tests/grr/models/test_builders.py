@@ -146,6 +146,18 @@ PRESETS = [  # preset, the general builder, the preset it is a size of, and the 
         open_clip_coca,
         {"patch_size", "vision_dim", "vision_heads", "vision_layers", "dim", "num_heads"},
     ),
+    (
+        OPEN_CLIP_MODELS["open_clip_coca2_vit_b_32"],
+        open_clip_coca,
+        open_clip_coca,
+        {"correct_cls_mask", "cascade_pooler"},
+    ),
+    (
+        OPEN_CLIP_MODELS["open_clip_coca2_moderntext_vit_b_32"],
+        open_clip_coca,
+        open_clip_coca,
+        {"cascade_pooler", "text_arch"},
+    ),
 ]
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from programs import run
 
-from grr.parallel.process_group import DelayedMax, all_rows, all_sum, default_device, process_group
+from grr.parallel.device import default_device
+from grr.parallel.process_group import DelayedMax, all_rows, all_sum, process_group
 
 
 def test_a_group_begins_and_ends_with_its_block():

@@ -19,6 +19,9 @@ RESULTS = {
                   **{f"text_to_image_r{k}": recall / 2 for k, recall in RECALLS.items()}},
     "captions": {"bleu_1": 0.7, "bleu_2": 0.6, "bleu_3": 0.5, "bleu_4": 0.4321, "rouge_l": 0.55, "cider": 1.234,
                  "exact": 0.01},
+    "meteor": {"meteor": 0.321},
+    "clip_score": {"clip_score": 0.75, "ref_clip_score": 0.8, "images": 1000, "truncated": 0, "judge": "runs/<judge>",
+                   "judge_fingerprint": "abc", "judges_itself": False},
     "zero_shot": {"top_1": 0.6875, "top_5": 0.9, "mean_per_class": 0.7},
     "linear_probe": {"top_1": 0.8, "mean_per_class": 0.75, "strength": 1e-3},
 }  # fmt: skip
@@ -112,11 +115,26 @@ def test_many_classes_are_told_and_not_drawn(tmp_path):
 
 @pytest.mark.parametrize("task", RESULTS)
 def test_a_terminal_shows_each_task_in_columns_of_one_width(task):
-    first, blank, title, *table = as_text(evaluation(**{task: RESULTS[task]})).splitlines()
+    first, left_out, blank, title, *table = as_text(evaluation(**{task: RESULTS[task]})).splitlines()
     assert (first, blank) == ("grr_coca on coco (test): 1,000 images, 5,000 captions, 2 left out", "")
-    assert title.partition(":")[0] in ("Losses", "Retrieval", "Captions", "Classes")
+    assert left_out == "data: 2 left out; evaluation.json lists them with their causes as data.left_out_names"
+    assert title.partition(":")[0] in ("Losses", "Retrieval", "Captions", "METEOR", "CLIPScore", "Classes")
     assert table[0].split()
     assert {len(line) for line in table if line} == {len(table[1])}
+
+
+def test_captions_longer_than_the_context_are_counted_and_a_model_that_judges_itself_is_named(tmp_path):
+    given_one = evaluation(clip_score=RESULTS["clip_score"])
+    assert "itself" not in as_text(given_one)
+    assert "cut" not in as_text(given_one)
+    given_one["data"] |= {"truncated": 4321, "max_tokens": 74}
+    given_one["results"]["clip_score"] |= {"judges_itself": True, "truncated": 17}
+    text = as_text(given_one)
+    assert "5,000 captions, of which 4,321 are cut to 74 tokens, 2 left out" in text.splitlines()[0]
+    assert "by runs/<judge>, which is the evaluated model itself: that flatters it; 17 captions and references" in text
+    page = write_evaluation(tmp_path, given_one, None, None).read_text()
+    assert "by runs/&lt;judge&gt;, which is the evaluated model itself" in page
+    assert "4,321 are cut to 74 tokens" in page
 
 
 def test_without_pairs_it_is_named_after_the_labelled_data(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,3 +104,43 @@ def test_hits_stand_in_order_below_what_was_looked_for(tmp_path):
     assert re.search(r"<what>\s*0\.500\s*blue.png\s*−0\.250\s*red.png\s*images like this one", page.text)
     assert re.search(r"images like this one\s*red.png\s*1\.000\s*red.png", page.text)
     assert "what" not in page.tags
+
+
+def test_scores_and_several_captions_are_shown_and_filtered_images_counted(tmp_path):
+    red, blue = pictures(tmp_path, "red.png", "blue.png")
+    rows = [
+        {"file": red, "caption": ["one", "other"], "likelihood": [-1.234, -2.5], "cosine": [0.31, 0.1]},
+        {"file": blue, "filtered": "cosine below 0.2", "rejected": ["two"], "likelihood": -1.0, "cosine": 0.1},
+    ]
+    page = Page(write_captions(tmp_path / "page.html", rows))
+    assert [(colour(image), text) for image, text in page.images] == [((1, 0, 0), "one")]
+    assert "one -1.23 · 0.31other -2.50 · 0.10" in page.text
+    assert "1 without a caption" in page.text
+    assert "two" not in page.text
+
+
+def test_a_page_holds_the_rows_that_it_shows_and_no_others(tmp_path):
+    """However many rows are read: memory must not grow with the number of images."""
+
+    class Counted(dict):
+        pass
+
+    (red,) = pictures(tmp_path, "red.png")
+    alive, most = weakref.WeakSet(), 0
+
+    def rows():
+        nonlocal most
+        for i in range(3000):
+            key = "error" if i % 3 == 0 else "caption"
+            row = Counted({"file": red, key: "x"})
+            row.__class__.__hash__ = object.__hash__
+            alive.add(row)
+            most = max(most, len(alive))
+            yield row
+
+    path = write_captions(tmp_path / "page.html", rows())
+    assert most <= gallery.SHOWN + gallery.NAMED + 2
+    text = Page(path).text
+    assert "These are the first 400 of 2,000" in text
+    assert "1,000 could not be read" in text
+    assert "and 800 more" in text

@@ -1,0 +1,1 @@
+"""Metrics of other people's evaluations, by their published definitions."""
