@@ -115,6 +115,7 @@ def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
     folder, source = Path(run.folder), find_pretrained(cfg.model["path"])
+    cfg.loader["crop"] = cfg.loader["crop"] or source.crop
     check(cfg, run, source)
     report = partial(write_report, folder, title=f"{source.builder} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):

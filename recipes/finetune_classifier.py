@@ -114,6 +114,7 @@ def main() -> int:
     run = cfg.get(Run)
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
+    cfg.loader["crop"] = cfg.loader["crop"] or (source.crop if source else "squash")
     check(cfg, run)
     with process_group() as device, RunLock(folder):
         # data: labelled; the tokenizer is the pre-trained model's, if there is one

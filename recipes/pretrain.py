@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from grr.checkpoint.adapters import merge_adapters
 from grr.checkpoint.identity import run_identity
 from grr.checkpoint.model_folder import save_model
 from grr.checkpoint.run_lock import RunLock
@@ -30,8 +31,11 @@ from grr.data import DATASETS, InMemory, Pairs, augmented, check_disjoint, pair_
 from grr.data.order import check_batches, check_negatives
 from grr.evaluation.evaluate import validate
 from grr.evaluation.examples import captioned_pictures, training_examples
-from grr.inference.pretrained import describe
+from grr.inference.pretrained import describe, describe_adapters, find_pretrained, load_weights
+from grr.inference.towers import load_tower, open_tower
 from grr.models.builders import MODELS, check_builder
+from grr.models.towers import TOWER_MODELS
+from grr.models.tuning import check_adapter_dropout, tune_parts
 from grr.parallel.compiled import text_multiple
 from grr.parallel.initialize import initialize
 from grr.parallel.parallelize import parallelize
@@ -69,9 +73,11 @@ class Run:
     loggers: list[LoggerName] = field(default_factory=list)
 
 
+BUILDERS = MODELS | TOWER_MODELS
 SECTIONS: config.Sections = {
     "run": Run,
-    "model": MODELS,
+    "model": BUILDERS,
+    "tuning": tune_parts,
     "tokenizer": open_tokenizer,
     "data": DATASETS,
     "validation": DATASETS,
@@ -87,15 +93,21 @@ SECTIONS: config.Sections = {
 
 def main() -> int:
     cfg = config.load(SECTIONS)
-    check_builder(MODELS[cfg.model["name"]])
-    with torch.device("meta"):
-        cfg.build("model")  # sizes that do not fit each other are refused before the data are read
     run = cfg.get(Run)
+    folder = Path(run.folder)
+    check_builder(BUILDERS[cfg.model["name"]])
+    tower = open_tower(cfg.model, folder)  # a vision encoder of another library, or None
+    if tower is not None:
+        image_size = cfg.model["image_size"] or tower.description["image_size"]
+        cfg.model |= {"vision_config": tower.description, "image_size": image_size}
+    cfg.loader["crop"] = cfg.loader["crop"] or (tower.description["crop"] if tower else "squash")
+    with torch.device("meta"):  # sizes that do not fit each other are refused before the data are read
+        tune_parts(cfg.build("model"), **cfg.tuning)
+    check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)
     check_loggers(run.loggers)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)  # raises ValueError if min_lr is above lr
-    folder = Path(run.folder)
     report = partial(write_report, folder, title=f"{cfg.model['name']} on {cfg.data['name']}")
     with process_group() as device, RunLock(folder):
         # data: an order that is a pure function of the seed and the step
@@ -108,15 +120,26 @@ def main() -> int:
         cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
         with torch.device("meta"):
             model = cfg.build("model")
+        tune_parts(model, **cfg.tuning)
         parallelize(model, device, **cfg.parallel)
         initialize(model, device, seed=run.seed)
+        if tower is not None and not resuming:
+            load_tower(tower, model)
         optimizer = adamw(model, **cfg.optimizer)
 
         # resume, if there is a checkpoint
         content = {"data": pairs.fingerprint, "validation": held_out.fingerprint, "tokenizer": tokenizer.fingerprint}
-        description = describe(cfg.model["name"], cfg.arguments("model"), cfg.loader["crop"])
+        if tower is not None:
+            content["tower"] = on_rank_0(tower.fingerprint)
+        description = described = describe(cfg.model["name"], cfg.arguments("model"), cfg.loader["crop"])
+        if cfg.tuning["lora"]:  # checkpoints hold what is trained, beside the weights that the run began with
+            if not resuming:
+                save_model(folder / "start", model, description, file)
+            start = find_pretrained(folder / "start")
+            load_weights(start, model)
+            described = describe_adapters(description, start, rank=cfg.tuning["rank"], alpha=cfg.tuning["alpha"])
         identity = run_identity(cfg, **content)
-        saver = Saver(folder, model, optimizer, identity=identity, description=description, **cfg.saving)
+        saver = Saver(folder, model, optimizer, identity=identity, description=described, **cfg.saving)
         progress = saver.resume() or {"step": 0, "best_loss": None, "best_step": -1}
         step, best = progress["step"], {key: progress[key] for key in ("best_loss", "best_step")}
         last = max(step, min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch))
@@ -199,7 +222,9 @@ def main() -> int:
             load_checkpoint_weights(saver.best(kept), model)
         if kept < last or examples is None:
             losses, metrics, examples = evaluate()
-        save_model(folder / "model", model, description, folder / "tokenizer.model")
+        if cfg.tuning["lora"]:
+            merge_adapters(model)
+        save_model(folder / "model", model, description, file)
         log.write("final", last, **losses.numbers(), **metrics, model_step=kept, keep_model=run.keep_model)
         log.close()
         on_rank_0(partial(report, examples=examples))

@@ -100,15 +100,16 @@ def load_model_weights(folder: Path, model: nn.Module) -> None:
     fill_model(model, lambda: dict(load_file(file)))
 
 
-def fill_model(model: nn.Module, read: Callable[[], dict[str, Any]]) -> None:
+def fill_model(model: nn.Module, read: Callable[[], dict[str, Any]], *, partial: bool = False) -> None:
     """Fill model, plain or sharded, with the state dict that `read` returns on rank 0. Called by all ranks alike.
 
+    partial: the state dict may lack parameters of the model, which keep their values.
     Values are cast to the dtypes of the model. An error of `read` is raised on all ranks.
     """
     state: dict[str, Any] = {}
     on_rank_0(lambda: state.update(read()))
     sharded = dist.is_initialized()
-    strict = not adapter_parameters(model)  # which keep their values
+    strict = not (partial or adapter_parameters(model))  # which keep their values
     options = StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded, strict=strict)
     set_model_state_dict(model, state, options=options)
 

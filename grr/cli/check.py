@@ -39,6 +39,7 @@ from grr.data.pairs import ImageFiles
 from grr.experiments import catalog
 from grr.experiments.sweep import plan
 from grr.inference.pretrained import Pretrained, build_pretrained, find_pretrained
+from grr.inference.towers import open_tower
 from grr.models.tuning import check_adapter_dropout
 from grr.seeds import derive_seed
 from grr.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
@@ -122,7 +123,9 @@ def check(
 
     # images and captions, then the steps of training
     size = source.arguments["image_size"] if source else _section(cfg, "model").get("image_size", SIZE)
-    crop = _section(cfg, "loader").get("crop", source.crop if source else "squash")
+    crop = _section(cfg, "loader").get("crop") or (source.crop if source else "squash")
+    if "crop" in _section(cfg, "loader"):
+        cfg.loader["crop"] = crop
     yield from _check_data(cfg, sections, opened, tokenizer, long, size=size, crop=crop, every=every)
     if "data" in opened and tokenizer is not None:
         yield from _check_steps(cfg, sections, opened, tokenizer, source, size, processes)
@@ -231,13 +234,22 @@ def _check_new_model(cfg: config.Config, function: config.Section, tokenizer: To
     """Build the model without memory, which finds sizes that do not fit each other."""
     if not _returns(nn.Module, cfg, function, "model"):
         return
+    try:
+        tower = open_tower(cfg.model, Path(_section(cfg, "run").get("folder", "")))
+    except (ValueError, OSError, ImportError) as error:
+        yield _mistake("model", error)
+        return
+    if tower is not None:
+        cfg.model |= {"vision_config": tower.description}
+        cfg.model["image_size"] = cfg.model["image_size"] or tower.description["image_size"]
+        cfg.loader["crop"] = cfg.loader["crop"] or tower.description["crop"]
     if tokenizer is not None:
         cfg.model |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
     try:
         with torch.device("meta"):
             model = cfg.build("model")
         yield Finding("model", f"{cfg.model['name']}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         yield _mistake("model", error)
 
 

@@ -108,6 +108,8 @@ def _fitted(value: Any, kind: Any) -> Any:
         if origin is list or parts[-1] is ...:
             return origin(_fitted(item, parts[0]) for item in value)
         return tuple(_fitted(item, part) for item, part in zip(value, parts, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return value
     elif kind is float and type(value) in (int, float):
         if not math.isnan(value):
             return float(value)

@@ -2,6 +2,10 @@
 
 MEANINGS = {
     # model
+    "vision_encoder": "hf/NAME of transformers or timm/NAME: a name on the Hugging Face hub, or a folder in its layout",
+    "vision_revision": "branch, tag or commit of vision_encoder on the hub; null: main",
+    "vision_weights": "pretrained: the safetensors of vision_encoder; random: drawn from the seed, no file of weights",
+    "vision_config": "what vision_encoder is built from; null: read from its files, once",
     "vision_norm": "norm of the vision encoder",
     "vision_feed_forward": "feed-forward network of the vision encoder",
     "vision_position": "positions of patches: rotary along the raster, along both axes, mixed, or added to the patches",
@@ -61,7 +65,7 @@ MEANINGS = {
     # reading
     "workers": "threads that read images; 0: none",
     "prefetch": "micro-batches kept ready",
-    "crop": "how an image becomes square",
+    "crop": "how an image becomes square; null: as the model's training or its tower has it, or else squash",
     "block": "samples of a block of neighbours, which are read near in time; null: any order",
     "max_bad_fraction": "the run stops when a larger fraction of the samples cannot be read",
     # loss and optimizer

@@ -24,6 +24,7 @@ ADDED = {  # options that older versions did not have, with the value that chang
     "augment.crop_area": 1.0,
     "augment.flip": 0.0,
     "augment.color_jitter": 0.0,
+    "tuning.frozen": [],
     "tuning.lora": [],
     "tuning.rank": 8,
     "tuning.alpha": 16.0,

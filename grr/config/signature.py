@@ -54,7 +54,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _fits_yaml(kind: Any) -> bool:
     if get_origin(kind) in (Union, UnionType, list, tuple):
         return all(_fits_yaml(part) for part in get_args(kind))
-    return kind in (int, float, str, bool, Path, None, NoneType, ...) or get_origin(kind) is Literal
+    return kind in (int, float, str, bool, Path, None, NoneType, ...) or get_origin(kind) in (Literal, dict)
 
 
 def spelled(kind: Any) -> str:
@@ -64,6 +64,8 @@ def spelled(kind: Any) -> str:
         return " | ".join(map(spelled, parts))
     if origin is Literal:
         return " | ".join(map(repr, parts))
+    if origin is dict:
+        return "mapping"
     if origin in (list, tuple):
         return f"{origin.__name__}[{', '.join('...' if part is ... else spelled(part) for part in parts)}]"
     return {NoneType: "null", None: "null", Path: "path"}.get(kind) or str(kind.__name__)

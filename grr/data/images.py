@@ -192,15 +192,15 @@ def to_thumbnail(image: Image.Image, *, side: int = THUMBNAIL) -> Tensor:
     return _planes(rgb)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Normalise images: uint8 [b, 3, h, w] -> float32 (x / 255 - mean) / std with the statistics of ImageNet.
+def normalize(images: Tensor, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Normalise images: uint8 [b, 3, h, w] -> float32 (x / 255 - mean) / std, by default as ImageNet.
 
     Float images are returned unchanged, because they are normalised already.
     """
     if images.dtype != torch.uint8:
         return images
-    mean, std = (_channels(numbers, images.device) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
+    m, s = (_channels(numbers, images.device) for numbers in (mean, std))
+    return (images.float() / 255 - m) / s
 
 
 def _channels(numbers: Sequence[float], device: torch.device) -> Tensor:

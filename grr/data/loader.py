@@ -88,7 +88,7 @@ def training_steps(
     *,
     workers: int = 2,
     prefetch: int = 4,
-    crop: Crop = "squash",
+    crop: Crop | None = None,
     block: int | None = None,
     max_bad_fraction: float = 0.1,
 ) -> Iterator[list[Batch]]:
@@ -131,7 +131,7 @@ def training_steps(
         text_multiple,
         workers,
         prefetch,
-        crop,
+        crop or "squash",
         max_bad_fraction,
     )
 
@@ -149,7 +149,7 @@ def validation_steps(
     *,
     workers: int = 2,
     prefetch: int = 4,
-    crop: Crop = "squash",
+    crop: Crop | None = None,
     block: int | None = None,
     max_bad_fraction: float = 0.1,
 ) -> Iterator[list[Batch]]:
@@ -183,7 +183,7 @@ def validation_steps(
         text_multiple,
         workers,
         prefetch,
-        crop,
+        crop or "squash",
         max_bad_fraction,
     )
 

@@ -17,7 +17,7 @@ from grr.config.spelling import check_arguments
 from grr.data import Batch
 from grr.models.assemble import MULTIPLIERS
 from grr.models.coca import CoCa
-from grr.parallel.shard import blocks
+from grr.parallel.blocks import blocks
 
 SIZES = {
     *("vocab_size", "context_length", "image_size", "patch_size", "dim", "num_queries"),

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from grr.data import Labelled, Pairs
 from grr.data.collate import IGNORE, collate_captions
 from grr.data.image_files import batches, read_batches
-from grr.data.images import Crop, normalize
+from grr.data.images import Crop
 from grr.generation.generate import generate
-from grr.models.coca import CoCa, evaluating
+from grr.models.coca import CoCa, encode_pixels, evaluating
 from grr.tokenizers import Tokenizer
 
 R = TypeVar("R")
@@ -204,7 +204,7 @@ def features(
         )
 
     def work(pixels: Tensor, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        read = model.pooler_norm(model.vision_encoder(normalize(pixels))).cpu() if patches else torch.empty(0)
+        read = model.pooler_norm(encode_pixels(model.vision_encoder, pixels)).cpu() if patches else torch.empty(0)
         return model.encode_image(pixels).cpu(), read, torch.from_numpy(labelled.labels[members])
 
     items = np.flatnonzero(labelled.labels != IGNORE).tolist()

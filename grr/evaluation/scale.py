@@ -20,10 +20,10 @@ from grr.data.collate import LABEL_MULTIPLE
 from grr.data.formats import joined_index
 from grr.data.order.sizes import largest_divisor
 from grr.parallel.bf16 import bf16_copies
+from grr.parallel.blocks import blocks
 from grr.parallel.memory import PART
 from grr.parallel.parallelize import parallelize
 from grr.parallel.process_group import process_group
-from grr.parallel.shard import blocks
 from grr.training.contrast import CHUNK
 from grr.training.counters import flop_counter
 from grr.training.micro_batch import USABLE, count_kept_bytes

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from grr.components import Block, BlockCache, KeyValueCache
 from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from grr.inference.pretrained import Pretrained
-from grr.models.coca import CoCa
+from grr.models.coca import CoCa, image_statistics
 from grr.tokenizers import ClipTokenizer, Tokenizer
 
 EXAMPLE = Path(__file__).with_name("run_onnx.py")  # copied into the folder of an export, to use it without torch
@@ -50,7 +50,8 @@ class ImageGraph(nn.Module):
 
     def example(self, batch: int, tokens: int) -> dict[str, Tensor]:
         images = _random_images(batch, self.image_size)
-        return {"images": images if self.pixels == "uint8" else normalize(images)}
+        mean, std = image_statistics(self.model.vision_encoder)
+        return {"images": images if self.pixels == "uint8" else normalize(images, mean=mean, std=std)}
 
 
 class TextGraph(nn.Module):
@@ -225,14 +226,15 @@ def largest_difference(graph: Graph, inputs: dict[str, Tensor], outputs: Sequenc
 
 def description(source: Pretrained, tokenizer: Tokenizer, pixels: Pixels) -> dict[str, Any]:
     """Returns the description of the graphs for use without this library, as JSON values for config.json."""
+    tower = source.arguments.get("vision_config") or {}
     return {
         "builder": source.builder,
         "arguments": source.arguments,
         "image_size": source.arguments["image_size"],
         "crop": source.crop,
         "pixels": pixels,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,  # of RGB in [0, 1]: float32 pixels are (x - mean) / std
+        "mean": tower.get("mean", IMAGENET_MEAN),
+        "std": tower.get("std", IMAGENET_STD),  # of RGB in [0, 1]: float32 pixels are (x - mean) / std
         "vocabulary": "clip" if isinstance(tokenizer, ClipTokenizer) else "sentencepiece",
         "vocab_size": tokenizer.vocab_size,
         "context_length": tokenizer.context_length,

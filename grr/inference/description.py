@@ -6,6 +6,7 @@ checkpoint. Of models in open_clip's layouts, it is made from open_clip's own de
 
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,9 +17,8 @@ from grr.data.images import Crop
 from grr.files.regular import read_regular_file
 from grr.inference.open_clip import OpenClipWeights
 from grr.inference.quantization import SCHEMES, Scheme
-from grr.models.builders import MODELS, create_model
+from grr.models.builders import create_model, known_builders
 from grr.models.coca import CoCa
-from grr.models.open_clip import OPEN_CLIP_MODELS
 
 FORMAT = 1
 MAX_JSON = 2**24  # bytes of a description; one of a thousand classes takes 20,000
@@ -43,6 +43,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "logit_bias": (-LARGEST, LARGEST),
 }
 MOST_VALUES = 100  # of one argument, and characters of a name
+LONGEST = {"vision_encoder": 4096}  # characters: it may be a path
+MOST_TOWER = 2**16  # characters of the description of a tower
 MOST_PER_BYTE = 2  # parameters: of 4 bits each
 
 
@@ -61,7 +63,7 @@ class Pretrained(NamedTuple):
     """
 
     path: Path  # a model's folder, or a checkpoint
-    builder: str  # a name of grr.models.builders.MODELS or of grr.models.open_clip.OPEN_CLIP_MODELS
+    builder: str  # a name of grr.models.builders.known_builders
     arguments: dict[str, Any]
     tokenizer: Path
     crop: Crop
@@ -116,7 +118,7 @@ def read_description(
         raise ValueError(f"find_pretrained: {file} does not describe a model ({error!r}); was it edited?") from error
     if made_with != FORMAT:
         raise ValueError(f"find_pretrained: {file} has format {made_with!r}, this version reads {FORMAT}; upgrade GRR")
-    if not isinstance(builder, str) or builder not in MODELS | OPEN_CLIP_MODELS:
+    if not isinstance(builder, str) or builder not in known_builders():
         raise ValueError(
             f"find_pretrained: {file} names the builder {builder!r}, which grr.builders.MODELS lacks; import the "
             "module that adds it first: grr --import MODULE, or import it in your program"
@@ -145,7 +147,7 @@ def read_description(
 
 def _renamed(builder: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments by today's names: in version 0.1, `context` was context_length and num_queries."""
-    parameters = inspect.signature((MODELS | OPEN_CLIP_MODELS)[builder]).parameters
+    parameters = inspect.signature(known_builders()[builder]).parameters
     if "context" not in arguments or "context" in parameters:
         return arguments
     arguments = {"context_length": arguments["context"]} | arguments
@@ -157,7 +159,7 @@ def _renamed(builder: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _check_arguments(file: Path, source: Pretrained) -> None:
     """Raise ValueError for arguments of a wrong name, type or range, before anything is built."""
-    parameters = inspect.signature((MODELS | OPEN_CLIP_MODELS)[source.builder]).parameters
+    parameters = inspect.signature(known_builders()[source.builder]).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # of a builder of the user
     for name, given in source.arguments.items():
         if name not in parameters and not any_name:
@@ -165,11 +167,16 @@ def _check_arguments(file: Path, source: Pretrained) -> None:
                 f"find_pretrained: {file} gives {source.builder} the argument {name!r}, which it does not "
                 "have; upgrade GRR, or was it edited?"
             )
+        if name == "vision_config":
+            _check_tower(file, given)
+            continue
         lowest, highest = RANGES.get(name, (-LARGEST, LARGEST))
         values = given if isinstance(given, list) else [given]
         for value in values[:MOST_VALUES]:
             number = isinstance(value, int | float)
-            if not number and not (value is None or (isinstance(value, str) and len(value) < MOST_VALUES)):
+            if not number and not (
+                value is None or (isinstance(value, str) and len(value) < LONGEST.get(name, MOST_VALUES))
+            ):
                 raise ValueError(
                     f"find_pretrained: {file}: {name} must be a number or a short name, got a "
                     f"{type(value).__name__}; was it edited?"
@@ -192,11 +199,38 @@ def _check_arguments(file: Path, source: Pretrained) -> None:
             )
 
 
+def _check_tower(file: Path, given: Any) -> None:
+    """Raise ValueError for a description of a tower that no tower has."""
+    keys = {"library": str, "config": dict, "mean": list, "std": list, "image_size": int, "crop": str}
+    wrong = not isinstance(given, dict) or not all(isinstance(given.get(key), kind) for key, kind in keys.items())
+    if wrong or len(json.dumps(given)) > MOST_TOWER:
+        raise ValueError(
+            f"find_pretrained: {file}: vision_config must describe a tower by {', '.join(keys)}, got "
+            f"{str(given)[:80]}; was it edited?"
+        )
+    for number in _numbers(given):
+        if not -LARGEST <= number <= LARGEST:  # NaN is not less
+            raise ValueError(
+                f"find_pretrained: {file}: numbers of vision_config must be from {-LARGEST:,} to {LARGEST:,}, got "
+                f"{str(number)[:40]}; was it edited?"
+            )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
 def _check_size(file: Path, source: Pretrained) -> None:
     """Raise ValueError if the model cannot be built, or has more parameters than the weight files can hold."""
     try:
         with torch.device("meta"):
             model = build_pretrained(source)
+    except ImportError:  # the library of a tower is missing
+        raise
     except Exception as error:  # whatever a builder raises at arguments that do not fit one another
         why = str(error).partition("\n")[0]
         raise ValueError(f"find_pretrained: {file} does not describe a model: {why}; was it edited?") from error

@@ -238,6 +238,55 @@ def coca(
         dropout=dropout,
         patch_dropout=patch_dropout,
     )
+    return captioner(
+        vision_encoder,
+        pooler_norm=NORMS[vision_norm](dim) if pooler_norm else None,
+        text_norm=text_norm,
+        text_feed_forward=text_feed_forward,
+        text_position=text_position,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        num_queries=num_queries,
+        dim=dim,
+        num_heads=num_heads,
+        text_layers=text_layers,
+        multimodal_layers=multimodal_layers,
+        text_ffn_multiplier=text_ffn_multiplier,
+        dropout=dropout,
+        qk_norm=qk_norm,
+        tied_embeddings=tied_embeddings,
+        temperature=temperature,
+        logit_bias=logit_bias,
+        learned_temperature=learned_temperature,
+    )
+
+
+def captioner(
+    vision_encoder: nn.Module,
+    *,
+    pooler_norm: nn.Module | None,
+    text_norm: Norm,
+    text_feed_forward: FeedForwardKind,
+    text_position: TextPosition,
+    vocab_size: int,
+    context_length: int,
+    num_queries: int,
+    dim: int,
+    num_heads: int,
+    text_layers: int,
+    multimodal_layers: int,
+    text_ffn_multiplier: float,
+    dropout: float,
+    qk_norm: bool,
+    tied_embeddings: bool,
+    temperature: float,
+    logit_bias: float,
+    learned_temperature: bool,
+) -> CoCa:
+    """Build poolers and text decoders around a vision encoder: arguments as in `coca`, and raises as it does.
+
+    `pooler_norm` maps the output of the vision encoder to [b, p, dim], the input of the poolers; None: it is that.
+    """
     unimodal = text_decoder(
         norm=text_norm,
         feed_forward=text_feed_forward,
@@ -276,7 +325,7 @@ def coca(
         text_decoder=unimodal,
         multimodal_decoder=multimodal,
         logit_scale=LogitScale(temperature=temperature, bias=logit_bias, learned=learned_temperature),
-        pooler_norm=NORMS[vision_norm](dim) if pooler_norm else None,
+        pooler_norm=pooler_norm,
     )
 
 

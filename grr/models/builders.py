@@ -24,6 +24,7 @@ from grr.models.assemble import (
 )
 from grr.models.coca import CoCa, VisionTransformer
 from grr.models.open_clip import OPEN_CLIP_MODELS
+from grr.models.towers import TOWER_MODELS
 
 __all__ = [
     "MODELS",
@@ -396,6 +397,11 @@ MODELS: dict[str, Callable[..., CoCa]] = {
 # --- by name -------------------------------------------------------------------------------------------------------
 
 
+def known_builders() -> dict[str, Callable[..., CoCa]]:
+    """Returns all builders by the names that `create_model` takes, those that need a description of a tower as well."""
+    return MODELS | OPEN_CLIP_MODELS | TOWER_MODELS
+
+
 def list_models() -> list[str]:
     """Returns the names that `create_model` knows: of the paper's models, their sizes, open_clip's, and your own."""
     return list(MODELS | OPEN_CLIP_MODELS)
@@ -409,7 +415,7 @@ def create_model(name: str, **changes: Any) -> CoCa:
     Raises ValueError for a name that `list_models` does not have, or as the builder does; TypeError for an argument
     that the builder does not take.
     """
-    models = MODELS | OPEN_CLIP_MODELS
+    models = known_builders()
     if name not in models:
         raise ValueError(
             f"create_model: name must be one of {', '.join(models)}, got {name!r}{did_you_mean(name, models)}; "

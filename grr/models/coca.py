@@ -28,7 +28,7 @@ from grr.components import (
     shared_rotations,
 )
 from grr.data.collate import IGNORE, right_pad, undo_right_pad
-from grr.data.images import normalize
+from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from grr.models.head import at_least_float32, token_losses
 
 VISION, TEXT, MULTIMODAL, CLASSIFIER = range(4)  # folded into a sample's dropout key, so that parts draw differently
@@ -437,9 +437,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def encode_pixels(encoder: nn.Module, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
     """Normalise images, cast them to the dtype of the encoder (for example bfloat16), and encode them."""
-    x = normalize(images)
+    mean, std = image_statistics(encoder)
+    x = normalize(images, mean=mean, std=std)
     dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), x.dtype)
     return encoder(x.to(dtype), **tower_keys(encoder, sample_keys, VISION))
+
+
+def image_statistics(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of the RGB images that an encoder reads: its own, or else ImageNet's."""
+    return getattr(encoder, "image_mean", IMAGENET_MEAN), getattr(encoder, "image_std", IMAGENET_STD)
 
 
 def tower_keys(tower: nn.Module, sample_keys: Tensor | None, number: int) -> dict[str, Tensor]:

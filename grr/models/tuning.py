@@ -53,7 +53,8 @@ def freeze(model: nn.Module, *, frozen: tuple[str, ...] = ()) -> None:
     """
     _check_parts("freeze", model, frozen)
     for part in frozen:
-        model.get_submodule(part).requires_grad_(False)
+        child = model.get_submodule(part).requires_grad_(False)
+        child.train(child.training)  # a `Tower` that is frozen stays in evaluation mode
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"freeze: no parameter remains to be trained when {', '.join(frozen)} are frozen; remove one")
 

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as tree
 
-from grr.components import Block
 from grr.parallel.aligned import Layout, layouts
+from grr.parallel.blocks import blocks
 
 GROUP = 2**24  # elements: of the parameters of a node, and of gradients in float32 (67 MB) that are added at a time
 
@@ -51,8 +51,8 @@ def compute_in_bf16(model: nn.Module, entry_points: Sequence[str]) -> None:
     that compiled code reads bfloat16.
     """
     copies = Copies(model)
-    for block in (module for module in model.modules() if isinstance(module, Block)):
-        block.forward = InBFloat16(block.forward, copies, block=block)  # type: ignore[method-assign]
+    for block in blocks(model):
+        block.forward = InBFloat16(block.forward, copies, block=block)
     for name in ("forward", *entry_points):
         if hasattr(model, name):
             setattr(model, name, InBFloat16(getattr(model, name), copies, outputs=torch.float32))

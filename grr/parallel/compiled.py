@@ -12,6 +12,7 @@ from torch import nn
 from grr.components import Block, LoRALinear
 from grr.models.coca import CoCa, MultimodalDecoder, TextDecoder, VisionTransformer
 from grr.models.head import cross_entropies, token_losses
+from grr.models.towers import Tower
 
 TOWERS = (VisionTransformer, TextDecoder, MultimodalDecoder)
 TEXT_MULTIPLE = 8  # columns
@@ -55,6 +56,8 @@ def _parts(module: nn.Module, whole: tuple[type, ...]) -> Iterator[nn.Module]:
     """Yield the modules of these types, and the blocks outside of them."""
     if isinstance(module, (*whole, Block)):
         yield module
+    elif isinstance(module, Tower):
+        yield from module.blocks
     else:
         for child in module.children():
             yield from _parts(child, whole)

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from grr.parallel.shard import ORDER, blocks, preparations
+from grr.parallel.blocks import blocks
+from grr.parallel.shard import ORDER, preparations
 
 SIDES = 16  # a GPU's float8 kernels need matrices whose sides are multiples of it
 CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from grr.components import LoRALinear
+from grr.models.towers import Tower
 from grr.parallel.shard import shard_as
 from grr.seeds import derive_seed
 
@@ -14,9 +16,12 @@ def initialize(model: nn.Module, device: torch.device, *, seed: int) -> None:
     in which a model is built. Each module is drawn whole on the CPU (`reset_parameters`, as torch's modules have it),
     and each process keeps its shard, so that no process ever holds more than the largest module in full. Tied
     parameters stay tied.
+    A `Tower` of another library is drawn whole, as that library does.
     Raises ValueError naming the modules that hold parameters or buffers and have no reset_parameters.
     """
-    owners = [(name, m) for name, m in model.named_modules() if m._parameters or m._buffers]
+    towers = {name: m for name, m in model.named_modules() if isinstance(m, Tower)}
+    inside = {m for tower in towers.values() for m in tower.modules() if not isinstance(m, LoRALinear)}
+    owners = [(name, m) for name, m in model.named_modules() if (m._parameters or m._buffers) and m not in inside]
     stuck = [f"{name} ({type(m).__name__})" for name, m in owners if not hasattr(m, "reset_parameters")]
     if stuck:
         raise ValueError(
@@ -34,6 +39,8 @@ def initialize(model: nn.Module, device: torch.device, *, seed: int) -> None:
         module._parameters[key] = other._parameters[other_key]
     for name, module in owners:
         _draw(module, derive_seed(seed, name))
+    for name, tower in towers.items():
+        _draw_tower(tower, derive_seed(seed, name))
 
 
 @torch.no_grad()
@@ -48,3 +55,10 @@ def _draw(module: nn.Module, seed: int) -> None:
     module._parameters.update(own)
     for key, parameter in own.items():
         parameter.copy_(shard_as(whole[key], parameter))
+
+
+@torch.no_grad()
+def _draw_tower(tower: Tower, seed: int) -> None:
+    own = dict(tower.inner.named_parameters(remove_duplicate=False)) | dict(tower.inner.named_buffers())
+    for key, value in tower.initial_state(seed).items():
+        own[key].copy_(shard_as(value, own[key]))

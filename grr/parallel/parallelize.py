@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from grr.parallel.bf16 import compute_in_bf16
+from grr.parallel.blocks import blocks
 from grr.parallel.compiled import compile_parts, compiles
 from grr.parallel.float8 import multiply_in_float8
 from grr.parallel.memory import has_room_for_whole
-from grr.parallel.shard import METHODS, ORDER, blocks, preparations, shard_over
+from grr.parallel.shard import METHODS, ORDER, preparations, shard_over
 
 
 def parallelize(
@@ -66,5 +67,4 @@ def parallelize(
         compute_in_bf16(model, METHODS)
     if activation_checkpointing:
         for block in blocks(model):
-            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            block.forward = again  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grr.components import Block
 from grr.parallel.bf16 import InBFloat16, held_in_bf16
+from grr.parallel.blocks import blocks
 
 ORDER = "build the model anew and call parallelize once: float8, compile, FSDP2 or bfloat16, activation checkpointing"
 METHODS = ("embed", "encode_image", "encode_text", "image_context", "from_context", "next_token_logits")  # of a CoCa
@@ -117,11 +117,6 @@ def _reshard(parts: list[FSDPModule]) -> None:
 def sharded_parts(model: nn.Module) -> list[FSDPModule]:
     """Returns the parts of a model that are gathered and reduced separately; an empty list if it is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def blocks(model: nn.Module) -> Iterator[Block]:
-    """Yield all transformer blocks of a model, in order."""
-    return (module for module in model.modules() if isinstance(module, Block))
 
 
 def preparations(model: nn.Module) -> list[str]:

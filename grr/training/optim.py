@@ -1,7 +1,9 @@
 """The optimizer and its parameter groups."""
 
 import functools
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from grr.components import Block
+from grr.models.towers import Tower
 from grr.parallel.device import exact_dtype
 from grr.parallel.shard import local
 from grr.training.schedule import set_lr
@@ -95,16 +98,28 @@ def _layers_above(model: nn.Module) -> dict[nn.Parameter, int]:
     """
     above: dict[nn.Parameter, int] = {}
     for tower in model.modules():
+        if isinstance(tower, Tower):
+            _count_layers(above, *_layers_of_tower(tower))
         parts = list(tower.children())
         stack = next((i for i, part in enumerate(parts) if _is_stack(part)), None)
         if stack is None:
             continue
         lowest = [*tower.parameters(recurse=False), *(p for part in parts[:stack] for p in part.parameters())]
-        layers = [lowest, *(list(block.parameters()) for block in parts[stack].children())]
-        for depth, layer in enumerate(reversed(layers), start=1):
-            for p in layer:
-                above.setdefault(p, depth)
+        _count_layers(above, lowest, parts[stack].children())
     return above
+
+
+def _count_layers(above: dict[nn.Parameter, int], lowest: Iterable[nn.Parameter], blocks: Iterable[nn.Module]) -> None:
+    layers = [list(lowest), *(list(block.parameters()) for block in blocks)]
+    for depth, layer in enumerate(reversed(layers), start=1):
+        for p in layer:
+            above.setdefault(p, depth)
+
+
+def _layers_of_tower(tower: Tower) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """Returns the parameters of a tower of another library that precede its blocks, and the blocks."""
+    first = next((p for block in tower.blocks for p in block.parameters()), None)
+    return list(itertools.takewhile(lambda p: p is not first, tower.parameters())) if tower.blocks else [], tower.blocks
 
 
 def _is_stack(module: nn.Module) -> bool:

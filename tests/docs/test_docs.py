@@ -33,6 +33,7 @@ REASONS = (
     "it needs a GPU",
     "it needs CC12M",
     "it needs data of other people",
+    "it needs the Hugging Face hub",
     "tests/test_make.py is its test",
 )
 FENCE = re.compile(r"((?:^<!-- [^\n]* -->\n)*)^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -49,6 +49,7 @@ FROZEN = (
     "optimizer.lr=1e-3",
     "schedule.min_lr=1e-4",
     "tuning.frozen=[vision_encoder,generative_pooler]",
+    "loader.crop=squash",
 )
 KILLER = Path(__file__).with_name("killed_worker.py")
 
