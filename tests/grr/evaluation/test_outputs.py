@@ -80,7 +80,8 @@ def test_captions_longer_than_the_context_are_counted(model, tokenizer, tmp_path
     tokenizer.save(tmp_path / "words")
     short = Tokenizer(tmp_path / "words", context_length=7)
     pairs = Noise(several_captions(20))
-    pairs.captions = Texts.of(caption if t % 3 else "a fox" for t, caption in enumerate(pairs.captions))
+    fitting = "a fox", "a red fox number"  # two tokens, and as many as fit
+    pairs.captions = Texts.of((*fitting, caption)[t % 3] for t, caption in enumerate(pairs.captions))
     outputs = compute_outputs(model, pairs, short, CPU, **SEEN)
     cut = [short.decode(short.encode(caption)) != caption for caption in pairs.captions]
     assert outputs.truncated.tolist() == cut
