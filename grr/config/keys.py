@@ -25,7 +25,7 @@ MEANINGS = {
     "vision_layers": "blocks of the vision encoder",
     "text_layers": "blocks of the text decoder",
     "multimodal_layers": "blocks of the multimodal decoder",
-    "vision_ffn_multiplier": "hidden width / dim in the vision encoder; null: 2.7 for geglu, 4 for mlp",
+    "vision_ffn_multiplier": "hidden width / dim in the vision encoder; null: 2.7 for geglu and swiglu, 4 for mlp",
     "text_ffn_multiplier": "hidden width / dim in the text decoders",
     "dropout": "probability of dropout on embeddings and on what a branch adds to the residual stream",
     "patch_dropout": "fraction of the patches of an image that a training step leaves out (FLIP)",

@@ -169,4 +169,4 @@ def _pooler(n: int, t: int, d: int) -> int:
 
 
 def _feed_forward(s: int, d: int, hidden: int, kind: str) -> int:
-    return (3 if kind == "geglu" else 2) * _linear(s, d, hidden)
+    return (2 if kind == "mlp" else 3) * _linear(s, d, hidden)

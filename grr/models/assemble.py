@@ -23,13 +23,14 @@ from grr.components import (
     RotaryEmbedding,
     SelfAttention,
     SinusoidalPositions,
+    SwiGLU,
 )
 from grr.components.attention import Rotary
 from grr.models.coca import CoCa, LogitScale, MultimodalDecoder, TextDecoder, VisionTransformer
 from grr.models.sizes import check_sizes
 
 Norm = Literal["rmsnorm", "layernorm"]
-FeedForwardKind = Literal["geglu", "mlp"]
+FeedForwardKind = Literal["geglu", "swiglu", "mlp"]
 Position = Literal["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]
 TextPosition = Literal["rope", "sinusoidal", "learned"]
 
@@ -37,7 +38,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "rmsnorm": RMSNorm,
     "layernorm": lambda dim: LayerNorm(dim, eps=1e-6),
 }
-FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"geglu": GEGLU, "mlp": FeedForward}
+FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"geglu": GEGLU, "swiglu": SwiGLU, "mlp": FeedForward}
 ROTARIES: dict[str, Callable[[int, int], Rotary]] = {
     "rope": lambda head_dim, num_heads: RotaryEmbedding(head_dim),
     "rope_2d": lambda head_dim, num_heads: AxialRotaryEmbedding(head_dim),
@@ -47,7 +48,7 @@ ABSOLUTES: dict[str, Callable[[int, int], nn.Module]] = {
     "sinusoidal": lambda dim, num_positions: SinusoidalPositions(dim),
     "learned": LearnedPositions,
 }
-MULTIPLIERS = {"geglu": 2.7, "mlp": 4.0}  # hidden width / width at equal parameters (GRR-CoCa, table 1)
+MULTIPLIERS = {"geglu": 2.7, "swiglu": 2.7, "mlp": 4.0}  # hidden width / width at equal parameters (GRR-CoCa, table 1)
 T5_VOCABULARY = 32_102  # 32,000 pieces, 100 sentinels, BOS, CLS
 
 
@@ -68,7 +69,7 @@ def vision_transformer(
 ) -> VisionTransformer:
     """Build a vision encoder; norm, feed-forward network and position encoding are chosen by name.
 
-    `ffn_multiplier` None means 2.7 for GEGLU and 4 for the MLP, which have the same number of parameters.
+    `ffn_multiplier` None means 2.7 for GEGLU and SwiGLU and 4 for the MLP, which have the same number of parameters.
     `patch_dropout` is the fraction of the patches that training leaves out (`PatchDropout`).
     Raises ValueError if image_size is not a multiple of patch_size, dim of num_heads, a size is not a positive int,
     patch_dropout is not from 0 to below 1, or a name is not known.

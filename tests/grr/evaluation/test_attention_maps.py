@@ -124,11 +124,12 @@ def test_maps_of_compiled_blocks_are_those_of_the_plain_ones(tokenizer):
     torch.testing.assert_close(word_attention(model, pixels, ids, positions=positions), plain)
 
 
-def test_maps_of_open_clips_models_leave_out_the_class_token_and_the_first_query(tokenizer):
+@pytest.mark.parametrize("kind", [{}, {"cascade_pooler": True}, {"cascade_pooler": True, "text_arch": "modern"}])
+def test_maps_of_open_clips_models_leave_out_the_class_token_and_what_captions_do_not_read(tokenizer, kind):
     sizes = {"vision_dim": 32, "vision_heads": 2, "vision_layers": 1, "pooler_heads": 2, "dim": 32, "num_heads": 2}
     sizes |= {"text_layers": 1, "multimodal_layers": 1, "num_queries": 7, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    model = open_clip_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes)
+    model = open_clip_coca(vocab_size=tokenizer.vocab_size, context_length=16, **sizes, **kind)
     pixels, ids, positions = a_batch(tokenizer)
     maps = word_attention(model, pixels[..., :32], ids, positions=positions)
     assert maps.shape == (2, ids.shape[1], 4, 4)

@@ -58,10 +58,10 @@ def argument(builder, name: str) -> int:
 small = st.fixed_dictionaries(
     {
         "vision_norm": st.sampled_from(["rmsnorm", "layernorm"]),
-        "vision_feed_forward": st.sampled_from(["geglu", "mlp"]),
+        "vision_feed_forward": st.sampled_from(["geglu", "swiglu", "mlp"]),
         "vision_position": st.sampled_from(["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"]),
         "text_norm": st.sampled_from(["rmsnorm", "layernorm"]),
-        "text_feed_forward": st.sampled_from(["geglu", "mlp"]),
+        "text_feed_forward": st.sampled_from(["geglu", "swiglu", "mlp"]),
         "text_position": st.sampled_from(["rope", "sinusoidal"]),
         "vocab_size": st.integers(5, 99),
         "context_length": st.integers(4, 12),

@@ -180,6 +180,21 @@ def test_preprocessing_equals_that_of_the_library(exported, tmp_path, crop, mode
     np.testing.assert_allclose(pixels, normalize(expected).numpy(), atol=1e-5)
 
 
+OPEN_CLIP = {
+    "vocab_size": 90,
+    "context_length": 16,
+    "image_size": 32,
+    "patch_size": 8,
+    "vision_dim": 48,
+    "vision_heads": 3,
+    "vision_layers": 1,
+    "num_queries": 6,
+    "pooler_heads": 4,
+    "dim": 32,
+    "num_heads": 2,
+    "text_layers": 1,
+    "multimodal_layers": 1,
+}
 OTHERS = {
     "coca": lambda: coca(
         vocab_size=90,
@@ -198,21 +213,8 @@ OTHERS = {
         pooler_norm=True,
         tied_embeddings=True,
     ),
-    "open_clip_coca": lambda: open_clip_coca(
-        vocab_size=90,
-        context_length=16,
-        image_size=32,
-        patch_size=8,
-        vision_dim=48,
-        vision_heads=3,
-        vision_layers=1,
-        num_queries=6,
-        pooler_heads=4,
-        dim=32,
-        num_heads=2,
-        text_layers=1,
-        multimodal_layers=1,
-    ),
+    "open_clip_coca": lambda: open_clip_coca(**OPEN_CLIP),
+    "moderntext": lambda: open_clip_coca(**OPEN_CLIP, cascade_pooler=True, text_arch="modern"),
 }
 
 

@@ -159,13 +159,17 @@ def test_samples_of_one_image_are_the_same(rules, options, seed):
     assert captions(model, images, rules, options, fixed_shapes=True) == expected
 
 
+OPEN_CLIP = {"vision_layers": 1, "text_layers": 2, "multimodal_layers": 2, "image_size": 32}
+
+
 @pytest.mark.parametrize("options", SEARCHES[:2])
 @pytest.mark.parametrize(
     ("build", "arguments"),
     [
         (grr_coca_tiny, {"text_position": "learned", "qk_norm": True}),
         (grr_coca_tiny, {"text_position": "sinusoidal", "text_norm": "layernorm", "text_feed_forward": "mlp"}),
-        (open_clip_coca, {"vision_layers": 1, "text_layers": 2, "multimodal_layers": 2, "image_size": 32}),
+        (open_clip_coca, OPEN_CLIP),
+        (open_clip_coca, OPEN_CLIP | {"cascade_pooler": True, "text_arch": "modern"}),
     ],
 )
 def test_so_have_models_of_other_parts(build, arguments, options):

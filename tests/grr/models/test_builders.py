@@ -76,12 +76,12 @@ def test_towers_alone_are_the_towers_of_the_models():
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("feed_forward", ["geglu", "mlp"])
+@pytest.mark.parametrize("feed_forward", ["geglu", "swiglu", "mlp"])
 @pytest.mark.parametrize("position", ["rope", "rope_2d", "rope_mixed", "sinusoidal", "learned"])
 def test_every_change_to_the_vit_is_a_switch_of_its_own(norm, feed_forward, position):
     vit = on_meta(vision_transformer, norm=norm, feed_forward=feed_forward, position=position)
     biases = 24 * D if norm == "layernorm" else 0  # a LayerNorm has D more than an RMSNorm; 2 in each of 12 blocks
-    hidden = (3 * D + 2) * int(2.7 * D) + D if feed_forward == "geglu" else (2 * D + 1) * 4 * D + D
+    hidden = (3 * D + 2) * int(2.7 * D) + D if feed_forward != "mlp" else (2 * D + 1) * 4 * D + D
     learned = {"learned": 256 * D, "rope_mixed": 12 * 12 * 64}.get(position, 0)
     patches = 3 * 18 * 18 * D + D
     assert parameters(vit) == patches + 12 * (ATTENTION + hidden + 2 * D) + biases + learned

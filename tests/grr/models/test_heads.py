@@ -40,6 +40,7 @@ COCAS = {
         **more,
     ),
 }
+COCAS["moderntext"] = lambda **more: COCAS["open_clip"](cascade_pooler=True, text_arch="modern", **more)
 
 
 @pytest.fixture(params=COCAS)
