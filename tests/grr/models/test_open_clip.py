@@ -423,6 +423,9 @@ class Spelled(Tokenizer):
     def decode(self, ids) -> list[int]:
         return ids[: ids.index(EOS)] if EOS in ids else ids
 
+    def _tokens(self, caption: str) -> list[int]:
+        return [int(word) for word in caption.split()]
+
 
 def forbid_what_is_never_written(peer: nn.Module) -> None:
     """The other side may write PAD and BOS; with a constant in the final norm, their logits are very low."""
