@@ -16,6 +16,7 @@ from grr.reports.charts import percent
 from grr.reports.page import header, section, write_page
 from grr.reports.samples import picture, similarity
 
+BELOW = "Below each image its caption; where it was scored, its log-likelihood per token and its cosine with the image"
 SHOWN = 400  # images on a page: about 4 MB
 NAMED = 200  # files that could not be read
 
@@ -26,7 +27,7 @@ def write_captions(path: Path, rows: Iterable[Row], *facts: str) -> Path:
     The page holds thumbnails of the first 400 images, and the rows are not held in memory. facts: texts for its head,
     such as the model's name.
     """
-    note = "Below each image its caption, then the name of the file."
+    note = f"{BELOW}, then the name of the file."
     return _write(path, "Captions", note, rows, facts)
 
 
@@ -36,7 +37,7 @@ def write_shard_captions(path: Path, shown: Iterable[tuple[Row, Tensor | str]], 
     shown: rows with thumbnails, or with the reason why there is none.
     """
     figures = [_figure(row, image) for row, image in shown]
-    note = f"Below each image its caption, then the name of the file. These are {len(figures):,} of {records.read:,}."
+    note = f"{BELOW}, then the name of the file. These are {len(figures):,} of {records.read:,}."
     images = f"<section><p>{note}</p><div class=captions>{''.join(figures)}</div></section>" if figures else ""
     reasons = [
         f"<li>{count:,} images: {escape(reason)}: {escape(', '.join(records.names[reason][:5]))}</li>"
