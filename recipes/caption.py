@@ -1,4 +1,4 @@
-"""Caption images with a trained model: files, folders, globs or tar shards, by one process or many.
+"""Caption image files and tar shards with a trained model.
 
     python recipes/caption.py --config recipes/configs/caption/default.yaml model.path=runs/openmoji run.images=photos
     torchrun --nproc_per_node 4 recipes/caption.py --config recipes/configs/caption/shards.yaml \\

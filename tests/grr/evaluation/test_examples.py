@@ -26,7 +26,14 @@ def observed(owners: Sequence[int], seed: int, **changes: Any) -> ModelOutputs:
     n, m = max(owners) + 1, len(owners)
     image, text = (torch.nn.functional.normalize(torch.randn(k, 4, generator=generator), dim=1) for k in (n, m))
     zeros = torch.zeros(m)
-    left = {"scale": 1.0, "bias": 0.0, "written": [f"caption {i}" for i in range(n)], "left_out": {}}
+    left = {
+        "scale": 1.0,
+        "bias": 0.0,
+        "truncated": zeros.bool(),
+        "max_tokens": 9,
+        "written": [f"caption {i}" for i in range(n)],
+        "left_out": {},
+    }
     images = [owners.index(i) for i in range(n)]
     return ModelOutputs(
         Noise(list(owners)), 32, "squash", images, list(range(m)), torch.tensor(owners), image, text, zeros, zeros,
