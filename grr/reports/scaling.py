@@ -28,7 +28,9 @@ def scaling_figure(
     """
     every = [point for of_group in points.values() for point in of_group]
     sizes = sorted({size for size, _, _ in every})
-    low, high = min(loss for *_, loss in every) / 1.1, max(loss for *_, loss in every) * 1.1
+    drawn = [loss for *_, loss in every]
+    drawn += [_loss(laws[name], size, n) for name, of_group in points.items() for size, n, _ in of_group]
+    low, high = min(drawn) / 1.1, max(drawn) * 1.1
     first, last = min(samples for _, samples, _ in every) / 1.1, max(samples for _, samples, _ in every) * 1.1
 
     def x(samples: float) -> float:

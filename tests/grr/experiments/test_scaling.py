@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from grr.experiments.metrics import metric
 from grr.experiments.runs import RunRecord
 from grr.experiments.scaling import scaling_law, scaling_points
+from grr.reports.figures import BOTTOM, TOP
 from grr.reports.scaling import scaling_figure, scaling_table
 
 pytest.importorskip("scipy", reason='pip install "grr-coca[compare]"')
@@ -70,6 +71,17 @@ def test_table_and_figure_show_every_group_and_run():
         shown, expected = ([math.log(p[axis]) if k else p[axis] for p in some] for k, some in enumerate((dots, every)))
         assert np.corrcoef(shown, expected)[0, 1] == pytest.approx(sign, abs=1e-3)
     assert "<base>" in "".join(root.itertext())
+
+
+def test_the_lines_of_a_law_are_within_the_figure_where_runs_deviate_from_it():
+    runs = made(3, 1.0, 1.0, np.array([-0.5, 0, 0, 0, 0, 0, 0, 0, 0.5]))  # the corners deviate toward the others
+    law, points = scaling_law(runs, CAPTIONING), scaling_points(runs, CAPTIONING)
+    root = ElementTree.fromstring(scaling_figure({"mine": points}, {"mine": law}, "captioning loss"))
+    lines = [p.get("d") for p in root.iter("{http://www.w3.org/2000/svg}path") if "thick" in p.get("class")]
+    heights = [float(point.split()[1]) for d in lines for point in d.removeprefix("M").split("L") if "h" not in point]
+    assert len(heights) == 6
+    assert TOP <= min(heights)
+    assert max(heights) <= BOTTOM
 
 
 @pytest.mark.parametrize(
