@@ -195,6 +195,11 @@ def validate_config(cfg: config.Config) -> None:
             "evaluate: the task clip_score needs a model that judges, got judge.path=null; set judge.path to a run, a "
             "model/ or hf-hub:owner/name, or remove clip_score from run.tasks"
         )
+    if "clip_score" in cfg.run["tasks"]:
+        try:
+            find_pretrained(cfg.judge["path"])
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"evaluate: judge.path must name a model: {error}") from error
     if "captions" in cfg.run["tasks"]:
         treebank()
     if "meteor" in cfg.run["tasks"]:

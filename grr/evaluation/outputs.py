@@ -20,6 +20,7 @@ from grr.data import Labelled, Pairs
 from grr.data.collate import IGNORE, collate_captions
 from grr.data.image_files import batches, read_batches
 from grr.data.images import Crop
+from grr.data.records import Records
 from grr.generation.generate import generate
 from grr.models.coca import CoCa, encode_pixels, evaluating
 from grr.tokenizers import Tokenizer
@@ -67,6 +68,7 @@ class ModelOutputs:
             "truncated": int(self.truncated.sum()),
             "max_tokens": self.max_tokens,
             **_left_out_facts(self.left_out),
+            **_skipped_facts(self.pairs.records),
         }
 
     def thumbnail(self, i: int) -> Tensor:
@@ -86,7 +88,12 @@ class Features:
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts about the data for evaluation.json."""
-        return {"fingerprint": self.labelled.fingerprint, "images": len(self.labels), **_left_out_facts(self.left_out)}
+        return {
+            "fingerprint": self.labelled.fingerprint,
+            "images": len(self.labels),
+            **_left_out_facts(self.left_out),
+            **_skipped_facts(self.labelled.records),
+        }
 
 
 class TextOutputs(NamedTuple):
@@ -333,6 +340,11 @@ def _joined(
 
 def _left_out_facts(left_out: dict[str, str]) -> dict[str, Any]:
     return {"left_out": len(left_out), "left_out_names": left_out}
+
+
+def _skipped_facts(records: Records | None) -> dict[str, Any]:
+    """Returns the number of records that a reader of files skipped, and the first names by cause."""
+    return {} if records is None else {"skipped": records.skipped.total(), "skipped_names": records.names}
 
 
 def _some(left_out: dict[str, str]) -> str:

@@ -131,8 +131,8 @@ def push(files: Mapping[str, Path | bytes], name: str, *, private: bool = False)
         return str(api.create_commit(repository, changes, commit_message="Upload a model of GRR").commit_url)
     except Exception as error:  # errors of the network and of the hub have many types
         raise OSError(
-            f"push: {PREFIX}{repository} must be a repository that you may write to, got {_first_line(error)}; log in "
-            "with `hf auth login`, or set HF_TOKEN to a token that may write"
+            f"push: {PREFIX}{repository} must be a repository that you may write to, got {_first_line(error)}; see "
+            "that the hub can be reached, and log in with `hf auth login`, or set HF_TOKEN to a token that may write"
         ) from error
 
 

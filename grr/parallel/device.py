@@ -34,9 +34,10 @@ def choose_device(*, cuda: bool, mps: bool, processes: int, local_rank: int, wan
     kind = next(kind for kind, is_there in there.items() if is_there) if wanted is None else wanted
     if not there.get(kind):
         found = ", ".join(kind for kind, is_there in there.items() if is_there)
+        alone = ", or start one process" if wanted == "mps" and mps else ""
         raise ValueError(
             f"choose_device: GRR_DEVICE must be one of {', '.join(CHOICES)} that this process can use, got {wanted!r}, "
-            f"where {found} can be used; unset it, or start one process for mps"
+            f"where {found} can be used; unset it{alone}"
         )
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 

@@ -180,11 +180,12 @@ def _counts(evaluation: Evaluation) -> str:
 
 
 def _left_out(evaluation: Evaluation) -> list[str]:
-    """Returns a line for each data set of which images or captions were left out, and where they are listed."""
-    counts = {key: (evaluation.get(key) or {}).get("left_out", 0) for key in DATA}
+    """Returns a line for each data set of which records, images or captions are missing, and where they are listed."""
+    kinds = {"left_out": "left out", "skipped": "skipped by the reader"}
+    counts = {(key, kind): (evaluation.get(key) or {}).get(kind, 0) for key in DATA for kind in kinds}
     return [
-        f"{key}: {count:,} left out; evaluation.json lists them with their causes as {key}.left_out_names"
-        for key, count in counts.items()
+        f"{key}: {count:,} {kinds[kind]}; evaluation.json lists them with their causes as {key}.{kind}_names"
+        for (key, kind), count in counts.items()
         if count
     ]
 

@@ -204,14 +204,18 @@ def test_retrieval_by_long_captions_counts_those_that_are_cut(trained, tmp_path)
     for i, caption in enumerate(["a fox", "a key", *(f"{long} {k}" for k in range(4))]):
         Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"image/{i}.jpg")
         (tmp_path / f"caption/{i}.txt").write_text(caption)
+    (tmp_path / "image/alone.jpg").write_bytes((tmp_path / "image/0.jpg").read_bytes())
     command = RECIPES / "evaluate.py", "--config", RECIPES / "configs/evaluate/urban1k.yaml"
     done = run(*command, f"model.path={trained}", f"data.path={tmp_path}", f"run.folder={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr[-3000:]
     tokens = captioner.tokenizer.context_length - 3
     title = f"grr_coca on urban1k: 6 images, 6 captions, of which 4 are cut to {tokens} tokens"
-    assert done.stdout.splitlines()[0] == title
+    first, second, *_ = done.stdout.splitlines()
+    assert first == title
+    assert second == "data: 1 skipped by the reader; evaluation.json lists them with their causes as data.skipped_names"
     found = results(tmp_path / "out")
     assert (found["data"]["truncated"], found["data"]["max_tokens"]) == (4, tokens)
+    assert found["data"]["skipped_names"] == {"image without a caption": ["alone"]}
     assert found["results"]["retrieval"]["num_eval_images"] == 6
     assert found["results"]["retrieval"]["image_to_text_r1"] <= 2 / 6  # equal captions tie, and a tie is a miss
 
@@ -275,8 +279,9 @@ def test_captions_are_judged_by_a_model_that_is_named(tmp_path):
     cfg, validate_config = read_config(str(tmp_path / "c.yaml"))
     with pytest.raises(ValueError, match=r"needs a model that judges, got judge.path=null; set judge.path to a run"):
         validate_config(cfg)
-    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), "judge.path=hf-hub:laion/CoCa-ViT-B-32")
-    validate_config(cfg)
+    cfg, validate_config = read_config(str(tmp_path / "c.yaml"), f"judge.path={tmp_path}/nope")
+    with pytest.raises(FileNotFoundError, match=r"evaluate: judge.path must name a model: find_pretrained: .*nope"):
+        validate_config(cfg)
 
 
 def test_a_probe_needs_data_to_learn_from(tmp_path):

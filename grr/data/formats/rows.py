@@ -107,7 +107,7 @@ def read_objects(who: str, file: Path, lines: Iterable[Line]) -> Iterator[tuple[
         except (ValueError, AttributeError, RecursionError):
             raise ValueError(
                 f"{who}: {file} line {number} must be one JSON object, got {line.strip()[:80]!r}; "
-                "write an object with image and caption on each line"
+                "write one object on each line"
             ) from None
         yield number, row
 

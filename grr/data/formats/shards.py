@@ -39,13 +39,17 @@ def webdataset(
     limit = threshold("webdataset", validation_fraction)
     files = find_shards(shards)
     pairs = TarShards(files, joined_index(files, cache))
+    total = len(pairs)
     if split is not None:
         pairs.keep((pairs.index["places"] < np.uint64(limit)) == (split_name("webdataset", split) == "validation"))
     pairs.records.log(f"webdataset: {shards}")
-    if not len(pairs):
+    if total and not len(pairs):
         raise ValueError(
-            f"webdataset: {shards} hold no samples for {split=}; are they uncompressed tars with jpg and txt?"
+            f"webdataset: {shards} must hold samples for {split=}, got {total:,} samples and none of them with "
+            f"{validation_fraction=}; set a larger part, or split=null and other shards for validation"
         )
+    if not total:
+        raise ValueError(f"webdataset: {shards} hold no samples; are they uncompressed tars with jpg and txt?")
     return pairs
 
 

@@ -573,6 +573,13 @@ def test_an_image_in_a_shard_that_would_fill_the_memory_is_skipped(shard):
     assert pairs.records.skipped == {"image of more than 536,870,912 bytes": 1}
 
 
+def test_shards_whose_samples_are_all_of_the_other_split_are_not_called_empty(shard):
+    with pytest.raises(
+        ValueError, match=r"got 3 samples and none of them with validation_fraction=1e-09; set a larger"
+    ):
+        webdataset(shards=str(shard), split="validation", validation_fraction=1e-9)
+
+
 def test_a_name_with_control_characters_is_printed_as_escapes(tmp_path, caplog):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in ("\x1b[2Jevil.jpg", "a.jpg", "a.txt"):
