@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numbered import BOS, CLS, EOS, PAD, ROOM, Spelled, captions, layout, rows, some_images
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from grr.inference.convert import CLIP_MEAN, CLIP_STD, convert_open_clip, read_o
 from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca, open_clip_coca_vit_b_32, open_clip_coca_vit_l_14
 from grr.parallel.initialize import initialize
-from grr.tokenizers import Tokenizer
 from grr.training.loss import contrastive_loss
 
 # As open_clip's model_configs have them; `tiny` is ours.
@@ -71,7 +71,6 @@ TINY = {
     "text_layers": 2,
     "multimodal_layers": 3,
 }
-PAD, BOS, EOS, CLS, ROOM = 0, 48, 49, 50, 8
 
 
 # --- open_clip's formulas once more, in torch's own modules and under open_clip's names ----------------------------
@@ -250,24 +249,10 @@ def model() -> CoCa:
     return ours(randomised(Reference(**CONFIGS["tiny"])))
 
 
-def layout(tokens: list[int]) -> list[int]:
-    """This library's row: BOS t1 ... tn EOS PAD ... PAD CLS PAD; without the last two it is open_clip's."""
-    return [BOS, *tokens, EOS, *[PAD] * (ROOM - len(tokens)), CLS, PAD]
-
-
-def rows(captions: list[list[int]]) -> Tensor:
-    return torch.tensor([layout(caption) for caption in captions])
-
-
-def some_images(count: int) -> Tensor:
-    return torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
-
-
 def as_clip_has_them(images: Tensor) -> Tensor:
     return (images / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
-captions = st.lists(st.lists(st.integers(1, 47), max_size=ROOM), min_size=1, max_size=4)
 exactly = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -410,21 +395,6 @@ def test_full_size_models_equal_the_peer(kind):
 
 
 # --- captions ------------------------------------------------------------------------------------------------------
-
-
-class Spelled(Tokenizer):
-    """Decodes to the ids themselves; a vocabulary of numbers needs no file."""
-
-    pad_id, eos_id, bos_id, cls_id, vocab_size, context_length = PAD, EOS, BOS, CLS, 51, 11
-
-    def __init__(self) -> None:
-        pass
-
-    def decode(self, ids) -> list[int]:
-        return ids[: ids.index(EOS)] if EOS in ids else ids
-
-    def _tokens(self, caption: str) -> list[int]:
-        return [int(word) for word in caption.split()]
 
 
 def forbid_what_is_never_written(peer: nn.Module) -> None:

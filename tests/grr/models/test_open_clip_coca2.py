@@ -8,6 +8,7 @@ import torch
 from coca2_formulas import PUBLISHED, Formulas, is_modern, random_weights, shapes, small
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numbered import BOS, CLS, PAD, ROOM, Spelled, captions, rows, some_images
 from torch import Tensor, nn
 
 from grr.data.collate import collate_captions
@@ -18,10 +19,8 @@ from grr.models.coca import CoCa
 from grr.models.open_clip import OPEN_CLIP_MODELS, open_clip_coca
 from grr.models.open_clip_config import model_arguments
 from grr.parallel.initialize import initialize
-from grr.tokenizers import Tokenizer
 from grr.training.loss import contrastive_loss
 
-PAD, BOS, EOS, CLS, ROOM = 0, 48, 49, 50, 8
 BUILDERS = {
     "coca2_ViT-B-32": "open_clip_coca2_vit_b_32",
     "coca2-moderntext_ViT-B-32": "open_clip_coca2_moderntext_vit_b_32",
@@ -62,25 +61,9 @@ def model(request) -> CoCa:
     return converted(DESCRIPTIONS[request.param], random_weights(DESCRIPTIONS[request.param]))
 
 
-def layout(tokens: list[int]) -> list[int]:
-    """This library's row: BOS t1 ... tn EOS PAD ... PAD CLS PAD; without the last two it is open_clip's."""
-    return [BOS, *tokens, EOS, *[PAD] * (ROOM - len(tokens)), CLS, PAD]
-
-
-def rows(captions: list[list[int]]) -> Tensor:
-    return torch.tensor([layout(caption) for caption in captions])
-
-
-def some_images(count: int) -> Tensor:
-    return torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
-
-
 def as_clip_has_them(images: Tensor) -> Tensor:
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
     return (images.double() / 255 - mean) / std
-
-
-captions = st.lists(st.lists(st.integers(1, 47), max_size=ROOM), min_size=1, max_size=4)
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------
@@ -208,21 +191,6 @@ def test_outputs_are_those_of_an_open_clip_that_has_the_model(name):
 
 
 # --- use ------------------------------------------------------------------------------------------------------------
-
-
-class Spelled(Tokenizer):
-    """Decodes to the ids themselves; a vocabulary of numbers needs no file."""
-
-    pad_id, eos_id, bos_id, cls_id, vocab_size, context_length = PAD, EOS, BOS, CLS, 51, 11
-
-    def __init__(self) -> None:
-        pass
-
-    def decode(self, ids) -> list[int]:
-        return ids[: ids.index(EOS)] if EOS in ids else ids
-
-    def _tokens(self, caption: str) -> list[int]:
-        return [int(word) for word in caption.split()]
 
 
 def test_greedy_captions_are_those_of_the_formulas(both):
