@@ -34,6 +34,7 @@ LONGEST = (
     "test_finetune.py",
     "test_step.py",
     "test_resume.py",
+    "test_caption_by_many.py",
 )
 
 
