@@ -17,7 +17,7 @@ from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, Crop
 from grr.files.damage import damage
 from grr.files.digest import sha256
 from grr.inference.description import read_json
-from grr.inference.hub import PREFIX, Repository, open_repository
+from grr.inference.hub import NAME, PREFIX, Repository, open_repository
 from grr.models.towers import (
     IGNORED,
     LIBRARIES,
@@ -176,11 +176,13 @@ def _files(name: str, rest: str, library: str, revision: str | None) -> Path | R
                 f"find_tower: a folder does not have revisions, got {revision=} for {name}; leave vision_revision out"
             )
         return folder
-    if rest.startswith(("/", ".", "~")) or rest.count("/") > 1:
-        raise FileNotFoundError(
-            f"find_tower: there is no folder {folder}; name one in the layout of {library}, or a model on the hub"
-        )
     owned = f"timm/{rest}" if library == "timm" and "/" not in rest else rest
+    if rest.startswith(("/", ".", "~")) or not NAME.fullmatch(owned):
+        form = "timm/name, or timm/owner/name" if library == "timm" else "hf/owner/name"
+        raise FileNotFoundError(
+            f"find_tower: vision_encoder must be a folder or a model on the hub, got {name!r}, and there is no folder "
+            f"{folder}; name one in the layout of {library}, or a model on the hub as {form}"
+        )
     return open_repository(f"{PREFIX}{owned}" + (f"@{revision}" if revision else ""))
 
 

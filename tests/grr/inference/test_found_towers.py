@@ -120,6 +120,13 @@ def mistakes(folder):
     yield "dinov2", {}, ValueError, r"must be hf/NAME, of transformers, or timm/NAME, got 'dinov2'"
     yield f"hff/{folder}", {}, ValueError, r"got 'hff/.*' \(did you mean hf\?\)"
     yield f"hf/{folder}/nothing", {}, FileNotFoundError, r"there is no folder .*nothing; name one in the layout of tran"
+    yield (
+        "hf/nope",
+        {},
+        FileNotFoundError,
+        r"got 'hf/nope', and there is no folder nope; .* on the hub as hf/owner/name$",
+    )
+    yield "hf/my tower/x", {}, FileNotFoundError, r"got 'hf/my tower/x', and there is no folder my tower/x; name one in"
     yield f"hf/{folder}", {"config.json": None}, FileNotFoundError, r"must have a config.json of transformers, got the "
     yield f"hf/{folder}", {"config.json": "[]"}, ValueError, r"config.json of hf/.* must be a mapping"
     yield f"hf/{folder}", {"config.json": '{"model_type": "nothing"}'}, ValueError, r"must be a model of transformers 5"
@@ -135,7 +142,7 @@ def mistakes(folder):
     yield f"hf/{folder}", {"preprocessor_config.json": wide}, ValueError, r"images of hf/.* must be square, got"
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(12))
 def test_mistakes_are_named(tmp_path, number):
     saved("vit", tmp_path)
     name, changes, kind, message = list(mistakes(tmp_path))[number]
