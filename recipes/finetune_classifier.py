@@ -256,12 +256,18 @@ def check(cfg: config.Config, run: Run) -> None:
     with torch.device("meta"):
         coca = cfg.build("model")
         model = cfg.build("head", coca, 2)
-    known = dict(coca.named_children()) if cfg.model["name"] == "pretrained" else {}
+    trained, parts = cfg.model["name"] == "pretrained", dict(coca.named_children())
+    known = [name for name, _ in model.named_children() if trained and name in parts]
     adapted = cfg.tuning["lora"]
     if adapted and (new := [part for part in (*adapted, *cfg.tuning["frozen"]) if part not in known]):
+        why = (
+            f"which it does not have: new parts are trained in full; name parts that it has, {', '.join(known)}"
+            if trained
+            else f"with model.name={cfg.model['name']}; remove it from tuning, or set model.name=pretrained"
+        )
         raise ValueError(
             "finetune_classifier: beside adapters, what is not trained must have the weights of a trained model, got "
-            f"{', '.join(new)} with model.name={cfg.model['name']}; remove it from tuning, or set model.name=pretrained"
+            f"{', '.join(new)}, {why}"
         )
     tune_parts(model, **cfg.tuning)
 

@@ -32,8 +32,11 @@ HOW_COMPUTED = frozenset(
         "loader.prefetch",
     }
 )
+# Where a pre-trained vision encoder is: its weights are compared by their SHA-256, its architecture by vision_config.
+PLACE_OF_TOWER = frozenset({"model.vision_encoder", "model.vision_revision"})
 # How long a run lasts, what it reports, and which weights it leaves: the steps that were taken stay true.
 MAY_CHANGE = HOW_COMPUTED | {
+    *PLACE_OF_TOWER,
     "run.epochs",
     "run.max_steps",
     "run.patience",
@@ -50,6 +53,7 @@ BY_FINGERPRINT = ("data", "validation", "tokenizer")  # sections
 CONTENT = " (names, captions or, of generated data, options have changed)"
 REASONS = {
     **dict.fromkeys(BY_FINGERPRINT, CONTENT),
+    "tower": " (SHA-256 of its weights)",
     "order": " (version of the order of samples; the version of grr that began the run reads them in its order)",
 }
 FIRST_ORDER = 1  # of checkpoints that do not record one
@@ -101,6 +105,7 @@ def check_identity(
     """
     saved = {key: wanted[key] for key in OF_TRAINED_VOCABULARY if key in wanted} | current_keys(saved, wanted)
     saved = {"order": FIRST_ORDER} | saved if "order" in wanted else saved
+    saved = {key: value for key, value in saved.items() if key not in PLACE_OF_TOWER}  # of checkpoints that record it
     known = saved.keys() | wanted.keys()
     wrong = [key for key in accepted if key not in known or not _acceptable(key, wanted)]
     if wrong:
@@ -130,6 +135,8 @@ def check_identity(
 
 def _acceptable(key: str, wanted: Mapping[str, Any]) -> bool:
     """Whether a run can go on with another value: not with another model, nor with another base of its adapters."""
+    if key == "tower":  # the weights of the checkpoint would be used all the same
+        return False
     if key == "start" and wanted.get("tuning.lora"):
         return False
     return not key.startswith(("model.", "head.", "tokenizer.", "tuning.")) or key in OF_TRAINING

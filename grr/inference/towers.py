@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from grr.data.images import IMAGENET_MEAN, IMAGENET_STD, Crop
 from grr.files.damage import damage
 from grr.files.digest import sha256
 from grr.inference.description import read_json
-from grr.inference.hub import PREFIX, Repository, open_repository
+from grr.inference.hub import NAME, PREFIX, Repository, open_repository
 from grr.models.towers import (
     IGNORED,
     LIBRARIES,
@@ -41,7 +41,7 @@ class FoundTower(NamedTuple):
     """A pre-trained vision encoder: how to build it, and where its weights are."""
 
     name: str  # hf/NAME or timm/NAME
-    files: "Path | Repository | None"  # None: a resumed run, whose checkpoint holds the weights
+    files: "Path | Repository | None"  # None: a resumed run, whose checkpoint holds the weights and their digest
     weights: TowerWeights
     description: dict[str, Any]  # see grr.models.towers; image_size and crop are those of its own preprocessing
     digest: str | None = None  # of the weights that a resumed run began with
@@ -58,7 +58,8 @@ class FoundTower(NamedTuple):
             return "random"
         if self.digest is not None:
             return self.digest
-        return "+".join(sha256(file) for file in _weight_files(self))
+        assert self.files is not None
+        return "+".join(sha256(file) for file in _weight_files(self.files))
 
 
 def find_tower(name: str, *, revision: str | None = None, weights: TowerWeights = "pretrained") -> FoundTower:
@@ -73,7 +74,7 @@ def find_tower(name: str, *, revision: str | None = None, weights: TowerWeights 
     encoder. revision: a branch, tag or commit on the hub. weights: "random" if the folder has none.
     Raises ImportError without transformers or timm, or without the hub's client, naming the extra; FileNotFoundError if
     there is no such model; OSError if the hub cannot be reached; and ValueError for another kind of name or of model,
-    and for weights that are not safetensors.
+    and for weights that are not safetensors or, in a folder, are damaged.
     """
     prefix, _, rest = name.partition("/")
     if prefix not in LIBRARIES or not rest:
@@ -92,6 +93,8 @@ def find_tower(name: str, *, revision: str | None = None, weights: TowerWeights 
         )
     if weights == "pretrained":
         _check_safetensors(name, listed)
+        if isinstance(files, Path):
+            _check_readable(_weight_files(files))
     raw = read_json(_fetched(files, "config.json") / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"find_tower: config.json of {name} must be a mapping, got {str(raw)[:40]}; copy it again")
@@ -106,18 +109,24 @@ def find_tower(name: str, *, revision: str | None = None, weights: TowerWeights 
 def open_tower(arguments: Mapping[str, Any], folder: Path) -> FoundTower | None:
     """Returns the tower that the arguments of a builder name; None for a builder without one.
 
-    folder: of the run. Where it has a checkpoint, the description is that of the checkpoint, and neither the hub nor
-    the tower's folder is read. Raises as `find_tower` does, and ValueError if vision_config is given and differs.
+    folder: of the run. Where a checkpoint there began with the same tower by its name, the description is that of the
+    checkpoint, and neither the hub nor the tower's folder is read. A tower of another name is read, to be compared.
+    Raises as `find_tower` does, and ValueError if vision_config is given for a new run and differs.
     """
     if "vision_encoder" not in arguments:
         return None
-    name, weights = arguments["vision_encoder"], arguments["vision_weights"]
-    for file in (folder / "checkpoints").glob("step_*/progress.json"):  # which agree in this
+    name, revision, weights = (arguments[f"vision_{key}"] for key in ("encoder", "revision", "weights"))
+    saved = None
+    for file in (folder / "checkpoints").glob("step_*/progress.json"):  # which may differ in the name of the tower
         progress = read_json(file)
-        saved = progress["model"]["arguments"].get("vision_config")
-        if saved is not None:
+        old = progress["model"]["arguments"]
+        saved = old.get("vision_config") or saved
+        if saved is not None and _same_place(name, revision, old):
             return FoundTower(name, None, weights, saved, progress["identity"]["tower"])
-    found = find_tower(name, revision=arguments["vision_revision"], weights=weights)
+    found = find_tower(name, revision=revision, weights=weights)
+    if saved is not None:
+        place = {key: saved[key] for key in ("version", "source")}  # not what the tower is
+        return found._replace(description=found.description | place)
     given = arguments["vision_config"]
     if given is not None and given != found.description:
         differ = sorted(key for key in given.keys() | found.description if given.get(key) != found.description.get(key))
@@ -131,8 +140,9 @@ def open_tower(arguments: Mapping[str, Any], folder: Path) -> FoundTower | None:
 def load_tower(tower: FoundTower, model: nn.Module) -> None:
     """Load the pre-trained weights into the vision encoder of a model, plain or sharded. Called by all ranks alike.
 
-    Rank 0 reads them. Random weights stay those that `initialize` drew. Raises ValueError naming every parameter that
-    is missing or of another shape; tensors of other parts, such as a text encoder or a classifier, are not used.
+    Rank 0 reads them. Random weights stay those that `initialize` drew. Raises ValueError naming a damaged file, or
+    every parameter that is missing or of another shape; tensors of other parts, such as a text encoder or a classifier,
+    are not used.
     """
     encoder = getattr(model, "vision_encoder", None)
     if not isinstance(encoder, Tower):
@@ -166,12 +176,24 @@ def _files(name: str, rest: str, library: str, revision: str | None) -> Path | R
                 f"find_tower: a folder does not have revisions, got {revision=} for {name}; leave vision_revision out"
             )
         return folder
-    if rest.startswith(("/", ".", "~")) or rest.count("/") > 1:
-        raise FileNotFoundError(
-            f"find_tower: there is no folder {folder}; name one in the layout of {library}, or a model on the hub"
-        )
     owned = f"timm/{rest}" if library == "timm" and "/" not in rest else rest
+    if rest.startswith(("/", ".", "~")) or not NAME.fullmatch(owned):
+        form = "timm/name, or timm/owner/name" if library == "timm" else "hf/owner/name"
+        raise FileNotFoundError(
+            f"find_tower: vision_encoder must be a folder or a model on the hub, got {name!r}, and there is no folder "
+            f"{folder}; name one in the layout of {library}, or a model on the hub as {form}"
+        )
     return open_repository(f"{PREFIX}{owned}" + (f"@{revision}" if revision else ""))
+
+
+def _same_place(name: str, revision: str | None, old: Mapping[str, Any]) -> bool:
+    """Whether a name is that of the arguments which a checkpoint holds, or leads to the same folder."""
+    if (name, revision) == (old["vision_encoder"], old["vision_revision"]):
+        return True
+    prefix, _, rest = name.partition("/")
+    config = old["vision_config"]
+    folder = (LIBRARIES.get(prefix), str(Path(rest).expanduser().absolute()))
+    return revision is None and folder == (config["library"], config["source"])
 
 
 def _listed(files: Path | Repository) -> frozenset[str]:
@@ -275,26 +297,39 @@ def _read_timm(
     return config, _images(sizes[1], crop, mean, std)
 
 
-def _weight_files(tower: FoundTower) -> list[Path]:
+def _weight_files(files: Path | Repository) -> list[Path]:
     """Returns the safetensors files of a tower, downloaded and verified if they are on the hub."""
-    assert tower.files is not None
     names = [WEIGHTS]
-    if WEIGHTS not in _listed(tower.files):
-        index = read_json(_fetched(tower.files, INDEX) / INDEX)
+    if WEIGHTS not in _listed(files):
+        index = read_json(_fetched(files, INDEX) / INDEX)
         names = sorted(set(index["weight_map"].values()))
-    folder = _fetched(tower.files, *names)
+    folder = _fetched(files, *names)
     return [folder / name for name in names]
+
+
+def _check_readable(files: Sequence[Path]) -> None:
+    """Raise ValueError if a safetensors file is missing, or its header cannot be read or is of another size."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"load_tower: {file} must be there, as {INDEX} beside it names it; copy the folder again")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"load_tower: {file} cannot be read: {damage(file)}") from error
 
 
 def _read_weights(tower: FoundTower) -> dict[str, Tensor]:
     """Returns the state dict of the encoder, whole and in float32, under today's names of its library."""
-    files = _weight_files(tower)
+    assert tower.files is not None
+    files = _weight_files(tower.files)
+    _check_readable(files)
     with torch.device("meta"):
         wanted = build_tower(tower.description).state_dict()
     if tower.description["library"] == "timm":
         state: dict[str, Any] = {}
         for file in files:
-            state |= _read_file(file)
+            state |= load_file(file)
     else:
         library = tower_library("transformers")
         settings = transformers_config(tower.description["config"])
@@ -316,13 +351,6 @@ def _read_weights(tower: FoundTower) -> dict[str, Tensor]:
             "name another revision, or upgrade the library"
         )
     return {name: state[name] for name in wanted}
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"load_tower: {file} cannot be read: {damage(file)}") from error
 
 
 @contextmanager

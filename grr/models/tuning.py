@@ -37,9 +37,10 @@ def tune_parts(
         )
     known = {name.rpartition(".")[2] for name in linear_layers(model)}
     if lora and (unknown := [name for name in projections if name not in known]):
+        of_parts = {name.rpartition(".")[2] for part in lora for name in linear_layers(model.get_submodule(part))}
         raise ValueError(
-            f"tune_parts: projections must name linear layers of the model, got {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(known))}"
+            f"tune_parts: projections must name linear layers, got {', '.join(unknown)}; those of {', '.join(lora)} "
+            f"are {', '.join(sorted(of_parts)) or 'none'}"
         )
     for part in lora:
         add_adapters(model.get_submodule(part), rank=rank, alpha=alpha, dropout=dropout, projections=projections)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -245,14 +246,23 @@ def test_adapters_are_trained_on_the_parts_of_a_start_and_merged_at_the_end(star
     for (name, ours), theirs in zip(opened.model.named_parameters(), kept.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)
 
+    parts = "vision_encoder, pooler_norm, generative_pooler, text_decoder, multimodal_decoder"
+    new = f"which it does not have: new parts are trained in full; name parts that it has, {parts}"
     for overrides, message in (
-        (["tuning.lora=[classifier]"], "must have the weights of a trained model, got classifier with"),
-        (["tuning.frozen=[classifier]"], "must have the weights of a trained model, got classifier with"),
+        (["tuning.lora=[classifier]"], f"got classifier, {new}"),
+        (["tuning.frozen=[classifier]"], f"got classifier, {new}"),
+        (["tuning.lora=[head]"], f"got head, {new}"),
         (["tuning.dropout=0.1", "run.micro_batch_size=null"], "the dropout of adapters is drawn for a micro-batch"),
     ):
         done = run(command(tmp_path / "refused", "entailment", *small, *overrides))
         assert done.returncode == 1
         assert message in " ".join(done.stderr.split())
+    fresh = tmp_path / "new.yaml"
+    text = (RECIPES / "configs/finetune_classifier/entailment.yaml").read_text()
+    fresh.write_text(re.sub(r"(?m)^model:.*\n( .*\n)*", "model:\n  name: grr_coca\n", text))
+    words = ["--config", str(fresh), *small[1:], f"run.folder={tmp_path / 'refused'}"]
+    done = run([str(RECIPES / "finetune_classifier.py"), *words])
+    assert "got text_decoder, with model.name=grr_coca; remove it from tuning, or set model.name=pretr" in done.stderr
     assert not (tmp_path / "refused").exists()
 
 

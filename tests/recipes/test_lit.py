@@ -1,6 +1,8 @@
 """Locked-image tuning as a user meets it: lit.yaml, the folder of a vision encoder, and a folder of images."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from programs import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tower_folders import PROCESSOR, SIZE, features, saved
 
 import grr
@@ -156,6 +158,41 @@ def test_a_stopped_run_continues_bit_for_bit_without_the_towers_folder(place, lo
     assert "tuning.frozen is ['vision_encoder'] in the checkpoint and [] in the config" in refused.stderr
 
 
+def test_a_run_continues_with_its_tower_at_another_path_and_with_no_other(place, locked):
+    """Path by path; the tower is away where its name leads to the same folder, and read where it has moved."""
+    assert lit(place, "moved", "run.max_steps=1").returncode == 0
+    away, moved = place / "dino_moved_away", place / "dino_new"
+    (place / "dino").rename(away)
+    try:
+        for step, name in enumerate((f"hf/{place / 'dino'}", "hf/dino/"), 2):
+            done = lit(place, "moved", f"run.max_steps={step}", tower=name)
+            assert done.returncode == 0, done.stderr[-3000:]
+    finally:
+        away.rename(place / "dino")
+    shutil.copytree(place / "dino", moved)
+    done = lit(place, "moved", "run.max_steps=5", tower="hf/dino_new")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(moved)
+    done = lit(place, "moved", tower="hf/dino_new")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(place / "moved") == losses(locked)
+    weights = "model/model.safetensors"
+    assert (place / "moved" / weights).read_bytes() == (locked / weights).read_bytes()
+    assert yaml.safe_load((place / "moved/config.yaml").read_text())["model"]["vision_encoder"] == "hf/dino_new"
+
+    saved("dinov2", place / "other_weights")
+    file = place / "other_weights/model.safetensors"
+    save_file({name: 2 * x for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
+    saved("vit", place / "other_model")
+    for name, message in (
+        ("other_weights", r"tower is \w{64} in the checkpoint and \w{64} in the config \(SHA-256 of its weights\)"),
+        ("other_model", r"model.vision_config is .*dinov2.* in the checkpoint and .*vit.* in the config"),
+    ):
+        refused = lit(place, "moved", "run.max_steps=7", tower=f"hf/{name}")
+        assert refused.returncode == 1
+        assert re.search(message, refused.stderr), refused.stderr[-3000:]
+
+
 def test_evaluation_reads_the_model(place, locked):
     config = RECIPES / "configs/evaluate/photos.yaml"
     words = ["--config", str(config), f"model.path={locked}", "data.path=held", "data.split=null"]
@@ -206,6 +243,17 @@ def test_weights_are_random_only_where_that_is_asked_for(place):
     done = lit(place, "random", "run.max_steps=1", "model.vision_weights=random", "tuning.frozen=[]", tower="hf/bare")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((place / "random/manifest.json").read_text())["starts"][-1]["tower"] == "random"
+
+
+def test_a_truncated_tower_is_named_in_one_line_before_the_folder_of_the_run_is_made(place):
+    saved("dinov2", place / "cut")
+    file = place / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    done = lit(place, "refused", tower="hf/cut")
+    assert done.returncode == 1
+    assert "cut/model.safetensors cannot be read: it is truncated" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "refused").exists()
 
 
 def test_a_config_is_checked_with_its_tower_before_a_run(place):

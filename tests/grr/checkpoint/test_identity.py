@@ -57,6 +57,15 @@ def test_adapters_do_not_continue_on_another_base():
                 check_identity(Path("run"), saved, wanted, accepted=["start"])
 
 
+def test_a_tower_is_compared_by_its_weights_and_not_by_where_they_are():
+    """Checkpoints of older versions record where they were."""
+    saved = {"tower": "a", "model.vision_encoder": "hf/tower", "model.vision_revision": None, "model.dim": 8}
+    assert check_identity(Path("run"), saved, {"tower": "a", "model.dim": 8}) == {}
+    with pytest.raises(ValueError, match=r"tower is a in the checkpoint and b in the config \(SHA-256") as refused:
+        check_identity(Path("run"), saved, {"tower": "b", "model.dim": 8})
+    assert "saving.accept_changes" not in str(refused.value)
+
+
 def sections(recipe: str) -> dict[str, set[str]]:
     """The keys of every section that a recipe's config may hold."""
     sys.path.insert(0, str(RECIPES))

@@ -1,6 +1,7 @@
 """Pre-trained towers are found in folders and on the hub, described, loaded, and kept in model folders."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def mistakes(folder):
     yield "dinov2", {}, ValueError, r"must be hf/NAME, of transformers, or timm/NAME, got 'dinov2'"
     yield f"hff/{folder}", {}, ValueError, r"got 'hff/.*' \(did you mean hf\?\)"
     yield f"hf/{folder}/nothing", {}, FileNotFoundError, r"there is no folder .*nothing; name one in the layout of tran"
+    yield (
+        "hf/nope",
+        {},
+        FileNotFoundError,
+        r"got 'hf/nope', and there is no folder nope; .* on the hub as hf/owner/name$",
+    )
+    yield "hf/my tower/x", {}, FileNotFoundError, r"got 'hf/my tower/x', and there is no folder my tower/x; name one in"
     yield f"hf/{folder}", {"config.json": None}, FileNotFoundError, r"must have a config.json of transformers, got the "
     yield f"hf/{folder}", {"config.json": "[]"}, ValueError, r"config.json of hf/.* must be a mapping"
     yield f"hf/{folder}", {"config.json": '{"model_type": "nothing"}'}, ValueError, r"must be a model of transformers 5"
@@ -134,7 +142,7 @@ def mistakes(folder):
     yield f"hf/{folder}", {"preprocessor_config.json": wide}, ValueError, r"images of hf/.* must be square, got"
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(12))
 def test_mistakes_are_named(tmp_path, number):
     saved("vit", tmp_path)
     name, changes, kind, message = list(mistakes(tmp_path))[number]
@@ -162,6 +170,31 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ValueError, match=r"the model must have a tower as its vision encoder, got VisionTransformer; bu"
     ):
         load_tower(tower, grr.grr_coca_tiny())
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, 5000])
+def test_damaged_weights_are_named_when_the_folder_is_found(tmp_path, size):
+    saved("vit", tmp_path)
+    tower = find_tower(f"hf/{tmp_path}")
+    model = grr.create_model("tower_coca", **tower.arguments | SIZES)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    message = rf"load_tower: {re.escape(str(file))} cannot be read: it is (empty|truncated).*; download or copy it"
+    with pytest.raises(ValueError, match=message):
+        find_tower(f"hf/{tmp_path}")
+    with pytest.raises(ValueError, match=message):  # it was damaged after it was found
+        load_tower(tower, model)
+    assert find_tower(f"hf/{tmp_path}", weights="random").fingerprint() == "random"
+
+
+def test_a_file_of_the_weights_that_is_missing_is_named(tmp_path):
+    saved("vit", tmp_path).save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert find_tower(f"hf/{tmp_path}").fingerprint().count("+") >= 1
+    file = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{re.escape(file.name)} must be there, as model.safetensors.index.json "):
+        find_tower(f"hf/{tmp_path}")
 
 
 WORKER = """

@@ -109,3 +109,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"the encoder .*:\n  bn1.running_mean: in the model, not in the file"):
         captioner_of(f"timm/{tmp_path}")
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    saved("resnet18", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"load_tower: .*model.safetensors cannot be read: it is truncated: its"):
+        find_tower(f"timm/{tmp_path}")

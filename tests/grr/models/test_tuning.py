@@ -123,7 +123,11 @@ def test_the_parts_that_are_not_named_are_trained_in_full():
         ),
         (
             {"lora": TOWERS, "projections": ("qkv", "head")},
-            r"projections must name linear layers of the model, got head; it has down, kv, out, q, qkv, up",
+            r"projections must name linear layers, got head; those of vision_encoder, .* are down, kv, out, q, qkv, u",
+        ),
+        (
+            {"lora": ("vision_encoder",), "projections": ("qkv", "nope")},
+            r"projections must name linear layers, got nope; those of vision_encoder are down, out, qkv, up$",
         ),
         (
             {"lora": ("vision_encoder",), "projections": ("kv",)},
