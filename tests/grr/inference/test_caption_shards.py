@@ -84,6 +84,11 @@ def rows_in(folder: Path) -> list[dict]:
     return [row for file in sorted(folder.glob("*.jsonl")) for row in read_results(file)]
 
 
+def outputs_of(folder: Path, shards: list[Path]) -> dict[Path, CaptionedShard]:
+    """The files of shards, with tars."""
+    return {shard: CaptionedShard(folder, shard, write_tar=True) for shard in shards}
+
+
 def captioned_in(logs: list[Path]) -> list[str]:
     """The images that have a caption in the files of processes, once for each."""
     return [row["file"] for log in logs for row in read_results(log) if "error" not in row]
@@ -128,7 +133,7 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
         folder = Path(place, "out")
         for round_, world in enumerate([*worlds, draw.randint(1, 3)]):
             killed = round_ < len(worlds)
-            outputs = {shard: CaptionedShard(folder, shard) for shard in shards}
+            outputs = outputs_of(folder, shards)
             folder.mkdir(exist_ok=True)
             left = module._begin(folder, {"made": 1}, outputs)
             shares = divide([(shard, len(shard_images(shard)[0])) for shard in left], world)
@@ -140,7 +145,6 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
                     rank,
                     SAMPLED,
                     options,
-                    write_tar=True,
                     batch_size=draw.randint(1, 4),
                 )
                 for rank, mine in enumerate(shares)
@@ -164,7 +168,7 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
             else:
                 for shard in left:
                     if not outputs[shard].is_complete():
-                        outputs[shard].finish(write_tar=True)
+                        outputs[shard].finish()
         ours, theirs = ({file.name: file.read_bytes() for file in of.glob("0*.*")} for of in (folder, expected))
         ours.pop("00000.tar.tmp", None)
         assert ours == theirs
@@ -386,3 +390,21 @@ def test_errors_of_an_interrupted_shard_are_tried_again_and_more_shards_are_adde
     assert caption_shards(tiny, [shard], folder)[0].skipped.total() == 0
     records, count = caption_shards(tiny, find_shards(str(tmp_path / "in")), folder)
     assert (records.read, count) == (6, 3)
+
+
+@pytest.mark.parametrize("lost", ["00001.jsonl", "00001.tar"])
+def test_a_shard_of_which_a_file_was_removed_is_captioned_again(tiny, tmp_path, lost):
+    for number in range(3):
+        write_shard(
+            tmp_path / f"in/{number:05d}.tar", [m for i in range(3 * number, 3 * number + 3) for m in sample(i)]
+        )
+    shards, folder = find_shards(str(tmp_path / "in")), tmp_path / "out"
+    caption_shards(tiny, shards, folder, write_tar=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / lost).unlink()
+    left = module._begin(folder, json.loads(before["captions.made_with.json"]), outputs_of(folder, shards))
+    assert left == [shards[1]]
+    assert not (folder / "00001_stats.json").exists()  # a kill now leaves no counts of files that are not there
+    records, count = caption_shards(tiny, shards, folder, write_tar=True)
+    assert (records.read, count) == (9, 3)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
