@@ -186,8 +186,7 @@ def _count(row: Row, records: Records) -> None:
     if row.get("caption"):
         records.read += 1
     else:
-        reason = row.get("error") or row.get("filtered") or "empty caption"
-        records.skip(row["file"], reason)
+        records.skip(row["file"], row.get("error") or row["filtered"])
 
 
 def _add_sample(tar: tarfile.TarFile, file: BinaryIO, image: ShardImage, row: Row) -> None:

@@ -1,5 +1,6 @@
 """Captions of tar shards: each image exactly once, however the work is divided and interrupted."""
 
+import copy
 import io
 import json
 import random
@@ -20,6 +21,7 @@ from grr.checkpoint.run_lock import RunLock
 from grr.data.formats.shards import are_shards, find_shards, webdataset
 from grr.data.images import load_image
 from grr.files.lock import lock
+from grr.generation.generate import generate_several
 from grr.inference.captioner import Captioner
 from grr.inference.captioning import shards as module
 from grr.inference.captioning.batches import CaptionOptions, caption_batches
@@ -27,6 +29,7 @@ from grr.inference.captioning.shard import PARTS, CaptionedShard, shard_images
 from grr.inference.captioning.shards import caption_shard_images, caption_shards, caption_shares, divide
 from grr.inference.results import read_results
 from grr.models.builders import grr_coca_tiny
+from grr.seeds import derive_seed
 from grr.tokenizers import train_tokenizer
 
 SAMPLED = {"temperature": 1.5, "max_new_tokens": 4}
@@ -288,6 +291,37 @@ def test_captions_below_a_limit_are_marked_and_left_out_of_the_shards(tiny, tmp_
         assert records.total == 12 == records.read + records.skipped.total()
         pairs = webdataset(shards=str(folder))
         assert len(set(pairs.image_of.tolist())) == records.read == kept
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("scores", [False, True])
+def test_empty_captions_are_dropped_and_an_image_without_another_is_skipped(tiny, tmp_path, number, scores):
+    shard, folder = tmp_path / "in/00000.tar", tmp_path / "out"
+    images = range(60)
+    write_shard(shard, [member for i in images for member in sample(i)])
+    pixels = torch.stack([load_image(picture(i), size=32, crop="squash") for i in images])
+    tokenizer, model = tiny.tokenizer, copy.deepcopy(tiny.model)
+    with torch.no_grad():  # many captions end before their first word
+        first = model(pixels, torch.full((60, 1), tokenizer.bos_id)).logits[:, 0].argmax(1).mode().values
+        model.multimodal_decoder.head.weight[tokenizer.eos_id] = model.multimodal_decoder.head.weight[first]
+    trained, generation = tiny._replace(model=model), {"temperature": 0.5, "max_new_tokens": 1}
+    keys = torch.tensor([derive_seed(0, f"00000.tar/{i:06d}.png") for i in images])
+    drawn, _ = generate_several(model, pixels, tokenizer, generation, num_captions=number, keys=keys)
+    expected = [[text for text in some if text] for some in drawn]
+    assert expected != drawn
+    empty = expected.count([])
+    assert 0 < empty < 60
+
+    options = CaptionOptions(num_captions=number, scores=scores)
+    records, _ = caption_shards(trained, [shard], folder, generation, options=options, write_tar=True)
+    for row, some in zip(rows_in(folder), expected, strict=True):
+        assert row.get("caption", []) == (some if number > 1 or not some else some[0])
+        assert row.get("filtered") == (None if some else "empty caption")
+        assert ("cosine" in row) == (scores and some != [])
+    assert (records.read, records.skipped) == (60 - empty, {"empty caption": empty})
+    pairs = webdataset(shards=str(folder))
+    assert len(set(pairs.image_of.tolist())) == 60 - empty
+    assert pairs.skipped == 0
 
 
 # Work
