@@ -267,6 +267,21 @@ def test_all_images_are_captioned_or_skipped_with_a_reason_and_nothing_else_is_l
         assert json.load(after.extractfile("alone.json"))["old_caption"] is None
 
 
+def test_a_hole_in_a_shard_and_an_empty_one_are_reported(tiny, tmp_path):
+    torn, empty = tmp_path / "in/00000.tar", tmp_path / "in/00001.tar"
+    write_shard(torn, [(f"{i:06d}.png", picture(i) + bytes([1]) * 1000) for i in range(20)])
+    content = torn.read_bytes()
+    start = content.index(b"000009.png")
+    torn.write_bytes(content[:start] + bytes(512) + content[start + 512 :])
+    empty.write_bytes(b"")
+    records, _ = caption_shards(tiny, [torn, empty], tmp_path / "out")
+    assert records.total == 19
+    assert records.damaged == [
+        f"{torn} is damaged at byte {start:,}: zeros in the place of a header; the rest is used",
+        f"{empty} is damaged at byte 0: the file is empty",
+    ]
+
+
 def test_captions_below_a_limit_are_marked_and_left_out_of_the_shards(tiny, tmp_path):
     shard = tmp_path / "in/00000.tar"
     write_shard(shard, [member for i in range(12) for member in sample(i)])
