@@ -165,12 +165,11 @@ def divide(counts: Sequence[tuple[Path, int]], world: int) -> list[list[Share]]:
 
 def _begin(folder: Path, made: dict[str, Any], outputs: dict[Path, CaptionedShard]) -> list[Path]:
     """Check what the folder was made with; returns the shards that are not complete, without half written lines."""
-    results = folder / "captions"
     if any(folder.glob("*_stats.json")) or any((folder / PARTS).glob("*.jsonl")):
-        check_made_with("caption_shards", results, made)
+        check_made_with("caption_shards", folder, made)
     refuse_other_writers((folder / PARTS).glob(".rank*.lock"))
     left = [shard for shard, output in outputs.items() if not output.is_complete()]
-    write_made_with(results, made)
+    write_made_with(folder, made)
     (folder / PARTS).mkdir(exist_ok=True)
     for output in outputs.values():
         output.begin()

@@ -378,11 +378,13 @@ def test_other_settings_or_shards_are_refused_with_both_values(tiny, tmp_path):
     caption_shards(tiny, [shard], folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     for options, message in (
-        ({"generation": {"num_beams": 2}}, r"\(generation: \{\} in the file, \{'num_beams': 2\} now\)"),
-        ({"options": CaptionOptions(min_cosine=0.5)}, r"\(min_cosine: None in the file, 0.5 now\)"),
-        ({"write_tar": True}, r"\(write_tar: False in the file, True now\)"),
+        ({"generation": {"num_beams": 2}}, r"\(generation.num_beams is not set there and 2 now\)"),
+        ({"options": CaptionOptions(min_cosine=0.5)}, r"\(min_cosine is not set there and 0.5 now\)"),
+        ({"write_tar": True}, r"\(write_tar is false there and true now\)"),
     ):
-        with pytest.raises(ValueError, match=f"caption_shards: .*written with other options {message}"):
+        with pytest.raises(
+            ValueError, match=f"caption_shards: {folder} was written with other options {message}; set another folder,"
+        ):
             caption_shards(tiny, [shard], folder, **options)
     write_shard(shard, [member for i in range(20) for member in sample(i)])
     with pytest.raises(ValueError, match=r"holds captions of another 00000.tar, of [\d,]+ bytes"):
@@ -435,7 +437,7 @@ def test_errors_of_an_interrupted_shard_are_tried_again_and_more_shards_are_adde
     outputs[shard].log(0).write_text('{"file": "00000.tar/000001.png", "error": "Input/output error"}\n')
     shutil.copy(shard, tmp_path / "in/00001.tar")
     made = module.captions_made_with(tiny, None, None) | {"write_tar": False}
-    module.write_made_with(folder / "captions", made)
+    module.write_made_with(folder, made)
     assert caption_shards(tiny, [shard], folder)[0].skipped.total() == 0
     records, count = caption_shards(tiny, find_shards(str(tmp_path / "in")), folder)
     assert (records.read, count) == (6, 3)
