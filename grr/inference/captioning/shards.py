@@ -15,7 +15,7 @@ from torch import Tensor
 from grr.checkpoint.run_lock import RunLock, refuse_other_writers
 from grr.data.image_files import batches
 from grr.data.records import Records
-from grr.generation.generate import check_generation
+from grr.generation.generate import check_generation, check_options
 from grr.inference.captioner import Captioner
 from grr.inference.captioning.batches import CaptionOptions, caption_batches
 from grr.inference.captioning.files import BATCH, captions_made_with
@@ -69,6 +69,8 @@ def caption_shards(
     two shards have one name; or if the folder is that of the shards.
     """
     check_generation("caption_shards", generation or {})
+    several = (options or CaptionOptions()).num_captions
+    check_options(trained.model, trained.tokenizer, generation or {}, num_captions=several)
     _check_names(shards, folder)
     made = json.loads(json.dumps(captions_made_with(trained, generation, options) | {"write_tar": write_tar}))
     rank, world = rank_and_world()

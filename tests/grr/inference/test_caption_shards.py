@@ -25,6 +25,7 @@ from grr.generation.generate import generate_several
 from grr.inference.captioner import Captioner
 from grr.inference.captioning import shards as module
 from grr.inference.captioning.batches import CaptionOptions, caption_batches
+from grr.inference.captioning.files import caption_files
 from grr.inference.captioning.shard import PARTS, CaptionedShard, shard_images
 from grr.inference.captioning.shards import caption_shard_images, caption_shards, caption_shares, divide
 from grr.inference.results import read_results
@@ -398,6 +399,16 @@ def test_more_captions_than_a_search_finds_are_refused(tiny, tmp_path, generatio
     options = CaptionOptions(num_captions=3)
     with pytest.raises(ValueError, match=r"need sampling or as many beams, and at least one .*num_captions=3"):
         caption_shards(tiny, [tmp_path / "in/00000.tar"], tmp_path / "out", generation, options=options)
+    assert not (tmp_path / "out").exists()  # before a shard is read
+
+
+def test_a_prefix_that_leaves_no_room_is_refused_before_a_file_is_read(tiny, tmp_path):
+    words = {"prefix": "red fox " * 20}
+    with pytest.raises(ValueError, match="prefix must have fewer tokens than max_new_tokens"):
+        caption_shards(tiny, [tmp_path / "missing.tar"], tmp_path / "out", words)
+    with pytest.raises(ValueError, match="prefix must have fewer tokens than max_new_tokens"):
+        caption_files(tiny, ["missing.jpg"], tmp_path / "out/captions.jsonl", words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_and_names_that_would_lose_data_are_refused(tiny, tmp_path):
