@@ -52,7 +52,7 @@ def caption(options: argparse.Namespace) -> int:
     trained = _load(options)
     batches = caption_images(trained, files, batch_size=options.batch_size)
     of_shards = caption_shard_images(trained, shards, batch_size=options.batch_size)
-    return _print_rows(chain(batches, of_shards), lambda row: str(row["caption"]))
+    return _print_rows(chain(batches, of_shards), lambda row: str(row.get("caption", "")))
 
 
 def add_classify(subparsers: Any) -> None:

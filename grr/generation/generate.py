@@ -87,20 +87,30 @@ def generate_several(
     keys: int64 [b], which decide what is drawn for each image in any batch; by default hashes of the seed and the row.
     Raises ValueError as `generate` does, and if greedy search, or fewer beams, should find several captions.
     """
-    options = {name: argument.default for name, argument in arguments_of(generate)[0].items()} | options
-    longest = tokenizer.context_length - 3  # BOS, EOS and CLS are in every row
-    if options["max_new_tokens"] is None:
-        options["max_new_tokens"] = longest
-    prefix = prefix_ids(tokenizer, options.pop("prefix"))
-    rules = {name: value for name, value in options.items() if name not in ("length_penalty", "seed")}
-    vocab_size = model.multimodal_decoder.head.out_features
-    _check(images, vocab_size, tokenizer, num_captions=num_captions, prefix=len(prefix), **rules)
+    options, prefix = check_options(model, tokenizer, options, num_captions=num_captions, images=images)
     with evaluating(model), onednn_linears(model.text_decoder, model.multimodal_decoder):
         state = DecodingState(model, images, tokenizer, prefix=prefix, **{name: options[name] for name in OF_STATE})
         context = state.context
         found = search(state, num_captions=num_captions, keys=keys, **{name: options[name] for name in OF_SEARCH})
     captions = [[tokenizer.decode(row) for row in rows if row[0] != tokenizer.pad_id] for rows in found.tolist()]
     return captions, context
+
+
+def check_options(
+    model: CoCa, tokenizer: Tokenizer, options: dict[str, Any], *, num_captions: int = 1, images: Tensor | None = None
+) -> tuple[dict[str, Any], list[int]]:
+    """Returns the options of `generate_several` with their defaults, and the tokens of the prefix.
+
+    images: are checked too. Raises ValueError as `generate_several` does.
+    """
+    options = {name: argument.default for name, argument in arguments_of(generate)[0].items()} | options
+    if options["max_new_tokens"] is None:
+        options["max_new_tokens"] = tokenizer.context_length - 3  # BOS, EOS and CLS are in every row
+    prefix = prefix_ids(tokenizer, options.pop("prefix"))
+    rules = {name: value for name, value in options.items() if name not in ("length_penalty", "seed")}
+    vocab_size = model.multimodal_decoder.head.out_features
+    _check(images, vocab_size, tokenizer, num_captions=num_captions, prefix=len(prefix), **rules)
+    return options, prefix
 
 
 def prefix_ids(tokenizer: Tokenizer, prefix: str) -> list[int]:
@@ -203,7 +213,7 @@ def _draw(p: Tensor, keys: Tensor) -> Tensor:
 
 
 def _check(
-    images: Tensor,
+    images: Tensor | None,
     vocab_size: int,
     tokenizer: Tokenizer,
     *,
@@ -222,9 +232,9 @@ def _check(
     longest, words = tokenizer.context_length - 3, tokenizer.vocab_size - 4  # words: all ids but PAD, EOS, BOS and CLS
     rules = [
         (
-            images.ndim == 4 and len(images) > 0,
-            f"images must be [b, 3, h, w] with b >= 1, got {list(images.shape)}; for a single image, pass "
-            "image.unsqueeze(0)",
+            images is None or (images.ndim == 4 and len(images) > 0),
+            f"images must be [b, 3, h, w] with b >= 1, got {list(getattr(images, 'shape', ()))}; for a single image, "
+            "pass image.unsqueeze(0)",
         ),
         (
             vocab_size == tokenizer.vocab_size,

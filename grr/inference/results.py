@@ -17,6 +17,7 @@ from grr.parallel.process_group import on_rank_0, rank_and_world, wait_for_all
 from grr.parallel.progress import shared_bar
 
 NAMED = 100  # files in a message
+DIFFERENCES = 10  # options in a message
 
 Row = dict[str, Any]  # "file" and its results, or "file" and "error"
 
@@ -126,25 +127,36 @@ def held(log: Path) -> Iterator[IO[bytes]]:
 
 
 def check_made_with(who: str, results: Path, made: dict[str, Any]) -> None:
-    """Raise ValueError if results, a file or NAME in a folder, were made with other options, naming both values."""
-    file = made_with_file(results)
+    """Raise ValueError if results, a file or a folder, were made with other options, naming both values of each."""
+    file, kind = made_with_file(results), "folder" if results.is_dir() else "file"
     try:
         there = dict(json.loads(file.read_bytes()))
     except (OSError, ValueError):
         raise ValueError(
             f"{who}: {results} exists without {file.name}, which names the model and options that "
-            "it was written with; set another file, or move that one away"
+            f"it was written with; set another {kind}, or move that one away"
         ) from None
+    before, now = dict(_entries(there)), dict(_entries(made))
     changed = [
-        f"{key}: {there.get(key)} in the file, {made.get(key)} now"
-        for key in sorted(there.keys() | made.keys())
-        if there.get(key) != made.get(key)
+        f"{key} is {before.get(key, 'not set')} there and {now.get(key, 'not set')} now"
+        for key in sorted(before.keys() | now.keys())
+        if (key in before, before.get(key)) != (key in now, now.get(key))
     ]
     if changed:
+        more = [f"and {len(changed) - DIFFERENCES:,} more"] if len(changed) > DIFFERENCES else []
         raise ValueError(
-            f"{who}: {results} was written with other options ({'; '.join(changed)}); set another "
-            "file or folder, or delete that one to start again"
+            f"{who}: {results} was written with other options ({'; '.join(changed[:DIFFERENCES] + more)}); set another "
+            f"{kind}, or delete that one to start again"
         )
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the values of nested objects and lists as text, by names such as generation.seed."""
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _entries(one, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, json.dumps(value, ensure_ascii=False)
 
 
 def write_made_with(results: Path, made: dict[str, Any]) -> None:
@@ -153,7 +165,9 @@ def write_made_with(results: Path, made: dict[str, Any]) -> None:
 
 
 def made_with_file(results: Path) -> Path:
-    """Returns the file that says what results were made with."""
+    """Returns the file that says what results, a file or a folder, were made with."""
+    if results.is_dir():
+        return results / "captions.made_with.json"
     return results.with_name(results.stem + ".made_with.json")
 
 

@@ -2,6 +2,9 @@
 
 import gc
 import os
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -61,10 +64,44 @@ def _begin() -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         _allow_open_files()
-        dist.init_process_group(backend)
+        with _ended_with_launcher():
+            dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return device
+
+
+@contextmanager
+def _ended_with_launcher() -> Iterator[None]:
+    """End this process if torchrun, which started it, ends before the block does; else it would wait for DEADLINE.
+
+    Raises ConnectionError if torchrun has ended before, which its store shows.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        yield
+        return
+    launcher, joined = os.getppid(), threading.Event()
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        socket.create_connection(address, timeout=DEADLINE.total_seconds()).close()
+    except ConnectionRefusedError:
+        raise ConnectionError(
+            "process_group: the launcher of a run must not end before its processes, got no store at "
+            f"{address[0]}:{address[1]}; start the run again"
+        ) from None
+    except OSError:  # another one, which torch tries again
+        pass
+
+    def watch() -> None:
+        while not joined.wait(1):
+            if os.getppid() != launcher:
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def _allow_open_files() -> None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS = (".txt", ".caption", ".text")  # suffixes of captions; the first that a key has is read, otherwise .json
 MAX_TEXT = 2**24  # bytes of a caption's member
-LAYOUT = 2  # of an index file; a file of another layout is rebuilt
+LAYOUT = 3  # of an index file; a file of another layout is rebuilt
 STALE = 3600  # seconds after which a temporary file belongs to a process that was killed
 COLUMNS = {
     "ids": np.uint8,
@@ -170,9 +170,11 @@ def _samples(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]
 def members_by_key(shard: Path, file: BinaryIO, records: Records) -> dict[str, Sample]:
     """Returns the images and captions of a shard by key, in the order of the keys; damage and all else is counted."""
     samples: defaultdict[str, Sample] = defaultdict(lambda: defaultdict(list))
-    for item in read_members(file):
+    items = list(read_members(file))
+    rest = "; the rest is used" if any(isinstance(item, Member) for item in items) else ""
+    for item in items:
         if isinstance(item, Damage):
-            records.damaged.append(f"{shard} is damaged at byte {item.offset:,}: {item.reason}; the rest is used")
+            records.damaged.append(f"{shard} is damaged at byte {item.offset:,}: {item.reason}{rest}")
             continue
         key, extension = os.path.splitext(file_name(item.name))
         kind = IMAGE if extension.lower() in SUFFIXES else extension.lower()

@@ -47,16 +47,22 @@ def read_members(file: BinaryIO) -> Iterator[Member | Damage]:
 
     After damage, the next header with a valid checksum is searched for. A member that would extend beyond the end of
     the file, or whose size is negative, has a fault if others follow it; otherwise the file was truncated there. Only
-    headers are read: content is skipped.
+    headers are read: content is skipped. Zeros in the place of a header are the end of an archive, after which another
+    may have been appended, or damage (`_is_end`).
     """
     end = os.fstat(file.fileno()).st_size
     if end == 0:
         yield Damage(0, "the file is empty")
-    offset, extra = 0, ExtraHeaders()
+    offset, archive, extra = 0, 0, ExtraHeaders()
     while offset < end:
         header, reason = _header(file, offset)
-        if header is None and not reason:  # zeros mark the end, unless another archive was appended
-            offset = _next_header(file, offset + BLOCK, end)
+        if header is None and not reason:
+            following = _next_header(file, offset + BLOCK, end)
+            if _is_end(file, archive, offset, following, end):
+                archive = following
+            else:
+                yield Damage(offset, "zeros in the place of a header")
+            offset, extra = following, ExtraHeaders()
             continue
         content = None if header is None else _content(file, offset, header, extra)
         if header is None or content is None or content[0] + content[1] > end:
@@ -74,6 +80,18 @@ def read_members(file: BinaryIO) -> Iterator[Member | Damage]:
             yield Member(extra.name or header.name, start, size, extra.fault or _fault(header))
             extra = ExtraHeaders()
         offset = start + -(-size // BLOCK) * BLOCK
+
+
+def _is_end(file: BinaryIO, archive: int, offset: int, following: int, end: int) -> bool:
+    """Returns whether the zeros at an offset are the end of the archive that began at `archive`.
+
+    Its end is two blocks of zeros, which most writers pad to a multiple of RECORDSIZE. Nothing else may lie between
+    them and the following header, or the end of the file.
+    """
+    if following < end and following - offset != 2 * BLOCK and (following - archive) % tarfile.RECORDSIZE:
+        return False
+    starts = range(offset, following, SEARCHED)
+    return not any(_read(file, start, min(SEARCHED, following - start)).strip(b"\0") for start in starts)
 
 
 class ExtraHeaders:

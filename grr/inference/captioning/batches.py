@@ -75,13 +75,14 @@ def caption_batches(
 def write_captions(
     trained: Captioner, pixels: Tensor, names: list[str], generation: dict[str, Any], options: CaptionOptions
 ) -> list[list[Caption]]:
-    """Write the captions of images, uint8 [b, 3, h, w], each image encoded once: b lists."""
+    """Write the captions of images, uint8 [b, 3, h, w], each image encoded once: b lists, without empty captions."""
     model, tokenizer, pixels = trained.model, trained.tokenizer, pixels.to(trained.device)
     seed = generation.get("seed", 0)
     keys = torch.tensor([derive_seed(seed, name) for name in names]).to(pixels.device)  # [b]
     texts, context = generate_several(
         model, pixels, tokenizer, generation, num_captions=options.num_captions, keys=keys
     )
+    texts = [[text for text in some if text.strip()] for some in texts]  # readers skip a caption of white space
     if not options.scored:
         return [[Caption(text) for text in some] for some in texts]
     captions: list[list[Caption]] = [[] for _ in texts]
@@ -100,14 +101,15 @@ def image_row(file: str, captions: list[Caption], options: CaptionOptions) -> Ro
     """Returns the row of an image: {"file", "caption"}, with "likelihood" and "cosine" if there are scores.
 
     With num_captions > 1 the three are lists. Captions that are left out are in the list "rejected". If all are, the
-    row has no caption, but "filtered", the reason why the first was left out, and its scores.
+    row has no caption, but "filtered", the reason why the first was left out, and its scores. Without a caption,
+    because all were empty, "filtered" is "empty caption".
     """
     reasons = [_reason(caption, options) for caption in captions]
     kept = [caption for caption, reason in zip(captions, reasons, strict=True) if not reason]
     row: Row = {"file": file}
     shown = kept or captions[:1]
     if not kept:
-        row["filtered"] = reasons[0] if captions else "no caption was found"
+        row["filtered"] = reasons[0] if captions else "empty caption"
     else:
         row["caption"] = [caption.text for caption in kept]
     if options.scored and shown:

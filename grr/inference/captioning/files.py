@@ -7,7 +7,7 @@ from typing import Any
 
 from grr.data.image_files import batches
 from grr.data.images import load_image
-from grr.generation.generate import check_generation
+from grr.generation.generate import check_generation, check_options
 from grr.inference.captioner import Captioner
 from grr.inference.captioning.batches import CaptionOptions, caption_batches
 from grr.inference.pretrained import fingerprint
@@ -34,6 +34,8 @@ def caption_files(
     other options.
     """
     check_generation("caption_files", generation or {})
+    several = (options or CaptionOptions()).num_captions
+    check_options(trained.model, trained.tokenizer, generation or {}, num_captions=several)
     made_with = captions_made_with(trained, generation, options)
 
     def work(left: list[str]) -> Iterator[list[Row]]:

@@ -82,14 +82,15 @@ class CaptionedShard:
     """The files of the captions of a shard in a folder.
 
     NAME.jsonl has a row for each image of the shard, in its order; NAME.tar, if it is asked for, the images with a
-    caption; NAME_stats.json the counts, and is written last: then the shard is complete. Before, each process appends
-    the rows of its images to a file of its own in parts/.
+    caption; NAME_stats.json the counts, and is written last. The shard is complete when all of them exist. Before, each
+    process appends the rows of its images to a file of its own in parts/.
     """
 
-    def __init__(self, folder: Path, shard: Path) -> None:
+    def __init__(self, folder: Path, shard: Path, *, write_tar: bool = False) -> None:
         self.folder, self.shard, self.name = folder, shard, shard.stem
         self.rows, self.tar = folder / f"{self.name}.jsonl", folder / f"{self.name}.tar"
         self.stats = folder / f"{self.name}_stats.json"
+        self.write_tar = write_tar
 
     def is_complete(self) -> bool:
         """Returns whether all captions are written. Raises ValueError if they are of another shard of this name."""
@@ -101,7 +102,7 @@ class CaptionedShard:
                 f"caption_shards: {self.folder} holds captions of another {self.shard.name}, of {before:,} bytes; "
                 f"{self.shard} has {size:,}; set another folder, or delete {self.stats.name} to caption it again"
             )
-        return True
+        return self.rows.is_file() and (self.tar.is_file() or not self.write_tar)
 
     def facts(self) -> dict[str, Any]:
         """Returns the counts of a complete shard."""
@@ -121,8 +122,13 @@ class CaptionedShard:
         return {row["file"] for row in rows_of(*self.logs()) if "error" not in row}
 
     def begin(self) -> None:
-        """Cut off what a kill left of a line, and remove what it left of a complete shard."""
+        """Cut off what a kill left of a line, and remove what it left of a complete shard.
+
+        The counts of a shard without its other files are removed, because they would complete it before its last file.
+        """
         complete = self.is_complete()
+        if not complete:
+            self.stats.unlink(missing_ok=True)
         for log in self.logs():
             if complete:
                 log.unlink()
@@ -130,7 +136,7 @@ class CaptionedShard:
                 content = log.read_bytes()
                 write_atomic(log, content[: content.rfind(b"\n") + 1])
 
-    def finish(self, *, write_tar: bool) -> None:
+    def finish(self) -> None:
         """Write the files of the shard, each aside and renamed, the counts last; then remove the parts.
 
         Raises ValueError if an image has no row.
@@ -149,7 +155,7 @@ class CaptionedShard:
         records.damaged = damaged
         for image in images:
             _count(rows[image.name], records)
-        if write_tar:
+        if self.write_tar:
             aside = self.tar.with_name(f"{self.tar.name}.tmp")
             with open_regular_file(self.shard) as file, tarfile.open(aside, "w") as tar:
                 for image in images:
@@ -180,8 +186,7 @@ def _count(row: Row, records: Records) -> None:
     if row.get("caption"):
         records.read += 1
     else:
-        reason = row.get("error") or row.get("filtered") or "empty caption"
-        records.skip(row["file"], reason)
+        records.skip(row["file"], row.get("error") or row["filtered"])
 
 
 def _add_sample(tar: tarfile.TarFile, file: BinaryIO, image: ShardImage, row: Row) -> None:

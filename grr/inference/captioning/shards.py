@@ -15,7 +15,7 @@ from torch import Tensor
 from grr.checkpoint.run_lock import RunLock, refuse_other_writers
 from grr.data.image_files import batches
 from grr.data.records import Records
-from grr.generation.generate import check_generation
+from grr.generation.generate import check_generation, check_options
 from grr.inference.captioner import Captioner
 from grr.inference.captioning.batches import CaptionOptions, caption_batches
 from grr.inference.captioning.files import BATCH, captions_made_with
@@ -61,17 +61,20 @@ def caption_shards(
 
     Called by all processes of a group alike. Images are divided by their number, so a few shards use all processes;
     which process writes a caption does not change it. A shard that is complete is skipped; of one that is not, the
-    images that have a row. Memory grows with the images of the largest shard, not with their sum.
+    images that have a row. A shard of which a file was removed is captioned again. Memory grows with the images of the
+    largest shard, not with their sum.
     captioned + skipped (unreadable, below a limit, or with an empty caption) = images in the shards; parts of a damaged
     shard in which members cannot be separated are listed in `damaged`.
     Raises ValueError if the folder holds captions that were made with another model, other options or other shards; if
     two shards have one name; or if the folder is that of the shards.
     """
     check_generation("caption_shards", generation or {})
+    several = (options or CaptionOptions()).num_captions
+    check_options(trained.model, trained.tokenizer, generation or {}, num_captions=several)
     _check_names(shards, folder)
     made = json.loads(json.dumps(captions_made_with(trained, generation, options) | {"write_tar": write_tar}))
     rank, world = rank_and_world()
-    outputs = {shard: CaptionedShard(folder, shard) for shard in shards}
+    outputs = {shard: CaptionedShard(folder, shard, write_tar=write_tar) for shard in shards}
     with RunLock(folder):
         left: list[Path] = on_rank_0(lambda: _begin(folder, made, outputs))
         counts = _count_images(left)
@@ -81,12 +84,12 @@ def caption_shards(
         with held(parts / f".rank{rank}.lock"):
             with shared_bar(parts, total=sum(counts) + before, initial=before, name=name) as add:
                 work = partial(caption_shares, trained, mine, outputs, rank, generation, options)
-                for count in work(write_tar=write_tar, batch_size=batch_size, skipped=add):
+                for count in work(batch_size=batch_size, skipped=add):
                     captioned += count
                     add(count)
             for shard in left[rank::world]:  # those of several processes, and those without an image left
                 if not outputs[shard].is_complete():
-                    outputs[shard].finish(write_tar=write_tar)
+                    outputs[shard].finish()
         wait_for_all()
         if rank == 0:
             shutil.rmtree(parts)
@@ -104,7 +107,6 @@ def caption_shares(
     generation: dict[str, Any] | None = None,
     options: CaptionOptions | None = None,
     *,
-    write_tar: bool = False,
     batch_size: int = BATCH,
     skipped: Callable[[int], None] = lambda count: None,
 ) -> Iterator[int]:
@@ -122,7 +124,7 @@ def caption_shares(
             log.write(b"".join(json_line(row) for _, row in some))
         share.left -= len(some)
         if share.left == 0 and share.is_whole:
-            outputs[share.shard].finish(write_tar=write_tar)
+            outputs[share.shard].finish()
         yield len(some)
 
 
@@ -165,12 +167,11 @@ def divide(counts: Sequence[tuple[Path, int]], world: int) -> list[list[Share]]:
 
 def _begin(folder: Path, made: dict[str, Any], outputs: dict[Path, CaptionedShard]) -> list[Path]:
     """Check what the folder was made with; returns the shards that are not complete, without half written lines."""
-    results = folder / "captions"
     if any(folder.glob("*_stats.json")) or any((folder / PARTS).glob("*.jsonl")):
-        check_made_with("caption_shards", results, made)
+        check_made_with("caption_shards", folder, made)
     refuse_other_writers((folder / PARTS).glob(".rank*.lock"))
     left = [shard for shard, output in outputs.items() if not output.is_complete()]
-    write_made_with(results, made)
+    write_made_with(folder, made)
     (folder / PARTS).mkdir(exist_ok=True)
     for output in outputs.values():
         output.begin()

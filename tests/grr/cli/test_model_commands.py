@@ -78,7 +78,7 @@ def test_classify_writes_rows_and_a_page_and_continues(here, colour_run, capsys)
     assert main(["classify", str(colour_run), "mine", *words]) == 0
     assert "24 images classified, 6 of them before; 1 could not be read" in capsys.readouterr().out
     assert main(["classify", str(colour_run), "mine", *words[:-4], "--top", "3", *words[-2:]]) == 1
-    assert "top: 2 in the file, 3 now" in capsys.readouterr().err
+    assert "top is 2 there and 3 now" in capsys.readouterr().err
 
 
 def test_the_template_decides_what_the_text_encoder_reads(here, colour_run, capsys):

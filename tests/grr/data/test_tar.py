@@ -85,9 +85,37 @@ def test_members_after_noise_are_found(shard, contents, noise):
     assert [item.offset for item in found if isinstance(item, Damage)] == [len(START)]
 
 
-def test_archives_that_were_joined_are_read_to_the_end(shard):
-    found = members_of(shard, GOOD + GOOD)
-    assert [item.name for item in found] == ["good.jpg", "good.txt"] * 2
+@pytest.mark.parametrize("padding", [2 * BLOCK, len(GOOD) - len(START)])  # the least, and that of tarfile
+def test_archives_that_were_joined_are_read_to_the_end(shard, padding):
+    found = members_of(shard, (START + bytes(padding)) * 3)
+    assert [item.name for item in found] == ["good.jpg", "good.txt"] * 3
+
+
+@given(hole=st.integers(0, 98), blocks=st.integers(1, 8), last=st.booleans(), joined=st.booleans())
+def test_members_that_zeros_replaced_are_reported(shard, hole, blocks, last, joined):
+    whole = archive([(f"{number:02d}.jpg", b"x" * 8 * BLOCK) for number in range(100)])  # 9 blocks for each
+    if joined:
+        whole = archive([("before.jpg", b"")]) + whole
+    start = whole.index(b"%02d.jpg" % hole) + (8 * BLOCK if last else 0)  # a header, or the end of a content
+    torn = whole[:start] + bytes(blocks * BLOCK) + whole[start + blocks * BLOCK :]
+    found = members_of(shard, torn)
+    lost = [number for number in range(100) if b"%02d.jpg" % number not in torn]
+    kept = [f"{number:02d}.jpg" for number in range(100) if number not in lost]
+    assert [item.name for item in found if isinstance(item, Member)] == ["before.jpg"] * joined + kept
+    expected = [whole.index(b"%02d.jpg" % number) for number in lost[:1]]
+    assert [item.offset for item in found if isinstance(item, Damage)] == expected
+
+
+def test_a_member_that_zeros_replaced_exactly_is_reported(shard):
+    whole = archive([(f"{number}.jpg", b"x" * 3 * BLOCK) for number in range(3)])
+    found = members_of(shard, whole[: 4 * BLOCK] + bytes(4 * BLOCK) + whole[8 * BLOCK :])
+    assert [getattr(item, "name", item.offset) for item in found] == ["0.jpg", 4 * BLOCK, "2.jpg"]
+
+
+@given(content=st.binary(min_size=1, max_size=BLOCK))
+def test_content_after_the_end_of_an_archive_is_reported(shard, content):
+    found = members_of(shard, GOOD + b"\x01" + content)
+    assert [item.offset for item in found if isinstance(item, Damage)] == [len(START)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Captions of tar shards: each image exactly once, however the work is divided and interrupted."""
 
+import copy
 import io
 import json
 import random
@@ -20,13 +21,16 @@ from grr.checkpoint.run_lock import RunLock
 from grr.data.formats.shards import are_shards, find_shards, webdataset
 from grr.data.images import load_image
 from grr.files.lock import lock
+from grr.generation.generate import generate_several
 from grr.inference.captioner import Captioner
 from grr.inference.captioning import shards as module
 from grr.inference.captioning.batches import CaptionOptions, caption_batches
+from grr.inference.captioning.files import caption_files
 from grr.inference.captioning.shard import PARTS, CaptionedShard, shard_images
 from grr.inference.captioning.shards import caption_shard_images, caption_shards, caption_shares, divide
 from grr.inference.results import read_results
 from grr.models.builders import grr_coca_tiny
+from grr.seeds import derive_seed
 from grr.tokenizers import train_tokenizer
 
 SAMPLED = {"temperature": 1.5, "max_new_tokens": 4}
@@ -84,6 +88,11 @@ def rows_in(folder: Path) -> list[dict]:
     return [row for file in sorted(folder.glob("*.jsonl")) for row in read_results(file)]
 
 
+def outputs_of(folder: Path, shards: list[Path]) -> dict[Path, CaptionedShard]:
+    """The files of shards, with tars."""
+    return {shard: CaptionedShard(folder, shard, write_tar=True) for shard in shards}
+
+
 def captioned_in(logs: list[Path]) -> list[str]:
     """The images that have a caption in the files of processes, once for each."""
     return [row["file"] for log in logs for row in read_results(log) if "error" not in row]
@@ -128,7 +137,7 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
         folder = Path(place, "out")
         for round_, world in enumerate([*worlds, draw.randint(1, 3)]):
             killed = round_ < len(worlds)
-            outputs = {shard: CaptionedShard(folder, shard) for shard in shards}
+            outputs = outputs_of(folder, shards)
             folder.mkdir(exist_ok=True)
             left = module._begin(folder, {"made": 1}, outputs)
             shares = divide([(shard, len(shard_images(shard)[0])) for shard in left], world)
@@ -140,7 +149,6 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
                     rank,
                     SAMPLED,
                     options,
-                    write_tar=True,
                     batch_size=draw.randint(1, 4),
                 )
                 for rank, mine in enumerate(shares)
@@ -164,7 +172,7 @@ def test_any_processes_batches_and_kills_write_the_same_captions_each_once(tiny,
             else:
                 for shard in left:
                     if not outputs[shard].is_complete():
-                        outputs[shard].finish(write_tar=True)
+                        outputs[shard].finish()
         ours, theirs = ({file.name: file.read_bytes() for file in of.glob("0*.*")} for of in (folder, expected))
         ours.pop("00000.tar.tmp", None)
         assert ours == theirs
@@ -260,6 +268,21 @@ def test_all_images_are_captioned_or_skipped_with_a_reason_and_nothing_else_is_l
         assert json.load(after.extractfile("alone.json"))["old_caption"] is None
 
 
+def test_a_hole_in_a_shard_and_an_empty_one_are_reported(tiny, tmp_path):
+    torn, empty = tmp_path / "in/00000.tar", tmp_path / "in/00001.tar"
+    write_shard(torn, [(f"{i:06d}.png", picture(i) + bytes([1]) * 1000) for i in range(20)])
+    content = torn.read_bytes()
+    start = content.index(b"000009.png")
+    torn.write_bytes(content[:start] + bytes(512) + content[start + 512 :])
+    empty.write_bytes(b"")
+    records, _ = caption_shards(tiny, [torn, empty], tmp_path / "out")
+    assert records.total == 19
+    assert records.damaged == [
+        f"{torn} is damaged at byte {start:,}: zeros in the place of a header; the rest is used",
+        f"{empty} is damaged at byte 0: the file is empty",
+    ]
+
+
 def test_captions_below_a_limit_are_marked_and_left_out_of_the_shards(tiny, tmp_path):
     shard = tmp_path / "in/00000.tar"
     write_shard(shard, [member for i in range(12) for member in sample(i)])
@@ -284,6 +307,37 @@ def test_captions_below_a_limit_are_marked_and_left_out_of_the_shards(tiny, tmp_
         assert records.total == 12 == records.read + records.skipped.total()
         pairs = webdataset(shards=str(folder))
         assert len(set(pairs.image_of.tolist())) == records.read == kept
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("scores", [False, True])
+def test_empty_captions_are_dropped_and_an_image_without_another_is_skipped(tiny, tmp_path, number, scores):
+    shard, folder = tmp_path / "in/00000.tar", tmp_path / "out"
+    images = range(60)
+    write_shard(shard, [member for i in images for member in sample(i)])
+    pixels = torch.stack([load_image(picture(i), size=32, crop="squash") for i in images])
+    tokenizer, model = tiny.tokenizer, copy.deepcopy(tiny.model)
+    with torch.no_grad():  # many captions end before their first word
+        first = model(pixels, torch.full((60, 1), tokenizer.bos_id)).logits[:, 0].argmax(1).mode().values
+        model.multimodal_decoder.head.weight[tokenizer.eos_id] = model.multimodal_decoder.head.weight[first]
+    trained, generation = tiny._replace(model=model), {"temperature": 0.5, "max_new_tokens": 1}
+    keys = torch.tensor([derive_seed(0, f"00000.tar/{i:06d}.png") for i in images])
+    drawn, _ = generate_several(model, pixels, tokenizer, generation, num_captions=number, keys=keys)
+    expected = [[text for text in some if text] for some in drawn]
+    assert expected != drawn
+    empty = expected.count([])
+    assert 0 < empty < 60
+
+    options = CaptionOptions(num_captions=number, scores=scores)
+    records, _ = caption_shards(trained, [shard], folder, generation, options=options, write_tar=True)
+    for row, some in zip(rows_in(folder), expected, strict=True):
+        assert row.get("caption", []) == (some if number > 1 or not some else some[0])
+        assert row.get("filtered") == (None if some else "empty caption")
+        assert ("cosine" in row) == (scores and some != [])
+    assert (records.read, records.skipped) == (60 - empty, {"empty caption": empty})
+    pairs = webdataset(shards=str(folder))
+    assert len(set(pairs.image_of.tolist())) == 60 - empty
+    assert pairs.skipped == 0
 
 
 # Work
@@ -325,11 +379,13 @@ def test_other_settings_or_shards_are_refused_with_both_values(tiny, tmp_path):
     caption_shards(tiny, [shard], folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     for options, message in (
-        ({"generation": {"num_beams": 2}}, r"\(generation: \{\} in the file, \{'num_beams': 2\} now\)"),
-        ({"options": CaptionOptions(min_cosine=0.5)}, r"\(min_cosine: None in the file, 0.5 now\)"),
-        ({"write_tar": True}, r"\(write_tar: False in the file, True now\)"),
+        ({"generation": {"num_beams": 2}}, r"\(generation.num_beams is not set there and 2 now\)"),
+        ({"options": CaptionOptions(min_cosine=0.5)}, r"\(min_cosine is not set there and 0.5 now\)"),
+        ({"write_tar": True}, r"\(write_tar is false there and true now\)"),
     ):
-        with pytest.raises(ValueError, match=f"caption_shards: .*written with other options {message}"):
+        with pytest.raises(
+            ValueError, match=f"caption_shards: {folder} was written with other options {message}; set another folder,"
+        ):
             caption_shards(tiny, [shard], folder, **options)
     write_shard(shard, [member for i in range(20) for member in sample(i)])
     with pytest.raises(ValueError, match=r"holds captions of another 00000.tar, of [\d,]+ bytes"):
@@ -343,6 +399,16 @@ def test_more_captions_than_a_search_finds_are_refused(tiny, tmp_path, generatio
     options = CaptionOptions(num_captions=3)
     with pytest.raises(ValueError, match=r"need sampling or as many beams, and at least one .*num_captions=3"):
         caption_shards(tiny, [tmp_path / "in/00000.tar"], tmp_path / "out", generation, options=options)
+    assert not (tmp_path / "out").exists()  # before a shard is read
+
+
+def test_a_prefix_that_leaves_no_room_is_refused_before_a_file_is_read(tiny, tmp_path):
+    words = {"prefix": "red fox " * 20}
+    with pytest.raises(ValueError, match="prefix must have fewer tokens than max_new_tokens"):
+        caption_shards(tiny, [tmp_path / "missing.tar"], tmp_path / "out", words)
+    with pytest.raises(ValueError, match="prefix must have fewer tokens than max_new_tokens"):
+        caption_files(tiny, ["missing.jpg"], tmp_path / "out/captions.jsonl", words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_and_names_that_would_lose_data_are_refused(tiny, tmp_path):
@@ -382,7 +448,25 @@ def test_errors_of_an_interrupted_shard_are_tried_again_and_more_shards_are_adde
     outputs[shard].log(0).write_text('{"file": "00000.tar/000001.png", "error": "Input/output error"}\n')
     shutil.copy(shard, tmp_path / "in/00001.tar")
     made = module.captions_made_with(tiny, None, None) | {"write_tar": False}
-    module.write_made_with(folder / "captions", made)
+    module.write_made_with(folder, made)
     assert caption_shards(tiny, [shard], folder)[0].skipped.total() == 0
     records, count = caption_shards(tiny, find_shards(str(tmp_path / "in")), folder)
     assert (records.read, count) == (6, 3)
+
+
+@pytest.mark.parametrize("lost", ["00001.jsonl", "00001.tar"])
+def test_a_shard_of_which_a_file_was_removed_is_captioned_again(tiny, tmp_path, lost):
+    for number in range(3):
+        write_shard(
+            tmp_path / f"in/{number:05d}.tar", [m for i in range(3 * number, 3 * number + 3) for m in sample(i)]
+        )
+    shards, folder = find_shards(str(tmp_path / "in")), tmp_path / "out"
+    caption_shards(tiny, shards, folder, write_tar=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / lost).unlink()
+    left = module._begin(folder, json.loads(before["captions.made_with.json"]), outputs_of(folder, shards))
+    assert left == [shards[1]]
+    assert not (folder / "00001_stats.json").exists()  # a kill now leaves no counts of files that are not there
+    records, count = caption_shards(tiny, shards, folder, write_tar=True)
+    assert (records.read, count) == (9, 3)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -123,8 +123,16 @@ def test_a_run_without_results_has_status_1(tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({**MADE, "model": "n"}, r"written with other options \(model: m in the file, n now\); set another"),
-        ({"model": "m"}, r"written with other options \(generation: \{'num_beams': 2\} in the file, None now\)"),
+        (
+            {**MADE, "model": "n"},
+            r'out.jsonl was written with other options \(model is "m" there and "n" now\); set another file,',
+        ),
+        ({"model": "m"}, r"written with other options \(generation.num_beams is 2 there and not set now\)"),
+        (
+            {**MADE, "generation": {"num_beams": 2, "prefix": None}},
+            r"\(generation.prefix is not set there and null now\)",
+        ),
+        ({**MADE, "classes": list(range(12))}, r"classes.0 is not set there and 0 now; .*; and 2 more\)"),
     ],
 )
 def test_results_with_other_options_are_refused_and_unchanged(tmp_path, made, message):

@@ -1,7 +1,9 @@
 """A process group begins and ends with its block, and gathering is exact. Many processes: see test_step."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import run
+from waiting import started, wait_until
 
 from grr.parallel.device import default_device
 from grr.parallel.process_group import DelayedMax, all_rows, all_sum, process_group
@@ -75,3 +78,48 @@ def test_a_delayed_maximum_of_two_processes_does_not_wait_for_the_other(tmp_path
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     assert json.loads(lines[0].removeprefix("RESULT ")) == [[0, 0, 3, 2, 5, 0]] * 2
+
+
+WITHOUT_LAUNCHER = """
+import os, sys, time
+from pathlib import Path
+from grr.parallel.process_group import process_group
+rank, end = os.environ["RANK"], time.monotonic() + 120
+Path(f"{rank}.tmp").write_text(str(os.getpid()))
+os.replace(f"{rank}.tmp", f"{rank}.pid")
+while rank == "0" and not Path("killed").exists():  # rank 1 waits for it in the group
+    assert time.monotonic() < end
+    time.sleep(0.1)
+with process_group():
+    raise AssertionError("there is a group")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux, to see which processes run")
+def test_processes_whose_launcher_was_killed_end_before_they_have_a_group(tmp_path):
+    (tmp_path / "worker.py").write_text(WITHOUT_LAUNCHER)
+    files = [tmp_path / f"{rank}.pid" for rank in range(2)]
+    words = [sys.executable, "-m", "grr.cli.launch", "--nproc_per_node", "2", "worker.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "errors").open("wb") as errors, contextlib.ExitStack() as stack:
+        launcher = stack.enter_context(started(words, cwd=tmp_path, stderr=errors, env=environment))
+        wait_until(lambda: all(file.exists() for file in files), launcher)
+        workers = [int(file.read_text()) for file in files]
+        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in workers if runs(pid)])
+        wait_until(lambda: len(os.listdir(f"/proc/{workers[1]}/task")) > 1, launcher)  # rank 1 joins the group
+        os.kill(launcher.pid, signal.SIGKILL)
+        wait_until(lambda: not runs(workers[1]), seconds=60)
+        assert runs(workers[0])
+        (tmp_path / "killed").touch()
+        wait_until(lambda: not runs(workers[0]), seconds=60)
+    said = (tmp_path / "errors").read_text()
+    assert "the launcher of a run must not end before its processes, got no store at " in said
+    assert "there is a group" not in said
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs: one that has ended and was not waited for is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
