@@ -13,7 +13,7 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if not any(path.is_relative_to(link) for link in LINKS)
 ]
-NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public, by Python's documentation
+PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and os, by Python's documentation
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
 IN_A_MODULE = re.compile(r"[a-z]\w*(\.\w+)*\._[a-z]\w*(\.\w+)*")
 ROW = re.compile(r"^\| `([\w.]+)` \| .+ \| `(tests/[\w/]+\.py)::(\w+)` \|$", re.MULTILINE)
@@ -49,7 +49,7 @@ def private_names(tree: ast.AST, own: set[str]) -> Iterator[str]:
             dotted = ast.unparse(node)
             if dotted.startswith("torch."):
                 yield dotted
-            elif node.attr not in own | NAMED_TUPLE:
+            elif node.attr not in own | PUBLIC:
                 yield node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
             yield from (x.value for x in node.args if isinstance(x, ast.Constant) and PRIVATE.fullmatch(str(x.value)))

@@ -81,8 +81,8 @@ def test_two_processes_caption_shards_to_train_on(colour_run, tmp_path):
     assert refused.returncode == 1
     (line,) = [line for line in refused.stderr.splitlines() if "other options" in line]
     assert line == (
-        "caption: caption_shards: recaptioned was written with other options (generation.num_beams is 5 there and 2 now); "
-        "set another folder, or delete that one to start again"
+        "caption: caption_shards: recaptioned was written with other options (generation.num_beams is 5 there and 2 "
+        "now); set another folder, or delete that one to start again"
     )
 
 
