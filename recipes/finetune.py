@@ -114,6 +114,7 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_loggers(run.loggers)
     folder, source = Path(run.folder), find_pretrained(cfg.model["path"])
     cfg.loader["crop"] = cfg.loader["crop"] or source.crop
     check(cfg, run, source)
@@ -246,7 +247,6 @@ def main() -> int:
 
 def check(cfg: config.Config, run: Run, source: Pretrained) -> None:
     """Raise ValueError, before anything is written, for options that do not fit each other or the model."""
-    check_loggers(run.loggers)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     check_negatives(run.batch_size, run.micro_batch_size, cfg.loss["negatives"])
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)

@@ -112,6 +112,7 @@ SECTIONS: config.Sections = {
 def main() -> int:
     cfg = config.load(SECTIONS)
     run = cfg.get(Run)
+    check_loggers(run.loggers)
     folder = Path(run.folder)
     source = find_pretrained(cfg.model["path"]) if cfg.model["name"] == "pretrained" else None
     cfg.loader["crop"] = cfg.loader["crop"] or (source.crop if source else "squash")
@@ -247,7 +248,6 @@ def main() -> int:
 
 def check(cfg: config.Config, run: Run) -> None:
     """Raise ValueError, before the data are read, for options and sizes that do not fit each other or the model."""
-    check_loggers(run.loggers)
     check_batches(run.batch_size, run.micro_batch_size, num_processes())
     warmup_cosine(0, 1, cfg.optimizer["lr"], **cfg.schedule)
     check_adapter_dropout(cfg.tuning["lora"], cfg.tuning["dropout"], run.micro_batch_size)

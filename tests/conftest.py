@@ -20,7 +20,7 @@ from grr.training.loss import contrastive_loss
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 settings.register_profile("grr", deadline=None, derandomize=True, max_examples=30)  # the same examples in each run
-settings.register_profile("thorough", deadline=None, max_examples=45, print_blob=True)  # others in each run
+settings.register_profile("thorough", deadline=None, max_examples=30, print_blob=True)  # others in each run
 settings.load_profile(os.environ.get("GRR_HYPOTHESIS", "grr"))
 torch.set_float32_matmul_precision("highest")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: workers of two threads each wait for one another
